@@ -1,0 +1,119 @@
+"""The rules between fields: every problem of a configuration, each with value, rule and remedy.
+
+Pure arithmetic over the configuration and the world size, so that it runs before anything is started.
+"""
+
+from collections.abc import Iterable
+
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import ConfigError
+
+
+def divisors(number: int) -> str:
+    """The divisors of `number`, as a remedy to read."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError with every problem of `config` on `world_size` ranks."""
+    problems = [*_size_problems(config), *_topology_problems(config, world_size)]
+    if not problems:
+        problems = list(_batch_problems(config, world_size))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _size_problems(config: RunConfig) -> Iterable[str]:
+    model, training, optimizer = config.model, config.training, config.optimizer
+    positive = {
+        "--vocab-size": model.vocab_size,
+        "--num-layers": model.num_layers,
+        "--hidden-size": model.hidden_size,
+        "--num-attention-heads": model.num_attention_heads,
+        "--kv-channels": model.kv_channels,
+        "--ffn-hidden-size": model.ffn_hidden_size,
+        "--nexus-m": model.nexus_m,
+        "--nexus-a": model.nexus_a,
+        "--micro-batch-size": training.micro_batch_size,
+        "--global-batch-size": training.global_batch_size,
+        "--seq-length": training.seq_length,
+        "--train-iters": training.train_iters,
+        "--tp": config.parallel.tensor_model_parallel_size,
+        "--pp": config.parallel.pipeline_model_parallel_size,
+        "--log-interval": config.logging.log_interval,
+        "--eval-iters": config.logging.eval_iters,
+        "--lr": optimizer.lr,
+        "--adam-eps": optimizer.adam_eps,
+        "--init-method-std": model.init_method_std,
+        "--norm-epsilon": model.norm_epsilon,
+        "--rotary-base": model.rotary_base,
+    }
+    for flag, value in positive.items():
+        if not value > 0:
+            yield f"{flag} {value} must be positive"
+    not_negative = {
+        "--min-lr": optimizer.min_lr,
+        "--lr-decay-iters": optimizer.lr_decay_iters,
+        "--lr-warmup-iters": optimizer.lr_warmup_iters,
+        "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
+        "--weight-decay": optimizer.weight_decay,
+        "--clip-grad": optimizer.clip_grad,
+        "--save-interval": config.checkpoint.save_interval,
+        "--eval-interval": config.logging.eval_interval,
+        "--padding-multiple": config.parallel.padding_multiple,
+        "--seed": training.seed,
+    }
+    for flag, value in not_negative.items():
+        if not value >= 0:
+            yield f"{flag} {value} must not be negative"
+    for flag, beta in {"--adam-beta1": optimizer.adam_beta1, "--adam-beta2": optimizer.adam_beta2}.items():
+        if not 0 <= beta < 1:
+            yield f"{flag} {beta} must lie in [0, 1)"
+    if model.kv_channels % 2:
+        yield f"--kv-channels {model.kv_channels} must be even: rotary embedding turns pairs of channels"
+    if optimizer.min_lr > optimizer.lr:
+        yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: use at most {optimizer.lr}"
+
+
+def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if tp < 1 or pp < 1:
+        return
+    if model.num_attention_heads % tp:
+        yield (
+            f"--tp {tp} does not divide --num-attention-heads {model.num_attention_heads}: "
+            f"use {divisors(model.num_attention_heads)}"
+        )
+    if pp > model.num_layers:
+        yield f"--pp {pp} is more than --num-layers {model.num_layers}: each stage needs a layer"
+    if parallel.zero_stage not in (0, 1, 2, 3):
+        yield f"--zero-stage {parallel.zero_stage} does not exist: use 0, 1, 2 or 3"
+    elif parallel.zero_stage > 1 and pp > 1:
+        yield f"--zero-stage {parallel.zero_stage} needs --pp 1, and --pp is {pp}: use --zero-stage 1"
+    if parallel.sequence_parallel and tp == 1:
+        yield "--sequence-parallel splits tokens over tensor-parallel ranks, and --tp is 1: drop the flag"
+    if parallel.sequence_parallel and config.training.seq_length % tp:
+        yield (
+            f"--seq-length {config.training.seq_length} is not a multiple of --tp {tp}, which "
+            f"--sequence-parallel needs: use {config.training.seq_length // tp * tp or tp}"
+        )
+    if world_size % (tp * pp):
+        yield (
+            f"the world has {world_size} rank{'s' if world_size > 1 else ''}, which is not a multiple of "
+            f"--tp {tp} x --pp {pp} = {tp * pp}: "
+            f"start {max(1, world_size // (tp * pp)) * tp * pp} ranks or change --tp and --pp"
+        )
+
+
+def _batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
+    training = config.training
+    dp = config.data_parallel_size(world_size)
+    per_pass = training.micro_batch_size * dp
+    if training.global_batch_size % per_pass:
+        below = training.global_batch_size // per_pass * per_pass
+        choices = f"{below} or {below + per_pass}" if below else f"{per_pass}"
+        yield (
+            f"--global-batch-size {training.global_batch_size} is not a multiple of micro batch "
+            f"{training.micro_batch_size} x data parallel {dp} = {per_pass}: use {choices}"
+        )

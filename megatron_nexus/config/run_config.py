@@ -1,0 +1,165 @@
+"""The configuration of a run: frozen dataclasses, one section for each part of the program that reads it.
+
+Every field states its default, its unit and its flag once, in `option(...)`; the command line, its help
+and the saved configuration are made from that. Flags are the field's name with dashes, which is
+Megatron-LM's spelling where Megatron-LM has the flag, plus the aliases given here.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypeVar, get_type_hints
+
+Precision = Literal["bf16", "fp32"]
+Recompute = Literal["none", "selective", "full"]
+DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
+
+
+T = TypeVar("T")
+
+
+def option(default: T, help_text: str, *aliases: str) -> T:
+    """A field of a section: its default, what it means with its unit, and other spellings of its flag."""
+    made: T = field(default=default, metadata={"help": help_text, "aliases": aliases})
+    return made
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder: logical sizes only; nothing here needs to divide by a parallel size except the heads."""
+
+    vocab_size: int = option(4096, "tokens in the vocabulary")
+    num_layers: int = option(4, "decoder blocks")
+    hidden_size: int = option(128, "width D of the residual stream")
+    num_attention_heads: int = option(4, "attention heads")
+    kv_channels: int = option(32, "size of one head; heads x this is the attention width", "--head-dim")
+    ffn_hidden_size: int = option(344, "width of the SwiGLU feed-forward")
+    nexus_m: int = option(160, "first width M of each Nexus-Rank projection, D < M < A")
+    nexus_a: int = option(192, "second width A of each Nexus-Rank projection")
+    nexus_inner_norm: bool = option(False, "gain-free norm before each GELU of a Nexus-Rank projection")
+    nexus_output_projection: bool = option(False, "Nexus-Rank for the attention's output projection too")
+    rotary_base: float = option(10000.0, "base of the rotary position embedding")
+    norm_epsilon: float = option(1e-6, "epsilon of RMSNorm")
+    init_method_std: float = option(0.02, "standard deviation of the initial weights")
+
+    @property
+    def attention_width(self) -> int:
+        """Heads x head size: the width of Q, K, V and of the attention's output."""
+        return self.num_attention_heads * self.kv_channels
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one model is spread over ranks. Data parallelism is what the world size leaves."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer", "--tp")
+    pipeline_model_parallel_size: int = option(1, "pipeline stages", "--pp")
+    zero_stage: int = option(1, "ZeRO stage: 0, 1 at any pp; 2, 3 at pp = 1 (0 is served as 1)")
+    sequence_parallel: bool = option(False, "split norms and residual over the tensor-parallel ranks")
+    padding_multiple: int = option(
+        0, "split axes are padded in memory to this multiple per rank; 0: 64 on an accelerator, 1 on a CPU"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What one optimizer step is, and how many there are."""
+
+    micro_batch_size: int = option(8, "samples per rank, forward and backward pass")
+    global_batch_size: int = option(32, "samples per optimizer step over all ranks")
+    seq_length: int = option(128, "tokens per sample")
+    train_iters: int = option(300, "optimizer steps of the whole run, resumed steps included")
+    precision: Precision = option("bf16", "bf16 (fp32 master weights and accumulation) or fp32")
+    recompute_granularity: Recompute = option(
+        "none", "activations computed again in backward: none, selective (pointwise ones), full (each block)"
+    )
+    seed: int = option(1234, "seed of the initial weights and of the order of samples")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = option(3e-4, "peak learning rate")
+    min_lr: float = option(3e-5, "learning rate at the end of the decay")
+    lr_decay_style: DecayStyle = option("cosine", "cosine, linear, constant or WSD (warm-up, stable, decay)")
+    lr_decay_iters: int = option(0, "step at which the decay ends; 0: the last step")
+    lr_warmup_iters: int = option(0, "steps of linear warm-up from zero")
+    lr_wsd_decay_iters: int = option(0, "steps of the final decay of WSD; 0: a tenth of the run")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices; norm gains have none")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.95, "decay of the second moment")
+    adam_eps: float = option(1e-8, "epsilon of Adam")
+    clip_grad: float = option(1.0, "largest global gradient norm; 0 clips nothing")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    data_path: str = option("", "prefix of a .bin/.idx pair; empty: the built-in corpus of this Python")
+    tokenizer_model: str = option("", "sentencepiece model of the corpus; empty with the built-in corpus")
+    split: str = option("969,30,1", "shares of the documents for training, validation and test")
+    data_cache_path: str = option("", "cache of the built-in corpus; empty: the user's cache folder")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where checkpoints go and come from."""
+
+    save: str = option("", "folder of the run's checkpoints; empty: runs/<preset>-<date>-<time>, or --load's")
+    load: str = option(
+        "", "a run's folder or one checkpoint in it; auto: the newest complete one, or start fresh"
+    )
+    save_interval: int = option(0, "steps between checkpoints; 0: only at the end and on Ctrl-C")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What the run tells, and how often."""
+
+    log_interval: int = option(10, "steps between lines on the console")
+    eval_interval: int = option(100, "steps between validations; 0: only at the end")
+    eval_iters: int = option(8, "global batches per validation")
+    tensorboard_dir: str = option("", "folder of TensorBoard event files; empty: none are written")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run does."""
+
+    preset: str
+    model: ModelConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: tensor x pipeline."""
+        return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model among `world_size` ranks, which the rules have checked to be a multiple."""
+        return world_size // self.model_parallel_size
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        per_pass = self.training.micro_batch_size * self.data_parallel_size(world_size)
+        return self.training.global_batch_size // per_pass
+
+
+SECTIONS: dict[str, type] = {
+    name: kind for name, kind in get_type_hints(RunConfig).items() if name != "preset"
+}
+
+
+def section_of_field() -> dict[str, str]:
+    """Each field's section; field names are unique over all sections, so a flag names one of them."""
+    owner: dict[str, str] = {}
+    for section, kind in SECTIONS.items():
+        for entry in fields(kind):
+            assert entry.name not in owner, f"{entry.name} stands in two sections"
+            owner[entry.name] = section
+    return owner
