@@ -1,0 +1,1 @@
+"""Where parameters live: the world, the mesh of ranks, collectives, pipeline stages."""

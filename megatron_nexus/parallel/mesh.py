@@ -1,0 +1,99 @@
+"""Mesh: this rank's place among pipeline stages, data-parallel copies and tensor-parallel parts.
+
+    rank = (pipe * data_size + data) * tensor_size + tensor
+
+so tensor-parallel ranks are neighbours, on the fastest links. All process groups are made here.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_nexus.parallel.world import World
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A rank's coordinates and its process groups.
+
+    `control` is a gloo group of all ranks for barriers and small messages on the host, whatever the
+    device; it is used by the checkpoint and the loop, never by the model.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    pipe: int
+    pipe_size: int
+    data: int
+    data_size: int
+    tensor: int
+    tensor_size: int
+    tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.pipe == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipe == self.pipe_size - 1
+
+
+def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float = 1800.0) -> Mesh:
+    """Start torch.distributed and make the groups of every rank; a collective call.
+
+    gloo on CPU, nccl (with gloo beside it for host tensors) on CUDA devices. The world size is a multiple
+    of tensor_size x pipe_size: the configuration's rules have checked it.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+        init_method=f"tcp://{world.master_addr}:{world.master_port}",
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+    )
+    data_size = world.size // (tensor_size * pipe_size)
+    rest, tensor = divmod(world.rank, tensor_size)
+    pipe, data = divmod(rest, data_size)
+    ranks = torch.arange(world.size).view(pipe_size, data_size, tensor_size)
+    tensor_group = data_group = None
+    # Every rank takes part in the making of every group, in the same order.
+    for members in ranks.reshape(-1, tensor_size).tolist():
+        group = dist.new_group(members, timeout=timeout)
+        tensor_group = group if world.rank in members else tensor_group
+    for members in ranks.movedim(1, 2).reshape(-1, data_size).tolist():
+        group = dist.new_group(members, timeout=timeout)
+        data_group = group if world.rank in members else data_group
+    assert tensor_group is not None and data_group is not None, "every rank is in one group of each kind"
+    return Mesh(
+        rank=world.rank,
+        world_size=world.size,
+        device=device,
+        pipe=pipe,
+        pipe_size=pipe_size,
+        data=data,
+        data_size=data_size,
+        tensor=tensor,
+        tensor_size=tensor_size,
+        tensor_group=tensor_group,
+        data_group=data_group,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def close_mesh() -> None:
+    """Leave torch.distributed; harmless where it was never started."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
