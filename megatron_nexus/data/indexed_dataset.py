@@ -1,0 +1,221 @@
+"""A tokenized corpus on disk: the `.bin` / `.idx` pair of Megatron-LM, byte for byte.
+
+    prefix.bin   the token ids of all sequences, one after the other, nothing in between
+    prefix.idx   magic "MMIDIDX\\0\\0" | version 1 u64 | dtype code u8 | sequences S u64 | boundaries D+1 u64
+                 | lengths i32[S], in tokens | pointers i64[S], in bytes | boundaries i64[D+1], in sequences
+
+All numbers are little-endian. A document is the sequences between two neighbouring boundaries; our writer
+makes every document one sequence. Source of the layout: Megatron-LM, `core/datasets/indexed_dataset.py`.
+"""
+
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nexus.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype] = {
+    code: np.dtype(kind).newbyteorder("<")
+    for code, kind in enumerate(("u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"), start=1)
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+LARGEST_UINT16_VOCABULARY = 65_500
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type Megatron-LM stores ids below `vocab_size` in: uint16 below 65,500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < LARGEST_UINT16_VOCABULARY else np.int32)
+
+
+def bin_path(prefix: Path) -> Path:
+    """The file of token ids. (`Path.with_suffix` would eat the dot of a prefix such as `wiki-1.5`.)"""
+    return prefix.with_name(f"{prefix.name}.bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """The file of lengths, pointers and document boundaries."""
+    return prefix.with_name(f"{prefix.name}.idx")
+
+
+class IndexedDataset:
+    """A memory-mapped `.bin` / `.idx` pair, opened for reading.
+
+    Opening reads the header and a few numbers only, however large the corpus is.
+
+    Raises:
+        DataError: a file is missing, empty, truncated or foreign, or the two files do not belong together.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        bin_file, idx_file = bin_path(prefix), idx_path(prefix)
+        for file in (idx_file, bin_file):
+            if not file.is_file():
+                raise DataError(
+                    f"{file} does not exist: give the common prefix of a .bin and an .idx file, "
+                    "without the ending"
+                )
+        bin_bytes, idx_bytes = bin_file.stat().st_size, idx_file.stat().st_size
+        if idx_bytes < HEADER.size:
+            raise DataError(
+                f"{idx_file} has {idx_bytes} bytes, its header alone takes {HEADER.size}: "
+                "it is empty or truncated; write it again"
+            )
+        with idx_file.open("rb") as file_handle:
+            magic, version, code, sequences, boundaries = HEADER.unpack(file_handle.read(HEADER.size))
+        if magic != MAGIC:
+            raise DataError(
+                f"{idx_file} begins with {magic!r}, not {MAGIC!r}: it is not a Megatron-LM index; "
+                "tokenize the corpus again"
+            )
+        if version != VERSION:
+            raise DataError(
+                f"{idx_file} has format version {version}, only {VERSION} is known: write it again"
+            )
+        if code not in DTYPES or DTYPES[code].kind == "f":
+            raise DataError(
+                f"{idx_file} has the type code {code}, which is no integer type: "
+                "it does not hold token ids; tokenize the corpus again"
+            )
+        self.dtype: np.dtype = DTYPES[code]
+        expected_bytes = HEADER.size + 12 * sequences + 8 * boundaries
+        if idx_bytes != expected_bytes:
+            raise DataError(
+                f"{idx_file} has {idx_bytes} bytes, its header promises {expected_bytes}: it is truncated or "
+                "of a multimodal dataset; write it again"
+            )
+        if sequences == 0 or boundaries < 2:
+            raise DataError(f"{idx_file} lists no documents: tokenize a corpus that is not empty")
+
+        after_lengths = HEADER.size + 4 * sequences
+        after_pointers = after_lengths + 8 * sequences
+        self._lengths = np.memmap(idx_file, "<i4", "r", HEADER.size, (sequences,))
+        self._pointers = np.memmap(idx_file, "<i8", "r", after_lengths, (sequences,))
+        self._boundaries = np.memmap(idx_file, "<i8", "r", after_pointers, (boundaries,))
+        if self._pointers[0] != 0 or self._boundaries[0] != 0 or self._boundaries[-1] != sequences:
+            raise DataError(f"{idx_file} contradicts itself: it is damaged; write it again")
+        indexed_bytes = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
+        if bin_bytes != indexed_bytes or bin_bytes == 0:
+            raise DataError(
+                f"{bin_file} has {bin_bytes} bytes, {idx_file.name} describes {indexed_bytes}: the file is "
+                "empty, truncated or of another corpus; copy or write both files again"
+            )
+        self._tokens = np.memmap(bin_file, self.dtype, "r")
+
+    @property
+    def document_count(self) -> int:
+        """Number of documents, D."""
+        return len(self._boundaries) - 1
+
+    @property
+    def token_count(self) -> int:
+        """Number of tokens of all documents together."""
+        return len(self._tokens)
+
+    @property
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens per document, [D]; computed anew each time, so keep it."""
+        starts = np.append(self._pointers, self._tokens.nbytes)[self._boundaries]
+        lengths: npt.NDArray[np.int64] = np.diff(starts) // self.dtype.itemsize
+        return lengths
+
+    def document_start(self, document: int) -> int:
+        """Where a document begins in the token stream; for document D, where the stream ends."""
+        sequence = int(self._boundaries[document])
+        if sequence == len(self._pointers):
+            return self.token_count
+        return int(self._pointers[sequence]) // self.dtype.itemsize
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream of all documents, a view in the stored type, [stop - start]."""
+        assert 0 <= start <= stop <= self.token_count, (start, stop, self.token_count)
+        return self._tokens[start:stop]
+
+
+class IndexedDatasetWriter:
+    """Writes a `.bin` / `.idx` pair; use it as a context manager.
+
+    The pair appears only when the block ends without an error: both files are written under temporary
+    names, flushed to the disk and renamed, the `.idx` last. A pair of the same prefix is replaced, its
+    `.idx` first removed, so that no kill can leave a mixture of two corpora.
+
+    Raises:
+        DataError: a document holds an id that `dtype` cannot.
+        OSError: the folder is not writable or the disk is full (the caller knows the remedy).
+    """
+
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
+        self.prefix = prefix
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        assert self.dtype in CODES and self.dtype.kind != "f", f"{dtype} is no type of token ids"
+        self._lengths = array("i")
+        self._temporary = {
+            final: final.with_name(f"{final.name}.{os.getpid()}.partial")
+            for final in (bin_path(prefix), idx_path(prefix))
+        }
+
+    def add_document(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
+        """Append one document; the end-of-document token is the caller's to add."""
+        document = np.asarray(ids, dtype=np.int64)
+        limits = np.iinfo(self.dtype)
+        if document.size and not limits.min <= int(document.min()) <= int(document.max()) <= limits.max:
+            raise DataError(
+                f"{self.prefix}: document {len(self._lengths)} has ids from {document.min()} to "
+                f"{document.max()}, {self.dtype.name} holds {limits.min} to {limits.max}: "
+                "use the type that fits the vocabulary"
+            )
+        self._bin.write(document.astype(self.dtype).tobytes())
+        self._lengths.append(document.size)
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        self._bin = self._temporary[bin_path(self.prefix)].open("wb")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            try:
+                if error is None:
+                    _to_disk(self._bin)
+            finally:
+                self._bin.close()
+            if error is None:
+                self._write_index()
+                idx_path(self.prefix).unlink(missing_ok=True)
+                for final, temporary in self._temporary.items():
+                    temporary.replace(final)
+        finally:
+            for temporary in self._temporary.values():
+                temporary.unlink(missing_ok=True)
+
+    def _write_index(self) -> None:
+        lengths = np.array(self._lengths, dtype="<i4")
+        pointers = np.zeros(len(lengths), dtype="<i8")
+        np.cumsum(lengths[:-1], out=pointers[1:])
+        boundaries = np.arange(len(lengths) + 1, dtype="<i8")
+        with self._temporary[idx_path(self.prefix)].open("wb") as index:
+            index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(boundaries)))
+            index.write(lengths.tobytes())
+            index.write((pointers * self.dtype.itemsize).tobytes())
+            index.write(boundaries.tobytes())
+            _to_disk(index)
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,164 @@
+"""Which tokens make the k-th sample: parts of a corpus, windows of a part, and their shuffled order.
+
+The order is a function of (seed, k) only and takes no memory: no index file is built, shared or kept, and
+a run resumes anywhere by naming the number of samples it has seen.
+
+L sequence length, n windows per epoch.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import isqrt
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nexus.data.indexed_dataset import IndexedDataset
+from megatron_nexus.errors import DataError
+
+SPLIT_NAMES = ("training", "validation", "test")
+FEISTEL_ROUNDS = 8
+MASK_64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SplitRange:
+    """A contiguous part of a corpus, cut between documents."""
+
+    name: str
+    """What messages call it: training, validation or test."""
+    documents: range
+    """The documents of the part."""
+    tokens: range
+    """Where their tokens stand in the token stream of the corpus."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a corpus; a part of weight 0 is empty."""
+
+    train: SplitRange
+    validation: SplitRange
+    test: SplitRange
+
+
+def split_documents(dataset: IndexedDataset, weights: str) -> Splits:
+    """Cut a corpus into training, validation and test documents, in this order.
+
+    Args:
+        dataset: the corpus.
+        weights: one to three numbers such as "969,30,1"; they need not add up to anything. The cuts are
+            the rounded cumulative shares of the documents, as in Megatron-LM.
+
+    Raises:
+        DataError: the weights are no such numbers.
+    """
+    problem = DataError(
+        f"--split {weights!r} is not one to three non-negative numbers, the first above zero: "
+        'write the shares of training, validation and test, as in "969,30,1"'
+    )
+    try:
+        shares = [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise problem from None
+    total = sum(shares)
+    if not (len(shares) <= 3 and min(shares) >= 0 and shares[0] > 0 and total < float("inf")):
+        raise problem
+    shares += [0.0] * (3 - len(shares))
+    cuts = [round(share / total * dataset.document_count) for share in accumulate(shares, initial=0.0)]
+    return Splits(
+        *(
+            SplitRange(name, range(first, last), range(*map(dataset.document_start, (first, last))))
+            for name, (first, last) in zip(SPLIT_NAMES, pairwise(cuts), strict=True)
+        )
+    )
+
+
+def _mix(x: int) -> int:
+    """Scramble 64 bits one to one, each output bit depending on each input bit (splitmix64's finalizer)."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return x ^ (x >> 31)
+
+
+class Permutation:
+    """A seeded shuffle of range(n) that is computed, not stored: `permutation[i]` in O(1) time and memory.
+
+    A Feistel network over the grid a x b >= n, a = ceil(sqrt n): each round adds to one coordinate a hash of
+    the other, which is invertible; an image outside range(n) is mapped again until it falls inside
+    (cycle-walking), which the a - 1 spare cells at most make rare. Source: Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        assert n > 0, n
+        self._n = n
+        self._height = isqrt(n - 1) + 1
+        self._width = -(-n // self._height)
+        key = _mix(_mix(seed & MASK_64) + epoch & MASK_64)
+        self._keys = [_mix(key + round_ & MASK_64) for round_ in range(1, FEISTEL_ROUNDS + 1)]
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: int) -> int:
+        assert 0 <= index < self._n, (index, self._n)
+        while True:
+            row, column = divmod(index, self._width)
+            for row_key, column_key in zip(self._keys[::2], self._keys[1::2], strict=True):
+                row = (row + _mix(column ^ row_key)) % self._height
+                column = (column + _mix(row ^ column_key)) % self._width
+            index = row * self._width + column
+            if index < self._n:
+                return index
+
+
+class TokenWindows:
+    """The samples of a part of a corpus: windows of L + 1 tokens, each overlapping the next by one.
+
+    Window i is tokens [i L, i L + L + 1) of the part, so that every token but the first is predicted exactly
+    once an epoch; up to L tokens at the end are left out. Documents follow each other inside a window.
+
+    Args:
+        dataset: the corpus.
+        split: the part of it, from `split_documents`.
+        seq_length: L, tokens predicted per sample.
+        seed: of the order; each epoch has its own.
+        shuffle: False reads the windows as they stand, for validation.
+
+    Raises:
+        DataError: the part holds less than one window.
+    """
+
+    def __init__(
+        self, dataset: IndexedDataset, split: SplitRange, seq_length: int, seed: int, shuffle: bool = True
+    ) -> None:
+        self.dataset = dataset
+        self.split = split
+        self.seq_length = seq_length
+        self.window_count = (len(split.tokens) - 1) // seq_length
+        if self.window_count < 1:
+            raise DataError(
+                f"the {split.name} part of {dataset.prefix} has {len(split.tokens):,} tokens in "
+                f"{len(split.documents):,} documents, one sample of --seq-length {seq_length} needs "
+                f"{seq_length + 1:,}: give the part a larger share with --split, use a larger corpus or "
+                "shorter sequences"
+            )
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+        self._order = Permutation(self.window_count, seed, 0)
+
+    def epoch_of(self, k: int) -> int:
+        """The epoch that global sample `k` belongs to, from 0."""
+        return k // self.window_count
+
+    def sample(self, k: int) -> npt.NDArray[np.int64]:
+        """Tokens of global sample `k`, counted from 0 over all epochs, [L + 1]."""
+        epoch, index = divmod(k, self.window_count)
+        if self._shuffle:
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, Permutation(self.window_count, self._seed, epoch)
+            index = self._order[index]
+        start = self.split.tokens.start + index * self.seq_length
+        return self.dataset.tokens(start, start + self.seq_length + 1).astype(np.int64)

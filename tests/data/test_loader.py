@@ -1,0 +1,97 @@
+"""The order of samples is one, whatever the topology and wherever a run resumes."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_nexus.data.loader import IGNORED_LABEL, evaluation_batches, micro_batches
+from megatron_nexus.data.samples import TokenWindows, split_documents
+from megatron_nexus.errors import DataError
+
+SEQ_LENGTH = 4
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> TokenWindows:
+    """50 windows whose first token is 4 times their number."""
+    with IndexedDatasetWriter(tmp_path / "corpus", np.uint16) as writer:
+        writer.add_document(range(50 * SEQ_LENGTH + 1))
+    dataset = IndexedDataset(tmp_path / "corpus")
+    return TokenWindows(dataset, split_documents(dataset, "1").train, SEQ_LENGTH, seed=7)
+
+
+def global_batches(windows: TokenWindows, consumed: int, micro: int, dp: int, count: int) -> list[list[int]]:
+    """The first tokens of each global batch of 12, sorted, as all ranks together read it."""
+    steps = 12 // (micro * dp)
+    ranks = [micro_batches(windows, consumed, micro, 12, rank, dp) for rank in range(dp)]
+    return [
+        sorted(
+            int(first)
+            for rank in ranks
+            for tokens_BT, _ in islice(rank, steps)
+            for first in tokens_BT[:, 0].tolist()
+        )
+        for _ in range(count)
+    ]
+
+
+def test_labels_are_the_next_tokens(windows: TokenWindows) -> None:
+    tokens_BT, labels_BT = next(micro_batches(windows, 0, 3, 3, 0, 1))
+    assert tokens_BT.shape == labels_BT.shape == (3, SEQ_LENGTH)
+    assert tokens_BT.dtype == labels_BT.dtype == torch.int64
+    assert tokens_BT.is_contiguous() and labels_BT.is_contiguous()
+    assert torch.equal(labels_BT, tokens_BT + 1)
+
+
+@pytest.mark.parametrize(("micro", "dp"), [(12, 1), (1, 12), (1, 1), (2, 3), (3, 2), (4, 3), (6, 1)])
+def test_a_global_batch_is_the_same_on_every_topology(windows: TokenWindows, micro: int, dp: int) -> None:
+    expected = [
+        sorted(int(windows.sample(k)[0]) for k in range(first, first + 12)) for first in range(0, 120, 12)
+    ]
+    assert global_batches(windows, 0, micro, dp, 10) == expected
+
+
+@pytest.mark.parametrize("consumed", [12, 60, 96, 1200])
+def test_a_resumed_run_reads_on_where_it_stopped(windows: TokenWindows, consumed: int) -> None:
+    uninterrupted = global_batches(windows, 0, 2, 3, consumed // 12 + 3)
+    assert global_batches(windows, consumed, 3, 4, 3) == uninterrupted[-3:]
+
+
+def test_micro_batches_of_one_process_are_in_order(windows: TokenWindows) -> None:
+    batches = islice(micro_batches(windows, 5, 2, 4, 0, 1), 30)
+    firsts = torch.cat([tokens_BT[:, 0] for tokens_BT, _ in batches]).tolist()
+    assert firsts == [int(windows.sample(k)[0]) for k in range(5, 65)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 12, 50, 1000])
+@pytest.mark.parametrize(("micro", "dp"), [(1, 1), (4, 1), (3, 2), (5, 4)])
+def test_evaluation_covers_the_same_windows_once(
+    windows: TokenWindows, count: int, micro: int, dp: int
+) -> None:
+    per_rank = [list(evaluation_batches(windows, micro, count, rank, dp)) for rank in range(dp)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    seen = [
+        int(tokens_T[0])
+        for batches in per_rank
+        for tokens_BT, labels_BT in batches
+        for tokens_T, labels_T in zip(tokens_BT, labels_BT, strict=True)
+        if (labels_T != IGNORED_LABEL).all()
+    ]
+    ignored = sum(int((labels == IGNORED_LABEL).sum()) for batches in per_rank for _, labels in batches)
+    expected = min(count, 50)
+    assert sorted(seen) == sorted(int(windows.sample(k)[0]) for k in range(expected))
+    assert ignored == SEQ_LENGTH * (len(per_rank[0]) * micro * dp - expected)
+
+
+def test_an_id_outside_the_vocabulary_is_named(windows: TokenWindows) -> None:
+    next(micro_batches(windows, 0, 50, 50, 0, 1, vocab_size=201))
+    for batches in (
+        micro_batches(windows, 0, 50, 50, 0, 1, vocab_size=200),
+        evaluation_batches(windows, 50, 50, 0, 1, vocab_size=200),
+    ):
+        with pytest.raises(DataError, match=r"corpus holds the token id 200, .* has 200 ids"):
+            next(batches)
