@@ -97,9 +97,7 @@ def _master_address(environment: Mapping[str, str], world_size: int) -> str:
     local = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", environment.get("MPI_LOCALNRANKS", world_size)))
     if local < world_size:
         raise ConfigError(
-            [
-                "mpirun spans several hosts and MASTER_ADDR is not set: export MASTER_ADDR=<first host> (-x MASTER_ADDR)"
-            ]
+            ["mpirun spans several hosts and MASTER_ADDR is not set: add -x MASTER_ADDR=<first host>"]
         )
     return "127.0.0.1"
 

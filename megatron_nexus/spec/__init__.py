@@ -1,1 +1,1 @@
-"""What a parameter is: its logical axes, its share on a rank, its first values, its cost. No torch.distributed."""
+"""What a parameter is: its axes, its share on a rank, its first values, its cost. No torch.distributed."""

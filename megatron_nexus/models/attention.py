@@ -1,0 +1,86 @@
+"""Nexus-Attention: causal multi-head attention whose Q, K and V are Nexus-Rank projections.
+
+    attention = softmax(Q K^T / sqrt(H)) V        (Nexusformer, equations 6 to 9), rotary positions
+
+T tokens, B batch, D hidden, N heads of this rank, H head size, W = all heads x H the attention width.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.models.context import Context
+from megatron_nexus.models.linear import Linear
+from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
+from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
+from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(tokens: int, size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, 1, H / 2], float32: angle(t, i) = t * base^(-2 i / H) (Su et al., 2021)."""
+    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)[:, None, None, :]
+    return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
+
+
+def rotate(x_TBNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + H / 2) of each head by their token's angles."""
+    first, second = x_TBNH.chunk(2, dim=-1)
+    cos, sin = cos.to(x_TBNH.dtype), sin.to(x_TBNH.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
+    """Specs of one layer's attention by part: norm, q, k, v, output."""
+    hidden, width = Axis("hidden", model.hidden_size), Axis("attention", model.attention_width)
+    init = Normal(model.init_method_std)
+    writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
+    widths = (model.nexus_m, model.nexus_a)
+    parts: dict[str, tuple[ParamSpec, ...]] = {"norm": (rms_norm_spec(f"{prefix}.norm.gain", hidden),)}
+    for name in ("q", "k", "v"):
+        parts[name] = nexus_rank_specs(f"{prefix}.{name}", hidden, width, *widths, init, init)
+    if model.nexus_output_projection:
+        parts["output"] = nexus_rank_specs(f"{prefix}.output", width, hidden, *widths, init, writer)
+    else:
+        heads = Axis("attention", model.attention_width, Layout.EXACT)
+        parts["output"] = (ParamSpec(f"{prefix}.output.weight", (hidden, heads), writer, Role.MATMUL),)
+    return parts
+
+
+class Attention(nn.Module):
+    """x -> attention(norm(x)), without the residual."""
+
+    def __init__(self, model: ModelConfig, prefix: str, context: Context) -> None:
+        super().__init__()
+        parts = attention_specs(model, prefix)
+        scale = inner_norm_scale(model.hidden_size) if model.nexus_inner_norm else None
+        self.tp = context.tp
+        self.head_size = model.kv_channels
+        self.rotary_base = model.rotary_base
+        self.norm = RMSNorm(parts["norm"][0], model.norm_epsilon, context)
+        self.qkv = NexusRank({name: parts[name] for name in ("q", "k", "v")}, scale, context)
+        self.output: Linear | NexusRank
+        if model.nexus_output_projection:
+            self.output = NexusRank({"output": parts["output"]}, scale, context)
+        else:
+            self.output = Linear(parts["output"][0], context)
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """[T, B, D] -> [T, B, D]."""
+        x_TBD = self.tp.enter(self.norm(x_TBD))
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.tp.scatter_features(*self.qkv(x_TBD)))
+        cos, sin = rotary_tables(q.shape[0], self.head_size, self.rotary_base, q.device)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (y_TBNH.permute(1, 2, 0, 3) for y_TBNH in (q, k, v))
+        mixed_BNTH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed_TBW = mixed_BNTH.permute(2, 0, 1, 3).flatten(2)
+        if isinstance(self.output, NexusRank):
+            (mixed_TBW,) = self.tp.gather_features(mixed_TBW)
+            (partial,) = self.output(mixed_TBW)
+        else:
+            partial = self.output(mixed_TBW)
+        return self.tp.leave(partial)

@@ -1,0 +1,38 @@
+"""Context: what every layer is built with beside its own sizes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megatron_nexus.config.run_config import Recompute
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.spec.shard import Shard
+
+
+@dataclass(frozen=True)
+class Context:
+    """The tensor-parallel ranks, this rank's share, the seed and type of new weights, what is recomputed."""
+
+    tp: TensorParallel
+    shard: Shard
+    seed: int
+    dtype: torch.dtype = torch.float32
+    recompute: Recompute = "none"
+
+    def linear_after(self, activation: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
+        """linear(activation(*inputs), weight), which keeps only `inputs` under selective recompute.
+
+        The checkpoint ends early, before the product: backward repeats the activation alone.
+        """
+        if self.recompute != "selective":
+            return F.linear(activation(*inputs), weight)
+
+        def run(weight: Tensor, *inputs: Tensor) -> Tensor:
+            return F.linear(activation(*inputs), weight)
+
+        result: Tensor = checkpoint(run, weight, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return result

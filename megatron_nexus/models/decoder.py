@@ -1,0 +1,170 @@
+"""The decoder: token embedding, blocks of attention and feed-forward, final norm, untied head.
+
+A decoder is a row of layers: the embedding, each block, the head. `decoder_specs` describes all its
+parameters without building anything; `DecoderStage` builds a run of layers, which is the whole decoder or
+a pipeline stage of it.
+
+T tokens, B batch, D hidden, V the part of the vocabulary on this rank.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.models.attention import Attention, attention_specs
+from megatron_nexus.models.context import Context
+from megatron_nexus.models.feed_forward import FeedForward, feed_forward_specs
+from megatron_nexus.models.linear import Linear
+from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
+from megatron_nexus.models.parameters import SpecModule
+from megatron_nexus.parallel.cross_entropy import vocabulary_parallel_cross_entropy
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.spec.cost import attention_flops_per_token, balanced_cuts, weight_flops_per_token
+from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.shard import Shard
+
+
+def _vocabulary(model: ModelConfig) -> Axis:
+    return Axis("vocabulary", model.vocab_size, Layout.SPLIT)
+
+
+def embedding_spec(model: ModelConfig) -> ParamSpec:
+    """The token embedding [vocabulary, D]."""
+    axes = (_vocabulary(model), Axis("hidden", model.hidden_size))
+    return ParamSpec("embedding.weight", axes, Normal(model.init_method_std), Role.LOOKUP)
+
+
+def head_specs(model: ModelConfig) -> dict[str, ParamSpec]:
+    """The final norm and the head [vocabulary, D]."""
+    hidden = Axis("hidden", model.hidden_size)
+    init = Normal(model.init_method_std)
+    return {
+        "norm": rms_norm_spec("final_norm.gain", hidden),
+        "weight": ParamSpec("head.weight", (_vocabulary(model), hidden), init, Role.MATMUL),
+    }
+
+
+def layer_specs(model: ModelConfig) -> list[list[ParamSpec]]:
+    """The parameters of each layer, in order: embedding, blocks, head."""
+    blocks = [
+        [
+            *(spec for part in attention_specs(model, f"layers.{i}.attention").values() for spec in part),
+            *feed_forward_specs(model, f"layers.{i}.feed_forward").values(),
+        ]
+        for i in range(model.num_layers)
+    ]
+    return [[embedding_spec(model)], *blocks, list(head_specs(model).values())]
+
+
+def decoder_specs(model: ModelConfig) -> dict[str, ParamSpec]:
+    """Every parameter of the decoder by logical name. Pure: needs no process group and allocates nothing."""
+    return {spec.name: spec for layer in layer_specs(model) for spec in layer}
+
+
+def layer_flops_per_token(model: ModelConfig, seq_length: int) -> list[int]:
+    """Forward FLOPs per token of each layer, attention included (`spec.cost` says what is counted)."""
+    flops = [weight_flops_per_token(specs) for specs in layer_specs(model)]
+    attention = attention_flops_per_token(model.attention_width, seq_length)
+    return [flops[0], *(block + attention for block in flops[1:-1]), flops[-1]]
+
+
+def training_flops_per_token(model: ModelConfig, seq_length: int) -> int:
+    """Forward and backward FLOPs per token: three times forward."""
+    return 3 * sum(layer_flops_per_token(model, seq_length))
+
+
+def stage_layers(model: ModelConfig, seq_length: int, stage: int, stages: int) -> range:
+    """The layers of a pipeline stage: cut so that the dearest stage is as cheap as possible."""
+    cuts = balanced_cuts(layer_flops_per_token(model, seq_length), stages)
+    return range(cuts[stage], cuts[stage + 1])
+
+
+class Embedding(SpecModule):
+    """Rows of the embedding matrix, which tensor-parallel ranks share by vocabulary."""
+
+    def __init__(self, model: ModelConfig, context: Context) -> None:
+        spec = embedding_spec(model)
+        super().__init__({"weight": spec}, context.shard, context.seed, context.dtype)
+        self.tp = context.tp
+        self.start, self.stop = context.shard.logical_range(spec.axes[0])
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids [B, T] -> x [T, B, D]."""
+        tokens_TB = tokens_BT.t()
+        elsewhere = (tokens_TB < self.start) | (tokens_TB >= self.stop)
+        rows_TB = (tokens_TB - self.start).masked_fill(elsewhere, 0)
+        x_TBD = F.embedding(rows_TB, self.get_parameter("weight"))
+        return self.tp.leave(x_TBD.masked_fill(elsewhere[..., None], 0.0))
+
+
+class Block(nn.Module):
+    """x + attention(x), then x + feed_forward(x), pre-norm."""
+
+    def __init__(self, model: ModelConfig, index: int, context: Context) -> None:
+        super().__init__()
+        self.attention = Attention(model, f"layers.{index}.attention", context)
+        self.feed_forward = FeedForward(model, f"layers.{index}.feed_forward", context)
+        self.recompute_all = context.recompute == "full"
+
+    def _run(self, x_TBD: Tensor) -> Tensor:
+        x_TBD = x_TBD + self.attention(x_TBD)
+        return x_TBD + self.feed_forward(x_TBD)
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """[T, B, D] -> [T, B, D]; under full recompute only the input is kept for backward."""
+        if self.recompute_all and torch.is_grad_enabled():
+            result: Tensor = checkpoint(self._run, x_TBD, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return self._run(x_TBD)
+
+
+class Head(nn.Module):
+    """Final norm and logits."""
+
+    def __init__(self, model: ModelConfig, context: Context) -> None:
+        super().__init__()
+        specs = head_specs(model)
+        self.tp = context.tp
+        self.norm = RMSNorm(specs["norm"], model.norm_epsilon, context)
+        self.projection = Linear(specs["weight"], context)
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """[T, B, D] -> logits [T, B, V]."""
+        logits_TBV: Tensor = self.projection(self.tp.enter(self.norm(x_TBD)))
+        return logits_TBV
+
+
+class DecoderStage(nn.Module):
+    """A run of the decoder's layers: token ids or activations in, activations or logits out."""
+
+    def __init__(self, model: ModelConfig, layers: range, context: Context) -> None:
+        super().__init__()
+        last = model.num_layers + 1
+        self.layers = nn.ModuleList(
+            Embedding(model, context)
+            if index == 0
+            else Head(model, context)
+            if index == last
+            else Block(model, index - 1, context)
+            for index in layers
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T] or [T, B, D] -> [T, B, D] or [T, B, V]."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Loss:
+    """Mean cross entropy of a stage's logits."""
+
+    def __init__(self, model: ModelConfig, tp: TensorParallel, shard: Shard) -> None:
+        self.vocabulary_range = shard.logical_range(_vocabulary(model))
+        self.tp = tp
+
+    def __call__(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
+        """Nats per token, a scalar, the same on every tensor-parallel rank."""
+        return vocabulary_parallel_cross_entropy(logits_TBV, labels_BT.t(), self.vocabulary_range, self.tp)

@@ -1,0 +1,69 @@
+"""Cross entropy of logits whose vocabulary is split over tensor-parallel ranks.
+
+    loss = mean over tokens of  log sum_v exp(z_v) - z_label
+
+z [N, V_local] this rank's logits, N tokens. Two all-reduces forward (N maxima; N sums and N label
+logits together), none backward. Logits of padding rows of the head are no part of the sum: a zero row
+would still give the logit 0.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+
+
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    dtype: torch.dtype
+
+
+class _VocabularyParallelCrossEntropy(Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: _Context, logits_NV: Tensor, labels_N: Tensor, start: int, stop: int, tp: TensorParallel
+    ) -> Tensor:
+        count = stop - start
+        # float64 stays as it is; everything shorter is computed in float32.
+        z_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
+        if count < z_NV.shape[1]:
+            z_NV[:, count:] = -torch.inf
+        largest_N = tp.maximum(z_NV.amax(dim=1))
+        z_NV -= largest_N[:, None]
+        mine_N = (labels_N >= start) & (labels_N < stop)
+        column_N = torch.where(mine_N, labels_N - start, 0)
+        label_logit_N = torch.where(mine_N, z_NV.gather(1, column_N[:, None])[:, 0], 0.0)
+        exp_NV = z_NV.exp_()
+        both = tp.sum(torch.stack([exp_NV.sum(dim=1), label_logit_N]))
+        sum_N, label_logit_N = both[0], both[1]
+        ctx.save_for_backward(exp_NV, sum_N, mine_N, column_N)
+        ctx.dtype = logits_NV.dtype
+        return (sum_N.log() - label_logit_N).mean()
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: _Context, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        exp_NV, sum_N, mine_N, column_N = ctx.saved_tensors
+        scale = grad / sum_N.numel()
+        grad_NV = exp_NV * (scale / sum_N)[:, None]
+        grad_NV.scatter_add_(1, column_N[:, None], torch.where(mine_N, -scale, 0.0)[:, None])
+        return grad_NV.to(ctx.dtype), None, None, None, None
+
+
+def vocabulary_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, vocabulary_range: tuple[int, int], tp: TensorParallel
+) -> Tensor:
+    """Mean cross entropy in nats per token, the same on every tensor-parallel rank.
+
+    `logits` [..., V_local] of this rank's part of the vocabulary, its logical rows `vocabulary_range`
+    first, then padding; `labels` [...] global token ids.
+    """
+    start, stop = vocabulary_range
+    flat_NV, labels_N = logits.flatten(0, -2), labels.flatten()
+    loss = _VocabularyParallelCrossEntropy.apply(flat_NV, labels_N, start, stop, tp)
+    return cast(Tensor, loss)

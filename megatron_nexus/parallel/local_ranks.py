@@ -1,0 +1,133 @@
+"""Local ranks: where no launcher starts enough processes on a machine of CPUs, this one starts them.
+
+It watches them, passes signals on, and when one fails ends the others, so that nothing is left behind.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from megatron_nexus.log import logger
+from megatron_nexus.parallel.world import World
+
+PATIENCE_S = 6.0
+_PR_SET_PDEATHSIG = 1
+
+
+def missing_ranks(world: World, wanted: int) -> bool:
+    """Whether this process should start `wanted` local ranks itself.
+
+    True on a machine without accelerators where a shell started one process, or where the `deepspeed`
+    launcher did because nobody told it how many to start. Every other launcher's count is taken as meant.
+    """
+    if world.size != 1 or wanted == 1 or _has_accelerator():
+        return False
+    return world.launcher == "none" or (
+        world.launcher == "deepspeed" and not _deepspeed_was_told(os.getppid())
+    )
+
+
+def _has_accelerator() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
+def _deepspeed_was_told(launcher_pid: int) -> bool:
+    """Whether the `deepspeed` command above us names hosts or devices."""
+    told = ("--num_gpus", "--num_nodes", "--num_accelerators", "--include", "--exclude", "--hostfile")
+    short = ("-i", "-e", "-H")
+    pid = launcher_pid
+    while pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except FileNotFoundError:
+            return False
+        if any(Path(word).name == "deepspeed" for word in words[:2]):
+            flags = [word.split("=")[0] for word in words[: words.index(_script(words))]]
+            return any(flag in told or flag in short for flag in flags)
+        pid = parent
+    return False
+
+
+def _script(words: list[str]) -> str:
+    """The first argument after the launcher's own that is a Python file, or the last word."""
+    return next((word for word in words[2:] if word.endswith(".py")), words[-1])
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent is gone, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run_local_ranks(count: int, command: list[str]) -> int:
+    """Run `command` as ranks 0 ... count - 1 on this machine and return the exit code of the run.
+
+    SIGINT, SIGTERM and SIGUSR1 are passed on. When a rank fails, the others get 6 s to leave by
+    themselves, then they are ended. The exit code is that of the rank that failed first.
+    """
+    port = free_port()
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "LOCAL_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-u", *command],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            preexec_fn=_die_with_parent,
+        )
+        for rank in range(count)
+    ]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    try:
+        return _watch(ranks)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all ranks, or for the first failure and then a little longer; return the exit code."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        codes = [process.poll() for process in ranks]
+        bad = [(rank, code) for rank, code in enumerate(codes) if code]
+        if failed is None and bad:
+            rank, failed = bad[0]
+            deadline = time.monotonic() + PATIENCE_S
+            if failed < 0:
+                name = signal.Signals(-failed).name
+                logger.error("rank %d was ended by %s: out of memory, or killed by hand?", rank, name)
+        time.sleep(0.05)
+    if failed is None:
+        failed = next((code for code in (process.poll() for process in ranks) if code), 0)
+    return 128 - failed if failed < 0 else failed

@@ -1,0 +1,221 @@
+"""TensorParallel: the collectives between the ranks that share each layer, forward and backward.
+
+A layer reads as single-device maths with four calls: `enter` before column-split weights, `leave` after
+row-split ones, `gather_features` and `scatter_features` between them. Each takes several tensors at once
+and moves them in one collective. With one rank every call returns its arguments.
+
+T tokens, B batch, t ranks, f = (t - 1) / t. Activations are [T, B, ...]; under sequence parallelism those
+outside `enter` ... `leave` are this rank's T / t tokens. Bytes moved are per rank, for a ring.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+Group = dist.ProcessGroup
+
+
+def _all_reduce(x: Tensor, group: Group) -> Tensor:
+    total = x.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    """[*] -> [t, *]."""
+    gathered = x.new_empty(group.size() * x.numel())
+    dist.all_gather_into_tensor(gathered, x.contiguous().view(-1), group=group)
+    return gathered.view(group.size(), *x.shape)
+
+
+def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    """[t, *] -> [*], the sum over ranks of this rank's slice."""
+    mine = x.new_empty(x.numel() // group.size())
+    dist.reduce_scatter_tensor(mine, x.contiguous().view(-1), group=group)
+    return mine.view(x.shape[1:])
+
+
+def _gather_last(xs: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+    """Each [..., w] -> [..., t w], all in one all-gather."""
+    flat = torch.cat([x.reshape(-1) for x in xs])
+    gathered = _all_gather(flat, group)
+    parts = gathered.split([x.numel() for x in xs], dim=1)
+    return tuple(
+        part.view(group.size(), *x.shape).movedim(0, -2).reshape(*x.shape[:-1], -1)
+        for part, x in zip(parts, xs, strict=True)
+    )
+
+
+def _scatter_last(ys: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+    """Each partial sum [..., t w] -> the sum [..., w] of this rank's columns, all in one reduce-scatter."""
+    size = group.size()
+    shapes = [(*y.shape[:-1], y.shape[-1] // size) for y in ys]
+    by_rank = [
+        y.view(*shape[:-1], size, shape[-1]).movedim(-2, 0).reshape(size, -1)
+        for y, shape in zip(ys, shapes, strict=True)
+    ]
+    mine = _reduce_scatter(torch.cat(by_rank, dim=1), group)
+    parts = mine.split([part.shape[1] for part in by_rank])
+    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+class _Collective(FunctionCtx):
+    """What the functions below keep for their backward."""
+
+    group: Group
+
+
+class _Copy(Function):
+    """Forward: identity. Backward: all-reduce, 2 f |x| elements."""
+
+    @staticmethod
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_reduce(grad, ctx.group), None
+
+
+class _Sum(Function):
+    """Forward: all-reduce, 2 f |x| elements. Backward: identity."""
+
+    @staticmethod
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _SharedSum(Function):
+    """Forward: all-reduce of a value that every rank goes on to use in its own way. Backward: all-reduce."""
+
+    @staticmethod
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_reduce(grad, ctx.group), None
+
+
+class _GatherTokens(Function):
+    """Forward: all-gather of the first axis, f |x| t elements. Backward: reduce-scatter, the same."""
+
+    @staticmethod
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _all_gather(x, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _reduce_scatter(grad.unflatten(0, (ctx.group.size(), -1)), ctx.group), None
+
+
+class _ScatterTokens(Function):
+    """Forward: reduce-scatter of partial sums over the first axis, f |x| elements. Backward: all-gather."""
+
+    @staticmethod
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _reduce_scatter(x.unflatten(0, (group.size(), -1)), group)
+
+    @staticmethod
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_gather(grad, ctx.group).flatten(0, 1), None
+
+
+class _GatherFeatures(Function):
+    """Forward: all-gather of the last axis of all tensors, fused. Backward: reduce-scatter, fused."""
+
+    @staticmethod
+    def forward(ctx: _Collective, group: Group, *xs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.group = group
+        return _gather_last(xs, group)
+
+    @staticmethod
+    def backward(ctx: _Collective, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, *_scatter_last(grads, ctx.group))
+
+
+class _ScatterFeatures(Function):
+    """Forward: reduce-scatter of partial sums over the last axis, fused. Backward: all-gather, fused."""
+
+    @staticmethod
+    def forward(ctx: _Collective, group: Group, *ys: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.group = group
+        return _scatter_last(ys, group)
+
+    @staticmethod
+    def backward(ctx: _Collective, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, *_gather_last(grads, ctx.group))
+
+
+class TensorParallel:
+    """The ranks that share each layer, and whether they share the tokens between layers as well."""
+
+    def __init__(self, group: Group | None, sequence_parallel: bool = False) -> None:
+        """`group` None stands for one rank without a process group."""
+        self.size = group.size() if group is not None else 1
+        self.rank = group.rank() if group is not None else 0
+        self.sequence_parallel = sequence_parallel and self.size > 1
+        self._group = group if self.size > 1 else None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Before column-split weights: all tokens on every rank; the gradient is summed on the way back."""
+        if self._group is None:
+            return x
+        function = _GatherTokens if self.sequence_parallel else _Copy
+        return cast(Tensor, function.apply(x, self._group))
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """After row-split weights: partial sums to the sum, of this rank's tokens where they are split."""
+        if self._group is None:
+            return partial
+        function = _ScatterTokens if self.sequence_parallel else _Sum
+        return cast(Tensor, function.apply(partial, self._group))
+
+    def gather_features(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Column parts [..., w] of each tensor to all columns [..., t w], in one collective."""
+        if self._group is None:
+            return xs
+        return cast(tuple[Tensor, ...], _GatherFeatures.apply(self._group, *xs))
+
+    def scatter_features(self, *partials: Tensor) -> tuple[Tensor, ...]:
+        """Partial sums [..., t w] of each tensor to this rank's columns [..., w], in one collective."""
+        if self._group is None:
+            return partials
+        return cast(tuple[Tensor, ...], _ScatterFeatures.apply(self._group, *partials))
+
+    def shared_sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks of a statistic that each then uses on its own columns."""
+        if self._group is None:
+            return x
+        return cast(Tensor, _SharedSum.apply(x, self._group))
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        """A weight applied to this rank's tokens: its gradient is summed over ranks where they differ."""
+        if self._group is None or not self.sequence_parallel:
+            return weight
+        return cast(Tensor, _Copy.apply(weight, self._group))
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over ranks; no gradient."""
+        if self._group is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self._group)
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over ranks, in place; no gradient."""
+        if self._group is not None:
+            dist.all_reduce(x, group=self._group)
+        return x

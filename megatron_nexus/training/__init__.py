@@ -1,0 +1,1 @@
+"""How a model is learnt: engine, loop, schedule, metrics."""

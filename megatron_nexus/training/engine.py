@@ -1,0 +1,149 @@
+"""Engine: one face for DeepSpeed's two engines. One of the files sealed for `deepspeed`.
+
+Pipeline stages > 1: DeepSpeed's PipelineEngine, ZeRO 1. One stage: the plain engine, ZeRO 1, 2, 3. Both
+train the same modules under the same logical names.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_nexus.config.deepspeed_config import deepspeed_config
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.models.context import Context
+from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
+from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.optimizer import make_optimizer
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step reports, the same on every rank: nats per token, global gradient norm."""
+
+    loss: float
+    grad_norm: float
+
+
+class _WholeModel(nn.Module):
+    """Decoder and loss as the one module of the plain engine."""
+
+    def __init__(self, stage: DecoderStage, loss: Loss) -> None:
+        super().__init__()
+        self.stage = stage
+        self.loss = loss
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        return self.loss(self.stage(tokens_BT), labels_BT)
+
+
+def padding_multiple(config: RunConfig, device: torch.device) -> int:
+    """The alignment of split axes per rank: as configured, or what the device's matrix units want."""
+    return config.parallel.padding_multiple or (1 if device.type == "cpu" else 64)
+
+
+class Engine:
+    """The model of a run, its optimizer state and its steps."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        # On a CPU DeepSpeed would build a shared-memory collective that leaves 67 MB per rank in /dev/shm.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self._mesh = mesh
+        self._accumulation = config.accumulation_steps(mesh.world_size)
+        self.shard = Shard(mesh.tensor, mesh.tensor_size, padding_multiple(config, mesh.device))
+        tp = TensorParallel(mesh.tensor_group, config.parallel.sequence_parallel)
+        context = Context(
+            tp, self.shard, config.training.seed, recompute=config.training.recompute_granularity
+        )
+        loss = Loss(config.model, tp, self.shard)
+        stages = [
+            stage_layers(config.model, config.training.seq_length, stage, mesh.pipe_size)
+            for stage in range(mesh.pipe_size)
+        ]
+        topology = PipeModelDataParallelTopology(
+            num_pp=mesh.pipe_size, num_mp=mesh.tensor_size, num_dp=mesh.data_size
+        )
+        # DeepSpeed prints its topology and layers; our log says what a user needs of it.
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(dist_init_required=False, verbose=False)
+            model: nn.Module
+            if mesh.pipe_size > 1:
+                model = PipelineModule(
+                    layers=[LayerSpec(DecoderStage, config.model, layers, context) for layers in stages],
+                    topology=topology,
+                    loss_fn=loss,
+                    partition_method="uniform",  # one DecoderStage each: cut by cost in stage_layers
+                )
+                grid = None
+            else:
+                model = _WholeModel(DecoderStage(config.model, stages[0], context), loss).to(mesh.device)
+                grid = PipelineParallelGrid(topology=topology)
+            #: Every parameter of this stage with its spec, by logical name.
+            self.parameters: dict[str, tuple[ParamSpec, nn.Parameter]] = logical_parameters(model)
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer(self.parameters, config.optimizer),
+                config=deepspeed_config(config, mesh.world_size),
+                mpu=grid,
+            )
+        self.layers = stages[mesh.pipe]
+
+    def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
+        """One optimizer step over the next micro-batches.
+
+        A step whose gradients are not finite leaves the weights as they were, and its norm is not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._mesh.pipe_size > 1:
+            loss = self.deepspeed.train_batch(data_iter=self._on_device(batches)).item()
+        else:
+            self.deepspeed.train()
+            losses = []
+            for _ in range(self._accumulation):
+                tokens, labels = self._to_device(next(batches))
+                loss_tensor = self.deepspeed(tokens, labels)
+                self.deepspeed.backward(loss_tensor)
+                self.deepspeed.step()
+                losses.append(loss_tensor.detach())
+            loss = self._mean_over_data(torch.stack(losses).mean())
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(loss, float("inf") if self.optimizer.overflow else float(norm))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], count: int) -> float:
+        """Mean loss in nats per token over `count` micro-batches of each rank."""
+        if self._mesh.pipe_size > 1:
+            loss = self.deepspeed.eval_batch(self._on_device(batches), num_micro_batches=count)
+            return float(loss.item())
+        self.deepspeed.eval()
+        losses = [self.deepspeed(*self._to_device(next(batches))) for _ in range(count)]
+        return self._mean_over_data(torch.stack(losses).mean())
+
+    def _mean_over_data(self, loss: Tensor) -> float:
+        mean = loss.detach().float().clone()
+        dist.all_reduce(mean, group=self._mesh.data_group)
+        return mean.item() / self._mesh.data_size
+
+    def _to_device(self, batch: Batch) -> Batch:
+        tokens, labels = batch
+        return tokens.to(self._mesh.device), labels.to(self._mesh.device)
+
+    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return map(self._to_device, batches)

@@ -1,0 +1,31 @@
+"""The learning rate as a pure function of the step: there is no scheduler state to save."""
+
+import math
+
+from megatron_nexus.config.run_config import OptimizerConfig
+
+
+def learning_rate(optimizer: OptimizerConfig, step: int, train_iters: int) -> float:
+    """The learning rate of the optimizer step `step`, counted from 1.
+
+    Linear warm-up from zero, then the chosen decay from `lr` to `min_lr`, reached at the end of the decay
+    and kept after it. WSD stays at `lr` and decays linearly over its last steps.
+    """
+    warmup, peak, low = optimizer.lr_warmup_iters, optimizer.lr, optimizer.min_lr
+    end = optimizer.lr_decay_iters or train_iters
+    if step <= warmup:
+        return peak * step / warmup
+    if optimizer.lr_decay_style == "constant":
+        return peak
+    if step >= end:
+        return low
+    match optimizer.lr_decay_style:
+        case "cosine":
+            done = (step - warmup) / (end - warmup)
+            return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * done))
+        case "linear":
+            done = (step - warmup) / (end - warmup)
+            return low + (peak - low) * (1.0 - done)
+        case "WSD":
+            length = optimizer.lr_wsd_decay_iters or max(1, end // 10)
+            return low + (peak - low) * min(1.0, (end - step) / length)
