@@ -142,6 +142,20 @@ class IndexedDataset:
         assert 0 <= start <= stop <= self.token_count, (start, stop, self.token_count)
         return self._tokens[start:stop]
 
+    def check_vocabulary(self, ids: npt.NDArray[np.integer], vocab_size: int) -> None:
+        """Refuse ids of this corpus that a vocabulary does not have.
+
+        Raises:
+            DataError: one of `ids` (any shape) is negative or not below `vocab_size`.
+        """
+        if ids.size == 0 or 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            return
+        foreign = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise DataError(
+            f"{bin_path(self.prefix)} holds the token id {foreign}, the vocabulary has {vocab_size} ids "
+            "from 0: use the tokenizer that the corpus was written with, or tokenize the corpus again"
+        )
+
 
 class IndexedDatasetWriter:
     """Writes a `.bin` / `.idx` pair; use it as a context manager.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from megatron_nexus.data.samples import TokenWindows
-from megatron_nexus.errors import DataError
 
 IGNORED_LABEL = -100
 """The label of positions that count nowhere: `torch.nn.functional.cross_entropy`'s default."""
@@ -42,7 +41,8 @@ def micro_batches(
     first = consumed_samples + data_parallel_rank * micro_batch_size
     while True:
         samples = np.stack([windows.sample(k) for k in range(first, first + micro_batch_size)])
-        _check_vocabulary(samples, windows, vocab_size)
+        if vocab_size is not None:
+            windows.dataset.check_vocabulary(samples, vocab_size)
         yield _tokens_and_labels(samples)
         first += samples_per_step
 
@@ -70,7 +70,8 @@ def evaluation_batches(
         first = step_first + data_parallel_rank * micro_batch_size
         rows = np.arange(first, first + micro_batch_size)
         samples = np.stack([windows.sample(min(int(k), last)) for k in rows])
-        _check_vocabulary(samples, windows, vocab_size)
+        if vocab_size is not None:
+            windows.dataset.check_vocabulary(samples, vocab_size)
         tokens_BT, labels_BT = _tokens_and_labels(samples)
         labels_BT[torch.from_numpy(rows > last)] = IGNORED_LABEL
         yield tokens_BT, labels_BT
@@ -80,13 +81,3 @@ def _tokens_and_labels(samples: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """Split [B, T + 1] into what is read and what is to be predicted."""
     both = torch.from_numpy(samples)
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-
-def _check_vocabulary(samples: npt.NDArray[np.int64], windows: TokenWindows, vocab_size: int | None) -> None:
-    if vocab_size is None or 0 <= int(samples.min()) <= int(samples.max()) < vocab_size:
-        return
-    foreign = int(samples[(samples < 0) | (samples >= vocab_size)][0])
-    raise DataError(
-        f"{windows.dataset.prefix} holds the token id {foreign}, the model's vocabulary has {vocab_size} ids "
-        "from 0: train with the tokenizer that the corpus was written with, or tokenize the corpus again"
-    )

@@ -93,5 +93,5 @@ def test_an_id_outside_the_vocabulary_is_named(windows: TokenWindows) -> None:
         micro_batches(windows, 0, 50, 50, 0, 1, vocab_size=200),
         evaluation_batches(windows, 50, 50, 0, 1, vocab_size=200),
     ):
-        with pytest.raises(DataError, match=r"corpus holds the token id 200, .* has 200 ids"):
+        with pytest.raises(DataError, match=r"corpus\.bin holds the token id 200, .* has 200 ids"):
             next(batches)

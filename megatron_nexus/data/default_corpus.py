@@ -1,0 +1,199 @@
+"""The default corpus: the Python standard library and a tokenizer trained on it, ready to be read.
+
+About 30 MB (half of it where the package `test` is not installed), prepared once and kept under the cache
+folder:
+
+    python-stdlib-<fingerprint>/     corpus.bin  corpus.idx  tokenizer.model  corpus.json
+
+The folder gets this name when it is complete and on the disk, so that a kill at any time leaves nothing
+that could be mistaken for it. Processes that race wait for the first of them.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+from megatron_nexus.data.standard_library import standard_library_documents
+from megatron_nexus.data.tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
+from megatron_nexus.errors import DataError
+from megatron_nexus.log import Progress, logger
+
+NAME = "python-stdlib"
+FORMAT_VERSION = 1
+"""Part of the fingerprint: raise it when the same Python would give another corpus."""
+
+SHUFFLE_SEED = b"nexus"
+DOCUMENTS_PER_BATCH = 64
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class DefaultCorpus:
+    """A prepared default corpus."""
+
+    prefix: Path
+    """Of its `.bin` and `.idx` files."""
+    tokenizer_path: Path
+    """The SentencePiece model that it was written with."""
+    fingerprint: str
+    """sha256 of all that decides its contents, in hexadecimal."""
+    documents: int
+    """Number of documents; each ends with the end-of-document token."""
+    bytes: int
+    """UTF-8 bytes of all documents."""
+    tokens: int
+    """Tokens of all documents, end-of-document tokens included."""
+
+
+def prepare_default_corpus(
+    cache_root: Path, vocab_size: int, collect: Callable[[], Iterable[str]] = standard_library_documents
+) -> DefaultCorpus:
+    """The default corpus of this Python, from the cache or prepared now (about 20 s on two cores).
+
+    The fingerprint covers the documents themselves and not only names, sizes and dates: reading them takes
+    half a second, and nodes whose files differ in dates alone share one cache.
+
+    Args:
+        cache_root: where prepared corpora are kept.
+        vocab_size: pieces of the tokenizer.
+        collect: another source of documents in place of `standard_library_documents`.
+
+    Raises:
+        DataError: the cache folder is not writable or full, or the vocabulary does not fit the corpus.
+    """
+    with Progress("Reading the Python standard library"):
+        documents = _shuffled(collect())
+    fingerprint = _fingerprint(documents, vocab_size)
+    folder = cache_root / f"{NAME}-{fingerprint[:12]}"
+    try:
+        corpus = _complete(folder, fingerprint)
+        if corpus is None:
+            cache_root.mkdir(parents=True, exist_ok=True)
+            with _locked(cache_root / f"{NAME}.lock"):
+                corpus = _complete(folder, fingerprint) or _prepare(
+                    folder, fingerprint, list(documents.values()), vocab_size
+                )
+    except OSError as error:
+        raise DataError(
+            f"the default corpus cannot be kept in {cache_root} ({error.strerror or error}): "
+            "free some space (100 MB are enough) or name another local folder with --data-cache-path"
+        ) from error
+    logger.info(
+        "Default corpus: %s documents, %.1f MB, %s tokens, %.2f bytes per token, in %s",
+        f"{corpus.documents:,}",
+        corpus.bytes / MEGABYTE,
+        f"{corpus.tokens:,}",
+        corpus.bytes / corpus.tokens,
+        folder,
+    )
+    return corpus
+
+
+def _shuffled(documents: Iterable[str]) -> dict[bytes, str]:
+    """Different, non-empty documents by hash, in the order of the hashes.
+
+    That order is a shuffle which no version of a random generator can change, and one more document leaves
+    the others where they were.
+    """
+    by_hash = {hashlib.sha256(SHUFFLE_SEED + text.encode()).digest(): text for text in documents if text}
+    return dict(sorted(by_hash.items()))
+
+
+def _fingerprint(documents: dict[bytes, str], vocab_size: int) -> str:
+    facts = (FORMAT_VERSION, platform.python_version(), version("sentencepiece"), vocab_size)
+    return hashlib.sha256(repr(facts).encode() + b"".join(documents)).hexdigest()
+
+
+def _complete(folder: Path, fingerprint: str) -> DefaultCorpus | None:
+    """The corpus in `folder` if all its files are there in full."""
+    try:
+        manifest = json.loads((folder / "corpus.json").read_bytes())
+        sizes = {name: (folder / name).stat().st_size for name in manifest["file_bytes"]}
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if manifest["fingerprint"] != fingerprint or sizes != manifest["file_bytes"]:
+        return None
+    return DefaultCorpus(
+        folder / "corpus",
+        folder / "tokenizer.model",
+        fingerprint,
+        manifest["documents"],
+        manifest["bytes"],
+        manifest["tokens"],
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock that lets one process prepare; the system drops it when the process dies."""
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with Progress("Waiting for another process that prepares the default corpus"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare(folder: Path, fingerprint: str, documents: list[str], vocab_size: int) -> DefaultCorpus:
+    """Write a complete corpus to `folder`, under the lock."""
+    for stale in folder.parent.glob(f".{NAME}-*.partial"):
+        shutil.rmtree(stale)
+    if folder.exists():
+        logger.info("%s is damaged and is prepared again", folder)
+        shutil.rmtree(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir()
+    try:
+        facts = _write(partial, documents, vocab_size)
+        file_bytes = {file.name: file.stat().st_size for file in partial.iterdir()}
+        manifest = {"fingerprint": fingerprint, **facts, "file_bytes": file_bytes}
+        (partial / "corpus.json").write_text(json.dumps(manifest, indent=2))
+        for path in (*partial.iterdir(), partial):
+            _to_disk(path)
+        partial.rename(folder)
+        _to_disk(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    corpus = _complete(folder, fingerprint)
+    assert corpus is not None, f"{folder} was removed while it was written"
+    return corpus
+
+
+def _write(folder: Path, documents: list[str], vocab_size: int) -> dict[str, int]:
+    """Train the tokenizer and tokenize the documents into `folder`; count what was written."""
+    tokenizer_path = folder / "tokenizer.model"
+    with Progress(f"Training a tokenizer of {vocab_size} pieces on the default corpus"):
+        train_sentencepiece_bpe(documents, tokenizer_path, vocab_size)
+    tokenizer = SentencePieceTokenizer(tokenizer_path)
+    threads = len(os.sched_getaffinity(0))
+    text_bytes, tokens = sum(len(text.encode()) for text in documents), 0
+    with (
+        Progress("Tokenizing the default corpus", text_bytes / MEGABYTE, "MB") as progress,
+        IndexedDatasetWriter(folder / "corpus", token_dtype(vocab_size)) as writer,
+    ):
+        for first in range(0, len(documents), DOCUMENTS_PER_BATCH):
+            batch = documents[first : first + DOCUMENTS_PER_BATCH]
+            for text, ids in zip(batch, tokenizer.encode_documents(batch, threads), strict=True):
+                writer.add_document([*ids, tokenizer.eod_id])
+                tokens += len(ids) + 1
+                progress.advance(len(text.encode()) / MEGABYTE)
+    return {"documents": len(documents), "bytes": text_bytes, "tokens": tokens}
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
