@@ -179,15 +179,21 @@ def train_sentencepiece_bpe(
 
 def _sample(documents: Iterable[str], sample_bytes: int) -> list[str]:
     """The documents of the smallest hashes that fit `sample_bytes` together (one at least), by hash."""
-    kept: list[tuple[int, str]] = []
+    kept: list[tuple[int, str]] = []  # a heap, the largest hash first
     kept_bytes = 0
+    smallest_dropped = 1 << 64
     for text in documents:
         utf8 = _require_unicode(text)
-        priority = -int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest())
-        heapq.heappush(kept, (priority, text))
+        priority = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest())
+        # What is dropped closes the sample behind it, or a later and smaller document would slip in.
+        if priority >= smallest_dropped:
+            continue
+        heapq.heappush(kept, (-priority, text))
         kept_bytes += len(utf8)
         while kept_bytes > sample_bytes and len(kept) > 1:
-            kept_bytes -= len(heapq.heappop(kept)[1].encode())
+            priority, dropped = heapq.heappop(kept)
+            smallest_dropped = -priority
+            kept_bytes -= len(dropped.encode())
     return [text for _, text in sorted(kept, reverse=True)]
 
 
