@@ -1,0 +1,146 @@
+"""The manifest of a checkpoint: what was trained, how far, where it lay and how it is to be continued.
+
+A JSON file, written last: a folder that has one is complete. Needs no torch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec, Role
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+JsonObject: TypeAlias = Mapping[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run has come: optimizer steps, and what they consumed."""
+
+    step: int
+    samples: int
+    tokens: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How many ranks wrote the checkpoint, and how they were arranged."""
+
+    world_size: int
+    pipe_size: int
+    data_size: int
+    tensor_size: int
+
+
+@dataclass(frozen=True)
+class OptimizerRecord:
+    """The optimizer's own count of steps, and the hyper-parameters of each of its groups by name."""
+
+    step_count: int
+    groups: Mapping[str, JsonObject]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """DeepSpeed's counters."""
+
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All about a checkpoint but its tensors; what `config` and `lineage` say is the caller's affair."""
+
+    progress: Progress
+    specs: Mapping[str, ParamSpec]
+    optimizer: OptimizerRecord
+    engine: EngineRecord
+    topology: Topology
+    config: JsonObject
+    tokenizer: str
+    lineage: Sequence[JsonObject]
+    format_version: int = FORMAT_VERSION
+
+
+def spec_to_json(spec: ParamSpec) -> JsonObject:
+    """A spec as JSON; `spec_from_json` reads it back."""
+    return {
+        "name": spec.name,
+        "axes": [{"name": axis.name, "size": axis.size, "layout": axis.layout.value} for axis in spec.axes],
+        "init": {"kind": type(spec.init).__name__.lower(), **asdict(spec.init)},
+        "role": spec.role.value,
+    }
+
+
+def spec_from_json(raw: Mapping[str, Any]) -> ParamSpec:
+    """The spec in parsed JSON. Raises KeyError, TypeError or ValueError where it is none."""
+    kinds: dict[str, type[Normal] | type[Constant]] = {"normal": Normal, "constant": Constant}
+    init = dict(raw["init"])
+    return ParamSpec(
+        name=raw["name"],
+        axes=tuple(Axis(axis["name"], axis["size"], Layout(axis["layout"])) for axis in raw["axes"]),
+        init=kinds[init.pop("kind")](**init),
+        role=Role(raw["role"]),
+    )
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """The text of the manifest's file."""
+    record = {
+        "format_version": manifest.format_version,
+        "progress": asdict(manifest.progress),
+        "topology": asdict(manifest.topology),
+        "optimizer": asdict(manifest.optimizer),
+        "engine": asdict(manifest.engine),
+        "tokenizer": manifest.tokenizer,
+        "lineage": manifest.lineage,
+        "config": manifest.config,
+        "specs": [spec_to_json(spec) for spec in manifest.specs.values()],
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer format.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        raw = json.loads(path.read_text())
+        version = int(raw["format_version"])
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this "
+                "version of megatron_nexus reads: load it with the version that wrote it, or a later one"
+            )
+        specs = [spec_from_json(spec) for spec in raw["specs"]]
+        return Manifest(
+            progress=Progress(**raw["progress"]),
+            specs={spec.name: spec for spec in specs},
+            optimizer=OptimizerRecord(**raw["optimizer"]),
+            engine=EngineRecord(**raw["engine"]),
+            topology=Topology(**raw["topology"]),
+            config=raw["config"],
+            tokenizer=raw["tokenizer"],
+            lineage=raw["lineage"],
+            format_version=version,
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}; a checkpoint without a manifest is incomplete: load another"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}: {error}): copy it again, or load another checkpoint"
+        ) from error

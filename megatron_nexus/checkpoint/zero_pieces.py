@@ -1,0 +1,255 @@
+"""DeepSpeed's optimizer state as flat fragments of each parameter's local tensor, for every ZeRO stage.
+
+The only file that knows DeepSpeed's private names. ZeRO-1, ZeRO-2 and BF16_Optimizer flatten each
+parameter group and cut it into one range per data-parallel rank; ZeRO-3 cuts each parameter.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from megatron_nexus.checkpoint.manifest import JsonObject, JsonValue
+from megatron_nexus.checkpoint.store import STATES
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.log import logger
+from megatron_nexus.spec.param import ParamSpec
+
+Parameters = Mapping[str, tuple[ParamSpec, nn.Parameter]]
+"""The parameters of this rank's pipeline stage: logical name -> (spec, local tensor)."""
+
+PRIVATE_NAMES: dict[type[ZeROOptimizer], tuple[str, ...]] = {
+    DeepSpeedZeroOptimizer: (
+        "single_partition_of_fp32_groups",
+        "update_lp_params",
+        "_lazy_init_hp_params_optimizer_state",
+    ),
+    BF16_Optimizer: (
+        "fp32_groups_flat_partition",
+        "update_lp_params",
+        "_lazy_init_hp_params_optimizer_state",
+    ),
+    DeepSpeedZeroOptimizer_Stage3: (
+        "fp32_partitioned_groups_flat",
+        "grad_position",
+        "get_param_id",
+        "sub_group_to_group_id",
+        "_get_param_partition_rank",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
+    ),
+}
+PRIVATE_PARAMETER_NAMES: dict[type[ZeROOptimizer], tuple[str, ...]] = {
+    DeepSpeedZeroOptimizer: ("_hp_mapping",),
+    BF16_Optimizer: ("_hp_mapping",),
+    DeepSpeedZeroOptimizer_Stage3: ("ds_shape",),
+}
+
+HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
+
+
+class Engine(Protocol):
+    """What a checkpoint needs of `deepspeed.DeepSpeedEngine` and `PipelineEngine`."""
+
+    optimizer: ZeROOptimizer
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+    micro_steps: int
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a parameter whose optimizer state lies on this rank.
+
+    `start` is its first element in the row-major local tensor; the 1-D views in `states` (fp32, exp_avg,
+    exp_avg_sq) are of equal length and share memory with the optimizer.
+    """
+
+    spec: ParamSpec
+    local_shape: tuple[int, ...]
+    start: int
+    states: Mapping[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        """Elements in the fragment."""
+        return self.states["fp32"].numel()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter's fragment lies: its first element in the local tensor; buffer, position, length."""
+
+    local_shape: tuple[int, ...]
+    start: int
+    buffer: int
+    position: int
+    count: int
+
+
+class ZeroState(ABC):
+    """The master weights and moments that one rank's DeepSpeed optimizer holds."""
+
+    def __init__(self, optimizer: ZeROOptimizer) -> None:
+        self._zero = optimizer
+        self._adam: torch.optim.Optimizer = optimizer.optimizer
+        self._make_moments()
+
+    @property
+    @abstractmethod
+    def _flats(self) -> list[tuple[Tensor, int]]:
+        """Each flat fp32 buffer with the index of its parameter group."""
+
+    @abstractmethod
+    def _place(self, parameter: nn.Parameter) -> _Place | None:
+        """Where the parameter's fragment lies; None where this rank has none."""
+
+    @abstractmethod
+    def refresh_model(self) -> None:
+        """Cast the loaded master weights into the model's parameters; a collective call."""
+
+    def _make_moments(self) -> None:
+        """Give Adam the state that its first step would make, where it has none yet."""
+        for flat, group in self._flats:
+            if not self._adam.state[flat]:
+                settings = self._adam.param_groups[group]
+                on_device = settings.get("fused") or settings.get("capturable")
+                step = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
+                moments = {state: torch.zeros_like(flat.detach()) for state in ("exp_avg", "exp_avg_sq")}
+                self._adam.state[flat] = {"step": step, **moments}
+
+    def fragments(self, parameters: Parameters) -> Iterator[Fragment]:
+        """The fragments of the parameters that lie on this rank, in the order of `parameters`."""
+        for spec, parameter in parameters.values():
+            place = self._place(parameter)
+            if place is None:
+                continue
+            buffers = self._buffers(self._flats[place.buffer][0])
+            states = {state: whole.narrow(0, place.position, place.count) for state, whole in buffers.items()}
+            yield Fragment(spec, place.local_shape, place.start, states)
+
+    def _buffers(self, flat: Tensor) -> dict[str, Tensor]:
+        held = {"fp32": flat.detach(), **self._adam.state[flat]}
+        return {state: held[state] for state in STATES}
+
+    def clear(self) -> None:
+        """Set everything to zero, the padding of the buffers included."""
+        for flat, _ in self._flats:
+            for buffer in self._buffers(flat).values():
+                buffer.zero_()
+
+    @property
+    def step_count(self) -> int:
+        """Adam's count of steps, which all buffers share."""
+        counts = {int(self._adam.state[flat]["step"]) for flat, _ in self._flats}
+        assert len(counts) == 1, f"the optimizer's buffers disagree about its steps: {sorted(counts)}"
+        return counts.pop()
+
+    @step_count.setter
+    def step_count(self, count: int) -> None:
+        for flat, _ in self._flats:
+            state = self._adam.state[flat]
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(count)
+            else:
+                state["step"] = count
+
+    @property
+    def groups(self) -> dict[str, JsonObject]:
+        """The hyper-parameters of each parameter group, by the group's name."""
+        return {
+            group["name"]: {key: _plain(group[key]) for key in HYPER_PARAMETERS}
+            for group in self._adam.param_groups
+        }
+
+    def restore_groups(self, groups: Mapping[str, JsonObject]) -> None:
+        """Take over the hyper-parameters of the groups of the same names, and say what changes.
+
+        Raises:
+            CheckpointError: a group of this optimizer is not among them.
+        """
+        missing = self.groups.keys() - groups.keys()
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint has no optimizer group {', '.join(sorted(missing))}, only "
+                f"{', '.join(sorted(groups))}: name the groups as when it was written"
+            )
+        for group in self._adam.param_groups:
+            for key in HYPER_PARAMETERS:
+                saved, current = groups[group["name"]][key], _plain(group[key])
+                # The learning rate is the schedule's and differs at every step.
+                if saved != current and key != "lr":
+                    logger.info("%s of %s: %s, as saved, not %s", key, group["name"], saved, current)
+                group[key] = tuple(saved) if isinstance(saved, list) else saved
+
+
+def _plain(value: float | Tensor | tuple[float | Tensor, ...]) -> JsonValue:
+    if isinstance(value, (tuple, list)):
+        return [float(item) for item in value]
+    return float(value)
+
+
+class _CutByGroup(ZeroState):
+    """ZeRO-1, ZeRO-2, BF16_Optimizer: a rank holds one range of each flattened parameter group."""
+
+    @property
+    def _flats(self) -> list[tuple[Tensor, int]]:
+        is_bf16 = isinstance(self._zero, BF16_Optimizer)
+        name = "fp32_groups_flat_partition" if is_bf16 else "single_partition_of_fp32_groups"
+        return [(flat, group) for group, flat in enumerate(getattr(self._zero, name))]
+
+    def _place(self, parameter: nn.Parameter) -> _Place | None:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # hung on by DeepSpeed
+        if mapping is None:
+            return None
+        low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return _Place(tuple(parameter.shape), low.start, mapping.param_group_index, high.start, high.numel)
+
+    def refresh_model(self) -> None:
+        self._zero._lazy_init_hp_params_optimizer_state()
+        self._zero.update_lp_params()
+
+
+class _CutByParameter(ZeroState):
+    """ZeRO-3: a rank holds one range of every parameter, padded to equal lengths."""
+
+    @property
+    def _flats(self) -> list[tuple[Tensor, int]]:
+        groups = self._zero.sub_group_to_group_id
+        return [(flat, groups[i]) for i, flat in enumerate(self._zero.fp32_partitioned_groups_flat)]
+
+    def _place(self, parameter: nn.Parameter) -> _Place | None:
+        index, position, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        local_shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]  # hung on by DeepSpeed
+        start = self._zero._get_param_partition_rank(parameter) * padded
+        count = min(padded, prod(local_shape) - start)
+        return _Place(local_shape, start, index, position, count) if count > 0 else None
+
+    def refresh_model(self) -> None:
+        self._zero.checkpoint_event_prologue()
+        for index in range(len(self._zero.fp32_partitioned_groups_flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        self._zero.checkpoint_event_epilogue()
+
+
+def zero_state(optimizer: ZeROOptimizer) -> ZeroState:
+    """The state that a DeepSpeed optimizer holds; Adam's moments are made where it has not stepped yet."""
+    kind = type(optimizer)
+    assert kind in PRIVATE_NAMES, f"{kind.__name__} keeps no fp32 master copy that a checkpoint could hold"
+    missing = [name for name in PRIVATE_NAMES[kind] if not hasattr(optimizer, name)]
+    assert not missing, f"{kind.__name__} of this DeepSpeed has no {missing}: install the pinned version"
+    return (_CutByParameter if kind is DeepSpeedZeroOptimizer_Stage3 else _CutByGroup)(optimizer)

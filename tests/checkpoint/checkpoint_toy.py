@@ -1,0 +1,399 @@
+"""A toy model on real DeepSpeed engines, for test_checkpoint_engines.py, which starts one process per rank.
+
+    python checkpoint_toy.py two|four FOLDER        with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_* set
+
+Each tensor-parallel rank computes with its own shard and talks to no other: here only the state counts.
+The gains' gradients do not depend on the shards, so that they stay equal on all ranks as they must.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_nexus.checkpoint import resume
+from megatron_nexus.checkpoint.manifest import Progress
+from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
+from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.checkpoint.zero_pieces import PRIVATE_NAMES, PRIVATE_PARAMETER_NAMES
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
+from megatron_nexus.parallel.world import read_world
+from megatron_nexus.spec.initialise import local_values
+from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.shard import Shard
+
+D, M = 7, 13  # odd, so that every shard, range and buffer is padded
+WIDTH, INNER = Axis("hidden", D), Axis("inner", M, Layout.SPLIT)
+FIRST_STAGE = [
+    ParamSpec("up.weight", (INNER, WIDTH), Normal(0.3), Role.MATMUL),
+    ParamSpec("up.gain", (WIDTH,), Constant(1.0), Role.VECTOR),
+]
+LAST_STAGE = [
+    ParamSpec("down.weight", (WIDTH, INNER), Normal(0.3), Role.MATMUL),
+    ParamSpec("down.gain", (WIDTH,), Constant(1.0), Role.VECTOR),
+]
+MICRO_BATCH, ACCUMULATION = 4, 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An arrangement of ranks with a precision and a ZeRO stage."""
+
+    zero_stage: int
+    precision: str = "fp32"
+    tensor_size: int = 1
+    pipe_size: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"zero{self.zero_stage}-{self.precision}-tp{self.tensor_size}-pp{self.pipe_size}"
+
+
+TWO_RANKS = [
+    Kind(1),
+    Kind(2),
+    Kind(3),
+    Kind(1, "bf16"),  # BF16_Optimizer
+    Kind(1, "bf16_accumulating_bf16"),  # DeepSpeedZeroOptimizer with a master copy
+    Kind(2, "bf16"),
+    Kind(3, "bf16"),
+    Kind(1, tensor_size=2),
+    Kind(3, tensor_size=2),
+    Kind(1, pipe_size=2),
+    Kind(1, "bf16", pipe_size=2),
+]
+TWO_RANK_CROSSINGS = [
+    (Kind(3), Kind(1, tensor_size=2)),
+    (Kind(1, tensor_size=2), Kind(2)),
+    (Kind(3, tensor_size=2), Kind(1, "bf16", pipe_size=2)),
+    (Kind(1, "bf16", pipe_size=2), Kind(3, "bf16")),
+    (Kind(1, "bf16"), Kind(3, tensor_size=2)),
+]
+FOUR_RANKS = [
+    Kind(3, tensor_size=2),
+    Kind(1, "bf16", tensor_size=2),
+    Kind(1, "bf16", pipe_size=2, tensor_size=2),
+]
+FOUR_RANK_CROSSINGS = [
+    (Kind(3, tensor_size=2), Kind(1, "bf16", pipe_size=2)),
+    (Kind(1, "bf16", pipe_size=2, tensor_size=2), Kind(3)),
+]
+KILLED = Kind(1)
+
+
+def at_step(folder: Path, step: int) -> Path:
+    return folder / f"iter_{step:07d}"
+
+
+class Layer(nn.Module):
+    """Parameters from specs."""
+
+    def __init__(self, specs: list[ParamSpec], shard: Shard) -> None:
+        super().__init__()
+        self.specs = specs
+        for spec in specs:
+            parameter = nn.Parameter(local_values(spec, shard, seed=1))
+            parameter.tensor_model_parallel = spec.is_sharded
+            self.register_parameter(spec.name.split(".")[1], parameter)
+
+    def named(self) -> Iterator[tuple[ParamSpec, nn.Parameter]]:
+        for spec in self.specs:
+            yield spec, self.get_parameter(spec.name.split(".")[1])
+
+
+class Up(Layer):
+    def __init__(self, shard: Shard) -> None:
+        super().__init__(FIRST_STAGE, shard)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        x_BD = x_BD.to(self.weight.dtype)
+        return torch.cat([F.gelu(x_BD @ self.weight.T), x_BD * self.gain], dim=-1)
+
+
+class Down(Layer):
+    def __init__(self, shard: Shard) -> None:
+        super().__init__(LAST_STAGE, shard)
+
+    def forward(self, joined: Tensor) -> Tensor:
+        hidden_BM, gated_BD = joined[:, :-D], joined[:, -D:]
+        return torch.cat([hidden_BM @ self.weight.T, gated_BD * self.gain], dim=-1)
+
+
+def loss_of(output: Tensor, label: Tensor) -> Tensor:
+    return F.mse_loss(output.float(), label)
+
+
+class Toy(nn.Module):
+    def __init__(self, shard: Shard) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Up(shard), Down(shard)])
+
+    def forward(self, x_BD: Tensor, label: Tensor) -> Tensor:
+        return loss_of(self.layers[1](self.layers[0](x_BD)), label)
+
+
+def arrange(base: Mesh, kind: Kind) -> Mesh:
+    """Another mesh of the same ranks, without leaving torch.distributed."""
+    data_size = base.world_size // (kind.tensor_size * kind.pipe_size)
+    rest, tensor = divmod(base.rank, kind.tensor_size)
+    pipe, data = divmod(rest, data_size)
+    return replace(
+        base,
+        pipe=pipe,
+        pipe_size=kind.pipe_size,
+        data=data,
+        data_size=data_size,
+        tensor=tensor,
+        tensor_size=kind.tensor_size,
+    )
+
+
+class Run:
+    """One engine of a kind, and what to do with it."""
+
+    def __init__(self, base: Mesh, kind: Kind) -> None:
+        self.kind, self.mesh = kind, arrange(base, kind)
+        mesh = self.mesh
+        self.shard = Shard(mesh.tensor, mesh.tensor_size)
+        topology = PipeModelDataParallelTopology(
+            num_pp=mesh.pipe_size, num_mp=mesh.tensor_size, num_dp=mesh.data_size
+        )
+        if kind.pipe_size > 1:
+            layers = [LayerSpec(Up, self.shard), LayerSpec(Down, self.shard)]
+            model = PipelineModule(layers, topology=topology, loss_fn=loss_of, partition_method="uniform")
+            mpu = None
+        else:
+            model, mpu = Toy(self.shard), PipelineParallelGrid(topology=topology)
+        named = [pair for layer in model.modules() if isinstance(layer, Layer) for pair in layer.named()]
+        self.parameters = {spec.name: (spec, parameter) for spec, parameter in named}
+        groups = [
+            {"name": "decay", "weight_decay": 0.1, "params": [p for s, p in named if s.decays]},
+            {"name": "no_decay", "weight_decay": 0.0, "params": [p for s, p in named if not s.decays]},
+        ]
+        config = {
+            "train_batch_size": MICRO_BATCH * ACCUMULATION * mesh.data_size,
+            "train_micro_batch_size_per_gpu": MICRO_BATCH,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": kind.precision != "fp32"},
+            "zero_optimization": {
+                "stage": kind.zero_stage,
+                "overlap_comm": False,
+                "reduce_bucket_size": 1000,
+                "stage3_param_persistence_threshold": 10,  # the gains persist, the matrices do not
+            },
+            "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+            "steps_per_print": 2**62,
+        }
+        if kind.precision != "bf16_accumulating_bf16":
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        adam = torch.optim.AdamW(groups, lr=0.01, fused=True)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config, mpu=mpu)
+
+    def train(self, first: int, stop: int) -> list[float]:
+        """Take the steps [first, stop); the losses as this rank sees them."""
+        losses = []
+        for step in range(first, stop):
+            if step == 2:
+                for group in self.engine.optimizer.optimizer.param_groups:
+                    group["lr"] = 0.003
+            batches = [self._batch(step, micro) for micro in range(ACCUMULATION)]
+            if self.kind.pipe_size > 1:
+                losses.append(float(self.engine.train_batch(iter(batches))))
+                continue
+            for batch in batches:
+                loss = self.engine(*batch)
+                self.engine.backward(loss)
+                self.engine.step()
+                losses.append(float(loss.detach()))
+        return losses
+
+    def _batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        seed = (step * ACCUMULATION + micro) * 100 + self.mesh.data
+        random = torch.Generator().manual_seed(seed)
+        return torch.randn(MICRO_BATCH, D, generator=random), torch.randn(
+            MICRO_BATCH, 2 * D, generator=random
+        )
+
+    def save(self, root: Path, step: int) -> Path:
+        return save_checkpoint(
+            root,
+            self.engine,
+            self.parameters,
+            self.mesh,
+            self.shard,
+            Progress(step, samples=8 * step, tokens=64 * step, flops=10**18 * step),
+            config={"kind": self.kind.name},
+            tokenizer="none",
+            lineage=[{"parent": None}],
+        )
+
+    def load(self, folder: Path) -> None:
+        load_checkpoint(folder, self.engine, self.parameters, self.mesh, self.shard)
+
+    def weights_off_master(self, folder: Path) -> list[str]:
+        """The parameters that are not the cast of the master weights in a checkpoint, padded with zeros."""
+        reader, off = CheckpointReader(folder), []
+        for name, (spec, parameter) in self.parameters.items():
+            box = self.shard.box(spec)
+            expected = torch.zeros(self.shard.local_shape(spec))
+            values = torch.from_numpy(reader.read_box(name, "fp32", box))
+            expected[tuple(slice(0, size) for size in box.sizes)] = values
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.kind.zero_stage == 3):
+                if not torch.equal(parameter.detach(), expected.to(parameter.dtype)):
+                    off.append(name)
+        return off
+
+
+def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
+    """Train 6 steps, saving at 0, 3 and 6; train 3 to 6 again from the checkpoint of 3, and save."""
+    run = Run(base, kind)
+    optimizer = run.engine.optimizer
+    run.save(folder / "through", 0)
+    first = run.train(0, 3)
+    random_before = run.save(folder / "through", 3) and torch.rand(2).tolist()
+    through = run.train(3, 6)
+    run.save(folder / "through", 6)
+    again = Run(base, kind)
+    again.load(at_step(folder / "through", 0))
+    first_again = again.train(0, 3)
+    again = Run(base, kind)
+    again.load(at_step(folder / "through", 3))
+    random_after = torch.rand(2).tolist()
+    counters = [again.engine.global_steps, again.engine.global_samples, again.engine.skipped_steps]
+    off = again.weights_off_master(at_step(folder / "through", 3))
+    resumed = again.train(3, 6)
+    again.save(folder / "resumed", 6)
+    missing = [name for name in PRIVATE_NAMES[type(optimizer)] if not hasattr(optimizer, name)]
+    for _, parameter in run.parameters.values():
+        missing += [n for n in PRIVATE_PARAMETER_NAMES[type(optimizer)] if not hasattr(parameter, n)]
+    return {
+        "optimizer": type(optimizer).__name__,
+        "first": [first, first_again],
+        "losses": [through, resumed],
+        "random": [random_before, random_after],
+        "counters": [counters, [3, 3 * MICRO_BATCH * ACCUMULATION * run.mesh.data_size, 0]],
+        "off_master": off,
+        "missing_names": missing,
+    }
+
+
+def cross(base: Mesh, source: Path, here: Kind, there: Kind, folder: Path) -> list[str]:
+    """Load what `here` wrote `there`, save, load that `here` again, save."""
+    over = Run(base, there)
+    over.load(source)
+    written = over.save(folder / "there", 3)
+    off = over.weights_off_master(source)
+    over.train(3, 4)
+    back = Run(base, here)
+    back.load(written)
+    back.save(folder / "back", 3)
+    return off + back.weights_off_master(source)
+
+
+def error_of(action: object, *arguments: object) -> str:
+    try:
+        action(*arguments)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def fail_cleanly(base: Mesh, folder: Path) -> dict[str, object]:
+    """Errors on one rank, errors in what is asked; and a step that is saved twice."""
+    run, root = Run(base, Kind(1)), folder / "failing"
+    run.train(0, 1)
+    run.save(root, 1)
+    write_pieces = resume.write_pieces
+
+    def full_disk(*arguments: object) -> None:
+        write_pieces(*arguments)
+        if base.rank == base.world_size - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    resume.write_pieces = full_disk
+    outcome: dict[str, object] = {"full_disk": error_of(run.save, root, 2)}
+    resume.write_pieces = write_pieces
+    outcome["after_full_disk"] = sorted(path.name for path in root.iterdir())
+    spec, parameter = run.parameters["up.weight"]
+    right = run.parameters
+    wider = replace(spec, axes=(replace(INNER, size=M + 2), WIDTH))
+    run.parameters = {**right, "up.weight": (wider, parameter)}
+    outcome["other_shape"] = error_of(run.load, at_step(root, 1))
+    run.parameters = {name: pair for name, pair in right.items() if name != "up.gain"}
+    outcome["fewer_parameters"] = error_of(run.load, at_step(root, 1))
+    run.parameters = right
+    outcome["file_in_the_way"] = error_of(run.save, at_step(root, 1) / "manifest.json" / "below", 2)
+    run.train(1, 2)
+    run.save(root, 1)
+    outcome["after_replacing"] = sorted(path.name for path in root.iterdir())
+    outcome["replaced_off_master"] = run.weights_off_master(at_step(root, 1))
+    return outcome
+
+
+def be_killed_while_saving(base: Mesh, folder: Path) -> None:
+    """The last rank dies in the middle of its second save."""
+    run = Run(base, KILLED)
+    run.train(0, 1)
+    run.save(folder / "killed", 1)
+    write_pieces = resume.write_pieces
+
+    def die(*arguments: object) -> None:
+        write_pieces(*arguments)
+        if base.rank == base.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    resume.write_pieces = die
+    run.train(1, 2)
+    run.save(folder / "killed", 2)
+
+
+def main() -> None:
+    plan, folder = sys.argv[1], Path(sys.argv[2])
+    # TRAPS of CPU runs: DeepSpeed's shared-memory collectives leak 67 MB a rank and need a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.manual_seed(int(os.environ["RANK"]))
+    base = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=60.0)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    kinds, crossings = {
+        "two": (TWO_RANKS, TWO_RANK_CROSSINGS),
+        "four": (FOUR_RANKS, FOUR_RANK_CROSSINGS),
+    }[plan]
+    outcome: dict[str, object] = {}
+    for kind in kinds:
+        outcome[kind.name] = resume_exactly(base, kind, folder / kind.name)
+    for here, there in crossings:
+        name = f"{here.name}-to-{there.name}"
+        source = at_step(folder / here.name / "through", 3)
+        outcome[name] = cross(base, source, here, there, folder / name)
+    if plan == "two":
+        outcome["failures"] = fail_cleanly(base, folder)
+    else:
+        # The folder that the two ranks of the killed save left, taken up by four.
+        run = Run(base, FOUR_RANKS[0])
+        run.load(find_checkpoint(folder.parent / "two" / "killed"))
+        run.save(folder.parent / "two" / "killed", 2)
+    (folder / f"outcome_{base.rank}.json").write_text(json.dumps(outcome))
+    dist.barrier(group=base.control)
+    if plan == "two":
+        be_killed_while_saving(base, folder)
+    close_mesh()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Laws of pieces: the boxes of flat ranges cover them once, and no padding is among them."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from megatron_nexus.checkpoint.pieces import (
+    are_disjoint,
+    flat_boxes,
+    index_within,
+    intersect,
+    slabs,
+    split_box,
+)
+from megatron_nexus.spec.param import Axis, Constant, Layout, ParamSpec, Role
+from megatron_nexus.spec.shard import Box, Shard
+
+SHAPES = [(11,), (3, 5), (1, 7), (7, 1), (2, 3, 4), (2, 1, 3, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flat_range_is_few_contiguous_boxes(shape: tuple[int, ...]) -> None:
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    for start, stop in itertools.combinations_with_replacement(range(numbers.size + 1), 2):
+        boxes = list(flat_boxes(shape, start, stop))
+        assert len(boxes) <= 2 * (len(shape) - 1) + 1
+        origin = Box((0,) * len(shape), shape)
+        walked = [n for box in boxes for n in numbers[index_within(box, origin)].reshape(-1).tolist()]
+        # In order, hence every box is one contiguous run.
+        assert walked == list(range(start, stop))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_split_boxes_stay_contiguous_and_small(shape: tuple[int, ...], most: int) -> None:
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    origin = Box((0,) * len(shape), shape)
+    for box in flat_boxes(shape, 1, numbers.size):
+        parts = list(split_box(box, most))
+        assert all(part.numel <= most for part in parts)
+        walked = [n for part in parts for n in numbers[index_within(part, origin)].reshape(-1).tolist()]
+        assert walked == numbers[index_within(box, origin)].reshape(-1).tolist()
+
+
+SHARDED = (Layout.SPLIT, Layout.EXACT)
+# At most one axis of a parameter is divided among ranks.
+LAYOUTS = [(a, b) for a in Layout for b in Layout if not (a in SHARDED and b in SHARDED)]
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("tensor_size", [1, 2, 3])
+@pytest.mark.parametrize("cuts", [1, 2, 5])
+def test_slabs_of_all_ranks_are_the_logical_tensor(
+    layouts: tuple[Layout, Layout], tensor_size: int, cuts: int
+) -> None:
+    sizes = tuple(6 if layout is Layout.EXACT else 7 for layout in layouts)
+    axes = tuple(Axis("abc"[i], sizes[i], layouts[i]) for i in range(2))
+    spec = ParamSpec("w", axes, Constant(0.0), Role.MATMUL)
+    logical = np.arange(1.0, spec.numel + 1).reshape(spec.shape)
+    found = np.zeros(spec.shape)
+    for rank in range(tensor_size if spec.is_sharded else 1):
+        shard = Shard(rank, tensor_size, multiple=2)
+        box = shard.box(spec)
+        local = np.zeros(shard.local_shape(spec))
+        local[tuple(slice(0, size) for size in box.sizes)] = logical[
+            index_within(box, Box((0, 0), spec.shape))
+        ]
+        edges = [local.size * cut // cuts for cut in range(cuts + 1)]
+        for start, stop in itertools.pairwise(edges):
+            flat = local.reshape(-1)[start:stop]
+            for slab in slabs(spec, shard, start, stop - start, most=4):
+                run = flat[slab.start : slab.start + np.prod(slab.stored)].reshape(slab.stored)
+                found[index_within(slab.box, Box((0, 0), spec.shape))] += run[slab.corner]
+    assert (found == logical).all()
+
+
+def test_intersection_and_disjointness() -> None:
+    one, other = Box((0, 2), (3, 4)), Box((2, 0), (3, 4))
+    assert intersect(one, other) == Box((2, 2), (1, 2))
+    assert intersect(one, Box((3, 2), (1, 1))) is None
+    assert not are_disjoint([one, Box((8, 8), (1, 1)), other])
+    assert are_disjoint([one, Box((3, 0), (2, 9)), Box((0, 0), (3, 2))])
