@@ -21,7 +21,7 @@ from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
 
 def nexus_rank_specs(
     name: str, inputs: Axis, outputs: Axis, nexus_m: int, nexus_a: int, init: Normal, out_init: Normal
-) -> tuple[ParamSpec, ParamSpec, ParamSpec]:
+) -> tuple[ParamSpec, ...]:
     """W_M, W_A and W_D of the projection `name`; `out_init` is W_D's.
 
     `inputs` and `outputs` are WHOLE axes: all of X is read, and W_D's products are partial sums.
@@ -40,7 +40,7 @@ class NexusRank(SpecModule):
 
     def __init__(
         self,
-        projections: dict[str, tuple[ParamSpec, ParamSpec, ParamSpec]],
+        projections: dict[str, tuple[ParamSpec, ...]],
         inner_norm_scale: float | None,
         context: Context,
     ) -> None:

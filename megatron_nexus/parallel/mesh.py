@@ -5,12 +5,15 @@
 so tensor-parallel ranks are neighbours, on the fastest links. All process groups are made here.
 """
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
+from megatron_nexus.errors import ConfigError
 from megatron_nexus.parallel.world import World
 
 
@@ -59,7 +62,7 @@ def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float =
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-        init_method=f"tcp://{world.master_addr}:{world.master_port}",
+        store=_connect(world, timeout),
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
@@ -91,6 +94,39 @@ def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float =
         data_group=data_group,
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
+
+
+def _connect(world: World, timeout: timedelta) -> TCPStore:
+    """The key-value store through which the ranks find each other, served by rank 0.
+
+    Under torchrun the launcher serves it already.
+    """
+    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return TCPStore(world.master_addr, world.master_port, world.size, serves, timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        remedy = (
+            "choose another port (deepspeed --master_port, or MASTER_PORT)" if serves else "is rank 0 up?"
+        )
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            [f"rank {world.rank}: {world.master_addr}:{world.master_port}: {reason}: {remedy}"]
+        ) from error
+
+
+def claim_last_word() -> bool:
+    """Whether this rank, which is about to fail, is the first to: only that one reports its error.
+
+    The others fail because of it: their connections break when it leaves.
+    """
+    if not dist.is_initialized():
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=2))
+        return int(store.add("megatron_nexus/failed", 1)) == 1
+    except RuntimeError:
+        return False  # rank 0, which serves the store, has left: it failed first
 
 
 def close_mesh() -> None:

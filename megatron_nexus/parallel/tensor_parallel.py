@@ -8,7 +8,7 @@ T tokens, B batch, t ranks, f = (t - 1) / t. Activations are [T, B, ...]; under 
 outside `enter` ... `leave` are this rank's T / t tokens. Bytes moved are per rank, for a ring.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -18,6 +18,12 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 Group = dist.ProcessGroup
+
+# torch 2.13 has renamed them; both names move flat tensors.
+_all_gather_into: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_into: Callable[..., object] = getattr(
+    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+)
 
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
@@ -29,14 +35,14 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     """[*] -> [t, *]."""
     gathered = x.new_empty(group.size() * x.numel())
-    dist.all_gather_into_tensor(gathered, x.contiguous().view(-1), group=group)
+    _all_gather_into(gathered, x.contiguous().view(-1), group=group)
     return gathered.view(group.size(), *x.shape)
 
 
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """[t, *] -> [*], the sum over ranks of this rank's slice."""
     mine = x.new_empty(x.numel() // group.size())
-    dist.reduce_scatter_tensor(mine, x.contiguous().view(-1), group=group)
+    _reduce_scatter_into(mine, x.contiguous().view(-1), group=group)
     return mine.view(x.shape[1:])
 
 

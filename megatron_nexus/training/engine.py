@@ -136,6 +136,29 @@ class Engine:
         losses = [self.deepspeed(*self._to_device(next(batches))) for _ in range(count)]
         return self._mean_over_data(torch.stack(losses).mean())
 
+    def diagnose(self, batches: Iterator[Batch]) -> str:
+        """Repeat a step that broke, and tell what is not finite on this rank first; "" if nothing is."""
+        found: list[str] = []
+
+        def look(what: str, value: Tensor) -> None:
+            if not bool(torch.isfinite(value).all()):
+                found.append(what)
+
+        for index, layer in zip(self.layers, self._stage().layers, strict=True):
+            layer.register_forward_hook(
+                lambda module, inputs, output, index=index: look(f"the output of layer {index}", output)
+            )
+        for name, (_, parameter) in self.parameters.items():
+            parameter.register_hook(lambda grad, name=name: look(f"the gradient of {name}", grad))
+        self.train_step(batches, learning_rate=0.0)
+        return found[0] if found else ""
+
+    def _stage(self) -> DecoderStage:
+        module = self.deepspeed.module
+        stage = module.forward_funcs[0] if self._mesh.pipe_size > 1 else module.stage
+        assert isinstance(stage, DecoderStage)
+        return stage
+
     def _mean_over_data(self, loss: Tensor) -> float:
         mean = loss.detach().float().clone()
         dist.all_reduce(mean, group=self._mesh.data_group)

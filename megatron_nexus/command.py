@@ -1,0 +1,116 @@
+"""The command `pretrain_nexus.py`: configuration, checks, ranks, and how a run ends.
+
+torch and DeepSpeed are imported only by the ranks that train, after the checks: a wrong flag is answered
+at once.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
+from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.config.presets import DEFAULT_PRESET
+from megatron_nexus.config.rules import check
+from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError
+from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
+from megatron_nexus.parallel.world import World, read_world
+
+LOST_PEER_PATIENCE_S = 3.0
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    argv = sys.argv[1:]
+    speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        world = read_world(os.environ)
+        log.configure(speaks=world.rank == 0)
+        config, checkpoint = configure(argv)
+        wanted = config.model_parallel_size
+        if missing_ranks(world, wanted):
+            check(config, wanted)
+            log.logger.info("one process was started on a machine of CPUs: starting %d local ranks", wanted)
+            sys.exit(run_local_ranks(wanted, sys.argv))
+        check(config, world.size)
+    except NexusError as error:
+        # Every rank finds the same: one on each machine says it.
+        if speaks:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(EXIT_CODE_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    _train(config, world, checkpoint, argv)
+
+
+def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
+    """The configuration of a command line, and the checkpoint it starts from.
+
+    The model's sizes come from the checkpoint where there is one.
+
+    Raises:
+        ConfigError: flags that are unknown, wrong or contradict the checkpoint.
+        CheckpointError: --load names nothing that can be loaded.
+    """
+    given = given_flags(argv)
+    load = str(given.get("load", ""))
+    if not load:
+        return build(given), None
+    checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(Path(load))
+    if checkpoint is None:
+        log.logger.info("--load auto: no complete checkpoint yet, starting fresh")
+        return build(given), None
+    saved = read_manifest(checkpoint).config
+    model, preset = saved["model"], saved["preset"]
+    assert isinstance(model, dict) and isinstance(preset, str), f"{checkpoint}: not a configuration"
+    log.logger.info("--load %s: continuing from %s", load, checkpoint)
+    return build(given, ModelConfig(**model), preset), checkpoint
+
+
+def _newest_run(given: dict[str, int | float | str | bool]) -> Path | None:
+    """What --load auto means: the newest checkpoint in --save, or without it of the preset's default runs."""
+    if "save" in given:
+        return newest_checkpoint(Path(str(given["save"])))
+    runs = sorted(Path("runs").glob(f"{given.get('preset', DEFAULT_PRESET)}-*"), reverse=True)
+    return next((found for found in map(newest_checkpoint, runs) if found is not None), None)
+
+
+def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str]) -> NoReturn:
+    """Train, and end this rank so that of all ranks only the first to fail says why."""
+    from megatron_nexus.parallel.mesh import claim_last_word
+
+    try:
+        with log.Progress("importing torch and DeepSpeed"):
+            from megatron_nexus.training.run import run
+        run(config, world, checkpoint, argv)
+    except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
+        code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if claim_last_word():
+            _report(error, world.rank)
+        else:
+            # The launcher is about to end this rank; leaving first would hide the exit code that matters.
+            time.sleep(LOST_PEER_PATIENCE_S)
+        # Not sys.exit: other ranks may never answer again, and the interpreter would wait for them.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(0)
+
+
+def _report(error: BaseException, rank: int) -> None:
+    if isinstance(error, NexusError):
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    elif isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("interrupted before training began: nothing to save\n")
+    elif isinstance(error, RuntimeError) and "gloo" in str(error):
+        sys.stderr.write(f"rank {rank} lost its connection to another rank, which ended without a word\n")
+    else:
+        sys.stderr.write(f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}")
+    sys.stderr.flush()

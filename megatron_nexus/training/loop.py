@@ -1,0 +1,211 @@
+"""The loop: take a step, tell, validate, save; until the last step or until someone asks to stop."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_nexus.checkpoint.manifest import Manifest, Progress
+from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.loader import micro_batches
+from megatron_nexus.data.samples import TokenWindows
+from megatron_nexus.errors import TrainingError
+from megatron_nexus.log import logger
+from megatron_nexus.models.decoder import training_flops_per_token
+from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.corpus import Corpus
+from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.machine import peak_memory_bytes
+from megatron_nexus.training.metrics import MetricsWriter, StepMetrics, Validation, make_validation
+from megatron_nexus.training.schedule import learning_rate
+from megatron_nexus.training.stop import StopRequest
+
+SILENCE_S = 8.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with."""
+
+    progress: Progress
+    validation: Validation | None
+    checkpoint: Path
+    tokens_per_s: float
+    stopped_by: str
+
+
+class Trainer:
+    """A run's state between two steps: the engine, how far it has come, where it tells and saves."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        engine: Engine,
+        corpus: Corpus,
+        save: Path,
+        gemm_flops_per_s: float,
+    ) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.engine = engine
+        self.corpus = corpus
+        self.save_folder = save
+        self.gemm_flops_per_s = gemm_flops_per_s
+        self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
+        self.tokens_per_step = config.training.global_batch_size * config.training.seq_length
+        self.validation_bytes = corpus.validation_bytes(config)
+        self.progress = Progress(step=0, samples=0, tokens=0, flops=0)
+        self.last_checkpoint: Path | None = None
+
+    def resume(self, checkpoint: Path) -> Manifest:
+        """Continue from a checkpoint; a collective call."""
+        manifest = load_checkpoint(
+            checkpoint, self.engine.deepspeed, self.engine.parameters, self.mesh, self.engine.shard
+        )
+        self.progress = manifest.progress
+        self.last_checkpoint = checkpoint
+        return manifest
+
+    def fit(self, stop: StopRequest) -> Outcome:
+        """Train up to `train_iters` optimizer steps and validate; saves at intervals and at the end.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite.
+        """
+        config, logging = self.config, self.config.logging
+        last = config.training.train_iters
+        metrics = None
+        if self.mesh.rank == 0:
+            self.save_folder.mkdir(parents=True, exist_ok=True)
+            metrics = MetricsWriter(self.save_folder, self.progress.step, logging.tensorboard_dir)
+        batches = self._batches(self.corpus.training, self.progress.samples)
+        trained_s, trained_tokens, told = 0.0, 0, 0.0
+        validation: Validation | None = None
+        stopping = False
+        while self.progress.step < last and not stopping:
+            step = self.progress.step + 1
+            rate = learning_rate(config.optimizer, step, last)
+            began = time.perf_counter()
+            result = self.engine.train_step(batches, rate)
+            step_s = time.perf_counter() - began
+            self._require_finite(step, result)
+            self._advance()
+            trained_s, trained_tokens = trained_s + step_s, trained_tokens + self.tokens_per_step
+            if metrics is not None:
+                record = self._step_metrics(step, rate, result, step_s)
+                due = step % logging.log_interval == 0 or step == last
+                speak = due or time.monotonic() - told > SILENCE_S
+                metrics.step(record, last, speak)
+                told = time.monotonic() if speak else told
+            validation = None
+            if logging.eval_interval and step % logging.eval_interval == 0:
+                validation = self._validate(metrics)
+            stopping = stop.agreed(self.mesh)
+            interval = config.checkpoint.save_interval
+            if interval and step % interval == 0 and step != last and not stopping:
+                self.save()
+        if stopping:
+            logger.info("stop asked for by %s: saving", stop.signal_name or "a signal to another rank")
+        if self.last_checkpoint is None or self.last_checkpoint.parent != self.save_folder or trained_tokens:
+            self.save()
+        assert self.last_checkpoint is not None, "just saved"
+        # A run that was asked to stop leaves at once; its next part validates.
+        if validation is None and not stopping:
+            validation = self._validate(metrics)
+        if metrics is not None:
+            metrics.close()
+        return Outcome(
+            progress=self.progress,
+            validation=validation,
+            checkpoint=self.last_checkpoint,
+            tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
+            stopped_by=stop.signal_name if stopping else "",
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment; a collective call."""
+        began = time.perf_counter()
+        tokenizer = self.corpus.tokenizer
+        self.last_checkpoint = save_checkpoint(
+            self.save_folder,
+            self.engine.deepspeed,
+            self.engine.parameters,
+            self.mesh,
+            self.engine.shard,
+            self.progress,
+            dataclasses.asdict(self.config),
+            tokenizer.fingerprint if tokenizer is not None else "",
+        )
+        logger.info("saved %s in %.1f s", self.last_checkpoint, time.perf_counter() - began)
+
+    def _batches(self, windows: TokenWindows, consumed_samples: int) -> Iterator[Batch]:
+        training = self.config.training
+        return micro_batches(
+            windows,
+            consumed_samples,
+            training.micro_batch_size,
+            training.global_batch_size,
+            self.mesh.data,
+            self.mesh.data_size,
+            self.config.model.vocab_size,
+        )
+
+    def _advance(self) -> None:
+        done = self.progress
+        self.progress = Progress(
+            step=done.step + 1,
+            samples=done.samples + self.config.training.global_batch_size,
+            tokens=done.tokens + self.tokens_per_step,
+            flops=done.flops + self.tokens_per_step * self.flops_per_token,
+        )
+
+    def _step_metrics(self, step: int, rate: float, result: StepResult, step_s: float) -> StepMetrics:
+        tokens_per_s = self.tokens_per_step / step_s
+        return StepMetrics(
+            step=step,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens=self.progress.tokens,
+            step_s=step_s,
+            tokens_per_s=tokens_per_s,
+            mfu=tokens_per_s * self.flops_per_token / self.gemm_flops_per_s,
+            memory_bytes=peak_memory_bytes(self.mesh),
+        )
+
+    def _validate(self, metrics: MetricsWriter | None) -> Validation:
+        """Mean loss over the first global batches of the validation order, always the same samples."""
+        count = self.corpus.validation_batches(self.config)
+        accumulation = self.config.accumulation_steps(self.mesh.world_size)
+        loss = self.engine.evaluate(self._batches(self.corpus.validation, 0), count * accumulation)
+        targets = count * self.tokens_per_step
+        validation = make_validation(self.progress.step, loss, targets, self.validation_bytes)
+        if metrics is not None:
+            metrics.validation(validation)
+        return validation
+
+    def _require_finite(self, step: int, result: StepResult) -> None:
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            return
+        # The weights are still those before this step, so the same samples show where it broke.
+        batches = self._batches(self.corpus.training, self.progress.samples)
+        found: list[str] = [""] * self.mesh.world_size
+        dist.all_gather_object(found, self.engine.diagnose(batches), group=self.mesh.control)
+        where = next(
+            (f"rank {rank}: {text}" for rank, text in enumerate(found) if text), "no rank repeats it"
+        )
+        kept = (
+            f"the last good checkpoint is {self.last_checkpoint}"
+            if self.last_checkpoint
+            else "none was saved"
+        )
+        raise TrainingError(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite ({where}); "
+            f"{kept}. Lower --lr or lengthen --lr-warmup-iters, and resume with --load"
+        )

@@ -1,0 +1,154 @@
+"""Metrics of a run: lines on the console, metrics.jsonl, TensorBoard, loss.png. Written by rank 0."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.log import logger
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "loss.png"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step: nats per token, seconds, tokens per second, share of the measured GEMM rate."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    step_s: float
+    tokens_per_s: float
+    mfu: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation: nats per token; bits per byte is None where no tokenizer tells the bytes."""
+
+    step: int
+    validation_loss: float
+    perplexity: float
+    bits_per_byte: float | None
+
+
+class MetricsWriter:
+    """Appends to a run's metrics. On resume, records of later steps than the checkpoint's are dropped."""
+
+    def __init__(self, folder: Path, resumed_step: int, tensorboard_dir: str) -> None:
+        """Raises ConfigError where TensorBoard is asked for and not installed."""
+        self.path = folder / METRICS_FILE
+        kept = [record for record in read_metrics(self.path) if record["step"] <= resumed_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a", buffering=1)
+        self._board = None
+        if tensorboard_dir:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # optional: an extra of the package
+            except ImportError as error:
+                raise ConfigError(
+                    [f"--tensorboard-dir {tensorboard_dir} needs tensorboard: pip install tensorboard"]
+                ) from error
+            self._board = SummaryWriter(tensorboard_dir, purge_step=resumed_step + 1)
+
+    def step(self, metrics: StepMetrics, train_iters: int, speak: bool) -> None:
+        """Record a step, and show it on the console where `speak`."""
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._scalars(
+            metrics.step,
+            {
+                "lm loss": metrics.loss,
+                "learning-rate": metrics.learning_rate,
+                "grad-norm": metrics.grad_norm,
+                "tokens-per-second": metrics.tokens_per_s,
+                "mfu": metrics.mfu,
+                "memory-bytes": metrics.memory_bytes,
+            },
+        )
+        if speak:
+            logger.info(
+                "iteration %*d/%d | lm loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | MFU %.1f %%"
+                " | %.2f GB",
+                len(str(train_iters)),
+                metrics.step,
+                train_iters,
+                metrics.loss,
+                metrics.learning_rate,
+                metrics.grad_norm,
+                f"{metrics.tokens_per_s:,.0f}",
+                100 * metrics.mfu,
+                metrics.memory_bytes / 1e9,
+            )
+
+    def validation(self, validation: Validation) -> None:
+        """Record a validation and show it."""
+        self._file.write(json.dumps(asdict(validation)) + "\n")
+        self._scalars(validation.step, {"lm loss validation": validation.validation_loss})
+        logger.info("validation at %d | %s", validation.step, describe(validation))
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        if self._board is not None:
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def describe(validation: Validation) -> str:
+    """A validation in words."""
+    told = f"loss {validation.validation_loss:.4f} nats/token | perplexity {validation.perplexity:.2f}"
+    if validation.bits_per_byte is None:
+        return f"{told} | bits per byte unknown without --tokenizer-model"
+    return f"{told} | {validation.bits_per_byte:.3f} bits per byte"
+
+
+def make_validation(step: int, loss: float, targets: int, target_bytes: int | None) -> Validation:
+    """A validation from its mean loss in nats over `targets` tokens that stand for `target_bytes` bytes."""
+    bits = loss * targets / (math.log(2.0) * target_bytes) if target_bytes else None
+    return Validation(step, loss, math.exp(min(loss, 700.0)), bits)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics file; a last line that a crash cut short is left out."""
+    records: list[dict[str, float]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
+    """Draw the run's losses from its metrics file, with the corpus' unigram entropy as the line to beat."""
+    import matplotlib  # here: half a second that only the end of a run needs
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_metrics(folder / METRICS_FILE)
+    steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    validations = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes.plot(*zip(*steps, strict=True), linewidth=1, label="training")
+    if validations:
+        axes.plot(*zip(*validations, strict=True), "o-", label="validation")
+    axes.axhline(unigram_entropy, linestyle="--", color="grey", label="unigram entropy of the corpus")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / PLOT_FILE)
+    pyplot.close(figure)
+    return folder / PLOT_FILE

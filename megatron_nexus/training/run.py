@@ -1,0 +1,162 @@
+"""A run on one rank: prepare, build, train, and say at the end what came of it."""
+
+import shlex
+import socket
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.log import Progress, logger
+from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
+from megatron_nexus.parallel.world import World
+from megatron_nexus.spec.cost import parameter_count
+from megatron_nexus.training.corpus import Corpus, open_corpus
+from megatron_nexus.training.engine import Engine
+from megatron_nexus.training.loop import Outcome, Trainer
+from megatron_nexus.training.machine import gemm_flops_per_s, prepare_cpu
+from megatron_nexus.training.metrics import METRICS_FILE, describe, plot_losses
+from megatron_nexus.training.stop import StopRequest
+
+
+def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str]) -> None:
+    """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
+
+    `argv` is the command line as the user typed it: the summary repeats it to resume.
+    """
+    # DeepSpeed calls collectives by names that torch has deprecated; its users cannot mend that.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
+    stop = StopRequest()
+    parallel = config.parallel
+    mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    if mesh.device.type == "cpu":
+        prepare_cpu(world.local_size)
+    _check_device(config, mesh)
+    save = _save_folder(config, mesh, checkpoint)
+    corpus = open_corpus(config, mesh, world.local_rank)
+    rate = gemm_flops_per_s(mesh, config.training.precision)
+    with Progress("building the model"):
+        engine = Engine(config, mesh)
+    trainer = Trainer(config, mesh, engine, corpus, save, rate)
+    _announce(config, mesh, engine, rate, save)
+    if checkpoint is not None:
+        with Progress(f"loading {checkpoint}"):
+            trainer.resume(checkpoint)
+        done = trainer.progress
+        logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
+    outcome = trainer.fit(stop)
+    if mesh.rank == 0:
+        _summarise(config, trainer, outcome, corpus, argv)
+    dist.barrier(mesh.control)
+    close_mesh()
+
+
+def _check_device(config: RunConfig, mesh: Mesh) -> None:
+    if (
+        config.training.precision == "bf16"
+        and mesh.device.type == "cuda"
+        and not torch.cuda.is_bf16_supported()
+    ):
+        name = torch.cuda.get_device_name(mesh.device)
+        raise ConfigError([f"--bf16: {name} on {socket.gethostname()} has no bf16: use --fp32"])
+
+
+def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path:
+    """Where this run saves, decided by rank 0.
+
+    Raises ConfigError where --save holds checkpoints that this run would not continue: none is overwritten.
+    """
+    if config.checkpoint.save:
+        folder = Path(config.checkpoint.save)
+        found = newest_checkpoint(folder)
+        if found is not None and (checkpoint is None or checkpoint.parent.resolve() != folder.resolve()):
+            raise ConfigError(
+                [
+                    f"--save {folder} already holds {found.name} of another run: continue it with "
+                    f"--load {folder}, or give another --save"
+                ]
+            )
+        return folder
+    if checkpoint is not None:
+        return checkpoint.parent
+    chosen = [f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(chosen, src=0, group=mesh.control)
+    return Path(chosen[0])
+
+
+def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: Path) -> None:
+    """What runs, on what, in one screen."""
+    training = config.training
+    count = parameter_count(decoder_specs(config.model).values())
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
+    logger.info("model %s: %s parameters", config.preset, f"{count:,}")
+    logger.info(
+        "mesh: tensor %d x pipeline %d x data %d on %s, %d thread%s a rank; %s, ZeRO %d, %s%s",
+        mesh.tensor_size,
+        mesh.pipe_size,
+        mesh.data_size,
+        device,
+        torch.get_num_threads(),
+        "s" if torch.get_num_threads() > 1 else "",
+        training.precision,
+        max(1, config.parallel.zero_stage),
+        type(engine.optimizer.optimizer).__name__ + " (torch, fused)",
+        ", sequence parallel" if config.parallel.sequence_parallel else "",
+    )
+    logger.info(
+        "batch: %d samples of %d tokens in %d micro-batches a rank; %d iterations",
+        training.global_batch_size,
+        training.seq_length,
+        config.accumulation_steps(mesh.world_size),
+        training.train_iters,
+    )
+    logger.info("measured matrix products: %.1f GFLOP/s over all ranks", rate / 1e9)
+    logger.info("saving to %s", save)
+
+
+def resume_command(config: RunConfig, argv: list[str], folder: Path, finished: bool) -> str:
+    """The command line that continues a run: as typed, with --load, and more steps where it is finished."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.split("=")[0]
+        if name in ("--load", "--save") or (finished and name == "--train-iters"):
+            if "=" not in word:
+                next(words, None)
+        elif name not in ("--local_rank", "--local-rank"):
+            kept.append(word)
+    kept += ["--load", str(folder)]
+    if finished:
+        kept += ["--train-iters", str(2 * config.training.train_iters)]
+    return shlex.join(["deepspeed", "pretrain_nexus.py", *kept])
+
+
+def _summarise(
+    config: RunConfig, trainer: Trainer, outcome: Outcome, corpus: Corpus, argv: list[str]
+) -> None:
+    folder = trainer.save_folder
+    finished = outcome.progress.step >= config.training.train_iters
+    count = parameter_count(decoder_specs(config.model).values())
+    mfu = outcome.tokens_per_s * trainer.flops_per_token / trainer.gemm_flops_per_s
+    lines = {
+        "parameters": f"{count:,} (true count of {config.preset})",
+        "tokens": f"{outcome.progress.tokens:,} in {outcome.progress.step:,} iterations",
+        "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {100 * mfu:.1f} % of the measured GEMM rate",
+        "validation": describe(outcome.validation) if outcome.validation else "left out: the run was stopped",
+        "unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches",
+        "checkpoint": str(outcome.checkpoint),
+        "metrics": str(folder / METRICS_FILE),
+        "loss curve": str(
+            plot_losses(folder, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
+        ),
+        "resume with": resume_command(config, argv, folder, finished),
+    }
+    logger.info("%s after iteration %d", "finished" if finished else "stopped", outcome.progress.step)
+    for name, text in lines.items():
+        logger.info("  %-16s %s", name, text)

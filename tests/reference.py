@@ -1,0 +1,97 @@
+"""The reference: the whole model in one process, written from the equations, sharing no code with the package.
+
+It reads a dict of logical tensors by name and computes in their dtype.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * gain
+
+
+def nexus_rank(x: Tensor, w: dict[str, Tensor], name: str, inner_scale: float | None) -> Tensor:
+    def act(h: Tensor) -> Tensor:
+        if inner_scale is not None:
+            h = h / ((h * h).sum(-1, keepdim=True).sqrt() + 1e-5) * inner_scale
+        return gelu(h)
+
+    h_m = act(x @ w[f"{name}.w_m"].T)
+    h_a = act(h_m @ w[f"{name}.w_a"].T)
+    return h_a @ w[f"{name}.w_d"].T
+
+
+def rotary(x: Tensor, base: float) -> Tensor:
+    """x [batch, heads, tokens, size]: pairs (i, i + size / 2) turn by t * base^(-2 i / size)."""
+    tokens, size = x.shape[-2:]
+    t = torch.arange(tokens, dtype=torch.float64)[:, None]
+    i = torch.arange(size // 2, dtype=torch.float64)[None, :]
+    angle = t * base ** (-2.0 * i / size)
+    # As a model of float32 rounds them: tables are part of the function.
+    turn = torch.complex(angle.cos().float().to(x.dtype), angle.sin().float().to(x.dtype))
+    z = torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def logits(w: dict[str, Tensor], tokens: Tensor, model: dict) -> Tensor:
+    """Token ids [batch, tokens] -> logits [batch, tokens, vocabulary]."""
+    eps, heads, size = model["norm_epsilon"], model["num_attention_heads"], model["kv_channels"]
+    scale = math.sqrt(model["hidden_size"]) if model["nexus_inner_norm"] else None
+    batch, length = tokens.shape
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    x = w["embedding.weight"][tokens]
+    for i in range(model["num_layers"]):
+        a = f"layers.{i}.attention"
+        y = rms_norm(x, w[f"{a}.norm.gain"], eps)
+        q, k, v = (
+            nexus_rank(y, w, f"{a}.{p}", scale).view(batch, length, heads, size).transpose(1, 2) for p in "qkv"
+        )
+        q, k = rotary(q, model["rotary_base"]), rotary(k, model["rotary_base"])
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(size)).masked_fill(~mask, -torch.inf)
+        z = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, heads * size)
+        if model["nexus_output_projection"]:
+            x = x + nexus_rank(z, w, f"{a}.output", scale)
+        else:
+            x = x + z @ w[f"{a}.output.weight"].T
+        f = f"layers.{i}.feed_forward"
+        y = rms_norm(x, w[f"{f}.norm.gain"], eps)
+        gate = y @ w[f"{f}.gate"].T
+        x = x + (gate / (1.0 + torch.exp(-gate)) * (y @ w[f"{f}.up"].T)) @ w[f"{f}.down"].T
+    return rms_norm(x, w["final_norm.gain"], eps) @ w["head.weight"].T
+
+
+def loss(w: dict[str, Tensor], tokens: Tensor, labels: Tensor, model: dict) -> Tensor:
+    z = logits(w, tokens, model)
+    return (torch.logsumexp(z, -1) - z.gather(-1, labels[..., None])[..., 0]).mean()
+
+
+def train(w: dict[str, Tensor], batches: list[tuple[Tensor, Tensor]], config: dict) -> dict:
+    """AdamW (Loshchilov and Hutter, algorithm 2) on whole global batches: losses, norms, first gradients."""
+    o = config["optimizer"]
+    w = {name: t.clone().requires_grad_() for name, t in w.items()}
+    moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()}
+    losses, norms, first = [], [], {}
+    for step, (tokens, labels) in enumerate(batches, start=1):
+        value = loss(w, tokens, labels, config["model"])
+        grads = dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))
+        norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads.values()))
+        first = first or grads
+        clip = min(1.0, o["clip_grad"] / (norm + 1e-6)) if o["clip_grad"] else 1.0
+        losses.append(float(value))
+        norms.append(norm)
+        b1, b2 = o["adam_beta1"], o["adam_beta2"]
+        with torch.no_grad():
+            for name, t in w.items():
+                g, (m, v) = grads[name] * clip, moments[name]
+                m.mul_(b1).add_((1 - b1) * g)
+                v.mul_(b2).add_((1 - b2) * g * g)
+                t.mul_(1 - o["lr"] * (o["weight_decay"] if t.dim() > 1 else 0.0))
+                t.sub_(o["lr"] * (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt() + o["adam_eps"]))
+    return {"losses": losses, "norms": norms, "first_gradients": first, "weights": w}
