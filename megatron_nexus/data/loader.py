@@ -12,9 +12,6 @@ from torch import Tensor
 
 from megatron_nexus.data.samples import TokenWindows
 
-IGNORED_LABEL = -100
-"""The label of positions that count nowhere: `torch.nn.functional.cross_entropy`'s default."""
-
 
 def micro_batches(
     windows: TokenWindows,
@@ -45,36 +42,6 @@ def micro_batches(
             windows.dataset.check_vocabulary(samples, vocab_size)
         yield _tokens_and_labels(samples)
         first += samples_per_step
-
-
-def evaluation_batches(
-    windows: TokenWindows,
-    micro_batch_size: int,
-    count: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    vocab_size: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens_BT, labels_BT), int64, that cover the first `count` windows (or all, if fewer) once.
-
-    The windows are the same whatever the micro batch and the data-parallel size, and every rank gets the
-    same number of batches, because a forward pass may be collective. Rows that fill up the last step
-    repeat the last window with all labels `IGNORED_LABEL`: weigh by the labels that are not.
-
-    Raises:
-        DataError: a token id lies outside the vocabulary.
-    """
-    assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
-    last = min(count, windows.window_count) - 1
-    for step_first in range(0, last + 1, micro_batch_size * data_parallel_size):
-        first = step_first + data_parallel_rank * micro_batch_size
-        rows = np.arange(first, first + micro_batch_size)
-        samples = np.stack([windows.sample(min(int(k), last)) for k in rows])
-        if vocab_size is not None:
-            windows.dataset.check_vocabulary(samples, vocab_size)
-        tokens_BT, labels_BT = _tokens_and_labels(samples)
-        labels_BT[torch.from_numpy(rows > last)] = IGNORED_LABEL
-        yield tokens_BT, labels_BT
 
 
 def _tokens_and_labels(samples: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -109,8 +109,9 @@ class Block(nn.Module):
         self.recompute_all = context.recompute == "full"
 
     def _run(self, x_TBD: Tensor) -> Tensor:
-        x_TBD = x_TBD + self.attention(x_TBD)
-        return x_TBD + self.feed_forward(x_TBD)
+        middle_TBD: Tensor = x_TBD + self.attention(x_TBD)
+        out_TBD: Tensor = middle_TBD + self.feed_forward(middle_TBD)
+        return out_TBD
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]; under full recompute only the input is kept for backward."""

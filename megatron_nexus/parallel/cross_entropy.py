@@ -24,7 +24,7 @@ class _Context(FunctionCtx):
 
 class _VocabularyParallelCrossEntropy(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: _Context, logits_NV: Tensor, labels_N: Tensor, start: int, stop: int, tp: TensorParallel
     ) -> Tensor:
         count = stop - start
@@ -45,9 +45,7 @@ class _VocabularyParallelCrossEntropy(Function):
         return (sum_N.log() - label_logit_N).mean()
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: _Context, grad: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         exp_NV, sum_N, mine_N, column_N = ctx.saved_tensors
         scale = grad / sum_N.numel()
         grad_NV = exp_NV * (scale / sum_N)[:, None]

@@ -80,12 +80,12 @@ class _Copy(Function):
     """Forward: identity. Backward: all-reduce, 2 f |x| elements."""
 
     @staticmethod
-    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(grad, ctx.group), None
 
 
@@ -93,11 +93,11 @@ class _Sum(Function):
     """Forward: all-reduce, 2 f |x| elements. Backward: identity."""
 
     @staticmethod
-    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
         return _all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -105,12 +105,12 @@ class _SharedSum(Function):
     """Forward: all-reduce of a value that every rank goes on to use in its own way. Backward: all-reduce."""
 
     @staticmethod
-    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(grad, ctx.group), None
 
 
@@ -118,12 +118,12 @@ class _GatherTokens(Function):
     """Forward: all-gather of the first axis, f |x| t elements. Backward: reduce-scatter, the same."""
 
     @staticmethod
-    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _all_gather(x, group).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:
         return _reduce_scatter(grad.unflatten(0, (ctx.group.size(), -1)), ctx.group), None
 
 
@@ -131,12 +131,12 @@ class _ScatterTokens(Function):
     """Forward: reduce-scatter of partial sums over the first axis, f |x| elements. Backward: all-gather."""
 
     @staticmethod
-    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _reduce_scatter(x.unflatten(0, (group.size(), -1)), group)
 
     @staticmethod
-    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:
         return _all_gather(grad, ctx.group).flatten(0, 1), None
 
 
@@ -144,12 +144,12 @@ class _GatherFeatures(Function):
     """Forward: all-gather of the last axis of all tensors, fused. Backward: reduce-scatter, fused."""
 
     @staticmethod
-    def forward(ctx: _Collective, group: Group, *xs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: _Collective, group: Group, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return _gather_last(xs, group)
 
     @staticmethod
-    def backward(ctx: _Collective, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Collective, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *_scatter_last(grads, ctx.group))
 
 
@@ -157,12 +157,12 @@ class _ScatterFeatures(Function):
     """Forward: reduce-scatter of partial sums over the last axis, fused. Backward: all-gather, fused."""
 
     @staticmethod
-    def forward(ctx: _Collective, group: Group, *ys: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: _Collective, group: Group, *ys: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return _scatter_last(ys, group)
 
     @staticmethod
-    def backward(ctx: _Collective, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Collective, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *_gather_last(grads, ctx.group))
 
 

@@ -6,7 +6,7 @@ Known launchers: deepspeed and torchrun (RANK, WORLD_SIZE, LOCAL_RANK), srun (SL
 
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_nexus.errors import ConfigError
@@ -28,60 +28,67 @@ class World:
     master_port: int
 
 
+@dataclass(frozen=True)
+class _Names:
+    """The variables in which a launcher tells a process its place; those of the local size may be missing."""
+
+    launcher: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: tuple[str, ...]
+
+
+_TORCH = _Names("deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+_OPEN_MPI = _Names(
+    "mpirun",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+)
+_MPICH = _Names("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",))
+_SRUN = _Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",))
+
+
 def read_world(environment: Mapping[str, str]) -> World:
     """The world that the environment describes.
 
     Raises ConfigError where a launcher's variables are incomplete.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed"
-        return _world(launcher, environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", _LOCAL_SIZES)
-    if "OMPI_COMM_WORLD_SIZE" in environment:
-        names = [f"OMPI_COMM_WORLD_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-        return _world("mpirun", environment, *names[:3], names[3:])
-    if "PMI_SIZE" in environment:
-        return _world("mpirun", environment, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ["MPI_LOCALNRANKS"])
-    # An sbatch script sets SLURM_NTASKS too; only a task that srun started has a step of its own.
-    if "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "0") != "0":
-        return _world(
-            "srun",
-            environment,
-            "SLURM_PROCID",
-            "SLURM_STEP_NUM_TASKS",
-            "SLURM_LOCALID",
-            ["SLURM_NTASKS_PER_NODE"],
-        )
+        torchrun = "TORCHELASTIC_RUN_ID" in environment
+        return _world(replace(_TORCH, launcher="torchrun") if torchrun else _TORCH, environment)
+    if _OPEN_MPI.size in environment:
+        return _world(_OPEN_MPI, environment)
+    if _MPICH.size in environment:
+        return _world(_MPICH, environment)
+    # An sbatch script sets SLURM_NTASKS too; only a task that srun started is in a step with tasks.
+    if _SRUN.rank in environment and _SRUN.size in environment:
+        return _world(_SRUN, environment)
     return World("none", 0, 1, 0, 1, "127.0.0.1", 0)
 
 
-_LOCAL_SIZES = ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"]
-
-
-def _world(
-    launcher: str,
-    environment: Mapping[str, str],
-    rank: str,
-    size: str,
-    local_rank: str,
-    local_sizes: list[str],
-) -> World:
-    missing = [name for name in (rank, size, local_rank) if name not in environment]
+def _world(names: _Names, environment: Mapping[str, str]) -> World:
+    required = (names.rank, names.size, names.local_rank)
+    missing = [name for name in required if not environment.get(name, "").isdigit()]
     if missing:
         raise ConfigError(
             [
-                f"{launcher} set no {name} in the environment: start all ranks with one launcher"
+                f"{names.launcher} left {name} at {environment.get(name, 'nothing')!r}, not a number: "
+                "start all ranks with one launcher"
                 for name in missing
             ]
         )
-    world_size = int(environment[size])
-    locals_given = [int(environment[name]) for name in local_sizes if environment.get(name, "").isdigit()]
+    size = int(environment[names.size])
+    local_sizes = [int(environment[name]) for name in names.local_size if environment.get(name, "").isdigit()]
     return World(
-        launcher=launcher,
-        rank=int(environment[rank]),
-        size=world_size,
-        local_rank=int(environment[local_rank]),
-        local_size=locals_given[0] if locals_given else world_size,
-        master_addr=environment.get("MASTER_ADDR") or _master_address(environment, world_size),
+        launcher=names.launcher,
+        rank=int(environment[names.rank]),
+        size=size,
+        local_rank=int(environment[names.local_rank]),
+        local_size=local_sizes[0] if local_sizes else size,
+        master_addr=environment.get("MASTER_ADDR") or _master_address(environment, size),
         master_port=int(environment.get("MASTER_PORT") or _job_port(environment)),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_nexus.checkpoint.manifest import Manifest, Progress
+from megatron_nexus.checkpoint.manifest import Manifest, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.loader import micro_batches
@@ -32,7 +32,7 @@ SILENCE_S = 8.0
 class Outcome:
     """What a run ended with."""
 
-    progress: Progress
+    progress: RunProgress
     validation: Validation | None
     checkpoint: Path
     tokens_per_s: float
@@ -60,7 +60,7 @@ class Trainer:
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_length
         self.validation_bytes = corpus.validation_bytes(config)
-        self.progress = Progress(step=0, samples=0, tokens=0, flops=0)
+        self.progress = RunProgress(step=0, samples=0, tokens=0, flops=0)
         self.last_checkpoint: Path | None = None
 
     def resume(self, checkpoint: Path) -> Manifest:
@@ -158,7 +158,7 @@ class Trainer:
 
     def _advance(self) -> None:
         done = self.progress
-        self.progress = Progress(
+        self.progress = RunProgress(
             step=done.step + 1,
             samples=done.samples + self.config.training.global_batch_size,
             tokens=done.tokens + self.tokens_per_step,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_nexus.data.loader import IGNORED_LABEL, evaluation_batches, micro_batches
+from megatron_nexus.data.loader import micro_batches
 from megatron_nexus.data.samples import TokenWindows, split_documents
 from megatron_nexus.errors import DataError
 
@@ -67,31 +67,7 @@ def test_micro_batches_of_one_process_are_in_order(windows: TokenWindows) -> Non
     assert firsts == [int(windows.sample(k)[0]) for k in range(5, 65)]
 
 
-@pytest.mark.parametrize("count", [1, 7, 12, 50, 1000])
-@pytest.mark.parametrize(("micro", "dp"), [(1, 1), (4, 1), (3, 2), (5, 4)])
-def test_evaluation_covers_the_same_windows_once(
-    windows: TokenWindows, count: int, micro: int, dp: int
-) -> None:
-    per_rank = [list(evaluation_batches(windows, micro, count, rank, dp)) for rank in range(dp)]
-    assert len({len(batches) for batches in per_rank}) == 1
-    seen = [
-        int(tokens_T[0])
-        for batches in per_rank
-        for tokens_BT, labels_BT in batches
-        for tokens_T, labels_T in zip(tokens_BT, labels_BT, strict=True)
-        if (labels_T != IGNORED_LABEL).all()
-    ]
-    ignored = sum(int((labels == IGNORED_LABEL).sum()) for batches in per_rank for _, labels in batches)
-    expected = min(count, 50)
-    assert sorted(seen) == sorted(int(windows.sample(k)[0]) for k in range(expected))
-    assert ignored == SEQ_LENGTH * (len(per_rank[0]) * micro * dp - expected)
-
-
 def test_an_id_outside_the_vocabulary_is_named(windows: TokenWindows) -> None:
     next(micro_batches(windows, 0, 50, 50, 0, 1, vocab_size=201))
-    for batches in (
-        micro_batches(windows, 0, 50, 50, 0, 1, vocab_size=200),
-        evaluation_batches(windows, 50, 50, 0, 1, vocab_size=200),
-    ):
-        with pytest.raises(DataError, match=r"corpus\.bin holds the token id 200, .* has 200 ids"):
-            next(batches)
+    with pytest.raises(DataError, match=r"corpus\.bin holds the token id 200, .* has 200 ids"):
+        next(micro_batches(windows, 0, 50, 50, 0, 1, vocab_size=200))
