@@ -20,7 +20,7 @@ JsonObject: TypeAlias = Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far the run has come: optimizer steps, and what they consumed."""
 
     step: int
@@ -60,13 +60,13 @@ class EngineRecord:
 class Manifest:
     """All about a checkpoint but its tensors; what `config` and `lineage` say is the caller's affair."""
 
-    progress: Progress
+    progress: RunProgress
     specs: Mapping[str, ParamSpec]
     optimizer: OptimizerRecord
     engine: EngineRecord
     topology: Topology
     config: JsonObject
-    tokenizer: str
+    tokenizer_fingerprint: str
     lineage: Sequence[JsonObject]
     format_version: int = FORMAT_VERSION
 
@@ -101,7 +101,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "topology": asdict(manifest.topology),
         "optimizer": asdict(manifest.optimizer),
         "engine": asdict(manifest.engine),
-        "tokenizer": manifest.tokenizer,
+        "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "lineage": manifest.lineage,
         "config": manifest.config,
         "specs": [spec_to_json(spec) for spec in manifest.specs.values()],
@@ -126,13 +126,13 @@ def read_manifest(folder: Path) -> Manifest:
             )
         specs = [spec_from_json(spec) for spec in raw["specs"]]
         return Manifest(
-            progress=Progress(**raw["progress"]),
+            progress=RunProgress(**raw["progress"]),
             specs={spec.name: spec for spec in specs},
             optimizer=OptimizerRecord(**raw["optimizer"]),
             engine=EngineRecord(**raw["engine"]),
             topology=Topology(**raw["topology"]),
             config=raw["config"],
-            tokenizer=raw["tokenizer"],
+            tokenizer_fingerprint=raw["tokenizer_fingerprint"],
             lineage=raw["lineage"],
             format_version=version,
         )

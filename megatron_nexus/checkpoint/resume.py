@@ -21,7 +21,7 @@ from megatron_nexus.checkpoint.manifest import (
     JsonObject,
     Manifest,
     OptimizerRecord,
-    Progress,
+    RunProgress,
     Topology,
     manifest_to_json,
     spec_from_json,
@@ -54,9 +54,9 @@ def save_checkpoint(
     parameters: Parameters,
     mesh: Mesh,
     shard: Shard,
-    progress: Progress,
+    progress: RunProgress,
     config: JsonObject,
-    tokenizer: str,
+    tokenizer_fingerprint: str,
     lineage: Sequence[JsonObject] = (),
 ) -> Path:
     """Write `root`/iter_<step> and make it the latest; a collective call between two optimizer steps.
@@ -91,7 +91,7 @@ def save_checkpoint(
                     engine=EngineRecord(engine.global_steps, engine.global_samples, engine.skipped_steps),
                     topology=topology_of(mesh),
                     config=config,
-                    tokenizer=tokenizer,
+                    tokenizer_fingerprint=tokenizer_fingerprint,
                     lineage=lineage,
                 )
                 write_durably(temporary / MANIFEST_FILE, manifest_to_json(manifest))
@@ -130,6 +130,8 @@ def load_checkpoint(
         zero.clear()
         for piece, values in _slab_views(zero, parameters, shard):
             values.copy_(torch.from_numpy(reader.read_box(piece.tensor, piece.state, piece.box)))
+        as_written = reader.manifest.topology == topology_of(mesh)
+        random_states = reader.random_states(mesh.rank) if as_written else {}
     zero.step_count = reader.manifest.optimizer.step_count
     zero.refresh_model()
     saved = reader.manifest.engine
@@ -138,8 +140,7 @@ def load_checkpoint(
     engine.skipped_steps = saved.skipped_steps
     # Counted anew: the number of micro-batches in a step may have changed with the topology.
     engine.micro_steps = saved.global_steps * engine.gradient_accumulation_steps()
-    if reader.manifest.topology == topology_of(mesh):
-        _restore_random_states(reader.random_states(mesh.rank), mesh)
+    _restore_random_states(random_states, mesh)
     return reader.manifest
 
 
@@ -232,6 +233,7 @@ def _random_states(mesh: Mesh) -> dict[str, bytes]:
 
 def _restore_random_states(states: dict[str, bytes], mesh: Mesh) -> None:
     tensors = {name: torch.frombuffer(bytearray(s), dtype=torch.uint8) for name, s in states.items()}
-    torch.set_rng_state(tensors["cpu"])
+    if "cpu" in tensors:
+        torch.set_rng_state(tensors["cpu"])
     if mesh.device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], mesh.device)

@@ -1,6 +1,8 @@
-"""A toy model on real DeepSpeed engines, for test_checkpoint_engines.py, which starts one process per rank.
+"""A toy model on real DeepSpeed engines, in real processes, for test_checkpoint_engines.py.
 
-    python checkpoint_toy.py two|four FOLDER        with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_* set
+    python checkpoint_toy.py FOLDER
+
+imports torch and DeepSpeed once and forks the ranks of each start, which import nothing more.
 
 Each tensor-parallel rank computes with its own shard and talks to no other: here only the state counts.
 The gains' gradients do not depend on the shards, so that they stay equal on all ranks as they must.
@@ -8,11 +10,14 @@ The gains' gradients do not depend on the shards, so that they stay equal on all
 
 import errno
 import json
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -20,12 +25,13 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from checkpoint_kinds import FOUR_RANKS, KILLED, STARTS, Kind, at_step
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_nexus.checkpoint import resume
-from megatron_nexus.checkpoint.manifest import Progress
+from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -48,56 +54,6 @@ LAST_STAGE = [
     ParamSpec("down.gain", (WIDTH,), Constant(1.0), Role.VECTOR),
 ]
 MICRO_BATCH, ACCUMULATION = 4, 2
-
-
-@dataclass(frozen=True)
-class Kind:
-    """An arrangement of ranks with a precision and a ZeRO stage."""
-
-    zero_stage: int
-    precision: str = "fp32"
-    tensor_size: int = 1
-    pipe_size: int = 1
-
-    @property
-    def name(self) -> str:
-        return f"zero{self.zero_stage}-{self.precision}-tp{self.tensor_size}-pp{self.pipe_size}"
-
-
-TWO_RANKS = [
-    Kind(1),
-    Kind(2),
-    Kind(3),
-    Kind(1, "bf16"),  # BF16_Optimizer
-    Kind(1, "bf16_accumulating_bf16"),  # DeepSpeedZeroOptimizer with a master copy
-    Kind(2, "bf16"),
-    Kind(3, "bf16"),
-    Kind(1, tensor_size=2),
-    Kind(3, tensor_size=2),
-    Kind(1, pipe_size=2),
-    Kind(1, "bf16", pipe_size=2),
-]
-TWO_RANK_CROSSINGS = [
-    (Kind(3), Kind(1, tensor_size=2)),
-    (Kind(1, tensor_size=2), Kind(2)),
-    (Kind(3, tensor_size=2), Kind(1, "bf16", pipe_size=2)),
-    (Kind(1, "bf16", pipe_size=2), Kind(3, "bf16")),
-    (Kind(1, "bf16"), Kind(3, tensor_size=2)),
-]
-FOUR_RANKS = [
-    Kind(3, tensor_size=2),
-    Kind(1, "bf16", tensor_size=2),
-    Kind(1, "bf16", pipe_size=2, tensor_size=2),
-]
-FOUR_RANK_CROSSINGS = [
-    (Kind(3, tensor_size=2), Kind(1, "bf16", pipe_size=2)),
-    (Kind(1, "bf16", pipe_size=2, tensor_size=2), Kind(3)),
-]
-KILLED = Kind(1)
-
-
-def at_step(folder: Path, step: int) -> Path:
-    return folder / f"iter_{step:07d}"
 
 
 class Layer(nn.Module):
@@ -237,9 +193,9 @@ class Run:
             self.parameters,
             self.mesh,
             self.shard,
-            Progress(step, samples=8 * step, tokens=64 * step, flops=10**18 * step),
+            RunProgress(step, samples=8 * step, tokens=64 * step, flops=10**18 * step),
             config={"kind": self.kind.name},
-            tokenizer="none",
+            tokenizer_fingerprint="none",
             lineage=[{"parent": None}],
         )
 
@@ -261,7 +217,7 @@ class Run:
 
 
 def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
-    """Train 6 steps, saving at 0, 3 and 6; train 3 to 6 again from the checkpoint of 3, and save."""
+    """Train 6 steps, saving at 0, 3 and 6; in a new engine go on from 3, save, then start again from 0."""
     run = Run(base, kind)
     optimizer = run.engine.optimizer
     run.save(folder / "through", 0)
@@ -270,15 +226,14 @@ def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
     through = run.train(3, 6)
     run.save(folder / "through", 6)
     again = Run(base, kind)
-    again.load(at_step(folder / "through", 0))
-    first_again = again.train(0, 3)
-    again = Run(base, kind)
     again.load(at_step(folder / "through", 3))
     random_after = torch.rand(2).tolist()
     counters = [again.engine.global_steps, again.engine.global_samples, again.engine.skipped_steps]
     off = again.weights_off_master(at_step(folder / "through", 3))
     resumed = again.train(3, 6)
     again.save(folder / "resumed", 6)
+    again.load(at_step(folder / "through", 0))
+    first_again = again.train(0, 3)
     missing = [name for name in PRIVATE_NAMES[type(optimizer)] if not hasattr(optimizer, name)]
     for _, parameter in run.parameters.values():
         missing += [n for n in PRIVATE_PARAMETER_NAMES[type(optimizer)] if not hasattr(parameter, n)]
@@ -363,36 +318,58 @@ def be_killed_while_saving(base: Mesh, folder: Path) -> None:
     run.save(folder / "killed", 2)
 
 
-def main() -> None:
-    plan, folder = sys.argv[1], Path(sys.argv[2])
+def run_rank(plan: str, folder: Path) -> None:
+    """All cases of a start, on one of its ranks."""
     # TRAPS of CPU runs: DeepSpeed's shared-memory collectives leak 67 MB a rank and need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.manual_seed(int(os.environ["RANK"]))
-    base = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=60.0)
+    base = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=120.0)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    kinds, crossings = {
-        "two": (TWO_RANKS, TWO_RANK_CROSSINGS),
-        "four": (FOUR_RANKS, FOUR_RANK_CROSSINGS),
-    }[plan]
+    kinds, crossings = STARTS[base.world_size]
     outcome: dict[str, object] = {}
     for kind in kinds:
-        outcome[kind.name] = resume_exactly(base, kind, folder / kind.name)
+        outcome[kind.name] = resume_exactly(base, kind, folder / plan / kind.name)
     for here, there in crossings:
         name = f"{here.name}-to-{there.name}"
-        source = at_step(folder / here.name / "through", 3)
-        outcome[name] = cross(base, source, here, there, folder / name)
+        source = at_step(folder / plan / here.name / "through", 3)
+        outcome[name] = cross(base, source, here, there, folder / plan / name)
     if plan == "two":
-        outcome["failures"] = fail_cleanly(base, folder)
+        outcome["failures"] = fail_cleanly(base, folder / plan)
     else:
-        # The folder that the two ranks of the killed save left, taken up by four.
+        # What the two ranks of the killed save left, taken up by four.
         run = Run(base, FOUR_RANKS[0])
-        run.load(find_checkpoint(folder.parent / "two" / "killed"))
-        run.save(folder.parent / "two" / "killed", 2)
-    (folder / f"outcome_{base.rank}.json").write_text(json.dumps(outcome))
+        run.load(find_checkpoint(folder / "continued"))
+        run.save(folder / "continued", 2)
+    (folder / plan / f"outcome_{base.rank}.json").write_text(json.dumps(outcome))
     dist.barrier(group=base.control)
     if plan == "two":
-        be_killed_while_saving(base, folder)
+        be_killed_while_saving(base, folder / plan)
     close_mesh()
+
+
+def start(plan: str, world_size: int, folder: Path) -> list[int]:
+    """Fork the ranks of a start and wait; their exit codes."""
+    (folder / plan).mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    context, ranks = multiprocessing.get_context("fork"), []
+    for rank in range(world_size):
+        # read by the child, which gets a copy of this environment
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        ranks.append(context.Process(target=run_rank, args=(plan, folder)))
+        ranks[-1].start()
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    codes = {"two": start("two", 2, folder)}
+    shutil.copytree(folder / "two" / "killed", folder / "continued")
+    codes["four"] = start("four", 4, folder)
+    (folder / "codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ Every rank of a start runs all cases of `checkpoint_toy.py`; the tests read what
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import checkpoint_toy as toy
+import checkpoint_kinds as toy
 import pytest
 
 from megatron_nexus.checkpoint.pieces import whole_box
@@ -23,64 +21,34 @@ from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
-TIMEOUT_S = 240
-
-
-def start(plan: str, world_size: int, folder: Path) -> list[int]:
-    """Run the toy on `world_size` ranks; their exit codes."""
-    (folder / plan).mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world_size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY),
-        }
-        with (folder / f"{plan}_{rank}.log").open("w") as log:
-            command = [sys.executable, toy.__file__, plan, str(folder / plan)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        return [process.wait(TIMEOUT_S) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-
-
-def outcomes(folder: Path, plan: str, world_size: int) -> list[dict[str, Any]]:
-    files = [folder / plan / f"outcome_{rank}.json" for rank in range(world_size)]
-    logs = "".join((folder / f"{plan}_{rank}.log").read_text()[-3000:] for rank in range(world_size))
-    assert all(file.exists() for file in files), logs
-    return [json.loads(file.read_text()) for file in files]
+TIMEOUT_S = 300
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
+    """What the toy left behind."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(Path(__file__).with_name("checkpoint_toy.py")), str(folder)]
+    with (folder / "log").open("w") as log:
+        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=TIMEOUT_S, check=False)
+    return folder
+
+
+def outcomes(folder: Path, plan: str, world_size: int) -> list[dict[str, Any]]:
+    files = [folder / plan / f"outcome_{rank}.json" for rank in range(world_size)]
+    assert all(file.exists() for file in files), (folder / "log").read_text()[-6000:]
+    return [json.loads(file.read_text()) for file in files]
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
-    codes = start("two", 2, folder)
-    found = outcomes(folder, "two", 2)
-    assert codes[1] == -signal.SIGKILL and codes[0] != 0  # the last case ends so
-    shutil.copytree(folder / "two" / "killed", folder / "after_kill")
-    return found
+    return outcomes(folder, "two", 2)
 
 
 @pytest.fixture(scope="module")
-def four(folder: Path, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    codes = start("four", 4, folder)
-    found = outcomes(folder, "four", 4)
-    assert codes == [0] * 4
-    return found
+def four(folder: Path) -> list[dict[str, Any]]:
+    return outcomes(folder, "four", 4)
 
 
 def bytes_of(checkpoint: Path) -> list[bytes]:
@@ -170,13 +138,16 @@ def test_another_model_is_refused(two: list[dict[str, Any]]) -> None:
 
 
 def test_killed_save_leaves_the_previous_checkpoint(two: list[dict[str, Any]], folder: Path) -> None:
-    root = folder / "after_kill"
+    root = folder / "two" / "killed"
+    codes = json.loads((folder / "codes.json").read_text())
+    assert codes["two"][1] == -signal.SIGKILL and codes["two"][0] != 0
+    assert codes["four"] == [0] * 4
     assert (root / ".tmp_iter_0000002").is_dir(), "the save was killed too late to show anything"
     assert find_checkpoint(root) == toy.at_step(root, 1)
     CheckpointReader(toy.at_step(root, 1)).verify()
 
 
 def test_four_ranks_take_up_a_killed_run_of_two(four: list[dict[str, Any]], folder: Path) -> None:
-    root = folder / "two" / "killed"
+    root = folder / "continued"
     assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", "iter_0000002", "latest"]
     assert_same_tensors(toy.at_step(root, 1), toy.at_step(root, 2))
