@@ -1,4 +1,4 @@
-"""The reference: the whole model in one process, written from the equations, sharing no code with the package.
+"""The reference: the whole model in one process, from the equations, sharing no code with the package.
 
 It reads a dict of logical tensors by name and computes in their dtype.
 """
@@ -34,36 +34,41 @@ def rotary(x: Tensor, base: float) -> Tensor:
     t = torch.arange(tokens, dtype=torch.float64)[:, None]
     i = torch.arange(size // 2, dtype=torch.float64)[None, :]
     angle = t * base ** (-2.0 * i / size)
-    # As a model of float32 rounds them: tables are part of the function.
-    turn = torch.complex(angle.cos().float().to(x.dtype), angle.sin().float().to(x.dtype))
+    turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype))
     z = torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn
     return torch.cat([z.real, z.imag], dim=-1)
 
 
+def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float | None) -> Tensor:
+    """Normed input [batch, tokens, D] -> the attention's output [batch, tokens, D]."""
+    batch, length = y.shape[:2]
+    heads, size = model["num_attention_heads"], model["kv_channels"]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    q, k, v = (
+        nexus_rank(y, w, f"{a}.{p}", scale).view(batch, length, heads, size).transpose(1, 2) for p in "qkv"
+    )
+    q, k = rotary(q, model["rotary_base"]), rotary(k, model["rotary_base"])
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(size)).masked_fill(~mask, -torch.inf)
+    z = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, heads * size)
+    if model["nexus_output_projection"]:
+        return nexus_rank(z, w, f"{a}.output", scale)
+    return z @ w[f"{a}.output.weight"].T
+
+
+def feed_forward(y: Tensor, w: dict[str, Tensor], f: str) -> Tensor:
+    gate = y @ w[f"{f}.gate"].T
+    return (gate / (1.0 + torch.exp(-gate)) * (y @ w[f"{f}.up"].T)) @ w[f"{f}.down"].T
+
+
 def logits(w: dict[str, Tensor], tokens: Tensor, model: dict) -> Tensor:
     """Token ids [batch, tokens] -> logits [batch, tokens, vocabulary]."""
-    eps, heads, size = model["norm_epsilon"], model["num_attention_heads"], model["kv_channels"]
+    eps = model["norm_epsilon"]
     scale = math.sqrt(model["hidden_size"]) if model["nexus_inner_norm"] else None
-    batch, length = tokens.shape
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
     x = w["embedding.weight"][tokens]
     for i in range(model["num_layers"]):
-        a = f"layers.{i}.attention"
-        y = rms_norm(x, w[f"{a}.norm.gain"], eps)
-        q, k, v = (
-            nexus_rank(y, w, f"{a}.{p}", scale).view(batch, length, heads, size).transpose(1, 2) for p in "qkv"
-        )
-        q, k = rotary(q, model["rotary_base"]), rotary(k, model["rotary_base"])
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(size)).masked_fill(~mask, -torch.inf)
-        z = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, heads * size)
-        if model["nexus_output_projection"]:
-            x = x + nexus_rank(z, w, f"{a}.output", scale)
-        else:
-            x = x + z @ w[f"{a}.output.weight"].T
-        f = f"layers.{i}.feed_forward"
-        y = rms_norm(x, w[f"{f}.norm.gain"], eps)
-        gate = y @ w[f"{f}.gate"].T
-        x = x + (gate / (1.0 + torch.exp(-gate)) * (y @ w[f"{f}.up"].T)) @ w[f"{f}.down"].T
+        a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        x = x + attention(rms_norm(x, w[f"{a}.norm.gain"], eps), w, a, model, scale)
+        x = x + feed_forward(rms_norm(x, w[f"{f}.norm.gain"], eps), w, f)
     return rms_norm(x, w["final_norm.gain"], eps) @ w["head.weight"].T
 
 
@@ -84,7 +89,7 @@ def train(w: dict[str, Tensor], batches: list[tuple[Tensor, Tensor]], config: di
         norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads.values()))
         first = first or grads
         clip = min(1.0, o["clip_grad"] / (norm + 1e-6)) if o["clip_grad"] else 1.0
-        losses.append(float(value))
+        losses.append(value.item())
         norms.append(norm)
         b1, b2 = o["adam_beta1"], o["adam_beta2"]
         with torch.no_grad():

@@ -20,17 +20,21 @@ from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
 
 
 @lru_cache(maxsize=8)
-def rotary_tables(tokens: int, size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, 1, H / 2], float32: angle(t, i) = t * base^(-2 i / H) (Su et al., 2021)."""
+def rotary_tables(
+    tokens: int, size: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, 1, H / 2]: angle(t, i) = t * base^(-2 i / H) (Su et al., 2021).
+
+    Computed in float64 and rounded once to `dtype`.
+    """
     frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)[:, None, None, :]
-    return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def rotate(x_TBNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + H / 2) of each head by their token's angles."""
     first, second = x_TBNH.chunk(2, dim=-1)
-    cos, sin = cos.to(x_TBNH.dtype), sin.to(x_TBNH.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
@@ -73,7 +77,7 @@ class Attention(nn.Module):
         """[T, B, D] -> [T, B, D]."""
         x_TBD = self.tp.enter(self.norm(x_TBD))
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.tp.scatter_features(*self.qkv(x_TBD)))
-        cos, sin = rotary_tables(q.shape[0], self.head_size, self.rotary_base, q.device)
+        cos, sin = rotary_tables(q.shape[0], self.head_size, self.rotary_base, q.device, q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (y_TBNH.permute(1, 2, 0, 3) for y_TBNH in (q, k, v))
         mixed_BNTH = F.scaled_dot_product_attention(q, k, v, is_causal=True)

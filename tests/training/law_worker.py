@@ -3,26 +3,30 @@
 Usage: law_worker.py CASES.json OUT_FOLDER; the launcher's variables come from the environment.
 """
 
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_nexus.checkpoint.manifest import RunProgress
+from megatron_nexus.checkpoint.resume import save_checkpoint
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.rules import check
-from megatron_nexus.parallel.mesh import close_mesh, make_mesh
+from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
 
 STEPS = 5
 
+Batch = tuple[Tensor, Tensor]
 
-def global_batches(vocab_size: int, samples: int, seq_length: int) -> list[tuple[Tensor, Tensor]]:
+
+def global_batches(vocab_size: int, samples: int, seq_length: int) -> list[Batch]:
     """The same token ids for every topology: STEPS batches of (tokens, labels) [samples, seq_length]."""
     generator = torch.Generator().manual_seed(7)
     made = []
@@ -32,39 +36,56 @@ def global_batches(vocab_size: int, samples: int, seq_length: int) -> list[tuple
     return made
 
 
-def my_batches(
-    batches: list[tuple[Tensor, Tensor]], micro: int, rank: int, size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def my_batches(batches: list[Batch], micro: int, mesh: Mesh) -> Iterator[Batch]:
     for tokens, labels in batches:
-        for first in range(rank * micro, len(tokens), size * micro):
+        for first in range(mesh.data * micro, len(tokens), mesh.data_size * micro):
             yield tokens[first : first + micro], labels[first : first + micro]
+
+
+def padding_of(engine: Engine) -> float:
+    """The largest element in the padding of this rank's parameters; 0 where ZeRO-3 holds them cut up."""
+    largest = 0.0
+    for spec, parameter in engine.parameters.values():
+        if parameter.shape == engine.shard.local_shape(spec):
+            padding = parameter.detach().clone()
+            padding[tuple(slice(0, size) for size in engine.shard.box(spec).sizes)] = 0.0
+            largest = max(largest, float(padding.abs().max()))
+    return largest
 
 
 def run_case(case: dict, out: Path, index: int) -> None:
     config = build(case["flags"])
     world = read_world(os.environ)
-    world = replace(world, master_port=world.master_port + 1 + index)
+    # A port of its own for each case: the last one's may not be free again yet. Below those that the
+    # kernel hands out, so that no connection of a case before has taken it.
+    world = dataclasses.replace(world, master_port=10_000 + (7 * world.master_port + index) % 20_000)
     check(config, world.size)
-    parallel = config.parallel
+    parallel, training = config.parallel, config.training
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, 120.0)
     engine = Engine(config, mesh)
-    training = config.training
     batches = global_batches(config.model.vocab_size, training.global_batch_size, training.seq_length)
-    mine = my_batches(batches, training.micro_batch_size, mesh.data, mesh.data_size)
-    losses, norms = [], []
-    for step in range(STEPS):
+    mine = my_batches(batches, training.micro_batch_size, mesh)
+    losses, norms, padding = [], [], 0.0
+    for step in range(1, STEPS + 1):
         result = engine.train_step(mine, config.optimizer.lr)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-        if step == 0:
-            pass
-    evaluation = engine.evaluate(
-        my_batches(batches[:1], training.micro_batch_size, mesh.data, mesh.data_size),
-        config.accumulation_steps(world.size),
-    )
-    if mesh.rank == 0:
-        record = {"losses": losses, "norms": norms, "evaluation": evaluation}
-        (out / f"{case['name']}.json").write_text(json.dumps(record))
+        padding = max(padding, padding_of(engine))
+        if step in (1, STEPS):
+            save_checkpoint(
+                out / case["name"],
+                engine.deepspeed,
+                engine.parameters,
+                mesh,
+                engine.shard,
+                RunProgress(step, 0, 0, 0),
+                dataclasses.asdict(config),
+                "",
+            )
+    again = my_batches(batches[:1], training.micro_batch_size, mesh)
+    evaluation = engine.evaluate(again, config.accumulation_steps(world.size))
+    record = {"losses": losses, "norms": norms, "evaluation": evaluation, "padding": padding}
+    (out / case["name"] / f"rank_{mesh.rank}.json").write_text(json.dumps(record))
     close_mesh()
 
 

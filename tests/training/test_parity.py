@@ -1,0 +1,144 @@
+"""Law: at every topology, ZeRO stage and option, training equals plain PyTorch in one process.
+
+Compared with `reference`, which shares no code with the package: five losses, five gradient norms, every
+gradient of the first step, the loss of an evaluation and every weight at the end. The gradients are read
+from the checkpoint of step 1, where Adam's first moment is (1 - beta1) x the clipped gradient: so the law
+holds for the real path, from the engines to the stored pieces.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from law_worker import STEPS, global_batches
+from processes import TESTS, run_ranks
+from torch import Tensor
+
+from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.config.command_line import build
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.spec.initialise import local_values
+from megatron_nexus.spec.shard import Box, Shard
+
+# M, A, the feed-forward and the vocabulary divide by no tensor-parallel size; gradients are clipped.
+FLAGS = {
+    "vocab_size": 61,
+    "num_layers": 3,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "kv_channels": 6,
+    "ffn_hidden_size": 27,
+    "nexus_m": 19,
+    "nexus_a": 23,
+    "seq_length": 12,
+    "micro_batch_size": 1,
+    "global_batch_size": 4,
+    "precision": "fp32",
+    "lr": 1e-2,
+    "min_lr": 0.0,
+    "lr_warmup_iters": 0,
+    "init_method_std": 0.2,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+}
+OPTIONS = {"nexus_inner_norm": True, "nexus_output_projection": True}
+
+# float32: sums of up to a few hundred terms in another order differ by about 1e-6 of the largest; Adam
+# divides by the root of the second moment, which lifts it in elements whose gradient is nearly zero.
+LOSS_TOLERANCE = 2e-6
+NORM_TOLERANCE = 5e-6
+GRADIENT_TOLERANCE = 5e-6
+WEIGHT_TOLERANCE = 2e-4
+# bf16 has 8 bits: each product is right to 2^-9, and the loss of a few layers to about 1 % of itself.
+BF16_TOLERANCE = 2e-2
+
+
+def _cases(world: int) -> dict[str, dict]:
+    """Every (tp, pp, dp) in {1, 2}^3 of this world size, every ZeRO stage it allows, and the options."""
+    made = {}
+    for tp, pp, dp in itertools.product((1, 2), repeat=3):
+        if tp * pp * dp != world:
+            continue
+        topology = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+        name = f"tp{tp}-pp{pp}-dp{dp}"
+        for stage in (0, 1, 2, 3) if pp == 1 else (0, 1):
+            made[f"{name}-zero{stage}"] = {**FLAGS, **topology, "zero_stage": stage}
+        made[f"{name}-options"] = {**FLAGS, **OPTIONS, **topology}
+        made[f"{name}-selective"] = {**FLAGS, **topology, "recompute_granularity": "selective"}
+        made[f"{name}-bf16"] = {**FLAGS, **topology, "precision": "bf16"}
+        top = 3 if pp == 1 else 1
+        full = {"recompute_granularity": "full", "zero_stage": top, "padding_multiple": 4}
+        made[f"{name}-full-zero{top}"] = {**FLAGS, **topology, **full}
+        if tp > 1:
+            made[f"{name}-sequence"] = {**FLAGS, **OPTIONS, **topology, "sequence_parallel": True}
+            made[f"{name}-sequence-full-zero{top}"] = {**FLAGS, **topology, **full, "sequence_parallel": True}
+    return made
+
+
+def _whole(config: RunConfig) -> dict[str, Tensor]:
+    specs = decoder_specs(config.model)
+    return {name: local_values(spec, Shard(0, 1), config.training.seed) for name, spec in specs.items()}
+
+
+@cache
+def _reference(options: bool) -> dict:
+    config = build({**FLAGS, **(OPTIONS if options else {})})
+    batches = global_batches(config.model.vocab_size, config.training.global_batch_size, FLAGS["seq_length"])
+    return reference.train(_whole(config), batches, dataclasses.asdict(config))
+
+
+def _tensor(reader: CheckpointReader, name: str, state: str) -> Tensor:
+    shape = reader.manifest.specs[name].shape
+    return torch.from_numpy(reader.read_box(name, state, Box((0,) * len(shape), shape)))
+
+
+def _check(folder: Path, flags: dict, world: int) -> None:
+    expected = _reference("nexus_inner_norm" in flags)
+    records = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world)]
+    bf16 = flags["precision"] == "bf16"
+    loss_tolerance, norm_tolerance = (BF16_TOLERANCE,) * 2 if bf16 else (LOSS_TOLERANCE, NORM_TOLERANCE)
+    for record in records:
+        assert record["losses"] == pytest.approx(expected["losses"], abs=loss_tolerance)
+        assert record["norms"] == pytest.approx(expected["norms"], rel=norm_tolerance)
+        assert record["padding"] == 0.0
+        assert record["losses"] == records[0]["losses"], "every rank reports the same loss"
+    first, last = CheckpointReader(folder / "iter_0000001"), CheckpointReader(folder / f"iter_{STEPS:07d}")
+    clip = min(1.0, FLAGS["clip_grad"] / (expected["norms"][0] + 1e-6))
+    assert clip < 1.0, "the case must clip to tell whether clipping is right"
+    assert set(first.manifest.specs) == set(expected["weights"])
+    largest = max(float(g.abs().max()) for g in expected["first_gradients"].values())
+    for name, gradient in expected["first_gradients"].items():
+        mine = _tensor(first, name, "exp_avg") / (1.0 - 0.9) / clip
+        tolerance = (BF16_TOLERANCE if bf16 else GRADIENT_TOLERANCE) * largest
+        assert float((mine - gradient).abs().max()) <= tolerance, f"gradient of {name}"
+        if not bf16:
+            difference = _tensor(last, name, "fp32") - expected["weights"][name].detach()
+            assert float(difference.abs().max()) <= WEIGHT_TOLERANCE, name
+    w = {name: _tensor(last, name, "fp32") for name in expected["weights"]}
+    batches = global_batches(FLAGS["vocab_size"], FLAGS["global_batch_size"], FLAGS["seq_length"])
+    evaluation = reference.loss(w, *batches[0], dataclasses.asdict(build(flags).model)).item()
+    assert records[0]["evaluation"] == pytest.approx(evaluation, abs=loss_tolerance)
+    assert math.isfinite(evaluation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_training_equals_plain_pytorch_at_every_topology(world: int, tmp_path: Path) -> None:
+    cases = _cases(world)
+    listed = [{"name": name, "flags": flags} for name, flags in cases.items()]
+    (tmp_path / "cases.json").write_text(json.dumps(listed))
+    run_ranks(world, TESTS / "training" / "law_worker.py", str(tmp_path / "cases.json"), str(tmp_path))
+    failed = {}
+    for name, flags in cases.items():
+        try:
+            _check(tmp_path / name, flags, world)
+        except AssertionError as error:
+            failed[name] = str(error).splitlines()[:3]
+    assert failed == {}
