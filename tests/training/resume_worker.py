@@ -1,0 +1,30 @@
+"""One rank of the resume tests: runs each given case as the command does, several runs in one process.
+
+Usage: resume_worker.py CASES.json; a case is {"argv": [...]}, `--load` among it where it resumes.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_nexus import log
+from megatron_nexus.command import configure
+from megatron_nexus.config.rules import check
+from megatron_nexus.parallel.world import read_world
+from megatron_nexus.training.run import run
+
+
+def main() -> None:
+    for index, argv in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        world = read_world(os.environ)
+        world = replace(world, master_port=10_000 + (7 * world.master_port + index) % 20_000)
+        log.configure(speaks=world.rank == 0)
+        config, checkpoint = configure(argv)
+        check(config, world.size)
+        run(config, world, checkpoint, argv)
+
+
+if __name__ == "__main__":
+    main()
