@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NoReturn, get_args, get_origin, get_type_hints
 
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
@@ -72,9 +73,10 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         problems = []
-        for word in unknown:
+        for before, word in pairwise(["", *unknown]):
             if not word.startswith("-"):
-                problems.append(f"{word!r} belongs to no flag")
+                if not before.startswith("-"):  # else it is that flag's value
+                    problems.append(f"{word!r} belongs to no flag: drop it, or name its flag; see --help")
                 continue
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"

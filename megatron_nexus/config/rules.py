@@ -4,6 +4,7 @@ Pure arithmetic over the configuration and the world size, so that it runs befor
 """
 
 from collections.abc import Iterable
+from math import inf
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
@@ -49,8 +50,8 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--rotary-base": model.rotary_base,
     }
     for flag, value in positive.items():
-        if not value > 0:
-            yield f"{flag} {value} must be positive"
+        if not 0 < value < inf:
+            yield f"{flag} {value} must be positive: give a finite number above 0"
     not_negative = {
         "--min-lr": optimizer.min_lr,
         "--lr-decay-iters": optimizer.lr_decay_iters,
@@ -64,13 +65,16 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--seed": training.seed,
     }
     for flag, value in not_negative.items():
-        if not value >= 0:
-            yield f"{flag} {value} must not be negative"
+        if not 0 <= value < inf:
+            yield f"{flag} {value} must not be negative: give a finite number, 0 or above"
     for flag, beta in {"--adam-beta1": optimizer.adam_beta1, "--adam-beta2": optimizer.adam_beta2}.items():
         if not 0 <= beta < 1:
-            yield f"{flag} {beta} must lie in [0, 1)"
+            yield f"{flag} {beta} must lie in [0, 1): give a number such as 0.9"
     if model.kv_channels % 2:
-        yield f"--kv-channels {model.kv_channels} must be even: rotary embedding turns pairs of channels"
+        yield (
+            f"--kv-channels {model.kv_channels} must be even, rotary embedding turns pairs of channels: "
+            f"use {model.kv_channels + 1}"
+        )
     if optimizer.min_lr > optimizer.lr:
         yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: use at most {optimizer.lr}"
 
@@ -78,19 +82,25 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
 def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if tp < 1 or pp < 1:
-        return
+    if min(tp, pp, model.num_attention_heads, model.num_layers, config.training.seq_length) < 1:
+        return  # said already, and the arithmetic below needs sizes
     if model.num_attention_heads % tp:
         yield (
             f"--tp {tp} does not divide --num-attention-heads {model.num_attention_heads}: "
             f"use {divisors(model.num_attention_heads)}"
         )
     if pp > model.num_layers:
-        yield f"--pp {pp} is more than --num-layers {model.num_layers}: each stage needs a layer"
+        yield (
+            f"--pp {pp} is more than --num-layers {model.num_layers}, each stage needs a layer: "
+            f"use at most {model.num_layers}"
+        )
     if parallel.zero_stage not in (0, 1, 2, 3):
         yield f"--zero-stage {parallel.zero_stage} does not exist: use 0, 1, 2 or 3"
     elif parallel.zero_stage > 1 and pp > 1:
-        yield f"--zero-stage {parallel.zero_stage} needs --pp 1, and --pp is {pp}: use --zero-stage 1"
+        yield (
+            f"--zero-stage {parallel.zero_stage} needs --pp 1, and --pp is {pp}: "
+            "use --zero-stage 1, or --pp 1"
+        )
     if parallel.sequence_parallel and tp == 1:
         yield "--sequence-parallel splits tokens over tensor-parallel ranks, and --tp is 1: drop the flag"
     if parallel.sequence_parallel and config.training.seq_length % tp:

@@ -5,7 +5,7 @@ and the saved configuration are made from that. Flags are the field's name with 
 Megatron-LM's spelling where Megatron-LM has the flag, plus the aliases given here.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_type_hints
 
 Precision = Literal["bf16", "fp32"]
@@ -153,13 +153,3 @@ class RunConfig:
 SECTIONS: dict[str, type] = {
     name: kind for name, kind in get_type_hints(RunConfig).items() if name != "preset"
 }
-
-
-def section_of_field() -> dict[str, str]:
-    """Each field's section; field names are unique over all sections, so a flag names one of them."""
-    owner: dict[str, str] = {}
-    for section, kind in SECTIONS.items():
-        for entry in fields(kind):
-            assert entry.name not in owner, f"{entry.name} stands in two sections"
-            owner[entry.name] = section
-    return owner
