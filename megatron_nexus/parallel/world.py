@@ -61,16 +61,22 @@ def read_world(environment: Mapping[str, str]) -> World:
         return _world(replace(_TORCH, launcher="torchrun") if torchrun else _TORCH, environment)
     if _OPEN_MPI.size in environment:
         return _world(_OPEN_MPI, environment)
-    if _MPICH.size in environment:
+    # An sbatch script sets SLURM_NTASKS too; only a task that srun started is in a step with tasks. Of the
+    # two that set PMI_*, srun leaves MPICH's local rank out, and mpirun inside a job sets all of them.
+    in_step = _SRUN.rank in environment and _SRUN.size in environment
+    if _MPICH.size in environment and (_MPICH.local_rank in environment or not in_step):
         return _world(_MPICH, environment)
-    # An sbatch script sets SLURM_NTASKS too; only a task that srun started is in a step with tasks.
-    if _SRUN.rank in environment and _SRUN.size in environment:
+    if in_step:
         return _world(_SRUN, environment)
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _world(_TORCH, environment)
     return World("none", 0, 1, 0, 1, "127.0.0.1", 0)
 
 
 def _world(names: _Names, environment: Mapping[str, str]) -> World:
-    required = (names.rank, names.size, names.local_rank)
+    required = [names.rank, names.size, names.local_rank]
+    if environment.get("MASTER_PORT"):
+        required.append("MASTER_PORT")
     missing = [name for name in required if not environment.get(name, "").isdigit()]
     if missing:
         raise ConfigError(
@@ -80,11 +86,15 @@ def _world(names: _Names, environment: Mapping[str, str]) -> World:
                 for name in missing
             ]
         )
-    size = int(environment[names.size])
+    rank, size = int(environment[names.rank]), int(environment[names.size])
+    if rank >= size:
+        raise ConfigError(
+            [f"{names.rank} {rank} is not below {names.size} {size}: number the ranks from 0 to {size - 1}"]
+        )
     local_sizes = [int(environment[name]) for name in names.local_size if environment.get(name, "").isdigit()]
     return World(
         launcher=names.launcher,
-        rank=int(environment[names.rank]),
+        rank=rank,
         size=size,
         local_rank=int(environment[names.local_rank]),
         local_size=local_sizes[0] if local_sizes else size,
@@ -97,9 +107,13 @@ def _master_address(environment: Mapping[str, str], world_size: int) -> str:
     """The first host of a SLURM job; otherwise this machine, which is right for one-host MPI runs only."""
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if hosts:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True
-        )
+        command = ["scontrol", "show", "hostnames", hosts]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ConfigError(
+                [f"{' '.join(command)} failed ({error}): set MASTER_ADDR to the first of these hosts"]
+            ) from error
         return listed.stdout.split()[0]
     local = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", environment.get("MPI_LOCALNRANKS", world_size)))
     if local < world_size:
