@@ -28,10 +28,13 @@ LOST_PEER_PATIENCE_S = 3.0
 
 def main() -> NoReturn:
     """Run the command line of this process."""
+    # Until the run listens itself, Ctrl-C ends a process at once: there is nothing to save or to tell.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     argv = sys.argv[1:]
-    speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    speaks = True
     try:
         world = read_world(os.environ)
+        speaks = world.local_rank == 0
         log.configure(speaks=world.rank == 0)
         config, checkpoint = configure(argv)
         wanted = config.model_parallel_size
@@ -45,8 +48,6 @@ def main() -> NoReturn:
         if speaks:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(EXIT_CODE_USER_ERROR)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     _train(config, world, checkpoint, argv)
 
 
@@ -84,11 +85,12 @@ def _newest_run(given: dict[str, int | float | str | bool]) -> Path | None:
 
 def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str]) -> NoReturn:
     """Train, and end this rank so that of all ranks only the first to fail says why."""
-    from megatron_nexus.parallel.mesh import claim_last_word
-
+    with log.Progress("importing torch and DeepSpeed"):
+        from megatron_nexus.parallel.mesh import claim_last_word
+        from megatron_nexus.training.run import run
+    # DeepSpeed reads it too; srun, mpirun and a plain start do not set it.
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
     try:
-        with log.Progress("importing torch and DeepSpeed"):
-            from megatron_nexus.training.run import run
         run(config, world, checkpoint, argv)
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
@@ -107,8 +109,6 @@ def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[
 def _report(error: BaseException, rank: int) -> None:
     if isinstance(error, NexusError):
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-    elif isinstance(error, KeyboardInterrupt):
-        sys.stderr.write("interrupted before training began: nothing to save\n")
     elif isinstance(error, RuntimeError) and "gloo" in str(error):
         sys.stderr.write(f"rank {rank} lost its connection to another rank, which ended without a word\n")
     else:

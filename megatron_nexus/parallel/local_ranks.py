@@ -17,6 +17,7 @@ from megatron_nexus.log import logger
 from megatron_nexus.parallel.world import World
 
 PATIENCE_S = 6.0
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -103,7 +104,7 @@ def run_local_ranks(count: int, command: list[str]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in PASSED_ON:
         signal.signal(number, pass_on)
     try:
         return _watch(ranks)
@@ -112,6 +113,12 @@ def run_local_ranks(count: int, command: list[str]) -> int:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def _cause(ended_by: signal.Signals) -> str:
+    if ended_by in PASSED_ON:
+        return "the run had not begun to train, nothing was saved"
+    return "out of memory, or killed by hand?" if ended_by is signal.SIGKILL else "a crash outside Python"
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
@@ -125,8 +132,8 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
             rank, failed = bad[0]
             deadline = time.monotonic() + PATIENCE_S
             if failed < 0:
-                name = signal.Signals(-failed).name
-                logger.error("rank %d was ended by %s: out of memory, or killed by hand?", rank, name)
+                ended_by = signal.Signals(-failed)
+                logger.error("rank %d was ended by %s: %s", rank, ended_by.name, _cause(ended_by))
         time.sleep(0.05)
     if failed is None:
         failed = next((code for code in (process.poll() for process in ranks) if code), 0)
