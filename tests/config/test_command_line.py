@@ -1,0 +1,163 @@
+"""Flags become the fields they name; whatever is wrong is answered with what to change."""
+
+import dataclasses
+from typing import get_args, get_origin, get_type_hints
+
+import pytest
+
+from megatron_nexus.config.command_line import build, given_flags, make_parser
+from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
+from megatron_nexus.config.run_config import SECTIONS, ModelConfig, RunConfig
+from megatron_nexus.errors import ConfigError
+
+FIELDS = [
+    (section, field.name, get_type_hints(kind)[field.name], field.default)
+    for section, kind in SECTIONS.items()
+    for field in dataclasses.fields(kind)
+]
+
+
+def parse(*words: str) -> RunConfig:
+    return build(given_flags(words))
+
+
+def complaint(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(*words)
+    return str(caught.value)
+
+
+def other_value(hint: type, default: object) -> object:
+    """A value of a field's type that is not its default."""
+    if get_origin(hint) is not None:
+        return next(choice for choice in get_args(hint) if choice != default)
+    if hint is str:
+        return "somewhere/else"
+    assert isinstance(default, int | float)
+    return hint(default + 3)
+
+
+def test_field_names_are_unique_so_that_a_flag_names_one_of_them() -> None:
+    names = [name for _, name, _, _ in FIELDS]
+    assert len(names) == len(set(names)) > 40
+
+
+def test_no_flags_give_the_default_preset() -> None:
+    config = parse()
+    assert config.preset == DEFAULT_PRESET
+    values = {name: value for section in SECTIONS for name, value in vars(getattr(config, section)).items()}
+    expected = {name: default for _, name, _, default in FIELDS} | PRESETS[DEFAULT_PRESET]
+    assert values == expected
+
+
+@pytest.mark.parametrize(("section", "name", "hint", "default"), FIELDS)
+def test_every_flag_sets_its_field_and_no_other(section: str, name: str, hint: type, default: object) -> None:
+    flag, before = "--" + name.replace("_", "-"), parse()
+    if hint is bool:
+        value: object = True
+        assert getattr(getattr(parse(f"--no-{flag[2:]}"), section), name) is False
+        words = [flag]
+    else:
+        value = other_value(hint, getattr(getattr(before, section), name))
+        words = [flag, str(value)]
+    changed = dataclasses.replace(getattr(before, section), **{name: value})
+    assert parse(*words) == dataclasses.replace(before, **{section: changed})
+    assert parse(*words) != before
+    if hint is not bool:
+        assert parse("=".join(words)) == parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("alias", "full"),
+    [
+        ("--tp 2", "--tensor-model-parallel-size 2"),
+        ("--pp 3", "--pipeline-model-parallel-size 3"),
+        ("--head-dim 48", "--kv-channels 48"),
+        ("--bf16", "--precision bf16"),
+        ("--preset nexusformer-20m --fp32", "--preset nexusformer-20m --precision fp32"),
+    ],
+)
+def test_an_alias_is_its_full_flag(alias: str, full: str) -> None:
+    assert parse(*alias.split()) == parse(*full.split()) != parse("--preset", DEFAULT_PRESET)
+
+
+def test_help_names_every_flag_with_its_default() -> None:
+    text = " ".join(make_parser().format_help().split())
+    for _, name, hint, default in FIELDS:
+        assert f"--{name.replace('_', '-')}" in text
+        shown = PRESETS[DEFAULT_PRESET].get(name, default)
+        assert f"(default: {shown!r})" in text, (name, hint)
+
+
+def test_the_launcher_s_local_rank_is_accepted_and_is_no_field() -> None:
+    assert "local_rank" not in given_flags(["--local_rank=3"])
+    assert parse("--local_rank=3") == parse("--local-rank", "3") == parse()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--learning-rate 1", ["unknown flag --learning-rate"]),
+        ("--tensor-parallel-size 2", ["--tensor-parallel-size: did you mean --tensor-model-parallel-size?"]),
+        ("--train-iter=5", ["unknown flag --train-iter=5: did you mean --train-iters?"]),
+        ("--zzzzzz", ["unknown flag --zzzzzz: see --help"]),
+        ("tp 2", ["'tp' belongs to no flag", "'2' belongs to no flag"]),
+        ("--lr high", ["--lr", "'high'", "float"]),
+        ("--num-layers 2.5", ["--num-layers", "'2.5'", "int"]),
+        ("--num-layers", ["--num-layers", "expected one argument"]),
+        ("--precision fp16", ["--precision", "'fp16'", "'bf16', 'fp32'"]),
+        ("--preset nexusformer-1t", ["--preset", "'nexusformer-1t'", "'nexusformer-170m'"]),
+        ("--nexus-inner-norm=yes", ["--nexus-inner-norm", "'yes'"]),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_the_nearest_remedy(words: str, told: list[str]) -> None:
+    text = complaint(*words.split())
+    assert all(part in text for part in told), text
+
+
+def test_a_flag_is_never_guessed_from_its_beginning() -> None:
+    assert "unknown flag --num-lay: did you mean --num-layers?" in complaint("--num-lay", "2")
+
+
+def test_all_unknown_flags_are_reported_at_once_and_their_values_are_not() -> None:
+    text = complaint("--hiden-size", "64", "--num-layer", "2", "--tp", "2")
+    assert text.startswith("2 problems")
+    assert "--hidden-size?" in text and "--num-layers?" in text and "belongs to no flag" not in text
+
+
+def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default() -> None:
+    assert PRESETS["nexusformer-20m"]["nexus_m"] != ModelConfig().nexus_m
+    config = parse("--nexus-a", "500", "--preset", "nexusformer-20m")
+    assert config.preset == "nexusformer-20m"
+    assert config.model.nexus_a == 500
+    assert config.model.nexus_m == PRESETS["nexusformer-20m"]["nexus_m"]
+    assert config.optimizer.adam_eps == 1e-8
+
+
+SAVED = ModelConfig(vocab_size=97, num_layers=3, hidden_size=48, nexus_inner_norm=True)
+
+
+def test_a_checkpoint_gives_the_model_and_nothing_else() -> None:
+    config = build(given_flags(["--lr", "0.5"]), SAVED, "nexusformer-20m")
+    assert config.model == SAVED
+    assert config.preset == "nexusformer-20m"
+    assert config.optimizer.lr == 0.5
+    assert config.training.seq_length == PRESETS["nexusformer-20m"]["seq_length"]
+
+
+def test_flags_that_repeat_the_checkpoint_s_model_are_welcome() -> None:
+    words = ["--num-layers", "3", "--hidden-size", "48", "--vocab-size", "97", "--nexus-inner-norm"]
+    assert build(given_flags(words), SAVED, DEFAULT_PRESET).model == SAVED
+
+
+def test_flags_that_contradict_the_checkpoint_s_model_are_all_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(given_flags(["--num-layers", "4", "--no-nexus-inner-norm"]), SAVED, DEFAULT_PRESET)
+    assert len(caught.value.problems) == 2
+    assert "--num-layers 4 is not the checkpoint's 3: drop the flag" in caught.value.problems[0]
+    assert "--nexus-inner-norm False is not the checkpoint's True" in caught.value.problems[1]
+
+
+def test_a_preset_that_is_named_may_not_contradict_the_checkpoint() -> None:
+    with pytest.raises(ConfigError, match="--hidden-size 384 is not the checkpoint's 48"):
+        build(given_flags(["--preset", "nexusformer-20m"]), SAVED, DEFAULT_PRESET)

@@ -1,0 +1,143 @@
+"""Every impossible configuration is refused before anything starts, with value, rule and remedy."""
+
+import dataclasses
+
+import pytest
+
+from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.config.rules import check, divisors
+from megatron_nexus.config.run_config import SECTIONS
+from megatron_nexus.errors import ConfigError
+
+
+def problems(words: str, world_size: int = 1) -> list[str]:
+    try:
+        check(build(given_flags(words.split())), world_size)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+# Flags over the default preset (4 heads, 4 layers, length 128, batches 32 = 4 x 8), world size, what the
+# one problem must say: the value, the rule, the remedy.
+REFUSED = [
+    ("--tp 3", 3, ["--tp 3", "divide --num-attention-heads 4", "use 1, 2, 4"]),
+    ("--tp 8", 8, ["--tp 8", "divide --num-attention-heads 4", "use 1, 2, 4"]),
+    ("--pp 5", 5, ["--pp 5", "--num-layers 4", "use at most 4"]),
+    ("--zero-stage 4", 1, ["--zero-stage 4", "does not exist", "use 0, 1, 2 or 3"]),
+    ("--zero-stage -1", 1, ["--zero-stage -1", "does not exist", "use 0, 1, 2 or 3"]),
+    ("--zero-stage 2 --pp 2", 2, ["--zero-stage 2", "needs --pp 1", "use --zero-stage 1, or --pp 1"]),
+    ("--zero-stage 3 --pp 4", 4, ["--zero-stage 3", "--pp is 4", "use --zero-stage 1, or --pp 1"]),
+    ("--sequence-parallel", 1, ["--sequence-parallel", "--tp is 1", "drop the flag"]),
+    ("--sequence-parallel --tp 4 --seq-length 30", 4, ["--seq-length 30", "multiple of --tp 4", "use 28"]),
+    ("--sequence-parallel --tp 4 --seq-length 3", 4, ["--seq-length 3", "multiple of --tp 4", "use 4"]),
+    ("--tp 2", 3, ["world has 3 ranks", "--tp 2 x --pp 1 = 2", "start 2 ranks or change"]),
+    ("--tp 2 --pp 2", 1, ["world has 1 rank,", "--tp 2 x --pp 2 = 4", "start 4 ranks or change"]),
+    ("--tp 2 --pp 2", 11, ["world has 11 ranks", "= 4", "start 8 ranks or change"]),
+    ("--global-batch-size 30", 1, ["--global-batch-size 30", "8 x data parallel 1 = 8", "use 24 or 32"]),
+    ("--global-batch-size 8", 4, ["--global-batch-size 8", "8 x data parallel 4 = 32", "use 32"]),
+    ("--micro-batch-size 64", 1, ["--global-batch-size 32", "micro batch 64", "use 64"]),
+    ("--kv-channels 33", 1, ["--kv-channels 33", "even", "use 34"]),
+    ("--min-lr 0.5", 1, ["--min-lr 0.5", "above --lr 0.003", "use at most 0.003"]),
+    ("--adam-beta1 1", 1, ["--adam-beta1 1.0", "[0, 1)", "such as 0.9"]),
+    ("--adam-beta2 -0.5", 1, ["--adam-beta2 -0.5", "[0, 1)", "such as 0.9"]),
+    ("--lr nan", 1, ["--lr nan", "positive", "give a finite number above 0"]),
+    ("--lr inf", 1, ["--lr inf", "positive", "give a finite number above 0"]),
+    ("--clip-grad inf", 1, ["--clip-grad inf", "negative", "give a finite number, 0 or above"]),
+]
+POSITIVE = [
+    "vocab-size",
+    "num-layers",
+    "hidden-size",
+    "num-attention-heads",
+    "kv-channels",
+    "ffn-hidden-size",
+    "nexus-m",
+    "nexus-a",
+    "micro-batch-size",
+    "global-batch-size",
+    "seq-length",
+    "train-iters",
+    "tp",
+    "pp",
+    "log-interval",
+    "eval-iters",
+    "adam-eps",
+    "init-method-std",
+    "norm-epsilon",
+    "rotary-base",
+]
+NOT_NEGATIVE = [
+    "lr-decay-iters",
+    "lr-warmup-iters",
+    "lr-wsd-decay-iters",
+    "weight-decay",
+    "clip-grad",
+    "save-interval",
+    "eval-interval",
+    "padding-multiple",
+    "seed",
+    "min-lr",
+]
+
+
+@pytest.mark.parametrize(("words", "world_size", "told"), REFUSED)
+def test_a_broken_rule_is_told_with_value_rule_and_remedy(
+    words: str, world_size: int, told: list[str]
+) -> None:
+    found = problems(words, world_size)
+    assert len(found) == 1, found
+    assert all(part in found[0] for part in told), found[0]
+
+
+@pytest.mark.parametrize("flag", POSITIVE)
+def test_zero_of_what_must_be_positive_is_refused(flag: str) -> None:
+    found = problems(f"--{flag} 0")
+    assert len(found) == 1, found
+    assert found[0].startswith((f"--{flag} 0 must be positive", f"--{flag} 0.0 must be positive"))
+
+
+@pytest.mark.parametrize("flag", NOT_NEGATIVE)
+def test_zero_is_allowed_where_less_is_refused(flag: str) -> None:
+    assert problems(f"--{flag} 0") == []
+    found = problems(f"--{flag}=-1")
+    assert len(found) == 1, found
+    assert found[0].startswith((f"--{flag} -1 must not be", f"--{flag} -1.0 must not be"))
+
+
+def test_every_number_of_the_configuration_has_a_rule() -> None:
+    checked = {words.split()[0].split("=")[0].removeprefix("--") for words, _, _ in REFUSED}
+    checked |= {*POSITIVE, *NOT_NEGATIVE, "tensor-model-parallel-size", "pipeline-model-parallel-size"}
+    for kind in SECTIONS.values():
+        for field in dataclasses.fields(kind):
+            if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+                assert field.name.replace("_", "-") in checked
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    found = problems("--lr 0 --min-lr 0 --tp 3 --pp 9 --kv-channels 7 --seed=-4", world_size=5)
+    for part in ("--lr 0.0", "--tp 3", "--pp 9", "--kv-channels 7", "--seed -4", "the world has 5 ranks"):
+        assert any(part in problem for problem in found), (part, found)
+    assert str(ConfigError(found)).startswith(f"{len(found)} problems")
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size"),
+    [
+        ("", 1),
+        ("", 4),
+        ("--tp 4 --pp 4 --micro-batch-size 1", 16),
+        ("--tp 2 --sequence-parallel --zero-stage 3", 2),
+        ("--pp 4 --zero-stage 0", 4),
+        ("--adam-beta1 0 --adam-beta2 0 --min-lr 0.003 --clip-grad 0", 2),
+        # Logical widths need not divide: they are padded in memory.
+        ("--tp 4 --hidden-size 130 --nexus-m 131 --nexus-a 133 --ffn-hidden-size 347 --vocab-size 4099", 4),
+    ],
+)
+def test_what_is_possible_passes(words: str, world_size: int) -> None:
+    assert problems(words, world_size) == []
+
+
+def test_the_remedy_for_a_count_lists_its_divisors() -> None:
+    assert divisors(12) == "1, 2, 3, 4, 6, 12"
+    assert divisors(1) == "1"

@@ -1,0 +1,138 @@
+"""Imports go down, foreign libraries stay sealed, and nothing is configured that nothing reads."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_nexus.config.run_config import SECTIONS
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "megatron_nexus"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS: list[set[str]] = [
+    {"errors", "log"},
+    {"config", "spec"},
+    {"parallel", "data"},
+    {"models", "checkpoint"},
+    {"training", "growth", "evaluation", "interchange", "analysis"},
+    {"command", "pretrain_nexus", "tools"},
+]
+HEIGHT = {noun: height for height, layer in enumerate(LAYERS) for noun in layer}
+# Of layer 3, a model knows nothing of where its tokens come from, and a checkpoint nothing of models.
+FORBIDDEN = {("models", "data"), ("checkpoint", "models"), ("checkpoint", "data")}
+# Importing one of these is the affair of the files listed, and of nobody else.
+SEALED = {
+    "deepspeed": {"training/engine.py", "checkpoint/zero_pieces.py"},
+    "sentencepiece": {"data/tokenizer.py"},
+}
+
+
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    programs = [REPOSITORY / "pretrain_nexus.py", *sorted((REPOSITORY / "tools").rglob("*.py"))]
+    for path in [*SOURCES, *programs]:
+        yield path, ast.parse(path.read_text(), str(path))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported anywhere in a file, functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def noun_of(path: Path) -> str:
+    """The folder, or the file at the top, that a source belongs to."""
+    top = path.relative_to(PACKAGE if PACKAGE in path.parents else REPOSITORY).parts[0]
+    return top.removesuffix(".py")
+
+
+def test_every_folder_has_a_layer() -> None:
+    nouns = {noun_of(path) for path, _ in trees()} - {"__init__"}
+    assert nouns <= HEIGHT.keys()
+    assert len(SOURCES) > 30, "the package was not found"
+
+
+def test_imports_go_down_and_never_sideways() -> None:
+    wrong = []
+    for path, tree in trees():
+        here = noun_of(path)
+        names = [name.split(".") for name in imported(tree) if name.startswith("megatron_nexus.")]
+        for there in {name[1] for name in names if name[1] in HEIGHT}:
+            allowed = here == there or HEIGHT[there] < HEIGHT[here] or HEIGHT[here] == len(LAYERS) - 1
+            if not allowed or (here, there) in FORBIDDEN:
+                wrong.append(f"{path.relative_to(REPOSITORY)} imports {there}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("folder", "foreign"), [("config", "torch"), ("spec", "torch.distributed")])
+def test_low_layers_need_no_machine(folder: str, foreign: str) -> None:
+    names = {name for path, tree in trees() if noun_of(path) == folder for name in imported(tree)}
+    assert names, f"{folder} imports nothing: was it found?"
+    assert not [name for name in names if f"{name}.".startswith(f"{foreign}.")]
+
+
+@pytest.mark.parametrize("library", SEALED)
+def test_a_sealed_library_is_imported_in_its_files_only(library: str) -> None:
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path, tree in trees()
+        if any(name.split(".")[0] == library for name in imported(tree))
+    }
+    assert users == SEALED[library]
+
+
+def test_there_is_no_module_state_and_no_print() -> None:
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path, tree in trees()
+        if path in SOURCES
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Global)
+        or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
+    ]
+    assert found == []
+
+
+def base_name(node: ast.Attribute) -> str:
+    """`training` of `config.training.seed` and of `training.seed`."""
+    return node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+
+
+def test_every_field_of_the_configuration_is_read() -> None:
+    declared = {
+        (section, field.name) for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)
+    }
+    # A rule that checks a field is no use of it: it would keep a dead flag alive.
+    read = {
+        (base_name(node), node.attr)
+        for path, tree in trees()
+        if path.name != "rules.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    # --load is read from the flags, before there is a configuration; the number of heads by a property.
+    elsewhere = {("checkpoint", "load"): "command.py", ("model", "num_attention_heads"): "run_config.py"}
+    assert declared - read == elsewhere.keys()
+    assert "self.num_attention_heads" in (PACKAGE / "config" / "run_config.py").read_text()
+    assert 'given.get("load"' in (PACKAGE / "command.py").read_text()
+
+
+def test_a_wrong_flag_is_answered_without_importing_torch() -> None:
+    program = (
+        "import sys, megatron_nexus.command\n"
+        "print([name for name in ('torch', 'deepspeed', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
