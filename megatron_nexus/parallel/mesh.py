@@ -60,6 +60,9 @@ def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float =
     if cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
+    # DeepSpeed reads these itself, and looks for MPI where they are missing (srun, mpirun, a plain shell).
+    names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    os.environ.update({name: str(value) for name, value in names.items()})
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=_connect(world, timeout),
