@@ -1,0 +1,105 @@
+"""Laws of the decoder on one rank: costs are what torch counts, the future stays hidden, stages compose."""
+
+import dataclasses
+
+import pytest
+import reference
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.models.context import Context
+from megatron_nexus.models.decoder import (
+    DecoderStage,
+    Loss,
+    decoder_specs,
+    layer_flops_per_token,
+    stage_layers,
+    training_flops_per_token,
+)
+from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.spec.cost import parameter_count
+from megatron_nexus.spec.shard import Shard
+
+ALONE = Context(TensorParallel(None), Shard(0, 1), seed=3, dtype=torch.float64)
+MODEL = ModelConfig(
+    vocab_size=50,
+    num_layers=3,
+    hidden_size=24,
+    num_attention_heads=2,
+    kv_channels=10,
+    ffn_hidden_size=40,
+    nexus_m=30,
+    nexus_a=36,
+    init_method_std=0.2,
+)
+ALL = range(MODEL.num_layers + 2)
+
+
+def _tokens(batch: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.randint(0, MODEL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("output_projection", [False, True])
+def test_specs_describe_exactly_the_parameters_that_are_built(output_projection: bool) -> None:
+    model = dataclasses.replace(MODEL, nexus_output_projection=output_projection)
+    stage = DecoderStage(model, ALL, ALONE)
+    built = logical_parameters(stage)
+    assert {name: spec for name, (spec, _) in built.items()} == decoder_specs(model)
+    assert all(tuple(parameter.shape) == spec.shape for spec, parameter in built.values())
+    assert sum(p.numel() for p in stage.parameters()) == parameter_count(decoder_specs(model).values())
+
+
+@pytest.mark.parametrize("output_projection", [False, True])
+def test_training_flops_are_those_that_torch_counts(output_projection: bool) -> None:
+    model = dataclasses.replace(MODEL, nexus_output_projection=output_projection)
+    stage, tokens = DecoderStage(model, ALL, ALONE), _tokens()
+    # The counter does not know the fused attention of the CPU; that of plain products it counts.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        Loss(model, ALONE.tp, ALONE.shard)(stage(tokens), tokens).backward()
+    assert counter.get_total_flops() == training_flops_per_token(model, tokens.shape[1]) * tokens.numel()
+
+
+def test_a_token_sees_nothing_of_the_future() -> None:
+    stage, tokens = DecoderStage(MODEL, ALL, ALONE), _tokens()
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % MODEL.vocab_size
+    before, after = stage(tokens), stage(changed)
+    assert torch.equal(before[:9], after[:9])
+    assert not torch.equal(before[9:], after[9:])
+
+
+def test_stages_in_a_row_are_the_whole_decoder() -> None:
+    tokens = _tokens()
+    whole = DecoderStage(MODEL, ALL, ALONE)(tokens)
+    x = tokens
+    for stage in range(3):
+        x = DecoderStage(MODEL, stage_layers(MODEL, 16, stage, 3), ALONE)(x)
+    assert torch.equal(x, whole)
+
+
+def test_stages_are_cut_by_cost_and_cover_all_layers() -> None:
+    heavy_head = dataclasses.replace(MODEL, vocab_size=5000)
+    layers = [stage_layers(heavy_head, 16, stage, 2) for stage in range(2)]
+    assert [*layers[0], *layers[1]] == list(ALL)
+    flops = layer_flops_per_token(heavy_head, 16)
+    assert flops[-1] > sum(flops[:-1])
+    assert list(layers[1]) == [MODEL.num_layers + 1], "a head dearer than all blocks has a stage of its own"
+
+
+def test_the_loss_is_cross_entropy_and_starts_at_the_logarithm_of_the_vocabulary() -> None:
+    stage = DecoderStage(dataclasses.replace(MODEL, init_method_std=1e-3), ALL, ALONE)
+    tokens, labels = _tokens(), _tokens().roll(1, dims=1)
+    loss = Loss(MODEL, ALONE.tp, ALONE.shard)(stage(tokens), labels)
+    logits = stage(tokens).permute(1, 2, 0)
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-12)
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(50.0)).item(), abs=1e-3)
+
+
+def test_logits_equal_the_reference() -> None:
+    stage, tokens = DecoderStage(MODEL, ALL, ALONE), _tokens()
+    weights = {name: parameter.detach() for name, (_, parameter) in logical_parameters(stage).items()}
+    expected = reference.logits(weights, tokens, dataclasses.asdict(MODEL))
+    assert torch.allclose(stage(tokens).transpose(0, 1), expected, rtol=0.0, atol=1e-12)
