@@ -25,7 +25,7 @@ from megatron_nexus.training.metrics import MetricsWriter, StepMetrics, Validati
 from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.stop import StopRequest
 
-SILENCE_S = 8.0
+SILENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Outcome:
     validation: Validation | None
     checkpoint: Path
     tokens_per_s: float
-    stopped_by: str
 
 
 class Trainer:
@@ -82,7 +81,6 @@ class Trainer:
         last = config.training.train_iters
         metrics = None
         if self.mesh.rank == 0:
-            self.save_folder.mkdir(parents=True, exist_ok=True)
             metrics = MetricsWriter(self.save_folder, self.progress.step, logging.tensorboard_dir)
         batches = self._batches(self.corpus.training, self.progress.samples)
         trained_s, trained_tokens, told = 0.0, 0, 0.0
@@ -125,7 +123,6 @@ class Trainer:
             validation=validation,
             checkpoint=self.last_checkpoint,
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
-            stopped_by=stop.signal_name if stopping else "",
         )
 
     def save(self) -> None:

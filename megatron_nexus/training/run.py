@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
@@ -68,26 +68,40 @@ def _check_device(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path:
-    """Where this run saves, decided by rank 0.
+    """Where this run saves, decided and made by rank 0; a collective call.
 
-    Raises ConfigError where --save holds checkpoints that this run would not continue: none is overwritten.
+    Raises:
+        ConfigError: the folder holds checkpoints that this run does not continue: none is ever overwritten.
+        CheckpointError: the folder cannot be written.
     """
     if config.checkpoint.save:
         folder = Path(config.checkpoint.save)
-        found = newest_checkpoint(folder)
-        if found is not None and (checkpoint is None or checkpoint.parent.resolve() != folder.resolve()):
+    elif checkpoint is not None:
+        folder = checkpoint.parent
+    else:
+        folder = Path(f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    chosen = [folder]
+    dist.broadcast_object_list(chosen, src=0, group=mesh.control)
+    folder = chosen[0]
+    if mesh.rank == 0:
+        newest = newest_checkpoint(folder)
+        if newest is not None and (checkpoint is None or checkpoint.resolve() != newest.resolve()):
             raise ConfigError(
                 [
-                    f"--save {folder} already holds {found.name} of another run: continue it with "
-                    f"--load {folder}, or give another --save"
+                    f"--save {folder} holds {newest.name}, which this run does not continue and might "
+                    f"overwrite: use --load {folder} to continue it, or another --save"
                 ]
             )
-        return folder
-    if checkpoint is not None:
-        return checkpoint.parent
-    chosen = [f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    dist.broadcast_object_list(chosen, src=0, group=mesh.control)
-    return Path(chosen[0])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"--save {folder}: {error.strerror}: give a folder that can be written, on a disk that all "
+                "ranks share"
+            ) from error
+    return folder
 
 
 def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: Path) -> None:
