@@ -123,18 +123,16 @@ def _cause(ended_by: signal.Signals) -> str:
 
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all ranks, or for the first failure and then a little longer; return the exit code."""
-    failed: int | None = None
-    deadline = float("inf")
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+    failed, deadline = 0, float("inf")
+    while True:
         codes = [process.poll() for process in ranks]
         bad = [(rank, code) for rank, code in enumerate(codes) if code]
-        if failed is None and bad:
+        if not failed and bad:
             rank, failed = bad[0]
             deadline = time.monotonic() + PATIENCE_S
             if failed < 0:
                 ended_by = signal.Signals(-failed)
                 logger.error("rank %d was ended by %s: %s", rank, ended_by.name, _cause(ended_by))
+        if None not in codes or time.monotonic() > deadline:
+            return 128 - failed if failed < 0 else failed
         time.sleep(0.05)
-    if failed is None:
-        failed = next((code for code in (process.poll() for process in ranks) if code), 0)
-    return 128 - failed if failed < 0 else failed
