@@ -1,0 +1,229 @@
+"""Local ranks live and die together: real processes, and none is left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Program, Spawn, wait_for
+
+from megatron_nexus.parallel.local_ranks import free_port, missing_ranks
+from megatron_nexus.parallel.world import World
+
+# Runs its arguments as local ranks: `python -c PARENT count script ...`.
+PARENT = """
+import sys
+from megatron_nexus import log
+from megatron_nexus.parallel.local_ranks import run_local_ranks
+log.configure(speaks=True)
+sys.exit(run_local_ranks(int(sys.argv[1]), sys.argv[2:]))
+"""
+# What every rank script begins with; `ready` tells the test that the rank is listening.
+PROLOGUE = """
+import os, signal, sys, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+def ready():
+    Path(f"starting_{rank}").write_text(str(os.getpid()))
+    Path(f"starting_{rank}").rename(f"ready_{rank}")
+"""
+
+
+@dataclass
+class Run:
+    """A parent with its ranks, in a folder of their own."""
+
+    folder: Path
+    program: Program
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the parent: its exit code and all output; no process of it is left."""
+        code = self.program.end(timeout_s=30.0)
+        assert self.program.left() == {}
+        return code, self.program.output()
+
+    def await_ready(self, count: int) -> list[int]:
+        """The process ids of the ranks, once all of them are ready."""
+        files = [self.folder / f"ready_{rank}" for rank in range(count)]
+        wait_for(lambda: all(file.exists() for file in files), "ranks that are ready")
+        return [int(file.read_text()) for file in files]
+
+
+Start = Callable[[int, str], Run]
+
+
+@pytest.fixture
+def start(tmp_path: Path, spawn: Spawn) -> Start:
+    """Start a script as local ranks."""
+
+    def start(count: int, script: str) -> Run:
+        (tmp_path / "rank.py").write_text(PROLOGUE + script)
+        command = [sys.executable, "-c", PARENT, str(count), "rank.py", "--flag", "two words"]
+        return Run(tmp_path, spawn(command, tmp_path))
+
+    return start
+
+
+def test_every_rank_gets_its_place_the_command_and_a_share_of_the_cores(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run = start(
+        3,
+        "names = 'RANK LOCAL_RANK WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS'.split()\n"
+        "os.write(1, (' '.join(os.environ[n] for n in names) + ' | ' + ' '.join(sys.argv) + '\\n').encode())",
+    )
+    code, output = run.end()
+    assert code == 0
+    lines = [line.split() for line in sorted(output.splitlines())]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 3))
+    port = lines[0][5]
+    assert int(port) > 1023
+    tail = ["3", "3", "127.0.0.1", port, threads, "|", "rank.py", "--flag", "two", "words"]
+    assert lines == [[rank, rank, *tail] for rank in "012"]
+
+
+@pytest.mark.parametrize("code", [1, 2, 77])
+def test_the_exit_code_is_that_of_the_first_to_fail(start: Start, code: int) -> None:
+    # Rank 2 fails; the others follow by themselves with another code, as ranks that lost a peer do.
+    run = start(3, f"time.sleep(0.0 if rank == 2 else 0.5); sys.exit({code} if rank == 2 else 5)")
+    assert run.end()[0] == code
+
+
+@pytest.mark.slow
+def test_when_one_rank_fails_those_that_hang_are_ended_within_ten_seconds(start: Start) -> None:
+    run = start(
+        3,
+        "for number in (signal.SIGINT, signal.SIGTERM):\n    signal.signal(number, signal.SIG_IGN)\n"
+        "ready()\n"
+        "while rank == 1 and not all(Path(f'ready_{r}').exists() for r in range(3)): time.sleep(0.02)\n"
+        "sys.exit(3) if rank == 1 else time.sleep(600)",
+    )
+    run.await_ready(3)
+    began = time.monotonic()
+    assert run.end()[0] == 3
+    assert time.monotonic() - began < 10.0
+
+
+def test_a_killed_rank_is_named_and_ends_the_run(start: Start) -> None:
+    run = start(2, "ready(); time.sleep(0.5 if rank == 0 else 600)")
+    os.kill(run.await_ready(2)[1], signal.SIGKILL)
+    code, output = run.end()
+    assert code == 128 + signal.SIGKILL
+    assert output == "rank 1 was ended by SIGKILL: out of memory, or killed by hand?\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_passed_on_and_heeded_ones_are_no_failure(start: Start, number: signal.Signals) -> None:
+    run = start(
+        2,
+        "caught = []\n"
+        f"signal.signal({int(number)}, lambda n, frame: caught.append(n))\n"
+        "ready()\n"
+        "while not caught: time.sleep(0.02)\n"
+        "os.write(1, f'rank {rank} heeds {caught[0]}\\n'.encode())",
+    )
+    run.await_ready(2)
+    run.program.process.send_signal(number)  # to the parent alone, as a launcher does
+    code, output = run.end()
+    assert (code, sorted(output.splitlines())) == (0, [f"rank {r} heeds {int(number)}" for r in range(2)])
+
+
+def test_a_signal_that_ranks_do_not_heed_yet_ends_them_all_with_one_message(start: Start) -> None:
+    run = start(3, "signal.signal(signal.SIGINT, signal.SIG_DFL); ready(); time.sleep(600)")
+    run.await_ready(3)
+    run.program.interrupt()  # Ctrl-C reaches parent and ranks
+    code, output = run.end()
+    assert code == 128 + signal.SIGINT
+    assert len(output.splitlines()) == 1
+    assert "was ended by SIGINT: the run had not begun to train" in output
+
+
+def test_ranks_die_with_a_parent_that_is_killed(start: Start) -> None:
+    run = start(2, "ready(); time.sleep(600)")
+    run.await_ready(2)
+    assert len(run.program.left()) == 3
+    run.program.process.kill()
+    run.program.process.wait()
+    wait_for(lambda: run.program.left() == {}, "the end of the ranks", timeout_s=5.0)
+
+
+def test_a_free_port_can_be_listened_on() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_port()))
+        listener.listen()
+
+
+def world(launcher: str, size: int = 1) -> World:
+    return World(launcher, 0, size, 0, size, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "size", "wanted", "missing"),
+    [
+        ("none", 1, 4, True),
+        ("none", 1, 1, False),
+        ("deepspeed", 2, 4, False),  # it was told how many
+        ("torchrun", 1, 4, False),
+        ("srun", 1, 4, False),
+        ("mpirun", 1, 4, False),
+    ],
+)
+def test_only_a_process_that_nobody_counted_starts_the_ranks_it_lacks(
+    launcher: str, size: int, wanted: int, missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_nexus.parallel.local_ranks._has_accelerator", lambda: False)
+    assert missing_ranks(world(launcher, size), wanted) is missing
+
+
+def test_on_accelerators_the_launcher_s_count_is_always_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_nexus.parallel.local_ranks._has_accelerator", lambda: True)
+    assert not missing_ranks(world("none"), 4)
+
+
+# The chain of a real start: the command `deepspeed`, its launcher for this machine, the training script.
+COMMAND = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, 'launch.py', *sys.argv[1:]]))"
+SCRIPT = """
+from megatron_nexus.parallel import local_ranks
+from megatron_nexus.parallel.world import World
+local_ranks._has_accelerator = lambda: False
+print(local_ranks.missing_ranks(World("deepspeed", 0, 1, 0, 1, "127.0.0.1", 0), 4))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("train.py --tp 4", True),
+        ("--master_port 29777 train.py --tp 4", True),
+        ("--num_gpus 1 train.py --tp 4", False),
+        ("--num_gpus=1 train.py --tp 4", False),
+        ("--num_accelerators 1 train.py", False),
+        ("--include localhost:0 train.py", False),
+        ("-i localhost:0 train.py", False),
+        ("-H hosts train.py", False),
+        # After the script they are the script's own.
+        ("train.py --num_gpus 1 -i 3", True),
+    ],
+)
+def test_what_the_deepspeed_command_was_told_is_read_from_its_process(
+    tmp_path: Path, words: str, missing: bool
+) -> None:
+    (tmp_path / "deepspeed").write_text(COMMAND)
+    (tmp_path / "launch.py").write_text(COMMAND.replace("launch.py", "train.py"))
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "deepspeed", *words.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(missing)
