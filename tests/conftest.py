@@ -11,9 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nexus.log import logger
+
 REPOSITORY = Path(__file__).parents[1]
 MARK = "NEXUS_TEST_PROGRAM"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def console(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
+    """The package's console, to be set up by the test; afterwards the logger is what it was."""
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield capsys
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:

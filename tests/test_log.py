@@ -1,0 +1,56 @@
+"""The console: one rank speaks, and work that takes time is never silent."""
+
+import re
+import time
+
+import pytest
+
+from megatron_nexus import log
+
+
+def test_a_rank_that_does_not_speak_shows_warnings_only(console: pytest.CaptureFixture[str]) -> None:
+    log.configure(speaks=False)
+    log.logger.info("saved")
+    log.logger.warning("a rank is slow")
+    assert console.readouterr() == ("a rank is slow\n", "")
+
+
+def test_messages_come_bare_and_once_however_often_the_console_is_set_up(
+    console: pytest.CaptureFixture[str],
+) -> None:
+    log.configure(speaks=True)
+    log.configure(speaks=True)
+    log.logger.info("saved %s", "here")
+    assert console.readouterr() == ("saved here\n", "")
+
+
+def test_progress_tells_begin_and_end(console: pytest.CaptureFixture[str]) -> None:
+    log.configure(speaks=True)
+    with log.Progress("reading"):
+        pass
+    assert re.fullmatch(r"reading \.\.\.\nreading: done in 0\.\d s\n", console.readouterr().out)
+
+
+def test_long_work_tells_the_share_done_and_the_time_left(
+    console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "HEARTBEAT_S", 0.02)
+    log.configure(speaks=True)
+    with log.Progress("reading", total=4000, unit="bytes") as progress:
+        time.sleep(0.1)  # one long call that tells nothing itself
+        progress.advance(1000)
+        time.sleep(0.2)
+    lines = console.readouterr().out.splitlines()
+    assert "reading ... 0 s" in lines[1:]
+    assert any(re.fullmatch(r"reading \.\.\. 1,000 of 4,000 bytes, 0 s, about \d s left", x) for x in lines)
+
+
+def test_work_that_fails_is_not_called_done_and_falls_silent(
+    console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "HEARTBEAT_S", 0.02)
+    log.configure(speaks=True)
+    with pytest.raises(ValueError, match="torn"), log.Progress("reading"):
+        raise ValueError("torn")
+    time.sleep(0.1)
+    assert console.readouterr().out == "reading ...\n"
