@@ -43,6 +43,13 @@ def main() -> NoReturn:
             log.logger.info("one process was started on a machine of CPUs: starting %d local ranks", wanted)
             sys.exit(run_local_ranks(wanted, sys.argv))
         check(config, world.size)
+        if config.checkpoint.load:
+            found = (
+                f"continuing from {checkpoint}"
+                if checkpoint
+                else "no complete checkpoint yet, starting fresh"
+            )
+            log.logger.info("--load %s: %s", config.checkpoint.load, found)
     except NexusError as error:
         # Every rank finds the same: one on each machine says it.
         if speaks:
@@ -66,12 +73,10 @@ def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
         return build(given), None
     checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(Path(load))
     if checkpoint is None:
-        log.logger.info("--load auto: no complete checkpoint yet, starting fresh")
         return build(given), None
     saved = read_manifest(checkpoint).config
     model, preset = saved["model"], saved["preset"]
     assert isinstance(model, dict) and isinstance(preset, str), f"{checkpoint}: not a configuration"
-    log.logger.info("--load %s: continuing from %s", load, checkpoint)
     return build(given, ModelConfig(**model), preset), checkpoint
 
 
@@ -85,11 +90,11 @@ def _newest_run(given: dict[str, int | float | str | bool]) -> Path | None:
 
 def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str]) -> NoReturn:
     """Train, and end this rank so that of all ranks only the first to fail says why."""
+    # Ranks that lose a peer are told of here; c10d would add the frames of its C++ stack.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with log.Progress("importing torch and DeepSpeed"):
         from megatron_nexus.parallel.mesh import claim_last_word
         from megatron_nexus.training.run import run
-    # DeepSpeed reads it too; srun, mpirun and a plain start do not set it.
-    os.environ["LOCAL_RANK"] = str(world.local_rank)
     try:
         run(config, world, checkpoint, argv)
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
