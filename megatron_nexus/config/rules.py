@@ -75,7 +75,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
             f"--kv-channels {model.kv_channels} must be even, rotary embedding turns pairs of channels: "
             f"use {model.kv_channels + 1}"
         )
-    if optimizer.min_lr > optimizer.lr:
+    if 0 < optimizer.lr < optimizer.min_lr:
         yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: use at most {optimizer.lr}"
 
 
