@@ -1,0 +1,272 @@
+"""The real commands, end to end: how runs start, are refused, stopped, killed and resumed.
+
+Every run is of a model of 13,000 parameters on random tokens, in a folder that is not the repository.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, Program, Spawn, spawner, wait_for
+
+from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
+from megatron_nexus.parallel.local_ranks import free_port
+from megatron_nexus.training.metrics import METRICS_FILE, PLOT_FILE, read_metrics
+
+pytestmark = pytest.mark.slow
+
+VOCABULARY = 97
+PYTHON = [sys.executable]
+DEEPSPEED, TORCHRUN = ([str(Path(sys.executable).with_name(name))] for name in ("deepspeed", "torchrun"))
+SHARED_MEMORY = Path("/dev/shm")
+
+SMALL = shlex.split(
+    "--data-path corpus --split 8,2 --vocab-size 97 --num-layers 2 --hidden-size 16 --num-attention-heads 2 "
+    "--kv-channels 8 --ffn-hidden-size 24 --nexus-m 20 --nexus-a 24 --seq-length 16 --micro-batch-size 2 "
+    "--global-batch-size 4 --lr-warmup-iters 2 --log-interval 1 --eval-interval 0 --eval-iters 1"
+)
+ENDLESS = 1_000_000
+
+
+class Command:
+    """Starts the command in a folder with a corpus and a link to the script, as a user would."""
+
+    def __init__(self, folder: Path, spawn: Spawn) -> None:
+        self.folder = folder
+        self._spawn = spawn
+
+    def start(self, words: str, launcher: list[str] = PYTHON) -> Program:
+        """Start the training script with the small model's flags and `words`."""
+        return self._spawn([*launcher, "pretrain_nexus.py", *SMALL, *shlex.split(words)], self.folder)
+
+    def run(self, words: str, launcher: list[str] = PYTHON) -> tuple[int, str]:
+        """The exit code and all output of a run, which leaves no process behind."""
+        return ended(self.start(words, launcher))
+
+    def repeat(self, line: str) -> tuple[int, str]:
+        """Run a command line that a run printed."""
+        launcher, *words = shlex.split(line)
+        assert launcher == "deepspeed"
+        return ended(self._spawn([*DEEPSPEED, *words], self.folder))
+
+    def losses(self, folder: str) -> dict[int, float]:
+        records = read_metrics(self.folder / folder / METRICS_FILE)
+        return {int(record["step"]): record["loss"] for record in records if "loss" in record}
+
+
+def ended(program: Program, timeout_s: float = 120.0) -> tuple[int, str]:
+    code = program.end(timeout_s)
+    assert program.left() == {}, program.output()
+    return code, program.output()
+
+
+def summary(output: str, name: str) -> str:
+    """An entry of the summary at the end of a run."""
+    found = re.search(rf"^  {name} +(.*)$", output, re.MULTILINE)
+    assert found, output
+    return found[1]
+
+
+def assert_refused(code: int, output: str, kind: str, *told: str) -> None:
+    """A mistake of the user: code 2, one message that names all of `told`, no traceback."""
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert len(re.findall(r"^\w+Error: ", output, re.MULTILINE)) == 1, output
+    message = output[output.index(f"{kind}: ") :]
+    assert all(part in message for part in told), message
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """All runs of this file; after them nothing of theirs is in shared memory."""
+    folder = tmp_path_factory.mktemp("command")
+    rng = np.random.default_rng(0)
+    with IndexedDatasetWriter(folder / "corpus", np.uint16) as writer:
+        for _ in range(60):
+            writer.add_document(rng.integers(0, VOCABULARY, 100))
+    (folder / "pretrain_nexus.py").symlink_to(REPOSITORY / "pretrain_nexus.py")
+    before = set(SHARED_MEMORY.glob("deepspeed*"))
+    for spawn in spawner(tmp_path_factory.mktemp("logs")):
+        yield Command(folder, spawn)
+    assert set(SHARED_MEMORY.glob("deepspeed*")) <= before
+
+
+@pytest.fixture(scope="module")
+def kept(command: Command) -> str:
+    """The folder of a finished run of four steps on one rank."""
+    code, output = command.run("--save kept --train-iters 4")
+    assert code == 0, output
+    return "kept"
+
+
+def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(command: Command) -> None:
+    code, output = command.run("--pp 2 --train-iters 5", DEEPSPEED)
+    assert code == 0, output
+    assert "one process was started on a machine of CPUs: starting 2 local ranks" in output
+    assert "mesh: tensor 1 x pipeline 2 x data 1 on CPU" in output
+    assert "finished after iteration 5" in output
+    run = summary(output, "metrics").removesuffix(f"/{METRICS_FILE}")
+    assert re.fullmatch(r"runs/nexusformer-tiny-\d{8}-\d{6}", run)
+    assert summary(output, "checkpoint") == f"{run}/iter_0000005"
+    assert newest_checkpoint(command.folder / run) == command.folder / run / "iter_0000005"
+    assert (command.folder / run / PLOT_FILE).stat().st_size > 10_000
+    first = command.losses(run)
+    assert list(first) == [1, 2, 3, 4, 5]
+
+    code, output = command.repeat(summary(output, "resume with"))
+    assert code == 0, output
+    assert f"resumed {run}/iter_0000005 at iteration 5, 20 samples" in output
+    assert "finished after iteration 10" in output
+    both = command.losses(run)
+    assert list(both) == list(range(1, 11))
+    assert first.items() <= both.items()
+    assert len(list((command.folder / "runs").iterdir())) == 1, "the resumed run continues in its folder"
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [*DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())],
+        [*TORCHRUN, "--standalone", "--nproc-per-node", "2"],
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_a_launcher_that_was_told_a_count_gives_the_ranks(
+    command: Command, kept: str, launcher: list[str]
+) -> None:
+    save = f"told-{Path(launcher[0]).name}"
+    code, output = command.run(f"--tp 2 --save {save} --train-iters 4", launcher)
+    assert code == 0, output
+    assert "starting 2 local ranks" not in output
+    assert "mesh: tensor 2 x pipeline 1 x data 1" in output
+    # The same run on another topology reports the same losses to rounding (fp32, four steps).
+    assert command.losses(save) == pytest.approx(command.losses(kept), rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "remedy"), [(1, "start 2 ranks"), (3, "start 2 ranks")])
+def test_a_count_that_does_not_fit_is_refused_once(command: Command, count: int, remedy: str) -> None:
+    launcher = [*DEEPSPEED, "--num_gpus", str(count), "--master_port", str(free_port())]
+    code, output = command.run("--tp 2", launcher)
+    assert_refused(code, output, "ConfigError", f"the world has {count} rank", "--tp 2 x --pp 1 = 2", remedy)
+
+
+BAD = [
+    ("--lrr 1e-3", "ConfigError", ["unknown flag --lrr: did you mean --lr?"]),
+    ("--lr fast", "ConfigError", ["--lr", "'fast'"]),
+    ("--precision fp16", "ConfigError", ["--precision", "'fp16'", "'bf16', 'fp32'"]),
+    ("--preset nexusformer-1t", "ConfigError", ["'nexusformer-1t'", "'nexusformer-170m'"]),
+    ("--tp 3", "ConfigError", ["--tp 3 does not divide --num-attention-heads 2: use 1, 2"]),
+    ("--tp 0", "ConfigError", ["--tp 0 must be positive"]),
+    ("--pp 3", "ConfigError", ["--pp 3 is more than --num-layers 2", "use at most 2"]),
+    ("--pp 2 --zero-stage 3", "ConfigError", ["--zero-stage 3 needs --pp 1", "use --zero-stage 1"]),
+    ("--sequence-parallel", "ConfigError", ["--sequence-parallel", "--tp is 1: drop the flag"]),
+    ("--global-batch-size 5", "ConfigError", ["--global-batch-size 5", "use 4 or 6"]),
+    ("--lr 0 --seed=-1 --kv-channels 7", "ConfigError", ["3 problems", "--lr 0.0", "--seed -1", "use 8"]),
+    ("--load nowhere", "CheckpointError", ["nowhere: no complete checkpoint", "give another to load"]),
+    ("--load kept/iter_0000009", "CheckpointError", ["no such checkpoint", "kept has", "iter_0000004"]),
+    ("--load kept --num-layers 3", "ConfigError", ["--num-layers 3 is not the checkpoint's 2: drop"]),
+    # Found by the ranks, when they look at files.
+    (
+        "--save kept --tp 2",
+        "ConfigError",
+        ["--save kept holds iter_0000004", "use --load kept", "or another --save"],
+    ),
+    ("--data-path nowhere", "DataError", ["nowhere.idx does not exist", "give the common prefix"]),
+    ("--seq-length 2000", "DataError", ["--seq-length 2000", "a larger corpus or shorter"]),
+    ("--vocab-size 50", "DataError", ["corpus.bin", "the vocabulary has 50 ids", "tokenize"]),
+]
+
+
+@pytest.mark.parametrize(("words", "kind", "told"), BAD, ids=[words for words, _, _ in BAD])
+def test_a_mistake_is_answered_with_one_message_and_code_2(
+    command: Command, kept: str, words: str, kind: str, told: list[str]
+) -> None:
+    before = json.loads((command.folder / kept / "iter_0000004" / "manifest.json").read_text())
+    assert_refused(*command.run(words), kind, *told)
+    assert json.loads((command.folder / kept / "iter_0000004" / "manifest.json").read_text()) == before
+
+
+def test_ctrl_c_saves_leaves_nothing_running_and_load_auto_resumes(command: Command) -> None:
+    auto = "--load auto --save stopped --tp 2"
+    program = command.start(f"{auto} --train-iters {ENDLESS}")
+    wait_for(lambda: "iteration       3/" in program.output(), "the third step", timeout_s=60.0)
+    program.interrupt()
+    code, output = ended(program, timeout_s=30.0)
+    assert code == 0, output
+    assert output.count("--load auto: no complete checkpoint yet, starting fresh") == 1
+    assert "stop asked for by SIGINT: saving" in output
+    assert "Traceback" not in output
+    found = re.search(r"stopped after iteration (\d+)$", output, re.MULTILINE)
+    assert found, output
+    step = int(found[1])
+    assert newest_checkpoint(command.folder / "stopped") == command.folder / f"stopped/iter_{step:07d}"
+    assert f"--train-iters {ENDLESS}" in summary(output, "resume with")
+
+    code, output = command.run(f"{auto} --train-iters {step + 2}")
+    assert code == 0, output
+    assert f"resumed stopped/iter_{step:07d} at iteration {step}" in output
+    assert list(command.losses("stopped")) == list(range(1, step + 3))
+
+
+def test_ctrl_c_under_the_deepspeed_command_saves_and_leaves_nothing_running(command: Command) -> None:
+    program = command.start(f"--tp 2 --save under-deepspeed --train-iters {ENDLESS}", DEEPSPEED)
+    wait_for(lambda: "iteration       3/" in program.output(), "the third step", timeout_s=60.0)
+    program.interrupt()
+    program.end(timeout_s=30.0)  # its exit code is the launcher's own
+    wait_for(lambda: program.left() == {}, "the end of all ranks", timeout_s=20.0)
+    assert "stop asked for by SIGINT: saving" in program.output()
+    # The launcher's own two processes end with a KeyboardInterrupt's traceback; ours do not.
+    assert "megatron_nexus/command.py" not in program.output()
+    assert newest_checkpoint(command.folder / "under-deepspeed") is not None
+
+
+def importing(program: Program) -> int:
+    """How many processes have torch's library mapped."""
+    maps = [Path(f"/proc/{pid}/maps") for pid in program.left()]
+    return sum("libtorch" in file.read_text() for file in maps if file.exists())
+
+
+def test_ctrl_c_before_training_ends_at_once_with_one_message(command: Command) -> None:
+    program = command.start("--tp 2 --save never --train-iters 2")
+    wait_for(lambda: importing(program) == 2, "two ranks that import torch", timeout_s=30.0)
+    program.interrupt()
+    code, output = ended(program, timeout_s=10.0)
+    assert code == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    assert output.count("was ended by SIGINT: the run had not begun to train, nothing was saved") == 1
+    assert not (command.folder / "never").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(command: Command) -> None:
+    code, output = command.run(
+        "--tp 2 --save lost --save-interval 1 --train-iters 9 --lr 1e30 --clip-grad 0 --lr-warmup-iters 0"
+    )
+    kept_at = "the last good checkpoint is lost/iter_0000001"
+    assert_refused(code, output, "TrainingError", "step 2: loss", "(rank 0: ", kept_at, "Lower --lr")
+
+
+def test_when_a_rank_is_killed_all_end_within_ten_seconds_with_one_message(command: Command) -> None:
+    program = command.start(f"--tp 2 --pp 2 --save killed --train-iters {ENDLESS} --log-interval 50")
+    wait_for(lambda: "iteration       1/" in program.output(), "the first step", timeout_s=90.0)
+    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in program.left()}
+    victim = next(pid for pid, environment in ranks.items() if b"RANK=2" in environment)
+    assert "starting 4 local ranks" in program.output()
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    code, output = ended(program, timeout_s=30.0)
+    assert time.monotonic() - began < 10.0
+    assert code not in (0, 2), output
+    assert output.count("rank 2 was ended by SIGKILL") == 1
+    assert "Traceback" not in output
+    said = [line for line in output.splitlines() if not line.startswith(("iteration", "["))]
+    # What the watcher says, and what the first rank to miss a peer says.
+    assert len(said) <= said.index("saving to killed") + 3, output
