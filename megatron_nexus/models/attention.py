@@ -5,9 +5,6 @@
 T tokens, B batch, D hidden, N heads of this rank, H head size, W = all heads x H the attention width.
 """
 
-from functools import lru_cache
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,26 +13,8 @@ from megatron_nexus.models.context import Context
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
 from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
+from megatron_nexus.models.rotary import rotary_tables, rotate
 from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
-
-
-@lru_cache(maxsize=8)
-def rotary_tables(
-    tokens: int, size: int, base: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, 1, H / 2]: angle(t, i) = t * base^(-2 i / H) (Su et al., 2021).
-
-    Computed in float64 and rounded once to `dtype`.
-    """
-    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)[:, None, None, :]
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def rotate(x_TBNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + H / 2) of each head by their token's angles."""
-    first, second = x_TBNH.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
@@ -79,7 +58,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.tp.scatter_features(*self.qkv(x_TBD)))
         cos, sin = rotary_tables(q.shape[0], self.head_size, self.rotary_base, q.device, q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (y_TBNH.permute(1, 2, 0, 3) for y_TBNH in (q, k, v))
+        v = v.permute(1, 2, 0, 3)
         mixed_BNTH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         mixed_TBW = mixed_BNTH.permute(2, 0, 1, 3).flatten(2)
         if isinstance(self.output, NexusRank):

@@ -1,0 +1,63 @@
+"""Rotary position embedding (Su et al., 2021), pairs (i, i + H / 2) of each head.
+
+    angle(t, i) = t * base^(-2 i / H)
+
+T tokens, B batch, N heads, H head size.
+"""
+
+from functools import lru_cache
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(
+    tokens: int, size: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, 1, H / 2] of the angles.
+
+    Computed in float64 and rounded once to `dtype`.
+    """
+    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)[:, None, None, :]
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Turn the pairs (i, i + H / 2) of `x` by the angles of the tables, into `out` of the same shape."""
+    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+
+
+class _Tables(FunctionCtx):
+    saved_tensors: tuple[Tensor, Tensor]
+
+
+class _Rotate(Function):
+    """Rotary embedding and the change of layout in one pass; backward turns by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx: _Tables, x_TBNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        tokens, batch, heads, size = x_TBNH.shape
+        out_BNTH = x_TBNH.new_empty(batch, heads, tokens, size)
+        _turn(x_TBNH, cos, sin, out_BNTH.permute(2, 0, 1, 3))
+        return out_BNTH
+
+    @staticmethod
+    def backward(ctx: _Tables, grad_BNTH: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        batch, heads, tokens, size = grad_BNTH.shape
+        grad_TBNH = grad_BNTH.new_empty(tokens, batch, heads, size)
+        _turn(grad_BNTH.permute(2, 0, 1, 3), cos, -sin, grad_TBNH)
+        return grad_TBNH, None, None
+
+
+def rotate(x_TBNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + H / 2) of each head by their token's angles; [T, B, N, H] -> [B, N, T, H]."""
+    return cast(Tensor, _Rotate.apply(x_TBNH, cos, sin))
