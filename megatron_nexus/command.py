@@ -93,6 +93,10 @@ def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[
     # Ranks that lose a peer are told of here; c10d would add the frames of its C++ stack.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with log.Progress("importing torch and DeepSpeed"):
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns, on each rank
         from megatron_nexus.parallel.mesh import claim_last_word
         from megatron_nexus.training.run import run
     try:
