@@ -36,7 +36,7 @@ def test_gradients_accumulate_in_fp32_whatever_the_precision(precision: str) -> 
 def test_the_global_batch_is_micro_batch_times_copies_times_steps(
     words: str, world_size: int, data: int, steps: int
 ) -> None:
-    config = build(given_flags(words.split()))
+    config = build(given_flags(["--global-batch-size", "32", "--micro-batch-size", "8", *words.split()]))
     check(config, world_size)
     assert config.data_parallel_size(world_size) == data
     told = deepspeed_config(config, world_size)

@@ -10,16 +10,22 @@ from megatron_nexus.config.run_config import SECTIONS
 from megatron_nexus.errors import ConfigError
 
 
+# What the rules below are about; `words` come after it and win. The rest is the default preset's.
+BASE = (
+    "--num-layers 4 --num-attention-heads 4 --seq-length 128 --micro-batch-size 8 --global-batch-size 32 "
+    "--lr 0.003 --min-lr 0.0003"
+)
+
+
 def problems(words: str, world_size: int = 1) -> list[str]:
     try:
-        check(build(given_flags(words.split())), world_size)
+        check(build(given_flags([*BASE.split(), *words.split()])), world_size)
     except ConfigError as error:
         return error.problems
     return []
 
 
-# Flags over the default preset (4 heads, 4 layers, length 128, batches 32 = 4 x 8), world size, what the
-# one problem must say: the value, the rule, the remedy.
+# Flags, world size, what the one problem must say: the value, the rule, the remedy.
 REFUSED = [
     ("--tp 3", 3, ["--tp 3", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--tp 8", 8, ["--tp 8", "divide --num-attention-heads 4", "use 1, 2, 4"]),
