@@ -9,7 +9,6 @@ from megatron_nexus.config.rules import check, divisors
 from megatron_nexus.config.run_config import SECTIONS
 from megatron_nexus.errors import ConfigError
 
-
 # What the rules below are about; `words` come after it and win. The rest is the default preset's.
 BASE = (
     "--num-layers 4 --num-attention-heads 4 --seq-length 128 --micro-batch-size 8 --global-batch-size 32 "
