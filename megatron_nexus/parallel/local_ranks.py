@@ -5,6 +5,7 @@ It watches them, passes signals on, and when one fails ends the others, so that 
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,8 +14,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
-from megatron_nexus.parallel.world import World
+from megatron_nexus.parallel.world import PORTS, World
 
 PATIENCE_S = 6.0
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -62,11 +64,15 @@ def _script(words: list[str]) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A TCP port that nobody listens on now, and that the kernel gives to no connection meanwhile."""
+    for port in random.SystemRandom().sample(PORTS, k=len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ConfigError([f"no port of {PORTS.start} to {PORTS.stop - 1} is free: end what listens on them"])
 
 
 def _die_with_parent() -> None:

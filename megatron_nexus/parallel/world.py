@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megatron_nexus.errors import ConfigError
 
-FIRST_PORT = 20000
-PORTS = 20000
+PORTS = range(20_000, 30_000)
+"""Ports for the ranks to meet: below those that Linux hands out to connections (32768 and up)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _master_address(environment: Mapping[str, str], world_size: int) -> str:
 def _job_port(environment: Mapping[str, str]) -> int:
     """A port that all ranks of one job agree on and two jobs of one host are unlikely to share."""
     job = environment.get("SLURM_JOB_ID") or environment.get("OMPI_MCA_ess_base_jobid") or str(_parent_pid())
-    return FIRST_PORT + int(job) % PORTS
+    return PORTS[int(job) % len(PORTS)]
 
 
 def _parent_pid() -> int:

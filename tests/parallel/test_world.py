@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.parallel.world import FIRST_PORT, PORTS, World, read_world
+from megatron_nexus.parallel.world import PORTS, World, read_world
 
 ADDRESS = {"MASTER_ADDR": "node-1", "MASTER_PORT": "12345"}
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **ADDRESS}
@@ -102,7 +102,7 @@ def test_ranks_of_one_machine_meet_there_on_a_port_of_their_launcher() -> None:
         for rank in range(8)
     ]
     places = {(world.master_addr, world.master_port) for world in map(read_world, environments)}
-    assert places == {("127.0.0.1", FIRST_PORT + os.getppid() % PORTS)}
+    assert places == {("127.0.0.1", PORTS[os.getppid() % len(PORTS)])}
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_ranks_of_a_slurm_job_meet_on_its_first_host_on_a_port_of_the_job(
 ) -> None:
     write_program(scontrol, '[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"')
     world = read_world({**SRUN, **mpi, "SLURM_STEP_NODELIST": "gpu[07-08]"})
-    assert (world.master_addr, world.master_port) == ("gpu07", FIRST_PORT + 777123 % PORTS)
+    assert (world.master_addr, world.master_port) == ("gpu07", PORTS[777123 % len(PORTS)])
 
 
 @pytest.mark.parametrize("body", [None, "exit 1"])
