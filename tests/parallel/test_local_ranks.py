@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY, Program, Spawn, wait_for
 
 from megatron_nexus.parallel.local_ranks import free_port, missing_ranks
-from megatron_nexus.parallel.world import World
+from megatron_nexus.parallel.world import PORTS, World
 
 # Runs its arguments as local ranks: `python -c PARENT count script ...`.
 PARENT = """
@@ -154,10 +154,13 @@ def test_ranks_die_with_a_parent_that_is_killed(start: Start) -> None:
     wait_for(lambda: run.program.left() == {}, "the end of the ranks", timeout_s=5.0)
 
 
-def test_a_free_port_can_be_listened_on() -> None:
+def test_a_free_port_can_be_listened_on_and_is_no_one_that_the_kernel_hands_out() -> None:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", free_port()))
+        port = free_port()
+        listener.bind(("127.0.0.1", port))
         listener.listen()
+    assert port in PORTS
+    assert max(PORTS) < 32_768, "Linux hands out ports from here on, where it is not told otherwise"
 
 
 def world(launcher: str, size: int = 1) -> World:
@@ -191,7 +194,7 @@ def test_on_accelerators_the_launcher_s_count_is_always_meant(monkeypatch: pytes
 COMMAND = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, 'launch.py', *sys.argv[1:]]))"
 SCRIPT = """
 from megatron_nexus.parallel import local_ranks
-from megatron_nexus.parallel.world import World
+from megatron_nexus.parallel.world import PORTS, World
 local_ranks._has_accelerator = lambda: False
 print(local_ranks.missing_ranks(World("deepspeed", 0, 1, 0, 1, "127.0.0.1", 0), 4))
 """
