@@ -16,7 +16,7 @@ from types import FrameType
 
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
-from megatron_nexus.parallel.world import PORTS, World
+from megatron_nexus.parallel.world import LAUNCHER, PORTS, World
 
 PATIENCE_S = 6.0
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -92,6 +92,7 @@ def run_local_ranks(count: int, command: list[str]) -> int:
         **os.environ,
         "WORLD_SIZE": str(count),
         "LOCAL_SIZE": str(count),
+        LAUNCHER: "local",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

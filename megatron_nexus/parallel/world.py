@@ -15,6 +15,10 @@ PORTS = range(20_000, 30_000)
 """Ports for the ranks to meet: below those that Linux hands out to connections (32768 and up)."""
 
 
+LAUNCHER = "MEGATRON_NEXUS_LAUNCHER"
+"""Set to "local" for the ranks that `local_ranks` starts."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all: `launcher` is "none" where nothing but a shell started it."""
@@ -57,8 +61,10 @@ def read_world(environment: Mapping[str, str]) -> World:
     Raises ConfigError where a launcher's variables are incomplete.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        torchrun = "TORCHELASTIC_RUN_ID" in environment
-        return _world(replace(_TORCH, launcher="torchrun") if torchrun else _TORCH, environment)
+        launcher = (
+            "torchrun" if "TORCHELASTIC_RUN_ID" in environment else environment.get(LAUNCHER, "deepspeed")
+        )
+        return _world(replace(_TORCH, launcher=launcher), environment)
     if _OPEN_MPI.size in environment:
         return _world(_OPEN_MPI, environment)
     # An sbatch script sets SLURM_NTASKS too; only a task that srun started is in a step with tasks. Of the

@@ -14,7 +14,7 @@ from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.loader import micro_batches
 from megatron_nexus.data.samples import TokenWindows
-from megatron_nexus.errors import TrainingError
+from megatron_nexus.errors import CheckpointError, TrainingError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.mesh import Mesh
@@ -63,10 +63,20 @@ class Trainer:
         self.last_checkpoint: Path | None = None
 
     def resume(self, checkpoint: Path) -> Manifest:
-        """Continue from a checkpoint; a collective call."""
+        """Continue from a checkpoint; a collective call.
+
+        Raises:
+            CheckpointError: it cannot be loaded, or was trained with another tokenizer.
+        """
         manifest = load_checkpoint(
             checkpoint, self.engine.deepspeed, self.engine.parameters, self.mesh, self.engine.shard
         )
+        tokenizer = self.corpus.tokenizer
+        if tokenizer is not None and manifest.tokenizer_fingerprint not in ("", tokenizer.fingerprint):
+            raise CheckpointError(
+                f"{checkpoint} was trained with another tokenizer than {tokenizer.model_path}: token ids "
+                "would change their meaning; use the tokenizer and the data that it was trained with"
+            )
         self.progress = manifest.progress
         self.last_checkpoint = checkpoint
         return manifest

@@ -1,14 +1,18 @@
 """A run on one rank: prepare, build, train, and say at the end what came of it."""
 
+import dataclasses
 import shlex
 import socket
+import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import CheckpointError, ConfigError
@@ -47,14 +51,31 @@ def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str
     _announce(config, mesh, engine, rate, save)
     if checkpoint is not None:
         with Progress(f"loading {checkpoint}"):
-            trainer.resume(checkpoint)
+            manifest = trainer.resume(checkpoint)
+        for change in changed_settings(manifest.config, config):
+            logger.info("changed since the checkpoint: %s", change)
         done = trainer.progress
         logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
     outcome = trainer.fit(stop)
     if mesh.rank == 0:
-        _summarise(config, trainer, outcome, corpus, argv)
+        _summarise(config, trainer, outcome, corpus, world, argv)
     dist.barrier(mesh.control)
     close_mesh()
+
+
+def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
+    """How this run trains otherwise than the one that wrote a checkpoint, a line for each field.
+
+    Only the model is taken from a checkpoint; all else is as the command line says.
+    """
+    changes = []
+    for section in ("training", "optimizer", "data"):
+        before = saved[section]
+        assert isinstance(before, Mapping), f"{section} is no section"
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            if before.get(name, value) != value:
+                changes.append(f"--{name.replace('_', '-')} {value!r}, was {before[name]!r}")
+    return changes
 
 
 def _check_device(config: RunConfig, mesh: Mesh) -> None:
@@ -134,7 +155,24 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
     logger.info("saving to %s", save)
 
 
-def resume_command(config: RunConfig, argv: list[str], folder: Path, finished: bool) -> str:
+def launch_words(world: World, script: str) -> list[str]:
+    """The words that start `script` on such a world again; srun takes its flags from the job."""
+    match world.launcher:
+        case "torchrun":
+            return ["torchrun", "--nproc-per-node", str(world.local_size), script]
+        case "mpirun":
+            return ["mpirun", "-n", str(world.size), "python", script]
+        case "srun":
+            return ["srun", "python", script]
+        case "deepspeed" if world.size > 1:
+            return ["deepspeed", "--num_gpus", str(world.local_size), script]
+        case _:
+            return ["deepspeed", script]
+
+
+def resume_command(
+    config: RunConfig, launch: list[str], argv: list[str], folder: Path, finished: bool
+) -> str:
     """The command line that continues a run: as typed, with --load, and more steps where it is finished."""
     kept: list[str] = []
     words = iter(argv)
@@ -148,11 +186,16 @@ def resume_command(config: RunConfig, argv: list[str], folder: Path, finished: b
     kept += ["--load", str(folder)]
     if finished:
         kept += ["--train-iters", str(2 * config.training.train_iters)]
-    return shlex.join(["deepspeed", "pretrain_nexus.py", *kept])
+    return shlex.join([*launch, *kept])
 
 
 def _summarise(
-    config: RunConfig, trainer: Trainer, outcome: Outcome, corpus: Corpus, argv: list[str]
+    config: RunConfig,
+    trainer: Trainer,
+    outcome: Outcome,
+    corpus: Corpus,
+    world: World,
+    argv: list[str],
 ) -> None:
     folder = trainer.save_folder
     finished = outcome.progress.step >= config.training.train_iters
@@ -169,7 +212,7 @@ def _summarise(
         "loss curve": str(
             plot_losses(folder, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
         ),
-        "resume with": resume_command(config, argv, folder, finished),
+        "resume with": resume_command(config, launch_words(world, sys.argv[0]), argv, folder, finished),
     }
     logger.info("%s after iteration %d", "finished" if finished else "stopped", outcome.progress.step)
     for name, text in lines.items():
