@@ -124,7 +124,9 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
     corpus = open_corpus(config, mesh, world.local_rank)
     rate = gemm_flops_per_s(mesh, job.precision)
     engine = Engine(config, mesh)
-    trainer = Trainer(config, mesh, engine, corpus, job.folder / "run", rate)
+    save = job.folder / "run"
+    save.mkdir()
+    trainer = Trainer(config, mesh, engine, corpus, save, rate)
     count = sum(parameter.numel() for _, parameter in engine.parameters.values())
     trainer.fit(GatedStop(Gate(connection, facts(config, count, trainer.flops_per_token))))
 
