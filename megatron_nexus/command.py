@@ -15,11 +15,11 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
-from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.config.command_line import build, from_saved, given_flags
 from megatron_nexus.config.presets import DEFAULT_PRESET
 from megatron_nexus.config.rules import check
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, NexusError
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
 
@@ -61,7 +61,7 @@ def main() -> NoReturn:
 def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
     """The configuration of a command line, and the checkpoint it starts from.
 
-    The model's sizes come from the checkpoint where there is one.
+    A run that starts from a checkpoint goes on as that was configured where no flag says otherwise.
 
     Raises:
         ConfigError: flags that are unknown, wrong or contradict the checkpoint.
@@ -74,10 +74,14 @@ def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
     checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(Path(load))
     if checkpoint is None:
         return build(given), None
-    saved = read_manifest(checkpoint).config
-    model, preset = saved["model"], saved["preset"]
-    assert isinstance(model, dict) and isinstance(preset, str), f"{checkpoint}: not a configuration"
-    return build(given, ModelConfig(**model), preset), checkpoint
+    try:
+        saved = from_saved(read_manifest(checkpoint).config)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: its configuration is not one of this version ({error}): load it with the version "
+            "that wrote it"
+        ) from error
+    return build(given, saved), checkpoint
 
 
 def _newest_run(given: dict[str, int | float | str | bool]) -> Path | None:

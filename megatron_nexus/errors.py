@@ -33,9 +33,5 @@ class CheckpointError(NexusError):
     """A checkpoint is missing, incomplete, damaged or of another model."""
 
 
-class GrowthError(NexusError):
-    """A requested growth is impossible or would not be what its name says."""
-
-
 class TrainingError(NexusError):
     """Training cannot go on: a loss or a gradient is no longer finite, or another rank has failed."""

@@ -100,7 +100,7 @@ def newest_checkpoint(root: Path) -> Path | None:
     """
     checkpoints = _checkpoints(root)
     latest = root / LATEST_FILE
-    named = _NAME.fullmatch(latest.read_text().strip()) if latest.is_file() else None
+    named = _NAME.fullmatch(latest.read_text(errors="replace").strip()) if latest.is_file() else None
     chosen = checkpoints.get(int(named[1])) if named else None
     if chosen is not None and _is_complete(chosen):
         return chosen

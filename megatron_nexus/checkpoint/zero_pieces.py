@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from megatron_nexus.checkpoint.manifest import JsonObject, JsonValue
 from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.log import logger
 from megatron_nexus.spec.param import ParamSpec
 
 Parameters = Mapping[str, tuple[ParamSpec, nn.Parameter]]
@@ -177,7 +176,7 @@ class ZeroState(ABC):
         }
 
     def restore_groups(self, groups: Mapping[str, JsonObject]) -> None:
-        """Take over the hyper-parameters of the groups of the same names, and say what changes.
+        """Take over the hyper-parameters of the groups of the same names.
 
         Raises:
             CheckpointError: a group of this optimizer is not among them.
@@ -190,10 +189,7 @@ class ZeroState(ABC):
             )
         for group in self._adam.param_groups:
             for key in HYPER_PARAMETERS:
-                saved, current = groups[group["name"]][key], _plain(group[key])
-                # The learning rate is the schedule's and differs at every step.
-                if saved != current and key != "lr":
-                    logger.info("%s of %s: %s, as saved, not %s", key, group["name"], saved, current)
+                saved = groups[group["name"]][key]
                 group[key] = tuple(saved) if isinstance(saved, list) else saved
 
 

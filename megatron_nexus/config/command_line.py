@@ -6,12 +6,12 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NoReturn, get_args, get_origin, get_type_hints
 
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
-from megatron_nexus.config.run_config import SECTIONS, ModelConfig, RunConfig
+from megatron_nexus.config.run_config import SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
 
@@ -87,28 +87,43 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
     return given
 
 
-def build(given: dict[str, Value], model: ModelConfig | None = None, preset: str = "") -> RunConfig:
-    """The configuration of `given` flags over a preset.
+def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConfig:
+    """The configuration of `given` flags over a preset, or over that of the checkpoint a run starts from.
 
-    `model` and `preset` are those of the checkpoint that the run starts from, where there is one: they
-    take the place of the defaults.
+    A checkpoint hands on its model, which flags can only confirm, and its training, optimizer and data,
+    which flags change. Where ranks lie, where checkpoints go and what is told are each run's own.
+
+    Raises ConfigError where flags contradict the checkpoint's model.
     """
-    name = str(given.get("preset", preset or DEFAULT_PRESET))
-    values: dict[str, Value] = {**PRESETS[name], **given}
-    if model is not None:
-        inherited = dataclasses.asdict(model)
-        explicit = {**(PRESETS[name] if "preset" in given else {}), **given}
+    if saved is None:
+        name = str(given.get("preset", DEFAULT_PRESET))
+        values: dict[str, object] = {**PRESETS[name], **given}
+    else:
+        name = saved.preset
+        model = dataclasses.asdict(saved.model)
         clashes = [
-            f"{_flag(field)} {explicit[field]!r} is not the checkpoint's {value!r}: drop the flag, or start "
+            f"{_flag(field)} {given[field]!r} is not the checkpoint's {value!r}: drop the flag, or start "
             f"a new run without --load"
-            for field, value in inherited.items()
-            if explicit.get(field, value) != value
+            for field, value in {"preset": name, **model}.items()
+            if given.get(field, value) != value
         ]
         if clashes:
             raise ConfigError(clashes)
-        values.update(inherited)
+        kept = (saved.model, saved.training, saved.optimizer, saved.data)
+        values = {name: value for section in kept for name, value in vars(section).items()} | dict(given)
     sections = {
         section: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
         for section, kind in SECTIONS.items()
     }
     return RunConfig(preset=name, **sections)
+
+
+def from_saved(saved: Mapping[str, object]) -> RunConfig:
+    """The configuration that a checkpoint holds as JSON. Raises KeyError or TypeError where it is none."""
+    sections = {}
+    for section, kind in SECTIONS.items():
+        values = saved[section]
+        if not isinstance(values, dict):
+            raise TypeError(f"{section} is no section")
+        sections[section] = kind(**values)
+    return RunConfig(preset=str(saved["preset"]), **sections)

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.parallel.world import World
@@ -56,12 +56,21 @@ def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float =
     of tensor_size x pipe_size: the configuration's rules have checked it.
     """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    # A launcher may show each task only its own device: `srun --gpus-per-task=1`.
+    index = world.local_rank if not cuda or torch.cuda.device_count() > 1 else 0
+    device = torch.device("cuda", index) if cuda else torch.device("cpu")
     if cuda:
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                [
+                    f"local rank {index} has no device of its own, {torch.cuda.device_count()} are visible: "
+                    "start as many ranks on a machine as it has devices"
+                ]
+            )
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     # DeepSpeed reads these itself, and looks for MPI where they are missing (srun, mpirun, a plain shell).
-    names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": index}
     os.environ.update({name: str(value) for name, value in names.items()})
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -99,14 +108,17 @@ def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float =
     )
 
 
-def _connect(world: World, timeout: timedelta) -> TCPStore:
+def _connect(world: World, timeout: timedelta) -> PrefixStore:
     """The key-value store through which the ranks find each other, served by rank 0.
 
     Under torchrun the launcher serves it already.
     """
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        return TCPStore(world.master_addr, world.master_port, world.size, serves, timeout)
+        store = TCPStore(world.master_addr, world.master_port, world.size, serves, timeout)
+        # torchrun's store outlives a restart: each attempt has its own names in it.
+        return PrefixStore(f"attempt_{attempt}", store)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         remedy = (
             "choose another port (deepspeed --master_port, or MASTER_PORT)" if serves else "is rank 0 up?"

@@ -4,6 +4,7 @@ Known launchers: deepspeed and torchrun (RANK, WORLD_SIZE, LOCAL_RANK), srun (SL
 (OMPI_COMM_WORLD_*), MPICH and Intel MPI (PMI_*). Imports no torch: it runs before anything heavy.
 """
 
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -52,7 +53,13 @@ _OPEN_MPI = _Names(
     ("OMPI_COMM_WORLD_LOCAL_SIZE",),
 )
 _MPICH = _Names("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",))
-_SRUN = _Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",))
+_SRUN = _Names(
+    "srun",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID",
+    ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+)
 
 
 def read_world(environment: Mapping[str, str]) -> World:
@@ -97,7 +104,12 @@ def _world(names: _Names, environment: Mapping[str, str]) -> World:
         raise ConfigError(
             [f"{names.rank} {rank} is not below {names.size} {size}: number the ranks from 0 to {size - 1}"]
         )
-    local_sizes = [int(environment[name]) for name in names.local_size if environment.get(name, "").isdigit()]
+    # "4(x2)" in SLURM's variable: four tasks on each of two hosts.
+    counts = [re.match(r"\d+", environment.get(name, "")) for name in names.local_size]
+    local_sizes = [int(count[0]) for count in counts if count]
+    port = int(environment.get("MASTER_PORT") or _job_port(environment))
+    if not 1 <= port <= 65535:
+        raise ConfigError([f"MASTER_PORT {port} is no port: use one from 1 to 65535"])
     return World(
         launcher=names.launcher,
         rank=rank,
@@ -105,7 +117,7 @@ def _world(names: _Names, environment: Mapping[str, str]) -> World:
         local_rank=int(environment[names.local_rank]),
         local_size=local_sizes[0] if local_sizes else size,
         master_addr=environment.get("MASTER_ADDR") or _master_address(environment, size),
-        master_port=int(environment.get("MASTER_PORT") or _job_port(environment)),
+        master_port=port,
     )
 
 
@@ -124,7 +136,10 @@ def _master_address(environment: Mapping[str, str], world_size: int) -> str:
     local = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", environment.get("MPI_LOCALNRANKS", world_size)))
     if local < world_size:
         raise ConfigError(
-            ["mpirun spans several hosts and MASTER_ADDR is not set: add -x MASTER_ADDR=<first host>"]
+            [
+                "mpirun spans several hosts and MASTER_ADDR is not set: add -x MASTER_ADDR=<first host> "
+                "-x MASTER_PORT=<port>"
+            ]
         )
     return "127.0.0.1"
 

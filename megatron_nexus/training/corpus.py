@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.default_corpus import DefaultCorpus, prepare_default_corpus
 from megatron_nexus.data.indexed_dataset import IndexedDataset
@@ -38,6 +39,7 @@ class Corpus:
         if self.tokenizer is None:
             return None
         sizes = self.tokenizer.bytes_per_token()
+        sizes = np.pad(sizes, (0, config.model.vocab_size - len(sizes)))  # ids that no piece stands for
         windows = range(self.validation_batches(config) * config.training.global_batch_size)
         return int(sum(np.take(sizes, self.validation.sample(k)[1:]).sum() for k in windows))
 
@@ -78,11 +80,20 @@ def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:
             f"{config.model.vocab_size}: use --vocab-size {tokenizer.vocab_size} or more"
         )
     dataset = IndexedDataset(prefix)
+    fingerprint = tokenizer.fingerprint if tokenizer is not None else ""
+    seen = set(
+        exchange(mesh, f"{dataset.token_count} tokens, {dataset.document_count} documents {fingerprint}")
+    )
+    if len(seen) > 1:
+        raise DataError(
+            f"ranks read different data from {prefix} ({'; '.join(sorted(seen))}): copy one corpus"
+        )
     splits = split_documents(dataset, data.split)
     tokens = splits.train.tokens
     corpus = Corpus(
         training=TokenWindows(dataset, splits.train, training.seq_length, training.seed),
-        validation=TokenWindows(dataset, splits.validation, training.seq_length, training.seed),
+        # The same samples at every validation of every run, whatever its seed.
+        validation=TokenWindows(dataset, splits.validation, training.seq_length, seed=0),
         tokenizer=tokenizer,
         entropy=unigram_entropy(dataset, tokens.start, tokens.stop, config.model.vocab_size),
     )

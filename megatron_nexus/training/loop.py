@@ -22,6 +22,7 @@ from megatron_nexus.training.corpus import Corpus
 from megatron_nexus.training.engine import Batch, Engine, StepResult
 from megatron_nexus.training.machine import peak_memory_bytes
 from megatron_nexus.training.metrics import MetricsWriter, StepMetrics, Validation, make_validation
+from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.stop import StopRequest
 
@@ -77,6 +78,7 @@ class Trainer:
                 f"{checkpoint} was trained with another tokenizer than {tokenizer.model_path}: token ids "
                 "would change their meaning; use the tokenizer and the data that it was trained with"
             )
+        configure_groups(self.engine.optimizer.param_groups, self.config.optimizer)
         self.progress = manifest.progress
         self.last_checkpoint = checkpoint
         return manifest

@@ -56,7 +56,12 @@ class MetricsWriter:
                 raise ConfigError(
                     [f"--tensorboard-dir {tensorboard_dir} needs tensorboard: pip install tensorboard"]
                 ) from error
-            self._board = SummaryWriter(tensorboard_dir, purge_step=resumed_step + 1)
+            try:
+                self._board = SummaryWriter(tensorboard_dir, purge_step=resumed_step + 1)
+            except OSError as error:
+                raise ConfigError(
+                    [f"--tensorboard-dir {tensorboard_dir}: {error.strerror}: give a writable folder"]
+                ) from error
 
     def step(self, metrics: StepMetrics, train_iters: int, speak: bool) -> None:
         """Record a step, and show it on the console where `speak`."""

@@ -6,6 +6,8 @@ from torch import nn
 from megatron_nexus.config.run_config import OptimizerConfig
 from megatron_nexus.spec.param import ParamSpec
 
+DECAY, NO_DECAY = "decay", "no_decay"
+
 
 def make_optimizer(
     parameters: dict[str, tuple[ParamSpec, nn.Parameter]], optimizer: OptimizerConfig
@@ -13,16 +15,24 @@ def make_optimizer(
     """Fused AdamW (Loshchilov and Hutter, 2019). A stage without parameters of a group has no such group."""
     groups = [
         {
-            "name": name,
             "params": [parameter for spec, parameter in parameters.values() if spec.decays is decays],
-            "weight_decay": optimizer.weight_decay if decays else 0.0,
+            **settings,
         }
-        for name, decays in (("decay", True), ("no_decay", False))
+        for decays, settings in ((True, _settings(optimizer, DECAY)), (False, _settings(optimizer, NO_DECAY)))
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optimizer.lr,
-        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-        eps=optimizer.adam_eps,
-        fused=True,
-    )
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optimizer.lr, fused=True)
+
+
+def configure_groups(groups: list[dict[str, object]], optimizer: OptimizerConfig) -> None:
+    """Set the groups' hyper-parameters as this run has them: loading a checkpoint has put in those saved."""
+    for group in groups:
+        group.update(_settings(optimizer, str(group["name"])))
+
+
+def _settings(optimizer: OptimizerConfig, name: str) -> dict[str, object]:
+    return {
+        "name": name,
+        "weight_decay": optimizer.weight_decay if name == DECAY else 0.0,
+        "betas": (optimizer.adam_beta1, optimizer.adam_beta2),
+        "eps": optimizer.adam_eps,
+    }

@@ -1,17 +1,21 @@
 """A run on one rank: prepare, build, train, and say at the end what came of it."""
 
 import dataclasses
+import fcntl
+import os
 import shlex
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
 from megatron_nexus.config.run_config import RunConfig
@@ -36,29 +40,30 @@ def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str
     """
     # DeepSpeed calls collectives by names that torch has deprecated; its users cannot mend that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
-    stop = StopRequest()
     parallel = config.parallel
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     if mesh.device.type == "cpu":
         prepare_cpu(world.local_size)
     _check_device(config, mesh)
+    _require_one_start(mesh, checkpoint)
     save = _save_folder(config, mesh, checkpoint)
-    corpus = open_corpus(config, mesh, world.local_rank)
-    rate = gemm_flops_per_s(mesh, config.training.precision)
-    with Progress("building the model"):
-        engine = Engine(config, mesh)
-    trainer = Trainer(config, mesh, engine, corpus, save, rate)
-    _announce(config, mesh, engine, rate, save)
-    if checkpoint is not None:
-        with Progress(f"loading {checkpoint}"):
-            manifest = trainer.resume(checkpoint)
-        for change in changed_settings(manifest.config, config):
-            logger.info("changed since the checkpoint: %s", change)
-        done = trainer.progress
-        logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
-    outcome = trainer.fit(stop)
-    if mesh.rank == 0:
-        _summarise(config, trainer, outcome, corpus, world, argv)
+    with _sole_user(save, mesh):
+        corpus = open_corpus(config, mesh, world.local_rank)
+        rate = gemm_flops_per_s(mesh, config.training.precision)
+        with Progress("building the model"):
+            engine = Engine(config, mesh)
+        trainer = Trainer(config, mesh, engine, corpus, save, rate)
+        _announce(config, mesh, engine, rate, save)
+        if checkpoint is not None:
+            with Progress(f"loading {checkpoint}"):
+                manifest = trainer.resume(checkpoint)
+            for change in changed_settings(manifest.config, config):
+                logger.info("changed since the checkpoint: %s", change)
+            done = trainer.progress
+            logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
+        outcome = trainer.fit(StopRequest())
+        if mesh.rank == 0:
+            _summarise(config, trainer, outcome, corpus, world, argv)
     dist.barrier(mesh.control)
     close_mesh()
 
@@ -66,7 +71,7 @@ def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str
 def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
     """How this run trains otherwise than the one that wrote a checkpoint, a line for each field.
 
-    Only the model is taken from a checkpoint; all else is as the command line says.
+    What no flag changes is as the checkpoint has it.
     """
     changes = []
     for section in ("training", "optimizer", "data"):
@@ -78,11 +83,48 @@ def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
     return changes
 
 
+@contextmanager
+def _sole_user(folder: Path, mesh: Mesh) -> Iterator[None]:
+    """Hold a lock on the run's folder, by rank 0: two runs that save there would mix.
+
+    Raises ConfigError where another run holds it. On NFS the lock may reach this machine only.
+    """
+    if mesh.rank != 0:
+        yield
+        return
+    lock = folder / ".lock"
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                [f"--save {folder} is in use by {file.read().strip()}: wait for it, or give another --save"]
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def _require_one_start(mesh: Mesh, checkpoint: Path | None) -> None:
+    """Raise CheckpointError where ranks found different checkpoints, as on disks that they do not share."""
+    found = exchange(mesh, str(checkpoint or "no checkpoint"))
+    if len(set(found)) > 1:
+        listed = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(found))
+        raise CheckpointError(
+            f"--load means different checkpoints ({listed}): use a disk that all ranks share"
+        )
+
+
 def _check_device(config: RunConfig, mesh: Mesh) -> None:
     if (
         config.training.precision == "bf16"
         and mesh.device.type == "cuda"
-        and not torch.cuda.is_bf16_supported()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         name = torch.cuda.get_device_name(mesh.device)
         raise ConfigError([f"--bf16: {name} on {socket.gethostname()} has no bf16: use --fp32"])
@@ -170,10 +212,9 @@ def launch_words(world: World, script: str) -> list[str]:
             return ["deepspeed", script]
 
 
-def resume_command(
-    config: RunConfig, launch: list[str], argv: list[str], folder: Path, finished: bool
-) -> str:
+def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder: Path, step: int) -> str:
     """The command line that continues a run: as typed, with --load, and more steps where it is finished."""
+    finished = step >= config.training.train_iters
     kept: list[str] = []
     words = iter(argv)
     for word in words:
@@ -185,7 +226,7 @@ def resume_command(
             kept.append(word)
     kept += ["--load", str(folder)]
     if finished:
-        kept += ["--train-iters", str(2 * config.training.train_iters)]
+        kept += ["--train-iters", str(2 * max(config.training.train_iters, step))]
     return shlex.join([*launch, *kept])
 
 
@@ -212,7 +253,9 @@ def _summarise(
         "loss curve": str(
             plot_losses(folder, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
         ),
-        "resume with": resume_command(config, launch_words(world, sys.argv[0]), argv, folder, finished),
+        "resume with": resume_command(
+            config, launch_words(world, sys.argv[0]), argv, folder, outcome.progress.step
+        ),
     }
     logger.info("%s after iteration %d", "finished" if finished else "stopped", outcome.progress.step)
     for name, text in lines.items():

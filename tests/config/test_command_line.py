@@ -1,13 +1,20 @@
 """Flags become the fields they name; whatever is wrong is answered with what to change."""
 
 import dataclasses
+import json
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from megatron_nexus.config.command_line import build, given_flags, make_parser
+from megatron_nexus.config.command_line import build, from_saved, given_flags, make_parser
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
-from megatron_nexus.config.run_config import SECTIONS, ModelConfig, RunConfig
+from megatron_nexus.config.run_config import (
+    SECTIONS,
+    CheckpointConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megatron_nexus.errors import ConfigError
 
 FIELDS = [
@@ -134,30 +141,43 @@ def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default() -> None:
     assert config.optimizer.adam_eps == 1e-8
 
 
-SAVED = ModelConfig(vocab_size=97, num_layers=3, hidden_size=48, nexus_inner_norm=True)
+SAVED = build(
+    given_flags(["--preset", "nexusformer-20m", "--vocab-size", "97", "--nexus-inner-norm", "--lr", "0.25"])
+)
 
 
-def test_a_checkpoint_gives_the_model_and_nothing_else() -> None:
-    config = build(given_flags(["--lr", "0.5"]), SAVED, "nexusformer-20m")
-    assert config.model == SAVED
-    assert config.preset == "nexusformer-20m"
-    assert config.optimizer.lr == 0.5
-    assert config.training.seq_length == PRESETS["nexusformer-20m"]["seq_length"]
+def test_a_run_goes_on_as_its_checkpoint_was_configured_where_no_flag_says_otherwise() -> None:
+    config = build(given_flags(["--weight-decay", "0.5", "--tp", "2", "--seq-length", "64"]), SAVED)
+    assert (config.preset, config.model, config.data) == (SAVED.preset, SAVED.model, SAVED.data)
+    assert config.optimizer == dataclasses.replace(SAVED.optimizer, weight_decay=0.5)
+    assert config.training == dataclasses.replace(SAVED.training, seq_length=64)
+    assert config.optimizer.lr == 0.25
+
+
+def test_where_ranks_lie_and_what_is_kept_is_each_run_s_own() -> None:
+    saved = build({**given_flags(["--tp", "2", "--save", "a", "--save-interval", "3"])})
+    config = build({}, saved)
+    assert config.parallel == ParallelConfig()
+    assert config.checkpoint == CheckpointConfig()
+
+
+def test_a_saved_configuration_is_read_back_as_it_was() -> None:
+    assert from_saved(json.loads(json.dumps(dataclasses.asdict(SAVED)))) == SAVED
+    for broken in ({}, {"preset": "x", "model": 3}, {**dataclasses.asdict(SAVED), "model": {"nexus_z": 1}}):
+        with pytest.raises((KeyError, TypeError)):
+            from_saved(broken)
 
 
 def test_flags_that_repeat_the_checkpoint_s_model_are_welcome() -> None:
-    words = ["--num-layers", "3", "--hidden-size", "48", "--vocab-size", "97", "--nexus-inner-norm"]
-    assert build(given_flags(words), SAVED, DEFAULT_PRESET).model == SAVED
+    words = ["--preset", "nexusformer-20m", "--vocab-size", "97", "--nexus-inner-norm"]
+    assert build(given_flags(words), SAVED) == SAVED
 
 
 def test_flags_that_contradict_the_checkpoint_s_model_are_all_named() -> None:
+    words = ["--preset", "nexusformer-tiny", "--num-layers", "4", "--no-nexus-inner-norm"]
     with pytest.raises(ConfigError) as caught:
-        build(given_flags(["--num-layers", "4", "--no-nexus-inner-norm"]), SAVED, DEFAULT_PRESET)
-    assert len(caught.value.problems) == 2
-    assert "--num-layers 4 is not the checkpoint's 3: drop the flag" in caught.value.problems[0]
-    assert "--nexus-inner-norm False is not the checkpoint's True" in caught.value.problems[1]
-
-
-def test_a_preset_that_is_named_may_not_contradict_the_checkpoint() -> None:
-    with pytest.raises(ConfigError, match="--hidden-size 384 is not the checkpoint's 48"):
-        build(given_flags(["--preset", "nexusformer-20m"]), SAVED, DEFAULT_PRESET)
+        build(given_flags(words), SAVED)
+    assert len(caught.value.problems) == 3
+    assert "--preset 'nexusformer-tiny' is not the checkpoint's 'nexusformer-20m'" in caught.value.problems[0]
+    assert "--num-layers 4 is not the checkpoint's 6: drop the flag" in caught.value.problems[1]
+    assert "--nexus-inner-norm False is not the checkpoint's True" in caught.value.problems[2]
