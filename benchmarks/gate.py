@@ -4,13 +4,13 @@ import os
 import time
 from multiprocessing.connection import Connection
 
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 1
 
 
 class Gate:
     """Every contestant calls `passed` after each of its steps, wherever its own loop lets it.
 
-    The first steps warm up. Then `passed` blocks until the parent sends a number of steps, and at the end
+    The first step warms up. Then `passed` blocks until the parent sends a number of steps, and at the end
     of the last of them answers with their seconds: what happens between two calls is all inside the clock.
     """
 

@@ -75,7 +75,7 @@ class Contestant:
         self.seconds: list[float] = []
 
     def await_warm(self) -> None:
-        """Wait until the process has built its model and taken its first steps."""
+        """Wait until the process has built its model and taken its first step."""
         if not self._connection.poll(START_TIMEOUT_S):
             raise SystemExit(f"{self.entry.name} does not start: {self._log.read_text()}")
         self.facts = self._receive()
