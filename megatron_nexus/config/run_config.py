@@ -96,7 +96,9 @@ class DataConfig:
     """Where tokens come from."""
 
     data_path: str = option("", "prefix of a .bin/.idx pair; empty: the built-in corpus of this Python")
-    tokenizer_model: str = option("", "sentencepiece model of the corpus; empty with the built-in corpus")
+    tokenizer_model: str = option(
+        "", "of the corpus: SentencePiece .model, tokenizer.json or its folder; empty: built-in"
+    )
     split: str = option("969,30,1", "shares of the documents for training, validation and test")
     data_cache_path: str = option("", "cache of the built-in corpus; empty: the user's cache folder")
 

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
-from megatron_nexus.data.tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import Progress, logger
 
@@ -184,7 +186,7 @@ def _write(folder: Path, documents: list[str], vocab_size: int) -> dict[str, int
         for first in range(0, len(documents), DOCUMENTS_PER_BATCH):
             batch = documents[first : first + DOCUMENTS_PER_BATCH]
             for text, ids in zip(batch, tokenizer.encode_documents(batch, threads), strict=True):
-                writer.add_document([*ids, tokenizer.eod_id])
+                writer.add_document(np.append(ids, tokenizer.eod_id))
                 tokens += len(ids) + 1
                 progress.advance(len(text.encode()) / MEGABYTE)
     return {"documents": len(documents), "bytes": text_bytes, "tokens": tokens}

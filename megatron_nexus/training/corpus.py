@@ -14,7 +14,7 @@ from megatron_nexus.data.default_corpus import DefaultCorpus, prepare_default_co
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.samples import TokenWindows, split_documents
 from megatron_nexus.data.statistics import unigram_entropy
-from megatron_nexus.data.tokenizer import SentencePieceTokenizer
+from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.log import logger
 from megatron_nexus.parallel.mesh import Mesh
@@ -26,7 +26,7 @@ class Corpus:
 
     training: TokenWindows
     validation: TokenWindows
-    tokenizer: SentencePieceTokenizer | None
+    tokenizer: Tokenizer | None
     entropy: float
 
     def validation_batches(self, config: RunConfig) -> int:
@@ -73,7 +73,7 @@ def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:
     else:
         prefix = Path(data.data_path)
         model_path = Path(data.tokenizer_model) if data.tokenizer_model else None
-    tokenizer = SentencePieceTokenizer(model_path) if model_path else None
+    tokenizer = open_tokenizer(model_path) if model_path else None
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"the tokenizer {model_path} has {tokenizer.vocab_size} tokens, more than --vocab-size "

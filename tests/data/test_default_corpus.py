@@ -18,8 +18,8 @@ import pytest
 
 from megatron_nexus.data.default_corpus import DefaultCorpus, prepare_default_corpus
 from megatron_nexus.data.indexed_dataset import IndexedDataset
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.data.standard_library import source_documents
-from megatron_nexus.data.tokenizer import SentencePieceTokenizer
 from megatron_nexus.errors import DataError
 
 VOCAB_SIZE = 600

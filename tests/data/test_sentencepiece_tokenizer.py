@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from megatron_nexus.data.tokenizer import BLANK, SentencePieceTokenizer, train_sentencepiece_bpe
+from megatron_nexus.data.sentencepiece_tokenizer import BLANK, SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.errors import DataError
 
 SOURCES = [inspect.getsource(module) for module in (inspect, json, json.decoder, textwrap)]
@@ -45,7 +45,8 @@ def test_nothing_is_lost_and_every_byte_is_counted(tokenizer: SentencePieceToken
 
 def test_threads_change_nothing(tokenizer: SentencePieceTokenizer) -> None:
     texts = [*SOURCES, *HARD_TEXTS]
-    assert tokenizer.encode_documents(texts, threads=3) == [tokenizer.encode(text) for text in texts]
+    threaded = tokenizer.encode_documents(texts, threads=3)
+    assert [ids.tolist() for ids in threaded] == [tokenizer.encode(text) for text in texts]
 
 
 def test_the_vocabulary_is_as_asked(tokenizer: SentencePieceTokenizer) -> None:
