@@ -16,7 +16,7 @@ from megatron_nexus import log
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.config.command_line import build, from_saved, given_flags
-from megatron_nexus.config.presets import DEFAULT_PRESET
+from megatron_nexus.config.presets import DEFAULT_PRESET, Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, NexusError
@@ -84,7 +84,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
     return build(given, saved), checkpoint
 
 
-def _newest_run(given: dict[str, int | float | str | bool]) -> Path | None:
+def _newest_run(given: dict[str, Value]) -> Path | None:
     """What --load auto means: the newest checkpoint in --save, or without it of the preset's default runs."""
     if "save" in given:
         return newest_checkpoint(Path(str(given["save"])))

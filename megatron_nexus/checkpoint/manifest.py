@@ -30,6 +30,21 @@ class RunProgress:
 
 
 @dataclass(frozen=True)
+class DataRecord:
+    """What a run reads, and which of the run's samples was the first of it.
+
+    Phases of a run may read different data: each begins at the first sample of its own.
+    """
+
+    fingerprint: str = ""
+    description: str = ""
+    first_sample: int = 0
+
+
+UNKNOWN_DATA = DataRecord()
+
+
+@dataclass(frozen=True)
 class Topology:
     """How many ranks wrote the checkpoint, and how they were arranged."""
 
@@ -68,6 +83,7 @@ class Manifest:
     config: JsonObject
     tokenizer_fingerprint: str
     lineage: Sequence[JsonObject]
+    data: DataRecord = UNKNOWN_DATA
     format_version: int = FORMAT_VERSION
 
 
@@ -103,6 +119,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "engine": asdict(manifest.engine),
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "lineage": manifest.lineage,
+        "data": asdict(manifest.data),
         "config": manifest.config,
         "specs": [spec_to_json(spec) for spec in manifest.specs.values()],
     }
@@ -134,6 +151,7 @@ def read_manifest(folder: Path) -> Manifest:
             config=raw["config"],
             tokenizer_fingerprint=raw["tokenizer_fingerprint"],
             lineage=raw["lineage"],
+            data=DataRecord(**raw.get("data", {})),
             format_version=version,
         )
     except OSError as error:

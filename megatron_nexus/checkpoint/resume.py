@@ -17,6 +17,8 @@ from torch import Tensor
 from megatron_nexus.checkpoint.agreement import exchange, tell, together
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
+    UNKNOWN_DATA,
+    DataRecord,
     EngineRecord,
     JsonObject,
     Manifest,
@@ -58,6 +60,7 @@ def save_checkpoint(
     config: JsonObject,
     tokenizer_fingerprint: str,
     lineage: Sequence[JsonObject] = (),
+    data: DataRecord = UNKNOWN_DATA,
 ) -> Path:
     """Write `root`/iter_<step> and make it the latest; a collective call between two optimizer steps.
 
@@ -93,6 +96,7 @@ def save_checkpoint(
                     config=config,
                     tokenizer_fingerprint=tokenizer_fingerprint,
                     lineage=lineage,
+                    data=data,
                 )
                 write_durably(temporary / MANIFEST_FILE, manifest_to_json(manifest))
                 publish_checkpoint(root, progress.step)

@@ -47,6 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
             hint = hints[entry.name]
             if hint is bool:
                 group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
+            elif get_origin(hint) is tuple:
+                group.add_argument(*flags, nargs="+", help=text, metavar="WORD")
             elif get_origin(hint) is not None:
                 group.add_argument(*flags, choices=get_args(hint), help=text)
             else:
@@ -82,7 +84,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
             remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
             problems.append(f"unknown flag {word}: {remedy}")
         raise ConfigError(problems)
-    given: dict[str, Value] = vars(known)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(known).items()}
     given.pop("local_rank", None)
     return given
 
@@ -125,5 +127,6 @@ def from_saved(saved: Mapping[str, object]) -> RunConfig:
         values = saved[section]
         if not isinstance(values, dict):
             raise TypeError(f"{section} is no section")
-        sections[section] = kind(**values)
+        # JSON has lists for our tuples.
+        sections[section] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return RunConfig(preset=str(saved["preset"]), **sections)

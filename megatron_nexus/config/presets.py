@@ -4,7 +4,7 @@ A preset is a set of field values over the defaults of `run_config`; flags win o
 do not follow from its own configurations: the true parameter count is printed beside the name.
 """
 
-Value = int | float | str | bool
+Value = int | float | str | bool | tuple[str, ...]
 
 # Table 6: vocabulary 32,000, context 4,096, batches of about one million tokens. Heads are of size 64
 # or, where 64 does not divide the hidden size, of the nearest even divisor (the paper prints no heads).

@@ -6,6 +6,7 @@ Pure arithmetic over the configuration and the world size, so that it runs befor
 from collections.abc import Iterable
 from math import inf
 
+from megatron_nexus.config.data_path import parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 
@@ -17,7 +18,11 @@ def divisors(number: int) -> str:
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError with every problem of `config` on `world_size` ranks."""
-    problems = [*_size_problems(config), *_topology_problems(config, world_size)]
+    problems = [
+        *_size_problems(config),
+        *_topology_problems(config, world_size),
+        *_data_problems(config),
+    ]
     if not problems:
         problems = list(_batch_problems(config, world_size))
     if problems:
@@ -114,6 +119,34 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             f"--tp {tp} x --pp {pp} = {tp * pp}: "
             f"start {max(1, world_size // (tp * pp)) * tp * pp} ranks or change --tp and --pp"
         )
+
+
+def _data_problems(config: RunConfig) -> Iterable[str]:
+    data = config.data
+    readings = (
+        lambda: parse_blend("--data-path", data.data_path),
+        lambda: parse_blend("--train-data-path", data.train_data_path),
+        lambda: parse_sets("--valid-data-path", "validation", data.valid_data_path),
+        lambda: parse_sets("--test-data-path", "test", data.test_data_path),
+        lambda: parse_token_range(data.data_range) if data.data_range else None,
+    )
+    for read in readings:
+        try:
+            read()
+        except ConfigError as error:
+            yield from error.problems
+    if data.data_path and data.train_data_path:
+        yield "--data-path and --train-data-path both name what is trained on: drop one of them"
+    if data.train_data_path and not data.valid_data_path:
+        yield "--train-data-path keeps nothing back for validation: give --valid-data-path too"
+    given = data.data_path or data.train_data_path
+    for flag, value in {
+        "--tokenizer-model": data.tokenizer_model,
+        "--valid-data-path": data.valid_data_path,
+        "--test-data-path": data.test_data_path,
+    }.items():
+        if value and not given:
+            yield f"{flag} belongs to a --data-path of the same tokens: give both, or neither"
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:

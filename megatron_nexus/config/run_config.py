@@ -95,11 +95,25 @@ class OptimizerConfig:
 class DataConfig:
     """Where tokens come from."""
 
-    data_path: str = option("", "prefix of a .bin/.idx pair; empty: the built-in corpus of this Python")
+    data_path: tuple[str, ...] = option(
+        (), "prefix of a .bin/.idx pair, or a blend: 0.7 a 0.3 b; empty: the built-in corpus of this Python"
+    )
+    train_data_path: tuple[str, ...] = option(
+        (), "in place of --data-path: a prefix or a blend of which everything is trained on"
+    )
+    valid_data_path: tuple[str, ...] = option(
+        (), "validation data in place of --split's share: a prefix, a blend, or sets by name: web=a code=b"
+    )
+    test_data_path: tuple[str, ...] = option(
+        (), "data that a finished run is tested on once, as --valid-data-path"
+    )
     tokenizer_model: str = option(
         "", "of the corpus: SentencePiece .model, tokenizer.json or its folder; empty: built-in"
     )
-    split: str = option("969,30,1", "shares of the documents for training, validation and test")
+    split: str = option("969,30,1", "shares of --data-path's documents for training, validation and test")
+    data_range: str = option(
+        "", "tokens of the training data that this run reads, such as 100B:130B; of a blend its share each"
+    )
     data_cache_path: str = option("", "cache of the built-in corpus; empty: the user's cache folder")
 
 

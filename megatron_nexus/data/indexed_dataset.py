@@ -8,6 +8,7 @@ All numbers are little-endian. A document is the sequences between two neighbour
 makes every document one sequence. Source of the layout: Megatron-LM, `core/datasets/indexed_dataset.py`.
 """
 
+import hashlib
 import os
 import struct
 from array import array
@@ -31,6 +32,7 @@ DTYPES: dict[int, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 LARGEST_UINT16_VOCABULARY = 65_500
+FINGERPRINT_BLOCK = 512
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -141,6 +143,14 @@ class IndexedDataset:
         """Tokens [start, stop) of the stream of all documents, a view in the stored type, [stop - start]."""
         assert 0 <= start <= stop <= self.token_count, (start, stop, self.token_count)
         return self._tokens[start:stop]
+
+    def fingerprint(self) -> str:
+        """sha256 over the sizes and 64 blocks spread over tokens and boundaries: cheap for any corpus."""
+        digest = hashlib.sha256(f"{self.dtype.str} {self.token_count} {self.document_count}".encode())
+        for numbers in (self._tokens, self._pointers):
+            for first in np.linspace(0, max(0, len(numbers) - FINGERPRINT_BLOCK), 64).astype(np.int64):
+                digest.update(numbers[first : first + FINGERPRINT_BLOCK].tobytes())
+        return digest.hexdigest()
 
     def check_vocabulary(self, ids: npt.NDArray[np.integer], vocab_size: int) -> None:
         """Refuse ids of this corpus that a vocabulary does not have.

@@ -4,32 +4,33 @@ B micro batch, T sequence length. Every rank computes its own share: nothing is 
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_nexus.data.samples import TokenWindows
+
+class Samples(Protocol):
+    """Samples without end, by number."""
+
+    def sample(self, k: int) -> npt.NDArray[np.int64]:
+        """The T + 1 tokens of sample `k`, whatever was read before."""
 
 
 def micro_batches(
-    windows: TokenWindows,
+    samples: Samples,
     consumed_samples: int,
     micro_batch_size: int,
     global_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
-    vocab_size: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (tokens_BT, labels_BT), int64, without end, from the sample after `consumed_samples`.
 
     All ranks and accumulation steps of one global batch together read exactly the samples [c, c + global
-    batch), c those consumed before it, whatever the micro batch and the data-parallel size. With
-    `vocab_size` each batch is checked.
-
-    Raises:
-        DataError: a token id lies outside the vocabulary.
+    batch), c those consumed before it, whatever the micro batch and the data-parallel size.
     """
     samples_per_step = micro_batch_size * data_parallel_size
     assert global_batch_size % samples_per_step == 0, (global_batch_size, samples_per_step)
@@ -37,10 +38,9 @@ def micro_batches(
     # Global batches are whole multiples of a step, so the walk over them is one walk over steps.
     first = consumed_samples + data_parallel_rank * micro_batch_size
     while True:
-        samples = np.stack([windows.sample(k) for k in range(first, first + micro_batch_size)])
-        if vocab_size is not None:
-            windows.dataset.check_vocabulary(samples, vocab_size)
-        yield _tokens_and_labels(samples)
+        yield _tokens_and_labels(
+            np.stack([samples.sample(k) for k in range(first, first + micro_batch_size)])
+        )
         first += samples_per_step
 
 

@@ -7,6 +7,7 @@ L sequence length, n windows per epoch.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate, pairwise
 from math import isqrt
 
@@ -23,14 +24,12 @@ MASK_64 = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class SplitRange:
-    """A contiguous part of a corpus, cut between documents."""
+    """A contiguous part of a corpus."""
 
     name: str
     """What messages call it: training, validation or test."""
-    documents: range
-    """The documents of the part."""
     tokens: range
-    """Where their tokens stand in the token stream of the corpus."""
+    """Where its tokens stand in the token stream of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,34 @@ def split_documents(dataset: IndexedDataset, weights: str) -> Splits:
     cuts = [round(share / total * dataset.document_count) for share in accumulate(shares, initial=0.0)]
     return Splits(
         *(
-            SplitRange(name, range(first, last), range(*map(dataset.document_start, (first, last))))
-            for name, (first, last) in zip(SPLIT_NAMES, pairwise(cuts), strict=True)
+            SplitRange(name, range(first, last))
+            for name, (first, last) in zip(
+                SPLIT_NAMES, pairwise(map(dataset.document_start, cuts)), strict=True
+            )
         )
     )
+
+
+def restrict(
+    dataset: IndexedDataset, part: SplitRange, share: Fraction, first: int, last: int | None
+) -> SplitRange:
+    """The tokens [first, last) of a blend that has `share` of its tokens from this part of a corpus.
+
+    Ranges that have no token in common give parts that have none in common. Without `last`, up to the end.
+
+    Raises:
+        DataError: the part has not that many tokens.
+    """
+    held = len(part.tokens)
+    start, stop = int(share * first), held if last is None else int(share * last)
+    if start >= held or stop > held:
+        of_blend = "" if share == 1 else f", {float(share):.4g} of the blend"
+        raise DataError(
+            f"--data-range {first:,}:{'' if last is None else f'{last:,}'} asks for the tokens "
+            f"{start:,}:{stop:,} of {dataset.prefix}{of_blend}, whose {part.name} part has {held:,} tokens: "
+            f"use an end of at most {int(held / share):,}, or a larger corpus"
+        )
+    return SplitRange(part.name, range(part.tokens.start + start, part.tokens.start + stop))
 
 
 def _mix(x: int) -> int:
@@ -124,14 +147,14 @@ class TokenWindows:
         split: the part of it, from `split_documents`.
         seq_length: L, tokens predicted per sample.
         seed: of the order; each epoch has its own.
-        shuffle: False reads the windows as they stand, for validation.
+        vocab_size: ids that a sample may hold.
 
     Raises:
         DataError: the part holds less than one window.
     """
 
     def __init__(
-        self, dataset: IndexedDataset, split: SplitRange, seq_length: int, seed: int, shuffle: bool = True
+        self, dataset: IndexedDataset, split: SplitRange, seq_length: int, seed: int, vocab_size: int
     ) -> None:
         self.dataset = dataset
         self.split = split
@@ -139,13 +162,12 @@ class TokenWindows:
         self.window_count = (len(split.tokens) - 1) // seq_length
         if self.window_count < 1:
             raise DataError(
-                f"the {split.name} part of {dataset.prefix} has {len(split.tokens):,} tokens in "
-                f"{len(split.documents):,} documents, one sample of --seq-length {seq_length} needs "
-                f"{seq_length + 1:,}: give the part a larger share with --split, use a larger corpus or "
-                "shorter sequences"
+                f"the {split.name} part of {dataset.prefix} has {len(split.tokens):,} tokens, one sample of "
+                f"--seq-length {seq_length} needs {seq_length + 1:,}: give the part a larger share with "
+                "--split, use a larger corpus or shorter sequences"
             )
         self._seed = seed
-        self._shuffle = shuffle
+        self._vocab_size = vocab_size
         self._epoch = 0
         self._order = Permutation(self.window_count, seed, 0)
 
@@ -154,11 +176,18 @@ class TokenWindows:
         return k // self.window_count
 
     def sample(self, k: int) -> npt.NDArray[np.int64]:
-        """Tokens of global sample `k`, counted from 0 over all epochs, [L + 1]."""
+        """Tokens of global sample `k`, counted from 0 over all epochs, [L + 1].
+
+        Raises DataError where one of them is no id of the vocabulary.
+        """
+        start = self._start(k)
+        tokens = self.dataset.tokens(start, start + self.seq_length + 1)
+        self.dataset.check_vocabulary(tokens, self._vocab_size)
+        return tokens.astype(np.int64)
+
+    def _start(self, k: int) -> int:
+        """Where sample `k` begins in the token stream of the corpus."""
         epoch, index = divmod(k, self.window_count)
-        if self._shuffle:
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, Permutation(self.window_count, self._seed, epoch)
-            index = self._order[index]
-        start = self.split.tokens.start + index * self.seq_length
-        return self.dataset.tokens(start, start + self.seq_length + 1).astype(np.int64)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, Permutation(self.window_count, self._seed, epoch)
+        return self.split.tokens.start + self._order[index] * self.seq_length

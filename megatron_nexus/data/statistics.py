@@ -1,17 +1,25 @@
 """What can be known of a corpus without a model."""
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 
+COUNTED_TOKENS = 20_000_000
 CHUNKS_AT_LEAST = 64
 CHUNK_TOKENS_AT_MOST = 1 << 18
 
 
-def unigram_entropy(
-    dataset: IndexedDataset, start: int, stop: int, vocab_size: int, max_tokens: int = 20_000_000
-) -> float:
-    """Entropy of the token frequencies, in nats per token: what a model without any context can reach.
+def entropy(frequencies: npt.NDArray[np.float64]) -> float:
+    """Entropy of the token frequencies, in nats per token: what a model without any context can reach."""
+    seen = frequencies[frequencies > 0]
+    return float(-(seen * np.log(seen)).sum())
+
+
+def unigram_frequencies(
+    dataset: IndexedDataset, start: int, stop: int, vocab_size: int, max_tokens: int = COUNTED_TOKENS
+) -> npt.NDArray[np.float64]:
+    """Frequency of each id of the vocabulary, [vocab_size].
 
     Counts tokens [start, stop) of the stream; of more than `max_tokens`, chunks that lie evenly over them.
 
@@ -26,5 +34,5 @@ def unigram_entropy(
         ids = dataset.tokens(first, min(first + chunk_tokens, stop))
         dataset.check_vocabulary(ids, vocab_size)
         counts += np.bincount(ids, minlength=vocab_size)
-    frequencies = counts[counts > 0] / counts.sum()
-    return float(-(frequencies * np.log(frequencies)).sum())
+    frequencies: npt.NDArray[np.float64] = counts / counts.sum()
+    return frequencies

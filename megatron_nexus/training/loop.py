@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_nexus.checkpoint.manifest import Manifest, RunProgress
+from megatron_nexus.checkpoint.manifest import DataRecord, Manifest, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches
-from megatron_nexus.data.samples import TokenWindows
 from megatron_nexus.errors import CheckpointError, TrainingError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
@@ -34,7 +34,8 @@ class Outcome:
     """What a run ended with."""
 
     progress: RunProgress
-    validation: Validation | None
+    evaluations: tuple[Validation, ...]
+    """The last of each set; none where the run was stopped."""
     checkpoint: Path
     tokens_per_s: float
 
@@ -59,8 +60,9 @@ class Trainer:
         self.gemm_flops_per_s = gemm_flops_per_s
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_length
-        self.validation_bytes = corpus.validation_bytes(config)
+        self.evaluation_bytes = {name: corpus.evaluation_bytes(name, config) for name in corpus.evaluations}
         self.progress = RunProgress(step=0, samples=0, tokens=0, flops=0)
+        self.data = DataRecord(corpus.fingerprint, corpus.description)
         self.last_checkpoint: Path | None = None
 
     def resume(self, checkpoint: Path) -> Manifest:
@@ -80,6 +82,16 @@ class Trainer:
             )
         configure_groups(self.engine.optimizer.param_groups, self.config.optimizer)
         self.progress = manifest.progress
+        if manifest.data.fingerprint in ("", self.data.fingerprint):
+            first_sample = manifest.data.first_sample
+        else:
+            first_sample = self.progress.samples
+            logger.info(
+                "the data differs from the checkpoint's and is read from its first sample: %s, was %s",
+                self.data.description,
+                manifest.data.description,
+            )
+        self.data = dataclasses.replace(self.data, first_sample=first_sample)
         self.last_checkpoint = checkpoint
         return manifest
 
@@ -94,9 +106,10 @@ class Trainer:
         metrics = None
         if self.mesh.rank == 0:
             metrics = MetricsWriter(self.save_folder, self.progress.step, logging.tensorboard_dir)
-        batches = self._batches(self.corpus.training, self.progress.samples)
+        self._announce_epochs()
+        batches = self._training_batches()
         trained_s, trained_tokens, told = 0.0, 0, 0.0
-        validation: Validation | None = None
+        evaluations: list[Validation] = []
         stopping = False
         while self.progress.step < last and not stopping:
             step = self.progress.step + 1
@@ -113,9 +126,9 @@ class Trainer:
                 speak = due or time.monotonic() - told > SILENCE_S
                 metrics.step(record, last, speak)
                 told = time.monotonic() if speak else told
-            validation = None
+            evaluations = []
             if logging.eval_interval and step % logging.eval_interval == 0:
-                validation = self._validate(metrics)
+                evaluations = self._evaluate("validation", metrics)
             stopping = stop.agreed(self.mesh)
             interval = config.checkpoint.save_interval
             if interval and step % interval == 0 and step != last and not stopping:
@@ -126,13 +139,14 @@ class Trainer:
             self.save()
         assert self.last_checkpoint is not None, "just saved"
         # A run that was asked to stop leaves at once; its next part validates.
-        if validation is None and not stopping:
-            validation = self._validate(metrics)
+        if not stopping:
+            evaluations = evaluations or self._evaluate("validation", metrics)
+            evaluations += self._evaluate("test", metrics)
         if metrics is not None:
             metrics.close()
         return Outcome(
             progress=self.progress,
-            validation=validation,
+            evaluations=tuple(evaluations),
             checkpoint=self.last_checkpoint,
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
         )
@@ -150,19 +164,29 @@ class Trainer:
             self.progress,
             dataclasses.asdict(self.config),
             tokenizer.fingerprint if tokenizer is not None else "",
+            data=self.data,
         )
         logger.info("saved %s in %.1f s", self.last_checkpoint, time.perf_counter() - began)
 
-    def _batches(self, windows: TokenWindows, consumed_samples: int) -> Iterator[Batch]:
+    def _training_batches(self) -> Iterator[Batch]:
+        return self._batches(self.corpus.training, self.progress.samples - self.data.first_sample)
+
+    def _announce_epochs(self) -> None:
+        """Say which corpora the rest of the run reads more than once."""
+        left = self.config.training.train_iters - self.progress.step
+        last = self.progress.samples + left * self.config.training.global_batch_size
+        for line in self.corpus.epochs(last - self.data.first_sample):
+            logger.info("%s", line)
+
+    def _batches(self, samples: Blend, consumed_samples: int) -> Iterator[Batch]:
         training = self.config.training
         return micro_batches(
-            windows,
+            samples,
             consumed_samples,
             training.micro_batch_size,
             training.global_batch_size,
             self.mesh.data,
             self.mesh.data_size,
-            self.config.model.vocab_size,
         )
 
     def _advance(self) -> None:
@@ -188,22 +212,26 @@ class Trainer:
             memory_bytes=peak_memory_bytes(self.mesh),
         )
 
-    def _validate(self, metrics: MetricsWriter | None) -> Validation:
-        """Mean loss over the first global batches of the validation order, always the same samples."""
-        count = self.corpus.validation_batches(self.config)
+    def _evaluate(self, kind: str, metrics: MetricsWriter | None) -> list[Validation]:
+        """Mean loss over the first global batches of each set of a kind, always the same samples."""
         accumulation = self.config.accumulation_steps(self.mesh.world_size)
-        loss = self.engine.evaluate(self._batches(self.corpus.validation, 0), count * accumulation)
-        targets = count * self.tokens_per_step
-        validation = make_validation(self.progress.step, loss, targets, self.validation_bytes)
-        if metrics is not None:
-            metrics.validation(validation)
-        return validation
+        made = []
+        for name, samples in self.corpus.evaluations.items():
+            if name.split()[0] != kind:
+                continue
+            count = self.corpus.evaluation_batches(name, self.config)
+            loss = self.engine.evaluate(self._batches(samples, 0), count * accumulation)
+            targets = count * self.tokens_per_step
+            made.append(make_validation(name, self.progress.step, loss, targets, self.evaluation_bytes[name]))
+            if metrics is not None:
+                metrics.validation(made[-1])
+        return made
 
     def _require_finite(self, step: int, result: StepResult) -> None:
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             return
         # The weights are still those before this step, so the same samples show where it broke.
-        batches = self._batches(self.corpus.training, self.progress.samples)
+        batches = self._training_batches()
         found: list[str] = [""] * self.mesh.world_size
         dist.all_gather_object(found, self.engine.diagnose(batches), group=self.mesh.control)
         where = next(

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
@@ -29,8 +30,12 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation: nats per token; bits per byte is None where no tokenizer tells the bytes."""
+    """One validation: nats per token; bits per byte is None where no tokenizer tells the bytes.
 
+    `name` is "validation", "validation web" of the named set web, or the same of "test".
+    """
+
+    name: str
     step: int
     validation_loss: float
     perplexity: float
@@ -95,8 +100,8 @@ class MetricsWriter:
     def validation(self, validation: Validation) -> None:
         """Record a validation and show it."""
         self._file.write(json.dumps(asdict(validation)) + "\n")
-        self._scalars(validation.step, {"lm loss validation": validation.validation_loss})
-        logger.info("validation at %d | %s", validation.step, describe(validation))
+        self._scalars(validation.step, {f"lm loss {validation.name}": validation.validation_loss})
+        logger.info("%s at %d | %s", validation.name, validation.step, describe(validation))
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self._board is not None:
@@ -118,15 +123,15 @@ def describe(validation: Validation) -> str:
     return f"{told} | {validation.bits_per_byte:.3f} bits per byte"
 
 
-def make_validation(step: int, loss: float, targets: int, target_bytes: int | None) -> Validation:
+def make_validation(name: str, step: int, loss: float, targets: int, target_bytes: int | None) -> Validation:
     """A validation from its mean loss in nats over `targets` tokens that stand for `target_bytes` bytes."""
     bits = loss * targets / (math.log(2.0) * target_bytes) if target_bytes else None
-    return Validation(step, loss, math.exp(min(loss, 700.0)), bits)
+    return Validation(name, step, loss, math.exp(min(loss, 700.0)), bits)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; a last line that a crash cut short is left out."""
-    records: list[dict[str, float]] = []
+    records: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
@@ -145,11 +150,15 @@ def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
 
     records = read_metrics(folder / METRICS_FILE)
     steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    validations = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    validations: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        if "validation_loss" in record:
+            points = validations.setdefault(record["name"], [])
+            points.append((record["step"], record["validation_loss"]))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes.plot(*zip(*steps, strict=True), linewidth=1, label="training")
-    if validations:
-        axes.plot(*zip(*validations, strict=True), "o-", label="validation")
+    for name, points in validations.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
     axes.axhline(unigram_entropy, linestyle="--", color="grey", label="unigram entropy of the corpus")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)

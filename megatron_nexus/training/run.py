@@ -78,8 +78,9 @@ def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
         before = saved[section]
         assert isinstance(before, Mapping), f"{section} is no section"
         for name, value in dataclasses.asdict(getattr(config, section)).items():
-            if before.get(name, value) != value:
-                changes.append(f"--{name.replace('_', '-')} {value!r}, was {before[name]!r}")
+            was = before.get(name, value)
+            if (tuple(was) if isinstance(was, list) else was) != value:  # JSON has lists for our tuples
+                changes.append(f"--{name.replace('_', '-')} {value!r}, was {was!r}")
     return changes
 
 
@@ -246,7 +247,10 @@ def _summarise(
         "parameters": f"{count:,} (true count of {config.preset})",
         "tokens": f"{outcome.progress.tokens:,} in {outcome.progress.step:,} iterations",
         "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {100 * mfu:.1f} % of the measured GEMM rate",
-        "validation": describe(outcome.validation) if outcome.validation else "left out: the run was stopped",
+        **(
+            {evaluation.name: describe(evaluation) for evaluation in outcome.evaluations}
+            or {"validation": "left out: the run was stopped"}
+        ),
         "unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches",
         "checkpoint": str(outcome.checkpoint),
         "metrics": str(folder / METRICS_FILE),

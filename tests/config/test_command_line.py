@@ -36,6 +36,8 @@ def complaint(*words: str) -> str:
 
 def other_value(hint: type, default: object) -> object:
     """A value of a field's type that is not its default."""
+    if get_origin(hint) is tuple:
+        return ("somewhere/else",)
     if get_origin(hint) is not None:
         return next(choice for choice in get_args(hint) if choice != default)
     if hint is str:
@@ -66,7 +68,7 @@ def test_every_flag_sets_its_field_and_no_other(section: str, name: str, hint: t
         words = [flag]
     else:
         value = other_value(hint, getattr(getattr(before, section), name))
-        words = [flag, str(value)]
+        words = [flag, *(value if isinstance(value, tuple) else [str(value)])]
     changed = dataclasses.replace(getattr(before, section), **{name: value})
     assert parse(*words) == dataclasses.replace(before, **{section: changed})
     assert parse(*words) != before
@@ -143,6 +145,7 @@ def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default() -> None:
 
 SAVED = build(
     given_flags(["--preset", "nexusformer-20m", "--vocab-size", "97", "--nexus-inner-norm", "--lr", "0.25"])
+    | given_flags(["--data-path", "0.7", "a", "0.3", "b"])
 )
 
 

@@ -1,5 +1,6 @@
 """Splits, windows and the order of samples: nothing is lost, nothing twice, nothing depends on the past."""
 
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_nexus.data.samples import Permutation, SplitRange, TokenWindows, split_documents
+from megatron_nexus.data.samples import Permutation, SplitRange, TokenWindows, restrict, split_documents
 from megatron_nexus.errors import DataError
 
 
@@ -73,7 +74,6 @@ def test_splits_cut_between_documents(tmp_path: Path, weights: str, cuts: tuple[
     for part, (first, last) in zip(
         (splits.train, splits.validation, splits.test), pairwise((0, *cuts)), strict=True
     ):
-        assert part.documents == range(first, last)
         assert part.tokens == range(starts[first], starts[last])
 
 
@@ -85,7 +85,7 @@ def test_weights_that_are_none_are_refused(tmp_path: Path, weights: str) -> None
 
 def test_an_epoch_predicts_every_token_once(tmp_path: Path) -> None:
     dataset = corpus(tmp_path / "c", [100, 23])
-    windows = TokenWindows(dataset, whole(dataset), seq_length=8, seed=1)
+    windows = TokenWindows(dataset, whole(dataset), seq_length=8, seed=1, vocab_size=123)
     assert windows.window_count == 15
     for epoch in range(3):
         ks = range(epoch * 15, epoch * 15 + 15)
@@ -97,17 +97,50 @@ def test_an_epoch_predicts_every_token_once(tmp_path: Path) -> None:
 
 def test_a_sample_depends_on_its_number_only(tmp_path: Path) -> None:
     dataset = corpus(tmp_path / "c", [1000])
-    ahead, back = (TokenWindows(dataset, whole(dataset), 10, seed=3) for _ in range(2))
+    ahead, back = (TokenWindows(dataset, whole(dataset), 10, seed=3, vocab_size=1000) for _ in range(2))
     forwards = [ahead.sample(k).tolist() for k in range(250)]
     assert [back.sample(k).tolist() for k in reversed(range(250))] == forwards[::-1]
     assert forwards[:99] != forwards[99:198]
 
 
-def test_unshuffled_windows_stand_in_order(tmp_path: Path) -> None:
-    dataset = corpus(tmp_path / "c", [50, 51])
-    part = split_documents(dataset, "1,1").validation
-    windows = TokenWindows(dataset, part, 10, seed=0, shuffle=False)
-    assert [windows.sample(k)[0] for k in range(6)] == [50, 60, 70, 80, 90, 50]
+def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+    dataset = corpus(tmp_path / "c", [201])
+    windows = TokenWindows(dataset, whole(dataset), 200, seed=0, vocab_size=200)
+    with pytest.raises(DataError, match=r"c\.bin holds the token id 200, .* has 200 ids"):
+        windows.sample(0)
+
+
+def tokens_of(windows: TokenWindows) -> set[int]:
+    return {token for k in range(windows.window_count) for token in windows.sample(k).tolist()}
+
+
+@pytest.mark.parametrize("share", [Fraction(1), Fraction(1, 3)])
+def test_disjoint_ranges_share_no_token(tmp_path: Path, share: Fraction) -> None:
+    dataset = corpus(tmp_path / "c", [700, 800])
+    seen: set[int] = set()
+    for first, last in [(0, 100), (100, 401), (401, 1000), (1000, None)]:
+        part = restrict(dataset, whole(dataset), share, first, last)
+        tokens = tokens_of(TokenWindows(dataset, part, 7, seed=5, vocab_size=1500))
+        assert not seen & tokens
+        assert min(tokens) >= int(share * first) and max(tokens) < (share * last if last else 1500)
+        assert len(tokens) > len(part.tokens) - 7, "all of a range but less than a window is read"
+        seen |= tokens
+    assert len(seen) > 1500 - 4 * 7
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "share", "most"),
+    [(0, 1501, 1, "1,500"), (1500, None, 1, "1,500"), (0, 3001, Fraction(1, 2), "3,000")],
+)
+def test_a_range_outside_the_corpus_states_its_size(
+    tmp_path: Path, first: int, last: int | None, share: Fraction | int, most: str
+) -> None:
+    dataset = corpus(tmp_path / "c", [700, 800])
+    if share != 1:
+        assert restrict(dataset, whole(dataset), Fraction(share), first, 3001).tokens == range(1500)
+        last = 3002
+    with pytest.raises(DataError, match=rf"training part has 1,500 tokens: use an end of at most {most}"):
+        restrict(dataset, whole(dataset), Fraction(share), first, last)
 
 
 @pytest.mark.parametrize(("tokens", "enough"), [(9, True), (8, False), (0, False)])
@@ -115,7 +148,7 @@ def test_less_than_one_window_is_refused(tmp_path: Path, tokens: int, enough: bo
     dataset = corpus(tmp_path / "c", [tokens, 100])
     part = split_documents(dataset, "1,1").train
     if enough:
-        assert TokenWindows(dataset, part, 8, seed=0).window_count == 1
+        assert TokenWindows(dataset, part, 8, seed=0, vocab_size=200).window_count == 1
     else:
-        with pytest.raises(DataError, match=rf"training part .* has {tokens} tokens .* needs 9"):
-            TokenWindows(dataset, part, 8, seed=0)
+        with pytest.raises(DataError, match=rf"training part .* has {tokens} tokens, .* needs 9"):
+            TokenWindows(dataset, part, 8, seed=0, vocab_size=200)

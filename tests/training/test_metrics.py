@@ -33,7 +33,7 @@ def write(folder: Path, first: int, last: int, loss: float = 4.0, board: str = "
     writer = MetricsWriter(folder, first - 1, board)
     for step in range(first, last + 1):
         writer.step(step_of(step, loss), 100, speak=False)
-    writer.validation(make_validation(last, loss, 100, 300))
+    writer.validation(make_validation("validation", last, loss, 100, 300))
     writer.close()
 
 
@@ -104,7 +104,7 @@ def test_the_console_shows_the_steps_it_is_asked_to(
 
 
 def test_perplexity_and_bits_per_byte_follow_from_the_loss() -> None:
-    validation = make_validation(5, loss=2 * math.log(2), targets=300, target_bytes=1200)
+    validation = make_validation("validation", 5, loss=2 * math.log(2), targets=300, target_bytes=1200)
     assert validation.perplexity == pytest.approx(4.0)
     # 300 tokens of 2 bits stand for 1,200 bytes.
     assert validation.bits_per_byte == pytest.approx(0.5)
@@ -112,13 +112,13 @@ def test_perplexity_and_bits_per_byte_follow_from_the_loss() -> None:
 
 
 def test_bits_per_byte_are_not_guessed_without_a_tokenizer() -> None:
-    validation = make_validation(5, 1.0, 300, None)
+    validation = make_validation("validation", 5, 1.0, 300, None)
     assert validation.bits_per_byte is None
     assert "unknown without --tokenizer-model" in describe(validation)
 
 
 def test_a_loss_that_ran_away_still_has_a_perplexity() -> None:
-    assert math.isfinite(make_validation(1, 1e6, 1, None).perplexity)
+    assert math.isfinite(make_validation("validation", 1, 1e6, 1, None).perplexity)
 
 
 def drawn(folder: Path) -> np.ndarray:
@@ -156,6 +156,31 @@ def test_tensorboard_shows_every_step_under_the_field_s_own_tags(tmp_path: Path)
     assert [step for step, _ in seen["lm loss"]] == [1, 2, 3]
     assert seen["learning-rate"][2] == (3, pytest.approx(1e-3))
     assert seen["lm loss validation"] == [(3, 4.0)]
+
+
+def test_every_set_is_told_under_its_own_name(tmp_path: Path, console: pytest.CaptureFixture[str]) -> None:
+    log.configure(speaks=True)
+    writer = MetricsWriter(tmp_path, 0, str(tmp_path / "board"))
+    for name, loss in [("validation web", 3.0), ("validation code", 2.0), ("test", 1.0)]:
+        writer.validation(make_validation(name, 4, loss, 100, 300))
+    writer.close()
+    told = [line.split(" nats")[0] for line in console.readouterr().out.splitlines()]
+    assert told == [
+        "validation web at 4 | loss 3.0000",
+        "validation code at 4 | loss 2.0000",
+        "test at 4 | loss 1.0000",
+    ]
+    records = read_metrics(tmp_path / METRICS_FILE)
+    assert [(r["name"], r["validation_loss"]) for r in records] == [
+        ("validation web", 3.0),
+        ("validation code", 2.0),
+        ("test", 1.0),
+    ]
+    assert scalars(tmp_path / "board") == {
+        "lm loss validation web": [(4, 3.0)],
+        "lm loss validation code": [(4, 2.0)],
+        "lm loss test": [(4, 1.0)],
+    }
 
 
 def test_tensorboard_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:
