@@ -13,8 +13,9 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * gain
+def rms_norm(x: Tensor, gain: Tensor, model: dict) -> Tensor:
+    size = model["base_hidden_size"] or model["hidden_size"]
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) / size + model["norm_epsilon"]) * gain
 
 
 def nexus_rank(x: Tensor, w: dict[str, Tensor], name: str, inner_scale: float | None) -> Tensor:
@@ -47,8 +48,11 @@ def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float
     q, k, v = (
         nexus_rank(y, w, f"{a}.{p}", scale).view(batch, length, heads, size).transpose(1, 2) for p in "qkv"
     )
-    q, k = rotary(q, model["rotary_base"]), rotary(k, model["rotary_base"])
-    scores = (q @ k.transpose(-1, -2) / math.sqrt(size)).masked_fill(~mask, -torch.inf)
+    turning = model["base_kv_channels"] or size
+    q, k = (
+        torch.cat([rotary(x[..., :turning], model["rotary_base"]), x[..., turning:]], dim=-1) for x in (q, k)
+    )
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(turning)).masked_fill(~mask, -torch.inf)
     z = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, heads * size)
     if model["nexus_output_projection"]:
         return nexus_rank(z, w, f"{a}.output", scale)
@@ -62,14 +66,14 @@ def feed_forward(y: Tensor, w: dict[str, Tensor], f: str) -> Tensor:
 
 def logits(w: dict[str, Tensor], tokens: Tensor, model: dict) -> Tensor:
     """Token ids [batch, tokens] -> logits [batch, tokens, vocabulary]."""
-    eps = model["norm_epsilon"]
-    scale = math.sqrt(model["hidden_size"]) if model["nexus_inner_norm"] else None
+    size = model["base_hidden_size"] or model["hidden_size"]
+    scale = math.sqrt(size) if model["nexus_inner_norm"] else None
     x = w["embedding.weight"][tokens]
     for i in range(model["num_layers"]):
         a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        x = x + attention(rms_norm(x, w[f"{a}.norm.gain"], eps), w, a, model, scale)
-        x = x + feed_forward(rms_norm(x, w[f"{f}.norm.gain"], eps), w, f)
-    return rms_norm(x, w["final_norm.gain"], eps) @ w["head.weight"].T
+        x = x + attention(rms_norm(x, w[f"{a}.norm.gain"], model), w, a, model, scale)
+        x = x + feed_forward(rms_norm(x, w[f"{f}.norm.gain"], model), w, f)
+    return rms_norm(x, w["final_norm.gain"], model) @ w["head.weight"].T
 
 
 def loss(w: dict[str, Tensor], tokens: Tensor, labels: Tensor, model: dict) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -91,9 +91,10 @@ def spec_to_json(spec: ParamSpec) -> JsonObject:
     """A spec as JSON; `spec_from_json` reads it back."""
     return {
         "name": spec.name,
-        "axes": [{"name": axis.name, "size": axis.size, "layout": axis.layout.value} for axis in spec.axes],
+        "axes": [asdict(axis) for axis in spec.axes],
         "init": {"kind": type(spec.init).__name__.lower(), **asdict(spec.init)},
         "role": spec.role.value,
+        "grown": [flow.value for flow in spec.grown],
     }
 
 
@@ -103,9 +104,10 @@ def spec_from_json(raw: Mapping[str, Any]) -> ParamSpec:
     init = dict(raw["init"])
     return ParamSpec(
         name=raw["name"],
-        axes=tuple(Axis(axis["name"], axis["size"], Layout(axis["layout"])) for axis in raw["axes"]),
+        axes=tuple(Axis(**{**axis, "layout": Layout(axis["layout"])}) for axis in raw["axes"]),
         init=kinds[init.pop("kind")](**init),
         role=Role(raw["role"]),
+        grown=tuple(map(Flow, raw["grown"])),
     )
 
 

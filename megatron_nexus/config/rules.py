@@ -67,6 +67,8 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--save-interval": config.checkpoint.save_interval,
         "--eval-interval": config.logging.eval_interval,
         "--padding-multiple": config.parallel.padding_multiple,
+        "--base-hidden-size": model.base_hidden_size,
+        "--base-kv-channels": model.base_kv_channels,
         "--seed": training.seed,
     }
     for flag, value in not_negative.items():
@@ -75,11 +77,19 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
     for flag, beta in {"--adam-beta1": optimizer.adam_beta1, "--adam-beta2": optimizer.adam_beta2}.items():
         if not 0 <= beta < 1:
             yield f"{flag} {beta} must lie in [0, 1): give a number such as 0.9"
-    if model.kv_channels % 2:
+    if model.rotary_channels > 0 and model.rotary_channels % 2:
+        flag = "--base-kv-channels" if model.base_kv_channels else "--kv-channels"
         yield (
-            f"--kv-channels {model.kv_channels} must be even, rotary embedding turns pairs of channels: "
-            f"use {model.kv_channels + 1}"
+            f"{flag} {model.rotary_channels} must be even, rotary embedding turns pairs of channels: "
+            f"use {model.rotary_channels + 1}"
         )
+    bases = {
+        "hidden-size": (model.base_hidden_size, model.hidden_size),
+        "kv-channels": (model.base_kv_channels, model.kv_channels),
+    }
+    for name, (base, size) in bases.items():
+        if base > size:
+            yield f"--base-{name} {base} is above --{name} {size}, models only grow: use at most {size}"
     if 0 < optimizer.lr < optimizer.min_lr:
         yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: use at most {optimizer.lr}"
 

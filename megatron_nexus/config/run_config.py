@@ -36,6 +36,12 @@ class ModelConfig:
     nexus_a: int = option(192, "second width A of each Nexus-Rank projection")
     nexus_inner_norm: bool = option(False, "gain-free norm before each GELU of a Nexus-Rank projection")
     nexus_output_projection: bool = option(False, "Nexus-Rank for the attention's output projection too")
+    base_hidden_size: int = option(
+        0, "hidden size before it grew, which the norms' means keep to; 0: it has not grown"
+    )
+    base_kv_channels: int = option(
+        0, "head size before it grew: these channels turn and its root scales scores; 0: it has not grown"
+    )
     rotary_base: float = option(10000.0, "base of the rotary position embedding")
     norm_epsilon: float = option(1e-6, "epsilon of RMSNorm")
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
@@ -44,6 +50,16 @@ class ModelConfig:
     def attention_width(self) -> int:
         """Heads x head size: the width of Q, K, V and of the attention's output."""
         return self.num_attention_heads * self.kv_channels
+
+    @property
+    def norm_size(self) -> int:
+        """The number that a norm's mean divides by: the hidden size at birth, so that growth keeps it."""
+        return self.base_hidden_size or self.hidden_size
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of each head that turn, the first ones: the head size at birth; later ones do not turn."""
+        return self.base_kv_channels or self.kv_channels
 
 
 @dataclass(frozen=True)

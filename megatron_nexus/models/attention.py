@@ -2,8 +2,12 @@
 
     attention = softmax(Q K^T / sqrt(H)) V        (Nexusformer, equations 6 to 9), rotary positions
 
-T tokens, B batch, D hidden, N heads of this rank, H head size, W = all heads x H the attention width.
+T tokens, B batch, D hidden, N heads of this rank, H head size, W = all heads x H the attention width. Where
+heads have grown, the root is that of their size at birth.
 """
+
+import math
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,22 +18,24 @@ from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
 from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
 from megatron_nexus.models.rotary import rotary_tables, rotate
-from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
 
 def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
     """Specs of one layer's attention by part: norm, q, k, v, output."""
-    hidden, width = Axis("hidden", model.hidden_size), Axis("attention", model.attention_width)
+    hidden = Axis("hidden", model.hidden_size, residual=True)
+    width = Axis("attention", model.attention_width, group=model.kv_channels)
     init = Normal(model.init_method_std)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
     widths = (model.nexus_m, model.nexus_a)
     parts: dict[str, tuple[ParamSpec, ...]] = {"norm": (rms_norm_spec(f"{prefix}.norm.gain", hidden),)}
-    for name in ("q", "k", "v"):
-        parts[name] = nexus_rank_specs(f"{prefix}.{name}", hidden, width, *widths, init, init)
+    for name, flow in {"q": Flow.SCORES, "k": Flow.GATES, "v": Flow.WRITES}.items():
+        w_m, w_a, w_d = nexus_rank_specs(f"{prefix}.{name}", hidden, width, *widths, init, init)
+        parts[name] = (w_m, w_a, replace(w_d, grown=(flow, Flow.READS)))
     if model.nexus_output_projection:
         parts["output"] = nexus_rank_specs(f"{prefix}.output", width, hidden, *widths, init, writer)
     else:
-        heads = Axis("attention", model.attention_width, Layout.EXACT)
+        heads = replace(width, layout=Layout.EXACT)
         parts["output"] = (ParamSpec(f"{prefix}.output.weight", (hidden, heads), writer, Role.MATMUL),)
     return parts
 
@@ -40,11 +46,13 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, prefix: str, context: Context) -> None:
         super().__init__()
         parts = attention_specs(model, prefix)
-        scale = inner_norm_scale(model.hidden_size) if model.nexus_inner_norm else None
+        scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
         self.tp = context.tp
         self.head_size = model.kv_channels
+        self.rotary_channels = model.rotary_channels
+        self.score_scale = 1.0 / math.sqrt(model.rotary_channels)
         self.rotary_base = model.rotary_base
-        self.norm = RMSNorm(parts["norm"][0], model.norm_epsilon, context)
+        self.norm = RMSNorm(parts["norm"][0], model, context)
         self.qkv = NexusRank({name: parts[name] for name in ("q", "k", "v")}, scale, context)
         self.output: Linear | NexusRank
         if model.nexus_output_projection:
@@ -56,10 +64,10 @@ class Attention(nn.Module):
         """[T, B, D] -> [T, B, D]."""
         x_TBD = self.tp.enter(self.norm(x_TBD))
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.tp.scatter_features(*self.qkv(x_TBD)))
-        cos, sin = rotary_tables(q.shape[0], self.head_size, self.rotary_base, q.device, q.dtype)
+        cos, sin = rotary_tables(q.shape[0], self.rotary_channels, self.rotary_base, q.device, q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.permute(1, 2, 0, 3)
-        mixed_BNTH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed_BNTH = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.score_scale)
         mixed_TBW = mixed_BNTH.permute(2, 0, 1, 3).flatten(2)
         if isinstance(self.output, NexusRank):
             (mixed_TBW,) = self.tp.gather_features(mixed_TBW)

@@ -22,7 +22,7 @@ from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.parallel.cross_entropy import vocabulary_parallel_cross_entropy
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.cost import attention_flops_per_token, balanced_cuts, weight_flops_per_token
-from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Shard
 
 
@@ -32,17 +32,18 @@ def _vocabulary(model: ModelConfig) -> Axis:
 
 def embedding_spec(model: ModelConfig) -> ParamSpec:
     """The token embedding [vocabulary, D]."""
-    axes = (_vocabulary(model), Axis("hidden", model.hidden_size))
-    return ParamSpec("embedding.weight", axes, Normal(model.init_method_std), Role.LOOKUP)
+    axes = (_vocabulary(model), Axis("hidden", model.hidden_size, residual=True))
+    flows = (Flow.ENDS, Flow.WRITES)
+    return ParamSpec("embedding.weight", axes, Normal(model.init_method_std), Role.LOOKUP, flows)
 
 
 def head_specs(model: ModelConfig) -> dict[str, ParamSpec]:
     """The final norm and the head [vocabulary, D]."""
-    hidden = Axis("hidden", model.hidden_size)
-    init = Normal(model.init_method_std)
+    axes = (_vocabulary(model), Axis("hidden", model.hidden_size, residual=True))
+    init, flows = Normal(model.init_method_std), (Flow.ENDS, Flow.READS)
     return {
-        "norm": rms_norm_spec("final_norm.gain", hidden),
-        "weight": ParamSpec("head.weight", (_vocabulary(model), hidden), init, Role.MATMUL),
+        "norm": rms_norm_spec("final_norm.gain", axes[1]),
+        "weight": ParamSpec("head.weight", axes, init, Role.MATMUL, flows),
     }
 
 
@@ -128,7 +129,7 @@ class Head(nn.Module):
         super().__init__()
         specs = head_specs(model)
         self.tp = context.tp
-        self.norm = RMSNorm(specs["norm"], model.norm_epsilon, context)
+        self.norm = RMSNorm(specs["norm"], model, context)
         self.projection = Linear(specs["weight"], context)
 
     def forward(self, x_TBD: Tensor) -> Tensor:

@@ -10,18 +10,18 @@ from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
 from megatron_nexus.models.parameters import SpecModule
-from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
 
 def feed_forward_specs(model: ModelConfig, prefix: str) -> dict[str, ParamSpec]:
     """Specs of one layer's feed-forward by part: norm, gate, up, down."""
-    hidden = Axis("hidden", model.hidden_size)
+    hidden = Axis("hidden", model.hidden_size, residual=True)
     width = Axis("ffn", model.ffn_hidden_size, Layout.SPLIT)
     init = Normal(model.init_method_std)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
     return {
         "norm": rms_norm_spec(f"{prefix}.norm.gain", hidden),
-        "gate": ParamSpec(f"{prefix}.gate", (width, hidden), init, Role.MATMUL),
+        "gate": ParamSpec(f"{prefix}.gate", (width, hidden), init, Role.MATMUL, (Flow.GATES, Flow.READS)),
         "up": ParamSpec(f"{prefix}.up", (width, hidden), init, Role.MATMUL),
         "down": ParamSpec(f"{prefix}.down", (hidden, width), writer, Role.MATMUL),
     }
@@ -53,7 +53,7 @@ class FeedForward(nn.Module):
         super().__init__()
         specs = feed_forward_specs(model, prefix)
         self.tp = context.tp
-        self.norm = RMSNorm(specs.pop("norm"), model.norm_epsilon, context)
+        self.norm = RMSNorm(specs.pop("norm"), model, context)
         self.swiglu = SwiGLU(specs, context)
 
     def forward(self, x_TBD: Tensor) -> Tensor:

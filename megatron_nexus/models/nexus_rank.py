@@ -73,6 +73,6 @@ class NexusRank(SpecModule):
         return tuple(after(w_d, h) for h, w_d in zip(h_a, self._weights("w_d"), strict=True))
 
 
-def inner_norm_scale(hidden_size: int) -> float:
-    """The fixed scale of the inner norm: sqrt(D)."""
-    return math.sqrt(hidden_size)
+def inner_norm_scale(norm_size: int) -> float:
+    """The fixed scale of the inner norm: the root of D at birth."""
+    return math.sqrt(norm_size)

@@ -3,32 +3,43 @@
 T tokens, B batch, D hidden.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
-from megatron_nexus.spec.param import Axis, Constant, ParamSpec, Role
+from megatron_nexus.spec.param import Axis, Constant, Flow, ParamSpec, Role
 
 
 def rms_norm_spec(name: str, hidden: Axis) -> ParamSpec:
     """The gain of an RMSNorm over `hidden`."""
-    return ParamSpec(name, (hidden,), Constant(1.0), Role.VECTOR)
+    return ParamSpec(name, (hidden,), Constant(1.0), Role.VECTOR, (Flow.GATES,))
 
 
 class RMSNorm(SpecModule):
-    """y = x / sqrt(mean(x^2) + eps) * gain (Zhang and Sennrich, 2019)."""
+    """y = x / sqrt(sum(x^2) / S + eps) * gain (Zhang and Sennrich, 2019).
 
-    def __init__(self, gain: ParamSpec, epsilon: float, context: Context) -> None:
+    S is the hidden size at birth, which D is until it grows: new units, zero at first, change nothing.
+    """
+
+    def __init__(self, gain: ParamSpec, model: ModelConfig, context: Context) -> None:
         super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
-        self.epsilon = epsilon
+        # The same with a mean over D: 1 / sqrt(sum / S + eps) = r / sqrt(sum / D + eps r^2), r^2 = S / D.
+        share = model.norm_size / model.hidden_size
+        self.epsilon = model.norm_epsilon * share
+        self.gain_scale = math.sqrt(share)
         self.tp = context.tp
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
         gain_D = self.tp.replicated(self.get_parameter("gain"))
+        if self.gain_scale != 1.0:
+            gain_D = gain_D * self.gain_scale
         return F.rms_norm(x_TBD, gain_D.shape, gain_D, self.epsilon)
 
 

@@ -1,8 +1,9 @@
-"""Rotary position embedding (Su et al., 2021), pairs (i, i + H / 2) of each head.
+"""Rotary position embedding (Su et al., 2021), pairs (i, i + R / 2) of the first R channels of each head.
 
-    angle(t, i) = t * base^(-2 i / H)
+    angle(t, i) = t * base^(-2 i / R)
 
-T tokens, B batch, N heads, H head size.
+T tokens, B batch, N heads, H head size, R <= H: channels that a head has grown later do not turn, so that
+the old ones keep their frequencies and partners.
 """
 
 from functools import lru_cache
@@ -18,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 def rotary_tables(
     tokens: int, size: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, 1, H / 2] of the angles.
+    """Cosines and sines [T, 1, 1, R / 2] of the angles of `size` = R channels.
 
     Computed in float64 and rounded once to `dtype`.
     """
@@ -28,10 +29,12 @@ def rotary_tables(
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Turn the pairs (i, i + H / 2) of `x` by the angles of the tables, into `out` of the same shape."""
-    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    """Turn the pairs of `x` by the angles of the tables, into `out` of the same shape."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
 
 
 class _Tables(FunctionCtx):
@@ -59,5 +62,5 @@ class _Rotate(Function):
 
 
 def rotate(x_TBNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + H / 2) of each head by their token's angles; [T, B, N, H] -> [B, N, T, H]."""
+    """Turn the pairs (i, i + R / 2) of each head by their token's angles; [T, B, N, H] -> [B, N, T, H]."""
     return cast(Tensor, _Rotate.apply(x_TBNH, cos, sin))

@@ -1,7 +1,8 @@
 """ParamSpec: the one description of a parameter that everything else reads.
 
 A parameter is a logical tensor with named axes. How it lies on ranks (`shard`), what it starts as
-(`initialise`), what it costs (`cost`), and how a checkpoint keeps it all follow from its spec.
+(`initialise`), what it costs (`cost`), how it grows (`grow`) and how a checkpoint keeps it all follow
+from its spec.
 """
 
 from dataclasses import dataclass
@@ -25,13 +26,34 @@ class Role(StrEnum):
     VECTOR = "vector"  # pointwise gain: no weight decay, no FLOPs worth counting
 
 
+class Flow(StrEnum):
+    """What a parameter does with the units of one of its axes.
+
+    Growth adds units to an axis and puts one zero on every path that leads through them back to old
+    units: into the parameters that write them, or into those that read them (`grow`).
+    """
+
+    WRITES = "writes"  # the units are its products
+    READS = "reads"  # the units are what it multiplies
+    GATES = "gates"  # its products multiply what another parameter writes: SwiGLU's gate, keys, gains
+    SCORES = "scores"  # as GATES by head, but the products of a head's channels are summed: queries
+    ENDS = "ends"  # the units are the model's inputs or outputs: no path leads back from them
+
+
 @dataclass(frozen=True)
 class Axis:
-    """A logical axis: what it enumerates, its global size, its layout."""
+    """A logical axis: what it enumerates, its global size, its layout.
+
+    `group` is the number of neighbours that belong together: an axis of heads x channels has groups of one
+    head's channels; either number may grow. `residual` marks the residual stream, which is read through a
+    norm: its new units must be zero at first, for the norm sees them all.
+    """
 
     name: str
     size: int
     layout: Layout = Layout.WHOLE
+    group: int = 1
+    residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +72,16 @@ class Constant:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A logical parameter: its name, its axes in stored order, its initial values, its role."""
+    """A logical parameter: its name, its axes in stored order, its initial values, its role.
+
+    `grown` says for each axis what the parameter does with its units; a matrix is stored [out, in].
+    """
 
     name: str
     axes: tuple[Axis, ...]
     init: Normal | Constant
     role: Role
+    grown: tuple[Flow, ...] = (Flow.WRITES, Flow.READS)
 
     @property
     def shape(self) -> tuple[int, ...]:

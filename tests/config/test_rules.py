@@ -29,6 +29,9 @@ REFUSED = [
     ("--tp 3", 3, ["--tp 3", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--tp 8", 8, ["--tp 8", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--pp 5", 5, ["--pp 5", "--num-layers 4", "use at most 4"]),
+    ("--base-hidden-size 200", 1, ["--base-hidden-size 200", "above --hidden-size 128", "use at most 128"]),
+    ("--base-kv-channels 34", 1, ["--base-kv-channels 34", "above --kv-channels 32", "use at most 32"]),
+    ("--base-kv-channels 7", 1, ["--base-kv-channels 7 must be even", "use 8"]),
     ("--zero-stage 4", 1, ["--zero-stage 4", "does not exist", "use 0, 1, 2 or 3"]),
     ("--zero-stage -1", 1, ["--zero-stage -1", "does not exist", "use 0, 1, 2 or 3"]),
     ("--zero-stage 2 --pp 2", 2, ["--zero-stage 2", "needs --pp 1", "use --zero-stage 1, or --pp 1"]),
@@ -83,6 +86,8 @@ NOT_NEGATIVE = [
     "padding-multiple",
     "seed",
     "min-lr",
+    "base-hidden-size",
+    "base-kv-channels",
 ]
 
 

@@ -98,8 +98,10 @@ def test_the_loss_is_cross_entropy_and_starts_at_the_logarithm_of_the_vocabulary
     assert loss.item() == pytest.approx(torch.log(torch.tensor(50.0)).item(), abs=1e-3)
 
 
-def test_logits_equal_the_reference() -> None:
-    stage, tokens = DecoderStage(MODEL, ALL, ALONE), _tokens()
+@pytest.mark.parametrize("born", [{}, {"base_hidden_size": 17, "base_kv_channels": 6}])
+def test_logits_equal_the_reference(born: dict[str, int]) -> None:
+    model = dataclasses.replace(MODEL, nexus_inner_norm=True, **born)
+    stage, tokens = DecoderStage(model, ALL, ALONE), _tokens()
     weights = {name: parameter.detach() for name, (_, parameter) in logical_parameters(stage).items()}
-    expected = reference.logits(weights, tokens, dataclasses.asdict(MODEL))
+    expected = reference.logits(weights, tokens, dataclasses.asdict(model))
     assert torch.allclose(stage(tokens).transpose(0, 1), expected, rtol=0.0, atol=1e-12)

@@ -118,10 +118,12 @@ def run_case(mesh: Mesh, case: dict) -> float:
     scale = math.sqrt(model.hidden_size) if case["options"] else None
 
     def attention(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        return reference.attention(reference.rms_norm(x, w["a.norm.gain"], 1e-6), w, "a", vars(model), scale)
+        return reference.attention(
+            reference.rms_norm(x, w["a.norm.gain"], vars(model)), w, "a", vars(model), scale
+        )
 
     def feed_forward(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        return reference.feed_forward(reference.rms_norm(x, w["f.norm.gain"], 1e-6), w, "f")
+        return reference.feed_forward(reference.rms_norm(x, w["f.norm.gain"], vars(model)), w, "f")
 
     match case["layer"]:
         case "attention":

@@ -1,0 +1,1 @@
+"""How a model is enlarged: the larger sizes, the new weights, and the proof that the function stayed."""

@@ -1,0 +1,129 @@
+"""Growth as a user asks for it: the sizes of the larger model, and how its new weights begin."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from megatron_nexus.config.run_config import ModelConfig, option
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.spec.grow import Init
+
+Placement = Literal["interleaved", "end"]
+
+GROWING = (
+    "vocab_size",
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "ffn_hidden_size",
+    "nexus_m",
+    "nexus_a",
+)
+"""The fields of a model that growth can raise; all others stay."""
+
+ZERO_WARNING = (
+    "--init zero is the paper's choice, and no gradient will ever reach the new blocks: gelu(0) = 0.\n"
+    "The grown model computes and trains exactly as the old one; use out_rand to put the new weights to use."
+)
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """How new weights begin."""
+
+    init: Init = option(
+        "out_rand",
+        "zero factor of each new path: out_rand where units are written, in_rand where they are read, "
+        "zero both (never trains), noise nowhere",
+    )
+    init_std: float = option(
+        0.0, "deviation of random new weights; 0: --init-method-std of the checkpoint's model"
+    )
+    noise_share: float = option(0.1, "deviation of --init noise, as a share of each old tensor's")
+    growth_seed: int = option(1234, "seed of the new weights")
+    depth_placement: Placement = option(
+        "interleaved", "new layers: interleaved with the old ones, or all at the end"
+    )
+
+
+def layer_origins(old: int, new: int, placement: Placement) -> list[int | None]:
+    """For each of `new` layers the old one that it was, None where it is inserted.
+
+    Interleaved layers follow equal groups of old ones, the last at the end (LLaMA Pro, Wu et al., 2024).
+    """
+    origins: list[int | None] = [None] * new
+    for i in range(old):
+        origins[i + (i * (new - old) // old if placement == "interleaved" else 0)] = i
+    return origins
+
+
+def grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
+    """The model that `old` becomes with the given sizes of the fields in GROWING.
+
+    Raises ConfigError with every reason why it cannot.
+    """
+    assert set(sizes) <= set(GROWING), f"{sorted(set(sizes) - set(GROWING))} cannot grow"
+    problems = []
+    for name, size in sizes.items():
+        flag, before = "--" + name.replace("_", "-"), getattr(old, name)
+        if size < before:
+            problems.append(
+                f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
+            )
+    if growth.init == "in_rand" and old.nexus_inner_norm:
+        grows = [name for name in ("nexus_m", "nexus_a") if sizes.get(name, 0) > getattr(old, name)]
+        if grows:
+            problems.append(
+                "--init in_rand makes new units of M and A active at once, which this model's inner norm "
+                "sees, so the function would change: use --init out_rand"
+            )
+    if growth.init_std < 0:
+        problems.append(f"--init-std {growth.init_std} must not be negative: give 0 or above")
+    if growth.noise_share <= 0:
+        problems.append(f"--noise-share {growth.noise_share} must be positive: give 0.1 or 0.2, as the paper")
+    if growth.growth_seed < 0:
+        problems.append(f"--growth-seed {growth.growth_seed} must not be negative: give 0 or above")
+    if problems:
+        raise ConfigError(problems)
+    new = ModelConfig(**{**asdict(old), **sizes})
+    if new.hidden_size > old.hidden_size:
+        new = replace(new, base_hidden_size=old.norm_size)
+    if new.kv_channels > old.kv_channels:
+        new = replace(new, base_kv_channels=old.rotary_channels)
+    return new
+
+
+@dataclass(frozen=True)
+class GrowthRequest:
+    """Sizes to grow to, by field, and how the new weights begin. No sizes: the model stays."""
+
+    sizes: Mapping[str, int]
+    settings: GrowthConfig
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, int | float | str]) -> "GrowthRequest":
+        """The request in parsed flags of `add_growth_flags`; others are ignored."""
+        names = [entry.name for entry in fields(GrowthConfig)]
+        settings: dict[str, Any] = {name: given[name] for name in names if name in given}
+        sizes = {name: int(given[name]) for name in GROWING if name in given}
+        return cls(sizes, GrowthConfig(**settings))
+
+
+def add_growth_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a parser a flag for each size that can grow and for each field of GrowthConfig."""
+    sizes = parser.add_argument_group("sizes", "Larger sizes of the model; what is not given stays.")
+    for entry in fields(ModelConfig):
+        if entry.name in GROWING:
+            flags = ["--" + entry.name.replace("_", "-"), *entry.metadata["aliases"]]
+            sizes.add_argument(*flags, type=int, metavar="INT", help=entry.metadata["help"])
+    settings = parser.add_argument_group("new weights", "How they begin.")
+    hints = get_type_hints(GrowthConfig)
+    for entry in fields(GrowthConfig):
+        flag, hint = "--" + entry.name.replace("_", "-"), hints[entry.name]
+        text = f"{entry.metadata['help']} (default: {entry.default!r})"
+        if get_origin(hint) is not None:
+            settings.add_argument(flag, choices=get_args(hint), help=text)
+        else:
+            settings.add_argument(flag, type=hint, metavar=hint.__name__.upper(), help=text)
