@@ -106,6 +106,8 @@ class ZeroState(ABC):
     def __init__(self, optimizer: ZeROOptimizer) -> None:
         self._zero = optimizer
         self._adam: torch.optim.Optimizer = optimizer.optimizer
+        # torch and DeepSpeed count the steps of each buffer, NVIDIA's apex those of each group.
+        self._counts_groups = type(self._adam).__module__.partition(".")[0] == "apex"
         self._make_moments()
 
     @property
@@ -125,11 +127,21 @@ class ZeroState(ABC):
         """Give Adam the state that its first step would make, where it has none yet."""
         for flat, group in self._flats:
             if not self._adam.state[flat]:
-                settings = self._adam.param_groups[group]
-                on_device = settings.get("fused") or settings.get("capturable")
-                step = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
                 moments = {state: torch.zeros_like(flat.detach()) for state in ("exp_avg", "exp_avg_sq")}
-                self._adam.state[flat] = {"step": step, **moments}
+                self._adam.state[flat] = moments
+            self._counter(flat, group).setdefault("step", self._no_steps(flat, group))
+
+    def _no_steps(self, flat: Tensor, group: int) -> Tensor | int:
+        """A count of zero as this optimizer keeps it: torch's is a tensor, the others' a number."""
+        if not isinstance(self._adam, torch.optim.AdamW):
+            return 0
+        settings = self._adam.param_groups[group]
+        on_device = settings.get("fused") or settings.get("capturable")
+        return torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
+
+    def _counter(self, flat: Tensor, group: int) -> dict[str, Tensor | int]:
+        """What holds, under "step", the count of the steps of a buffer."""
+        return self._adam.param_groups[group] if self._counts_groups else self._adam.state[flat]
 
     def fragments(self, parameters: Parameters) -> Iterator[Fragment]:
         """The fragments of the parameters that lie on this rank, in the order of `parameters`."""
@@ -154,18 +166,18 @@ class ZeroState(ABC):
     @property
     def step_count(self) -> int:
         """Adam's count of steps, which all buffers share."""
-        counts = {int(self._adam.state[flat]["step"]) for flat, _ in self._flats}
+        counts = {int(self._counter(flat, group)["step"]) for flat, group in self._flats}
         assert len(counts) == 1, f"the optimizer's buffers disagree about its steps: {sorted(counts)}"
         return counts.pop()
 
     @step_count.setter
     def step_count(self, count: int) -> None:
-        for flat, _ in self._flats:
-            state = self._adam.state[flat]
-            if isinstance(state["step"], Tensor):
-                state["step"].fill_(count)
+        for flat, group in self._flats:
+            counter = self._counter(flat, group)
+            if isinstance(counter["step"], Tensor):
+                counter["step"].fill_(count)
             else:
-                state["step"] = count
+                counter["step"] = count
 
     @property
     def groups(self) -> dict[str, JsonObject]:

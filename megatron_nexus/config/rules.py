@@ -116,6 +116,11 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             f"--zero-stage {parallel.zero_stage} needs --pp 1, and --pp is {pp}: "
             "use --zero-stage 1, or --pp 1"
         )
+    if parallel.zero_stage == 3 and config.optimizer.optimizer_impl == "apex":
+        yield (
+            "--optimizer-impl apex counts its steps by parameter group, and --zero-stage 3 cuts groups up: "
+            "use --optimizer-impl torch or deepspeed, or --zero-stage 1 or 2"
+        )
     if parallel.sequence_parallel and tp == 1:
         yield "--sequence-parallel splits tokens over tensor-parallel ranks, and --tp is 1: drop the flag"
     if parallel.sequence_parallel and config.training.seq_length % tp:

@@ -11,6 +11,8 @@ from typing import Literal, TypeVar, get_type_hints
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
+NormImpl = Literal["torch", "apex"]
+OptimizerImpl = Literal["torch", "apex", "deepspeed"]
 
 
 T = TypeVar("T")
@@ -87,6 +89,7 @@ class TrainingConfig:
     recompute_granularity: Recompute = option(
         "none", "activations computed again in backward: none, selective (pointwise ones), full (each block)"
     )
+    norm_impl: NormImpl = option("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
     seed: int = option(1234, "seed of the initial weights and of the order of samples")
 
 
@@ -105,6 +108,10 @@ class OptimizerConfig:
     adam_beta2: float = option(0.95, "decay of the second moment")
     adam_eps: float = option(1e-8, "epsilon of Adam")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 clips nothing")
+    optimizer_impl: OptimizerImpl = option(
+        "torch",
+        "AdamW of torch (fused), of NVIDIA's apex (CUDA devices), or of DeepSpeed (compiled at first use)",
+    )
 
 
 @dataclass(frozen=True)

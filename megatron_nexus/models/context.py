@@ -8,20 +8,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megatron_nexus.config.run_config import Recompute
+from megatron_nexus.config.run_config import NormImpl, Recompute
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
 
 
 @dataclass(frozen=True)
 class Context:
-    """The tensor-parallel ranks, this rank's share, the seed and type of new weights, what is recomputed."""
+    """The tensor-parallel ranks, this rank's share, the seed and type of new weights, what is recomputed,
+    and whose kernels compute the norms.
+    """
 
     tp: TensorParallel
     shard: Shard
     seed: int
     dtype: torch.dtype = torch.float32
     recompute: Recompute = "none"
+    norm_impl: NormImpl = "torch"
 
     def linear_after(self, activation: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
         """linear(activation(*inputs), weight), which keeps only `inputs` under selective recompute.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
+from megatron_nexus.models.nvidia_apex import fused_rms_norm
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import Axis, Constant, Flow, ParamSpec, Role
@@ -34,13 +35,14 @@ class RMSNorm(SpecModule):
         self.epsilon = model.norm_epsilon * share
         self.gain_scale = math.sqrt(share)
         self.tp = context.tp
+        self.normalise = fused_rms_norm() if context.norm_impl == "apex" else F.rms_norm
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
         gain_D = self.tp.replicated(self.get_parameter("gain"))
         if self.gain_scale != 1.0:
             gain_D = gain_D * self.gain_scale
-        return F.rms_norm(x_TBD, gain_D.shape, gain_D, self.epsilon)
+        return self.normalise(x_TBD, gain_D.shape, gain_D, self.epsilon)
 
 
 def inner_norm(h: Tensor, scale: float, tp: TensorParallel) -> Tensor:

@@ -69,7 +69,11 @@ class Engine:
         self.shard = Shard(mesh.tensor, mesh.tensor_size, padding_multiple(config, mesh.device))
         tp = TensorParallel(mesh.tensor_group, config.parallel.sequence_parallel)
         context = Context(
-            tp, self.shard, config.training.seed, recompute=config.training.recompute_granularity
+            tp,
+            self.shard,
+            config.training.seed,
+            recompute=config.training.recompute_granularity,
+            norm_impl=config.training.norm_impl,
         )
         loss = Loss(config.model, tp, self.shard)
         stages = [
@@ -98,7 +102,7 @@ class Engine:
             self.parameters: dict[str, tuple[ParamSpec, nn.Parameter]] = logical_parameters(model)
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=make_optimizer(self.parameters, config.optimizer),
+                optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device),
                 config=deepspeed_config(config, mesh.world_size),
                 mpu=grid,
             )

@@ -1,26 +1,40 @@
-"""AdamW over two groups of parameters: those that decay and those that do not, as their specs say."""
+"""AdamW over two groups of parameters: those that decay and those that do not, as their specs say.
+
+Three implementations of one equation (Loshchilov and Hutter, 2019): torch's fused one, which needs nothing,
+and those of NVIDIA's apex and of DeepSpeed.
+"""
 
 import torch
 from torch import nn
 
 from megatron_nexus.config.run_config import OptimizerConfig
+from megatron_nexus.models.nvidia_apex import fused_adam
 from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.training.deepspeed_adam import deepspeed_adam
 
 DECAY, NO_DECAY = "decay", "no_decay"
 
 
 def make_optimizer(
-    parameters: dict[str, tuple[ParamSpec, nn.Parameter]], optimizer: OptimizerConfig
-) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter, 2019). A stage without parameters of a group has no such group."""
+    parameters: dict[str, tuple[ParamSpec, nn.Parameter]], optimizer: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW of `optimizer.optimizer_impl`. A stage without parameters of a group has no such group."""
     groups = [
         {
             "params": [parameter for spec, parameter in parameters.values() if spec.decays is decays],
+            "lr": optimizer.lr,
             **settings,
         }
         for decays, settings in ((True, _settings(optimizer, DECAY)), (False, _settings(optimizer, NO_DECAY)))
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optimizer.lr, fused=True)
+    filled = [group for group in groups if group["params"]]
+    match optimizer.optimizer_impl:
+        case "apex":
+            return fused_adam(filled)
+        case "deepspeed":
+            return deepspeed_adam(filled, device)
+        case "torch":
+            return torch.optim.AdamW(filled, fused=True)
 
 
 def configure_groups(groups: list[dict[str, object]], optimizer: OptimizerConfig) -> None:

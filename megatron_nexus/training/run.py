@@ -22,10 +22,12 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.models.nvidia_apex import require_apex
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import World
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.training.corpus import Corpus, open_corpus
+from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import Outcome, Trainer
 from megatron_nexus.training.machine import gemm_flops_per_s, prepare_cpu
@@ -45,6 +47,7 @@ def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str
     if mesh.device.type == "cpu":
         prepare_cpu(world.local_size)
     _check_device(config, mesh)
+    _prepare_kernels(config, mesh)
     _require_one_start(mesh, checkpoint)
     save = _save_folder(config, mesh, checkpoint)
     with _sole_user(save, mesh):
@@ -131,6 +134,14 @@ def _check_device(config: RunConfig, mesh: Mesh) -> None:
         raise ConfigError([f"--bf16: {name} on {socket.gethostname()} has no bf16: use --fp32"])
 
 
+def _prepare_kernels(config: RunConfig, mesh: Mesh) -> None:
+    """Have the chosen implementations at hand, or raise ConfigError; a collective call."""
+    chosen = {"--norm-impl": config.training.norm_impl, "--optimizer-impl": config.optimizer.optimizer_impl}
+    require_apex([flag for flag, choice in chosen.items() if choice == "apex"], mesh.device)
+    if config.optimizer.optimizer_impl == "deepspeed":
+        build_deepspeed_adam(mesh)
+
+
 def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path:
     """Where this run saves, decided and made by rank 0; a collective call.
 
@@ -175,7 +186,7 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
     logger.info("model %s: %s parameters", config.preset, f"{count:,}")
     logger.info(
-        "mesh: tensor %d x pipeline %d x data %d on %s, %d thread%s a rank; %s, ZeRO %d, %s%s",
+        "mesh: tensor %d x pipeline %d x data %d on %s, %d thread%s a rank; %s, ZeRO %d%s",
         mesh.tensor_size,
         mesh.pipe_size,
         mesh.data_size,
@@ -184,8 +195,13 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
         "s" if torch.get_num_threads() > 1 else "",
         training.precision,
         max(1, config.parallel.zero_stage),
-        type(engine.optimizer.optimizer).__name__ + " (torch, fused)",
         ", sequence parallel" if config.parallel.sequence_parallel else "",
+    )
+    logger.info(
+        "kernels: RMSNorm of %s, AdamW of %s (%s)",
+        training.norm_impl,
+        config.optimizer.optimizer_impl,
+        type(engine.optimizer.optimizer).__name__,
     )
     logger.info(
         "batch: %d samples of %d tokens in %d micro-batches a rank; %d iterations",

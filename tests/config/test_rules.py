@@ -36,6 +36,7 @@ REFUSED = [
     ("--zero-stage -1", 1, ["--zero-stage -1", "does not exist", "use 0, 1, 2 or 3"]),
     ("--zero-stage 2 --pp 2", 2, ["--zero-stage 2", "needs --pp 1", "use --zero-stage 1, or --pp 1"]),
     ("--zero-stage 3 --pp 4", 4, ["--zero-stage 3", "--pp is 4", "use --zero-stage 1, or --pp 1"]),
+    ("--optimizer-impl apex --zero-stage 3", 1, ["--optimizer-impl apex", "--zero-stage 3", "1 or 2"]),
     ("--sequence-parallel", 1, ["--sequence-parallel", "--tp is 1", "drop the flag"]),
     ("--sequence-parallel --tp 4 --seq-length 30", 4, ["--seq-length 30", "multiple of --tp 4", "use 28"]),
     ("--sequence-parallel --tp 4 --seq-length 3", 4, ["--seq-length 3", "multiple of --tp 4", "use 4"]),

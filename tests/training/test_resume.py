@@ -4,6 +4,7 @@ Runs the command's own `run` on a small corpus, and compares losses, weights, mo
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,14 @@ TRAINING = (
     "--lr-decay-iters 20 --eval-interval 7 --eval-iters 1 --log-interval 100 --split 8,2"
 )
 
+# Compiled at its first use on a machine, in about a minute.
+DEEPSPEED_ADAM = {
+    "zero1-adam": "--optimizer-impl deepspeed --zero-stage 1 --fp32",
+    "zero3-adam": "--optimizer-impl deepspeed --zero-stage 3 --fp32",
+}
+if shutil.which("c++") is None:
+    DEEPSPEED_ADAM.clear()
+
 TOPOLOGIES = {
     2: {
         "zero1": "--zero-stage 1 --fp32",
@@ -32,6 +41,7 @@ TOPOLOGIES = {
         "zero3-bf16": "--zero-stage 3 --bf16",
         "tp2": "--tp 2 --fp32 --sequence-parallel",
         "pp2": "--pp 2 --fp32",
+        **DEEPSPEED_ADAM,
     },
     4: {"tp2-pp2": "--tp 2 --pp 2 --fp32", "tp2-pp2-bf16": "--tp 2 --pp 2 --bf16"},
 }
@@ -82,6 +92,13 @@ def test_resuming_is_never_having_stopped(ranks: int, corpus: Path, tmp_path: Pa
     run_ranks(ranks, TESTS / "training" / "resume_worker.py", str(tmp_path / "runs.json"))
     for name, flags in TOPOLOGIES[ranks].items():
         once, twice = tmp_path / f"{name}-once", tmp_path / f"{name}-twice"
+        if name in DEEPSPEED_ADAM:
+            # Its CPU operator carries the powers of the betas from step to step and computes them anew after
+            # a start; and it is one equation in another program than torch's. Both touch last bits only.
+            torch_s = _losses(tmp_path / f"{name.removesuffix('-adam')}-once")
+            assert _losses(once) == pytest.approx(torch_s, rel=1e-5), name
+            assert _losses(twice) == pytest.approx(_losses(once), rel=1e-6), name
+            continue
         assert _losses(once) == _losses(twice), name
         validations = _losses(once, "validation_loss")
         assert validations.items() <= _losses(twice, "validation_loss").items(), name

@@ -1,0 +1,71 @@
+"""DeepSpeed's Adam: on a CPU its vectorised one, on CUDA devices its fused one. Sealed for `deepspeed`.
+
+DeepSpeed compiles them at their first use (about a minute). A process that is killed meanwhile leaves torch's
+lock file behind, on which every later build would wait for ever; so the compiled files have a folder of their
+own, in which a lock of the kernel, which ends with its process, lets one rank build at a time.
+"""
+
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+
+from megatron_nexus.checkpoint.agreement import exchange
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.log import Progress
+from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.corpus import cache_folder
+
+
+def build_deepspeed_adam(mesh: Mesh) -> None:
+    """Compile and load the operator of this rank's device, or only load it; a collective call.
+
+    Raises ConfigError, on every rank, where one has nothing to compile with.
+    """
+    on_cpu = mesh.device.type == "cpu"
+    with Progress("compiling DeepSpeed's Adam, or loading it"):
+        problems = sorted({problem for problem in exchange(mesh, _problem(on_cpu)) if problem})
+    if problems:
+        raise ConfigError([f"--optimizer-impl deepspeed: {problem}" for problem in problems])
+
+
+def deepspeed_adam(groups: list[dict[str, object]], device: torch.device) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for `device`, AdamW by default; `build_deepspeed_adam` has been called."""
+    kind = DeepSpeedCPUAdam if device.type == "cpu" else FusedAdam
+    optimizer: torch.optim.Optimizer = kind(groups)
+    return optimizer
+
+
+def _problem(on_cpu: bool) -> str:
+    """Build and load; what stands in the way, with the remedy, or ""."""
+    remedy = "use --optimizer-impl torch, or install "
+    compiler = os.environ.get("CXX", "c++")
+    if on_cpu and shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler!r} to compile it: {remedy}g++"
+    folder = _folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for stale in folder.glob("*/lock"):
+                stale.unlink()
+            (CPUAdamBuilder if on_cpu else FusedAdamBuilder)().load(verbose=False)
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"it cannot be compiled in {folder} ({reason}): {remedy}{'g++' if on_cpu else 'nvcc and g++'}"
+    return ""
+
+
+def _folder() -> Path:
+    """Where compiled operators are kept: a folder for each machine, for they fit its processor alone."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_folder("") / "extensions")
+    versions = f"torch-{torch.__version__}-deepspeed-{deepspeed.__version__}"
+    return root / f"{versions}-{platform.node()}"
