@@ -25,7 +25,7 @@ from megatron_nexus.config.run_config import OptimizerConfig, Precision, RunConf
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.training.machine import prepare_cpu
+from megatron_nexus.training.machine import keep_freed_memory
 
 PRESET = "nexusformer-20m"
 MICRO_BATCH = 4
@@ -61,7 +61,7 @@ def serve(job: Job, connection: Connection) -> None:
     os.dup2(console.fileno(), sys.stderr.fileno())
     torch.manual_seed(1234)
     if job.keeps_memory:
-        prepare_cpu(local_size=1)  # OMP_NUM_THREADS is set: only the allocator changes
+        keep_freed_memory()
     config = configuration(job)
     LOOPS[job.kind](job, config, connection)
 

@@ -36,6 +36,8 @@ def main() -> NoReturn:
         world = read_world(os.environ)
         speaks = world.local_rank == 0
         log.configure(speaks=world.rank == 0)
+        if world.rank and {"-h", "--help"}.intersection(argv):
+            sys.exit(0)  # rank 0 tells it
         config, checkpoint = configure(argv)
         wanted = config.model_parallel_size
         if missing_ranks(world, wanted):

@@ -16,6 +16,8 @@ PORTS = range(20_000, 30_000)
 """Ports for the ranks to meet: below those that Linux hands out to connections (32768 and up)."""
 
 
+_STEP_STRIDE = 211
+
 LAUNCHER = "MEGATRON_NEXUS_LAUNCHER"
 """Set to "local" for the ranks that `local_ranks` starts."""
 
@@ -147,7 +149,8 @@ def _master_address(environment: Mapping[str, str], world_size: int) -> str:
 def _job_port(environment: Mapping[str, str]) -> int:
     """A port that all ranks of one job agree on and two jobs of one host are unlikely to share."""
     job = environment.get("SLURM_JOB_ID") or environment.get("OMPI_MCA_ess_base_jobid") or str(_parent_pid())
-    return PORTS[int(job) % len(PORTS)]
+    step = environment.get("SLURM_STEP_ID") or "0"  # two steps of one job may run side by side
+    return PORTS[(int(job) + _STEP_STRIDE * int(step)) % len(PORTS)]
 
 
 def _parent_pid() -> int:

@@ -3,11 +3,17 @@
 import ctypes
 import os
 import resource
+import socket
 import time
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from math import floor
 
 import torch
 import torch.distributed as dist
 
+from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.config.run_config import Precision
 from megatron_nexus.parallel.mesh import Mesh
 
@@ -17,14 +23,30 @@ _GEMM_SECONDS = 0.5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def prepare_cpu(local_size: int) -> None:
-    """Share the cores among the ranks of this machine, and keep freed memory for the next step.
+def share_cores(mesh: Mesh) -> None:
+    """Give this rank its share of the cores, where OMP_NUM_THREADS does not say it; a collective call."""
+    cores = " ".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    places = [place.split(" ", 1) for place in exchange(mesh, f"{socket.gethostname()} {cores}")]
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(core_share(mesh.rank, [(host, cores.split()) for host, cores in places]))
+
+
+def core_share(rank: int, places: Sequence[tuple[str, Sequence[str]]]) -> int:
+    """Threads for `rank`, at least one; `places` are the host and the cores that each rank may use.
+
+    Under SLURM and MPI each rank may be bound to cores of its own, or all ranks of a host to the same ones.
+    """
+    host, mine = places[rank]
+    users = Counter((place, core) for place, cores in places for core in cores)
+    return max(1, floor(sum(Fraction(1, users[host, core]) for core in mine)))
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next step.
 
     glibc returns large blocks to the kernel at once, which then clears them anew at every step: a quarter
     to a third of a training step on a CPU. Two mallopt calls make it keep them.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc; other C libraries have other allocators
         libc.mallopt(_M_MMAP_MAX, 0)

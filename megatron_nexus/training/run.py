@@ -30,7 +30,7 @@ from megatron_nexus.training.corpus import Corpus, open_corpus
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import Outcome, Trainer
-from megatron_nexus.training.machine import gemm_flops_per_s, prepare_cpu
+from megatron_nexus.training.machine import gemm_flops_per_s, keep_freed_memory, share_cores
 from megatron_nexus.training.metrics import METRICS_FILE, describe, plot_losses
 from megatron_nexus.training.stop import StopRequest
 
@@ -45,7 +45,8 @@ def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str
     parallel = config.parallel
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     if mesh.device.type == "cpu":
-        prepare_cpu(world.local_size)
+        share_cores(mesh)
+        keep_freed_memory()
     _check_device(config, mesh)
     _prepare_kernels(config, mesh)
     _require_one_start(mesh, checkpoint)

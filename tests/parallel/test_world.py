@@ -132,3 +132,9 @@ def test_a_slurm_job_whose_hosts_nobody_tells_needs_an_address(scontrol: Path, b
         write_program(scontrol, body)
     with pytest.raises(ConfigError, match=r"scontrol show hostnames gpu\[07-08\] failed .*: set MASTER_ADDR"):
         read_world({**SRUN, "SLURM_STEP_NODELIST": "gpu[07-08]"})
+
+
+def test_two_steps_of_one_job_do_not_meet_on_one_port() -> None:
+    job = {**SRUN, "MASTER_ADDR": "node-1"}
+    ports = {read_world({**job, "SLURM_STEP_ID": str(step)}).master_port for step in range(4)}
+    assert len(ports) == 4
