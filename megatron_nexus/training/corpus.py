@@ -62,8 +62,8 @@ class Corpus:
         for part, count in zip(self.training.parts, counts, strict=True):
             if count > part.window_count:
                 lines.append(
-                    f"corpus {part.dataset.prefix}: {count / part.window_count:.2f} epochs, {count:,} samples "
-                    f"of its {part.window_count:,}, each epoch in an order of its own"
+                    f"corpus {part.dataset.prefix}: {count / part.window_count:.2f} epochs, {count:,} "
+                    f"samples of its {part.window_count:,}, each epoch in an order of its own"
                 )
         return lines
 
