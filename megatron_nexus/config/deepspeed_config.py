@@ -14,6 +14,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> Json:
     """
     training, optimizer = config.training, config.optimizer
     stage = max(1, config.parallel.zero_stage)
+    # Stage 1 would copy every gradient into a new buffer of `reduce_bucket_size`: 5 % of a step on a CPU.
+    zero: Json = {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage > 1}
     return {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
@@ -21,7 +23,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> Json:
         "gradient_clipping": optimizer.clip_grad,
         "bf16": {"enabled": training.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": zero,
         # Each rank sends whole activations: under sequence parallelism they are already its own share.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         # Our own log reports progress; a huge interval silences DeepSpeed's.

@@ -29,7 +29,7 @@ class _VocabularyParallelCrossEntropy(Function):
     ) -> Tensor:
         count = stop - start
         # float64 stays as it is; everything shorter is computed in float32.
-        z_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
+        z_NV = logits_NV.detach().to(torch.promote_types(logits_NV.dtype, torch.float32))
         if count < z_NV.shape[1]:
             z_NV[:, count:] = -torch.inf
         largest_N = tp.maximum(z_NV.amax(dim=1))
@@ -48,7 +48,7 @@ class _VocabularyParallelCrossEntropy(Function):
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         exp_NV, sum_N, mine_N, column_N = ctx.saved_tensors
         scale = grad / sum_N.numel()
-        grad_NV = exp_NV * (scale / sum_N)[:, None]
+        grad_NV = exp_NV.mul_((scale / sum_N)[:, None])
         grad_NV.scatter_add_(1, column_N[:, None], torch.where(mine_N, -scale, 0.0)[:, None])
         return grad_NV.to(ctx.dtype), None, None, None, None
 
@@ -59,7 +59,8 @@ def vocabulary_parallel_cross_entropy(
     """Mean cross entropy in nats per token, the same on every tensor-parallel rank.
 
     `logits` [..., V_local] of this rank's part of the vocabulary, its logical rows `vocabulary_range`
-    first, then padding; `labels` [...] global token ids.
+    first, then padding; `labels` [...] global token ids. The logits, the largest tensor of a step, are
+    overwritten, by backward too: nothing may read them afterwards, and backward runs once.
     """
     start, stop = vocabulary_range
     flat_NV, labels_N = logits.flatten(0, -2), labels.flatten()

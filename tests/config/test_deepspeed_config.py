@@ -12,7 +12,7 @@ from megatron_nexus.config.rules import check
 @pytest.mark.parametrize(("asked", "served"), [(0, 1), (1, 1), (2, 2), (3, 3)])
 def test_there_is_always_a_master_copy_so_stage_0_is_served_as_1(asked: int, served: int) -> None:
     config = build(given_flags(["--zero-stage", str(asked)]))
-    assert deepspeed_config(config, 1)["zero_optimization"] == {"stage": served, "overlap_comm": False}
+    assert deepspeed_config(config, 1)["zero_optimization"]["stage"] == served
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
