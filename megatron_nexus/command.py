@@ -15,7 +15,8 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
-from megatron_nexus.config.command_line import build, from_saved, given_flags
+from megatron_nexus.config.command_line import build, from_saved, given_flags, over
+from megatron_nexus.config.config_file import read_config_file
 from megatron_nexus.config.presets import DEFAULT_PRESET, Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
@@ -70,6 +71,8 @@ def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
         CheckpointError: --load names nothing that can be loaded.
     """
     given = given_flags(argv)
+    if "config" in given:
+        given = over(read_config_file(Path(str(given["config"]))), given)
     load = str(given.get("load", ""))
     if not load:
         return build(given), None

@@ -1,6 +1,6 @@
-"""The command line of a run: flags over a preset, one flag for each field of `run_config`.
+"""The command line of a run: flags over a configuration file over a preset, a flag for each field.
 
-`parse` is pure: it reads no file and asks no machine, so it answers on a login node.
+Nothing here asks the machine, so it answers on a login node.
 """
 
 import argparse
@@ -10,9 +10,16 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NoReturn, get_args, get_origin, get_type_hints
 
+from megatron_nexus.config.data_path import token_count
+from megatron_nexus.config.megatron_flags import instead_of
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
-from megatron_nexus.config.run_config import SECTIONS, RunConfig
+from megatron_nexus.config.run_config import SECTIONS, RunConfig, TrainingConfig
 from megatron_nexus.errors import ConfigError
+
+# Flags that launchers and scripts add and nobody here reads.
+LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
+# What the command itself reads; the rest of the flags are fields, the preset and --train-tokens.
+COMMAND_FLAGS = ("config", "dry_run", "world_size")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,8 +42,17 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"named sizes (default: {DEFAULT_PRESET})")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the configuration, costs and memory per rank, and stop"
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="INT", help="ranks that --dry-run plans for (default: tp x pp)"
+    )
     # The deepspeed launcher appends --local_rank; the environment says the same and is what is read.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    # DeepSpeed's own scripts are told --deepspeed.
+    for ignored in LAUNCHER_FLAGS:
+        parser.add_argument(ignored, nargs="?", help=argparse.SUPPRESS)
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
         hints = get_type_hints(kind)
@@ -54,6 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
             else:
                 group.add_argument(*flags, type=hint, help=text, metavar=hint.__name__.upper())
         if section == "training":
+            group.add_argument(
+                "--train-tokens", metavar="TOKENS", help="--train-iters by tokens, such as 100B; rounded up"
+            )
             for precision in ("bf16", "fp32"):
                 group.add_argument(
                     f"--{precision}",
@@ -80,13 +99,24 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
                 if not before.startswith("-"):  # else it is that flag's value
                     problems.append(f"{word!r} belongs to no flag: drop it, or name its flag; see --help")
                 continue
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0.5)
+            flag = word.split("=")[0]
+            near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
-            problems.append(f"unknown flag {word}: {remedy}")
+            problems.append(f"unknown flag {word}: {instead_of(flag) or remedy}")
         raise ConfigError(problems)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(known).items()}
-    given.pop("local_rank", None)
+    for flag in LAUNCHER_FLAGS:
+        given.pop(flag.strip("-").replace("-", "_"), None)
+    if "train_tokens" in given and "train_iters" in given:
+        raise ConfigError(["--train-tokens and --train-iters both say how long to train: give one of them"])
     return given
+
+
+def over(file: Mapping[str, Value], flags: Mapping[str, Value]) -> dict[str, Value]:
+    """The settings of a configuration file with those of the command line over them."""
+    lengths = {"train_tokens", "train_iters"}
+    kept = {name: value for name, value in file.items() if name not in lengths or not lengths & flags.keys()}
+    return {**kept, **flags}
 
 
 def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConfig:
@@ -113,11 +143,27 @@ def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConf
             raise ConfigError(clashes)
         kept = (saved.model, saved.training, saved.optimizer, saved.data)
         values = {name: value for section in kept for name, value in vars(section).items()} | dict(given)
+    if "train_tokens" in given:
+        values["train_iters"] = _iterations(str(given["train_tokens"]), values)
     sections = {
         section: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
         for section, kind in SECTIONS.items()
     }
     return RunConfig(preset=name, **sections)
+
+
+def _iterations(tokens: str, values: Mapping[str, object]) -> int:
+    """--train-tokens as optimizer steps, the last one whole. Raises ConfigError where it is no number."""
+    defaults = TrainingConfig()
+    batch = values.get("global_batch_size", defaults.global_batch_size)
+    length = values.get("seq_length", defaults.seq_length)
+    assert isinstance(batch, int) and isinstance(length, int), "typed by the parser"
+    count = token_count(tokens)
+    if count is None or count < 1:
+        raise ConfigError(
+            [f"--train-tokens {tokens} is no number of tokens: write such as 100B, 1.5M or 4096"]
+        )
+    return -(-count // max(1, batch * length))
 
 
 def from_saved(saved: Mapping[str, object]) -> RunConfig:

@@ -78,8 +78,8 @@ def parse_token_range(text: str) -> tuple[int, int | None]:
     Raises ConfigError where `text` is no such range or holds nothing.
     """
     first, colon, last = text.partition(":")
-    start = _tokens(first) if first else 0
-    stop = _tokens(last) if last else None
+    start = token_count(first) if first else 0
+    stop = token_count(last) if last else None
     if not colon or start is None or (last and stop is None) or (stop is not None and start >= stop):
         raise ConfigError(
             [
@@ -97,7 +97,8 @@ def _number(word: str) -> Fraction | None:
         return Fraction(0) if word.lower().strip("+-") in ("nan", "inf", "infinity") else None
 
 
-def _tokens(text: str) -> int | None:
+def token_count(text: str) -> int | None:
+    """Tokens of `100B`, `1.5M`, `4096`; None where `text` is no such number."""
     match = TOKENS.fullmatch(text)
     count = Fraction(match[1]) * SUFFIXES[match[2]] if match else Fraction(1, 2)
     return int(count) if count.denominator == 1 else None

@@ -1,8 +1,65 @@
-"""DeepSpeed's own configuration, derived from ours: nobody writes it by hand."""
+"""DeepSpeed's own configuration: derived from ours, with a user's file merged into it.
+
+What follows from our flags a file can only repeat; what is DeepSpeed's affair alone (buckets, overlap,
+profilers, monitors) it sets; what a checkpoint of ours could not hold, such as offloading, is refused.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import ConfigError
 
-Json = dict[str, "bool | int | float | str | Json"]
+Json = dict[str, "bool | int | float | str | list[Json] | Json | None"]
+
+# What follows from our flags, by its dotted key.
+FLAG_OF = {
+    "train_batch_size": "--global-batch-size",
+    "train_micro_batch_size_per_gpu": "--micro-batch-size",
+    "gradient_accumulation_steps": "--global-batch-size and --micro-batch-size",
+    "gradient_clipping": "--clip-grad",
+    "bf16.enabled": "--precision",
+    "zero_optimization.stage": "--zero-stage",
+    "data_types.grad_accum_dtype": "always fp32",
+}
+# What a file may set.
+FREE = {
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+}
+# What scripts made for other codebases hold, and where it is set here.
+ELSEWHERE = {
+    "optimizer": "--lr, --weight-decay and the other flags of AdamW",
+    "scheduler": "--lr-decay-style and --lr-warmup-iters",
+    "fp16": "--bf16: fp16 with loss scaling is not offered",
+    "activation_checkpointing": "--recompute-granularity",
+    "pipeline": "--pp",
+    "zero_optimization.offload_optimizer": "--zero-stage 3: checkpoints hold nothing offloaded",
+    "zero_optimization.offload_param": "--zero-stage 3: checkpoints hold nothing offloaded",
+}
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> Json:
@@ -11,12 +68,14 @@ def deepspeed_config(config: RunConfig, world_size: int) -> Json:
     Stage 0 is served as stage 1: DeepSpeed's stage 0 takes a real optimizer step with zero gradients when
     it starts in bf16, and clips by a wrong norm under pipeline or tensor parallelism. So there is always a
     master copy in fp32, and gradients accumulate in fp32.
+
+    Raises ConfigError where the user's file cannot be read or contradicts the flags.
     """
     training, optimizer = config.training, config.optimizer
     stage = max(1, config.parallel.zero_stage)
     # Stage 1 would copy every gradient into a new buffer of `reduce_bucket_size`: 5 % of a step on a CPU.
     zero: Json = {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage > 1}
-    return {
+    derived: Json = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
@@ -30,3 +89,44 @@ def deepspeed_config(config: RunConfig, world_size: int) -> Json:
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }
+    if config.parallel.deepspeed_config:
+        path = Path(config.parallel.deepspeed_config)
+        problems = list(_merge(_read(path), derived, ""))
+        if problems:
+            raise ConfigError([f"--deepspeed-config {path}: {problem}" for problem in problems])
+    return derived
+
+
+def _read(path: Path) -> Json:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"--deepspeed-config {path}: {error.strerror}: give a JSON file"]) from error
+    except ValueError as error:
+        raise ConfigError([f"--deepspeed-config {path} is no JSON ({error}): correct it"]) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"--deepspeed-config {path} is no JSON object: write {{...}}"])
+    return loaded
+
+
+def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[str]:
+    """Put what a file may set into `derived`; yield what it may not."""
+    for key, value in theirs.items():
+        name = above + key
+        ours = derived.get(key)
+        if name in FLAG_OF:
+            if value not in (ours, "auto"):
+                yield (
+                    f"{name} is {value!r}, and the flags make it {ours!r} ({FLAG_OF[name]}): "
+                    "drop it from the file, or change the flag"
+                )
+        elif name in FREE:
+            derived[key] = value  # type: ignore[assignment]  # JSON from the file
+        elif name in ELSEWHERE:
+            if value not in ({"enabled": False}, {"device": "none"}):
+                yield f"{name} cannot be set here: drop it, and use {ELSEWHERE[name]}"
+        elif isinstance(value, dict) and isinstance(ours, dict):
+            yield from _merge(value, ours, f"{name}.")
+        else:
+            near = difflib.get_close_matches(name, FREE | FLAG_OF.keys(), n=1, cutoff=0.7)
+            yield f"{name} is not supported: " + (f"did you mean {near[0]}?" if near else "drop it")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from math import inf
 
 from megatron_nexus.config.data_path import parse_blend, parse_sets, parse_token_range
+from megatron_nexus.config.deepspeed_config import deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 
@@ -25,8 +26,26 @@ def check(config: RunConfig, world_size: int) -> None:
     ]
     if not problems:
         problems = list(_batch_problems(config, world_size))
+    if not problems:
+        deepspeed_config(config, world_size)
     if problems:
         raise ConfigError(problems)
+
+
+def notes(config: RunConfig) -> list[str]:
+    """What is allowed and probably not meant."""
+    model, said = config.model, []
+    if not model.hidden_size < model.nexus_m < model.nexus_a:
+        said.append(
+            f"D < M < A does not hold: --hidden-size {model.hidden_size}, --nexus-m {model.nexus_m}, "
+            f"--nexus-a {model.nexus_a}; a Nexus-Rank projection is meant to widen"
+        )
+    if config.optimizer.lr_warmup_iters >= config.training.train_iters:
+        said.append(
+            f"--lr-warmup-iters {config.optimizer.lr_warmup_iters} is not over when the run of "
+            f"{config.training.train_iters} iterations ends"
+        )
+    return said
 
 
 def _size_problems(config: RunConfig) -> Iterable[str]:

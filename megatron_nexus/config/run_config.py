@@ -75,6 +75,11 @@ class ParallelConfig:
     padding_multiple: int = option(
         0, "split axes are padded in memory to this multiple per rank; 0: 64 on an accelerator, 1 on a CPU"
     )
+    deepspeed_config: str = option(
+        "",
+        "JSON file of DeepSpeed settings, merged with what follows from the flags",
+        "--deepspeed_config",
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.config.config_file import config_text
+from megatron_nexus.config.rules import notes
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
@@ -33,6 +35,8 @@ from megatron_nexus.training.loop import Outcome, Trainer
 from megatron_nexus.training.machine import gemm_flops_per_s, keep_freed_memory, share_cores
 from megatron_nexus.training.metrics import METRICS_FILE, describe, plot_losses
 from megatron_nexus.training.stop import StopRequest
+
+CONFIG_FILE = "config.yaml"
 
 
 def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str]) -> None:
@@ -56,6 +60,8 @@ def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             engine = Engine(config, mesh)
+        if mesh.rank == 0:
+            (save / CONFIG_FILE).write_text(config_text(config))
         trainer = Trainer(config, mesh, engine, corpus, save, rate)
         _announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
@@ -212,7 +218,9 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
         training.train_iters,
     )
     logger.info("measured matrix products: %.1f GFLOP/s over all ranks", rate / 1e9)
-    logger.info("saving to %s", save)
+    logger.info("saving to %s; the resolved configuration is %s", save, save / CONFIG_FILE)
+    for note in notes(config):
+        logger.warning("note: %s", note)
 
 
 def launch_words(world: World, script: str) -> list[str]:

@@ -1,12 +1,14 @@
 """What DeepSpeed is told follows from the run's own configuration."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from megatron_nexus.config.command_line import build, given_flags
-from megatron_nexus.config.deepspeed_config import deepspeed_config
+from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
 from megatron_nexus.config.rules import check
+from megatron_nexus.errors import ConfigError
 
 
 @pytest.mark.parametrize(("asked", "served"), [(0, 1), (1, 1), (2, 2), (3, 3)])
@@ -50,3 +52,55 @@ def test_clipping_is_passed_on_and_all_of_it_is_json() -> None:
     told = deepspeed_config(build(given_flags(["--clip-grad", "0.25"])), 1)
     assert told["gradient_clipping"] == 0.25
     assert json.loads(json.dumps(told)) == told
+
+
+def merged(folder: Path, given: object, *words: str) -> Json:
+    path = folder / "ds.json"
+    path.write_text(given if isinstance(given, str) else json.dumps(given))
+    return deepspeed_config(build(given_flags([*words, "--deepspeed_config", str(path)])), 1)
+
+
+def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(tmp_path: Path) -> None:
+    given = {
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none"}},
+        "comms_logger": {"enabled": True},
+    }
+    plain = deepspeed_config(build(given_flags(["--zero-stage", "2"])), 1)
+    zero = plain["zero_optimization"]
+    assert isinstance(zero, dict) and zero["overlap_comm"] is False
+    assert merged(tmp_path, given, "--zero-stage", "2") == {
+        **plain,
+        "zero_optimization": {**zero, "overlap_comm": True},
+        "comms_logger": {"enabled": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"train_batch_size": 7}, ["train_batch_size is 7", "make it 32", "--global-batch-size"]),
+        ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage is 3", "make it 1", "--zero-stage"]),
+        ({"fp16": {"enabled": True}}, ["fp16 cannot be set", "--bf16"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer cannot be set", "--lr"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["nothing offloaded"]),
+        ({"zero_optimization": {"overlap_com": True}}, ["did you mean zero_optimization.overlap_comm?"]),
+        ({"zzz": 1}, ["zzz is not supported: drop it"]),
+        ("{", ["is no JSON"]),
+        ("[]", ["is no JSON object"]),
+    ],
+)
+def test_what_a_file_may_not_set_is_named_with_both_values(
+    tmp_path: Path, given: object, told: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        merged(tmp_path, given)
+    assert all(part in str(caught.value) for part in told), caught.value
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"missing\.json: No such file"):
+        check(build(given_flags(["--deepspeed-config", "missing.json"])), 1)

@@ -1,0 +1,143 @@
+"""Configuration files: YAML with one mapping for each section of `run_config`, and the preset's name.
+
+    preset: nexusformer-240m
+    parallel: {tensor_model_parallel_size: 2}
+    training: {train_tokens: 100B}
+
+A file says only what differs from its preset; flags win over it. The file that a run writes says all.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+import yaml
+
+from megatron_nexus.config.presets import PRESETS, Value
+from megatron_nexus.config.run_config import SECTIONS, RunConfig
+from megatron_nexus.errors import ConfigError
+
+# Read beside the fields of a section: other ways to say one of them, and where only this run's files lie.
+ALSO_READ: dict[str, dict[str, type]] = {"training": {"train_tokens": str}}
+NEVER_WRITTEN = {"checkpoint": ("save", "load")}
+
+
+def read_config_file(path: Path) -> dict[str, Value]:
+    """The fields that a file sets, by name, `preset` among them.
+
+    Raises ConfigError with every problem: an unreadable file, an unknown key, a value of the wrong type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            [f"--config {path}: {error.strerror}: give a YAML file that can be read"]
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"--config {path} is no text in UTF-8: give a YAML file"]) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = f":{error.problem_mark.line + 1}" if isinstance(error, yaml.MarkedYAMLError) else ""
+        what = getattr(error, "problem", None) or "a character that YAML does not allow"
+        raise ConfigError([f"--config {path}{where}: {what}: correct the YAML"]) from error
+    if not isinstance(document, dict):
+        raise ConfigError(
+            [f"--config {path} holds no sections: write preset: ..., model: ..., training: ..."]
+        )
+    values: dict[str, Value] = {}
+    problems = [f"--config {path}: {problem}" for problem in (*_twice(node), *_read(document, values))]
+    if problems:
+        raise ConfigError(problems)
+    return values
+
+
+def config_text(config: RunConfig) -> str:
+    """The YAML of a resolved configuration, every field included but the folders of its checkpoints."""
+    sections: dict[str, object] = {"preset": config.preset}
+    for section in SECTIONS:
+        left_out = NEVER_WRITTEN.get(section, ())
+        fields = dataclasses.asdict(getattr(config, section))
+        sections[section] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+            if name not in left_out
+        }
+    text: str = yaml.safe_dump(sections, sort_keys=False, width=100)
+    return text
+
+
+def _twice(node: yaml.Node) -> Iterable[str]:
+    """Keys that a mapping has twice: YAML would keep the last in silence."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield f"line {key.start_mark.line + 1} sets {key.value} again: keep one of the two"
+            seen.add(key.value)
+            yield from _twice(value)
+
+
+def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[str]:
+    """Put the document's fields into `values`; yield what is wrong with them."""
+    for key, content in document.items():
+        if key == "preset":
+            if content in PRESETS:
+                values["preset"] = str(content)
+            else:
+                yield _unknown(f"preset {content!r}", str(content), list(PRESETS))
+        elif key not in SECTIONS:
+            homes = {name: section for section, kind in SECTIONS.items() for name in get_type_hints(kind)}
+            if key in homes:
+                yield f"{key} stands outside its section: write it under {homes[str(key)]}:"
+            else:
+                yield _unknown(f"section {key!r}", str(key), ["preset", *SECTIONS])
+        elif content is None:
+            continue  # a section whose lines are all commented out
+        elif not isinstance(content, dict):
+            yield f"{key} {content!r} is no mapping: write {key}: and its fields below it"
+        else:
+            hints = {**get_type_hints(SECTIONS[str(key)]), **ALSO_READ.get(str(key), {})}
+            for name, value in content.items():
+                if name not in hints:
+                    yield _unknown(f"{key}.{name}", str(name), list(hints))
+                    continue
+                try:
+                    values[name] = _typed(value, hints[name])
+                except ValueError as error:
+                    yield f"{key}.{name} {value!r} {error}"
+
+
+def _typed(value: object, hint: type) -> Value:
+    """`value` as a field of type `hint`. Raises ValueError that says what is wanted."""
+    if get_origin(hint) is tuple:
+        if isinstance(value, list):
+            return tuple(str(word) for word in value)
+        if isinstance(value, str):
+            return tuple(value.split())
+        raise ValueError("must be a list of words: write [0.7, a, 0.3, b]")
+    if get_origin(hint) is not None:
+        if value in get_args(hint):
+            return str(value)
+        raise ValueError(f"must be one of {', '.join(get_args(hint))}")
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3, without a point, as a text
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, str):
+        return value
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: 'a text in quotes: "..."'}
+    raise ValueError(f"must be {wanted[hint]}")
+
+
+def _unknown(what: str, word: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"unknown {what}: " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}")

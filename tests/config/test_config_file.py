@@ -1,0 +1,131 @@
+"""A configuration file sets what flags set, loses against them, and is told what is wrong with it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_nexus.config.command_line import build, given_flags, make_parser, over
+from megatron_nexus.config.config_file import config_text, read_config_file
+from megatron_nexus.config.megatron_flags import _INSTEAD, instead_of
+from megatron_nexus.config.run_config import SECTIONS, CheckpointConfig, RunConfig
+from megatron_nexus.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def run_config(path: Path, *words: str) -> RunConfig:
+    return build(over(read_config_file(path), given_flags(words)))
+
+
+def test_a_file_wins_over_the_preset_and_a_flag_over_the_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "preset: nexusformer-20m\nmodel: {nexus_m: 420, nexus_a: 500}\n"
+        "optimizer:\n  lr: 1e-4\n  min_lr: 0\ndata:\n  data_path: [0.7, a, 0.3, b]\ntraining:\n",
+    )
+    config = run_config(path, "--nexus-a", "512")
+    assert config.preset == "nexusformer-20m"
+    assert (config.model.num_layers, config.model.nexus_m, config.model.nexus_a) == (6, 420, 512)
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-4, 0.0)
+    assert isinstance(config.optimizer.min_lr, float)
+    assert config.data.data_path == ("0.7", "a", "0.3", "b")
+    assert run_config(path, "--preset", "nexusformer-tiny").model.num_layers == 4
+
+
+def test_what_a_run_writes_is_read_back_whole(tmp_path: Path) -> None:
+    words = "--preset nexusformer-20m --nexus-inner-norm --lr 1e-7 --data-path 0.7 a 0.3 b --save x --load y"
+    config = build(given_flags(words.split()))
+    back = run_config(write(tmp_path, config_text(config)))
+    assert dataclasses.replace(config, checkpoint=CheckpointConfig()) == back
+    assert config.checkpoint != back.checkpoint, "the folders are each run's own"
+    for section in SECTIONS:
+        assert f"{section}:" in config_text(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "iterations"),
+    [
+        ("training: {train_tokens: 100B, seq_length: 4096, global_batch_size: 256}", "", 95368),
+        ("training: {train_iters: 7}", "--train-tokens 1M", 245),
+        ("training: {train_tokens: 100B}", "--train-iters 3", 3),
+        ("preset: nexusformer-240m", "--train-tokens 4096", 1),
+    ],
+)
+def test_a_run_s_length_is_told_in_iterations_or_tokens(
+    tmp_path: Path, text: str, words: str, iterations: int
+) -> None:
+    assert run_config(write(tmp_path, text), *words.split()).training.train_iters == iterations
+
+
+@pytest.mark.parametrize("tokens", ["many", "0", "1.5", "-3"])
+def test_tokens_that_are_no_number_are_named(tokens: str) -> None:
+    with pytest.raises(ConfigError, match=f"--train-tokens {tokens} is no number of tokens"):
+        build(given_flags([f"--train-tokens={tokens}"]))
+
+
+def test_tokens_and_iterations_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match="give one of them"):
+        given_flags(["--train-tokens", "1M", "--train-iters", "3"])
+
+
+WRONG = [
+    ("model: {num_layer: 3}", ["unknown model.num_layer: did you mean num_layers?"]),
+    ("modle: {}", ["unknown section 'modle': did you mean model?"]),
+    ("num_layers: 3", ["num_layers stands outside its section: write it under model:"]),
+    ("preset: nexusformer-1t", ["unknown preset 'nexusformer-1t'"]),
+    ("model: 3", ["model 3 is no mapping"]),
+    ("model: {num_layers: twelve}", ["model.num_layers 'twelve' must be a whole number"]),
+    ("model: {num_layers: 2.5}", ["model.num_layers 2.5 must be a whole number"]),
+    ("model: {num_layers: true}", ["model.num_layers True must be a whole number"]),
+    ("model: {nexus_inner_norm: 1}", ["model.nexus_inner_norm 1 must be true or false"]),
+    ("optimizer: {lr: high}", ["optimizer.lr 'high' must be a number"]),
+    ("optimizer: {lr: }", ["optimizer.lr None must be a number"]),
+    ("training: {precision: fp16}", ["training.precision 'fp16' must be one of bf16, fp32"]),
+    ("data: {split: 90}", ["data.split 90 must be a text in quotes"]),
+    ("data: {data_path: 3}", ["data.data_path 3 must be a list of words"]),
+    ("model: {num_layers: 2, num_layers: 3}", ["line 1 sets num_layers again"]),
+    ("model:\n  a: [", ["run.yaml:", "correct the YAML"]),
+    ("- 3", ["holds no sections"]),
+    ("", ["holds no sections"]),
+    ("model: {a: 1, b: 2}\ntraining: {seq_length: x}", ["3 problems"]),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), WRONG)
+def test_what_a_file_gets_wrong_is_named_with_its_place(tmp_path: Path, text: str, told: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config_file(write(tmp_path, text))
+    assert all(part in str(caught.value) for part in told), caught.value
+    assert "run.yaml" in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        read_config_file(tmp_path / "missing.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_config_file(binary)
+
+
+def test_flags_of_megatron_are_answered_with_what_to_use() -> None:
+    with pytest.raises(ConfigError, match="unknown flag --fp16: use --bf16") as caught:
+        given_flags(["--fp16", "--use-distributed-optimizer", "--num_workers", "3"])
+    assert len(caught.value.problems) == 3
+    assert instead_of("--zzz") is None
+
+
+def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> None:
+    ours = {flag for action in make_parser()._actions for flag in action.option_strings}
+    for flag, answer in _INSTEAD.items():
+        assert f"--{flag}" not in ours, flag
+        recommended = {word.strip(",;:") for word in answer.split() if word.startswith("--")}
+        assert recommended <= ours, (flag, answer)
+        assert "tools/" not in answer or all(
+            (Path(__file__).parents[2] / word).exists() for word in answer.split() if "tools/" in word
+        )
