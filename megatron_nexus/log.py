@@ -25,17 +25,20 @@ def configure(speaks: bool) -> None:
 
 
 class Progress:
-    """A stage of work that reports itself: a line when it begins, one every 5 s, one when it ends.
+    """A stage of work that reports itself: a line when it begins, one every `interval_s`, one when it ends.
 
     The lines in between come from a thread, so a stage that is one long foreign call (training a
     tokenizer, importing torch) is never silent either. `total` and `advance` are optional: with them the
     lines show the share done and the time left.
     """
 
-    def __init__(self, stage: str, total: float | None = None, unit: str = "") -> None:
+    def __init__(
+        self, stage: str, total: float | None = None, unit: str = "", interval_s: float = HEARTBEAT_S
+    ) -> None:
         self.stage = stage
         self.total = total
         self.unit = unit
+        self.interval_s = interval_s
         self.done = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -53,7 +56,7 @@ class Progress:
         return f"{share}, {elapsed_s:.0f} s, about {left_s:.0f} s left"
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
+        while not self._stop.wait(self.interval_s):
             logger.info("%s ... %s", self.stage, self._describe())
 
     def __enter__(self) -> "Progress":

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"parallel", "data"},
     {"models", "checkpoint"},
     {"training", "growth", "evaluation", "interchange", "analysis"},
-    {"command", "pretrain_nexus", "tools"},
+    {"command", "commands", "pretrain_nexus", "tools"},
 ]
 HEIGHT = {noun: height for height, layer in enumerate(LAYERS) for noun in layer}
 # Of layer 3, a model knows nothing of where its tokens come from, and a checkpoint nothing of models.
@@ -31,6 +31,7 @@ SEALED = {
     "deepspeed": {"training/engine.py", "training/deepspeed_adam.py", "checkpoint/zero_pieces.py"},
     "apex": {"models/nvidia_apex.py"},
     "sentencepiece": {"data/sentencepiece_tokenizer.py"},
+    "mpi4py": {"data/team.py"},
     "tokenizers": {"data/huggingface_tokenizer.py"},
 }
 

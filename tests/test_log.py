@@ -31,12 +31,9 @@ def test_progress_tells_begin_and_end(console: pytest.CaptureFixture[str]) -> No
     assert re.fullmatch(r"reading \.\.\.\nreading: done in 0\.\d s\n", console.readouterr().out)
 
 
-def test_long_work_tells_the_share_done_and_the_time_left(
-    console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(log, "HEARTBEAT_S", 0.02)
+def test_long_work_tells_the_share_done_and_the_time_left(console: pytest.CaptureFixture[str]) -> None:
     log.configure(speaks=True)
-    with log.Progress("reading", total=4000, unit="bytes") as progress:
+    with log.Progress("reading", total=4000, unit="bytes", interval_s=0.02) as progress:
         time.sleep(0.1)  # one long call that tells nothing itself
         progress.advance(1000)
         time.sleep(0.2)
@@ -45,12 +42,9 @@ def test_long_work_tells_the_share_done_and_the_time_left(
     assert any(re.fullmatch(r"reading \.\.\. 1,000 of 4,000 bytes, 0 s, about \d s left", x) for x in lines)
 
 
-def test_work_that_fails_is_not_called_done_and_falls_silent(
-    console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(log, "HEARTBEAT_S", 0.02)
+def test_work_that_fails_is_not_called_done_and_falls_silent(console: pytest.CaptureFixture[str]) -> None:
     log.configure(speaks=True)
-    with pytest.raises(ValueError, match="torn"), log.Progress("reading"):
+    with pytest.raises(ValueError, match="torn"), log.Progress("reading", interval_s=0.02):
         raise ValueError("torn")
     time.sleep(0.1)
     assert console.readouterr().out == "reading ...\n"

@@ -3,7 +3,7 @@
 About 30 MB (half of it where the package `test` is not installed), prepared once and kept under the cache
 folder:
 
-    python-stdlib-<fingerprint>/     corpus.bin  corpus.idx  tokenizer.model  corpus.json
+    python-stdlib-<fingerprint>/     corpus.bin  corpus.idx  tokenizer.model  manifest.json
 
 The folder gets this name when it is complete and on the disk, so that a kill at any time leaves nothing
 that could be mistaken for it. Processes that race wait for the first of them.
@@ -30,7 +30,7 @@ from megatron_nexus.errors import DataError
 from megatron_nexus.log import Progress, logger
 
 NAME = "python-stdlib"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the fingerprint: raise it when the same Python would give another corpus."""
 
 SHUFFLE_SEED = b"nexus"
@@ -118,7 +118,7 @@ def _fingerprint(documents: dict[bytes, str], vocab_size: int) -> str:
 def _complete(folder: Path, fingerprint: str) -> DefaultCorpus | None:
     """The corpus in `folder` if all its files are there in full."""
     try:
-        manifest = json.loads((folder / "corpus.json").read_bytes())
+        manifest = json.loads((folder / "manifest.json").read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in manifest["file_bytes"]}
     except (FileNotFoundError, json.JSONDecodeError):
         return None
@@ -159,7 +159,7 @@ def _prepare(folder: Path, fingerprint: str, documents: list[str], vocab_size: i
         facts = _write(partial, documents, vocab_size)
         file_bytes = {file.name: file.stat().st_size for file in partial.iterdir()}
         manifest = {"fingerprint": fingerprint, **facts, "file_bytes": file_bytes}
-        (partial / "corpus.json").write_text(json.dumps(manifest, indent=2))
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
         for path in (*partial.iterdir(), partial):
             _to_disk(path)
         partial.rename(folder)

@@ -1,6 +1,7 @@
 """A tokenized corpus on disk: the `.bin` / `.idx` pair of Megatron-LM, byte for byte.
 
     prefix.bin   the token ids of all sequences, one after the other, nothing in between
+    prefix.json  what our writer knows beyond Megatron-LM's files, where it was told (`corpus_description.py`)
     prefix.idx   magic "MMIDIDX\\0\\0" | version 1 u64 | dtype code u8 | sequences S u64 | boundaries D+1 u64
                  | lengths i32[S], in tokens | pointers i64[S], in bytes | boundaries i64[D+1], in sequences
 
@@ -10,12 +11,13 @@ makes every document one sequence. Source of the layout: Megatron-LM, `core/data
 
 import hashlib
 import os
+import shutil
 import struct
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,9 @@ DTYPES: dict[int, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 LARGEST_UINT16_VOCABULARY = 65_500
+INDEX_BLOCK = 1 << 20
+"""Documents whose pointers are computed at a time."""
+COPY_BYTES = 1 << 24
 FINGERPRINT_BLOCK = 512
 
 
@@ -48,6 +53,16 @@ def bin_path(prefix: Path) -> Path:
 def idx_path(prefix: Path) -> Path:
     """The file of lengths, pointers and document boundaries."""
     return prefix.with_name(f"{prefix.name}.idx")
+
+
+def json_path(prefix: Path) -> Path:
+    """The file that describes the corpus; foreign corpora have none."""
+    return prefix.with_name(f"{prefix.name}.json")
+
+
+def index_bytes(sequences: int, boundaries: int) -> int:
+    """Size of an `.idx` file."""
+    return HEADER.size + 12 * sequences + 8 * boundaries
 
 
 class IndexedDataset:
@@ -91,7 +106,7 @@ class IndexedDataset:
                 "it does not hold token ids; tokenize the corpus again"
             )
         self.dtype: np.dtype = DTYPES[code]
-        expected_bytes = HEADER.size + 12 * sequences + 8 * boundaries
+        expected_bytes = index_bytes(sequences, boundaries)
         if idx_bytes != expected_bytes:
             raise DataError(
                 f"{idx_file} has {idx_bytes} bytes, its header promises {expected_bytes}: it is truncated or "
@@ -170,7 +185,7 @@ class IndexedDataset:
 class IndexedDatasetWriter:
     """Writes a `.bin` / `.idx` pair; use it as a context manager.
 
-    The pair appears only when the block ends without an error: both files are written under temporary
+    The pair appears only when the block ends without an error: all files are written under temporary
     names, flushed to the disk and renamed, the `.idx` last. A pair of the same prefix is replaced, its
     `.idx` first removed, so that no kill can leave a mixture of two corpora.
 
@@ -182,25 +197,42 @@ class IndexedDatasetWriter:
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
         self.prefix = prefix
         self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.description = ""
+        """Text of the `.json` beside the pair, set within the block; empty: none, an old one is removed."""
         assert self.dtype in CODES and self.dtype.kind != "f", f"{dtype} is no type of token ids"
         self._lengths = array("i")
         self._temporary = {
             final: final.with_name(f"{final.name}.{os.getpid()}.partial")
-            for final in (bin_path(prefix), idx_path(prefix))
+            for final in (bin_path(prefix), json_path(prefix), idx_path(prefix))
         }
 
     def add_document(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """Append one document; the end-of-document token is the caller's to add."""
-        document = np.asarray(ids, dtype=np.int64)
+        self.add_documents(np.asarray(ids, dtype=np.int64), [len(ids)])
+
+    def add_documents(self, ids: npt.NDArray[np.integer], lengths: Sequence[int]) -> None:
+        """Append documents that stand one behind the other in `ids`, [sum of lengths]."""
         limits = np.iinfo(self.dtype)
-        if document.size and not limits.min <= int(document.min()) <= int(document.max()) <= limits.max:
+        if ids.size and not limits.min <= int(ids.min()) <= int(ids.max()) <= limits.max:
+            wrong = np.flatnonzero((ids < limits.min) | (ids > limits.max))[0]
+            document = len(self._lengths) + int(np.searchsorted(np.cumsum(lengths), wrong, side="right"))
             raise DataError(
-                f"{self.prefix}: document {len(self._lengths)} has ids from {document.min()} to "
-                f"{document.max()}, {self.dtype.name} holds {limits.min} to {limits.max}: "
-                "use the type that fits the vocabulary"
+                f"{self.prefix}: document {document} has the id {ids[wrong]}, {self.dtype.name} holds "
+                f"{limits.min} to {limits.max}: use the type that fits the vocabulary"
             )
-        self._bin.write(document.astype(self.dtype).tobytes())
-        self._lengths.append(document.size)
+        self._bin.write(ids.astype(self.dtype).tobytes())
+        self._lengths.extend(lengths)
+
+    def append(self, prefix: Path) -> None:
+        """Append all documents of a pair that this writer's kind wrote in the same type.
+
+        Streams: holds 4 bytes a document in memory, and no tokens.
+        """
+        part = IndexedDataset(prefix)
+        assert part.dtype == self.dtype, (part.dtype, self.dtype)
+        with bin_path(prefix).open("rb") as tokens:
+            shutil.copyfileobj(tokens, self._bin, COPY_BYTES)
+        self._lengths.frombytes(part.document_lengths.astype(np.int32).tobytes())
 
     def __enter__(self) -> "IndexedDatasetWriter":
         self._bin = self._temporary[bin_path(self.prefix)].open("wb")
@@ -220,26 +252,36 @@ class IndexedDatasetWriter:
                 self._bin.close()
             if error is None:
                 self._write_index()
-                idx_path(self.prefix).unlink(missing_ok=True)
+                for stale in (idx_path(self.prefix), json_path(self.prefix)):
+                    stale.unlink(missing_ok=True)
                 for final, temporary in self._temporary.items():
-                    temporary.replace(final)
+                    if final != json_path(self.prefix) or self.description:
+                        temporary.replace(final)
         finally:
             for temporary in self._temporary.values():
                 temporary.unlink(missing_ok=True)
 
     def _write_index(self) -> None:
-        lengths = np.array(self._lengths, dtype="<i4")
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], out=pointers[1:])
-        boundaries = np.arange(len(lengths) + 1, dtype="<i8")
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        blocks = [lengths[first : first + INDEX_BLOCK] for first in range(0, len(lengths), INDEX_BLOCK)]
         with self._temporary[idx_path(self.prefix)].open("wb") as index:
-            index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(boundaries)))
-            index.write(lengths.tobytes())
-            index.write((pointers * self.dtype.itemsize).tobytes())
-            index.write(boundaries.tobytes())
+            index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(lengths) + 1))
+            index.write(lengths.astype("<i4").tobytes())
+            pointer = 0
+            for block in blocks:
+                ends = pointer + np.cumsum(block, dtype="<i8") * self.dtype.itemsize
+                index.write((ends - block.astype("<i8") * self.dtype.itemsize).tobytes())
+                pointer = int(ends[-1])
+            for first in range(0, len(lengths) + 1, INDEX_BLOCK):
+                index.write(
+                    np.arange(first, min(first + INDEX_BLOCK, len(lengths) + 1), dtype="<i8").tobytes()
+                )
             _to_disk(index)
+        with self._temporary[json_path(self.prefix)].open("w") as description:
+            description.write(self.description)
+            _to_disk(description)
 
 
-def _to_disk(file: BinaryIO) -> None:
+def _to_disk(file: IO[str] | IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())

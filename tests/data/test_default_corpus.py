@@ -113,7 +113,7 @@ def test_other_documents_and_vocabularies_are_other_corpora(tmp_path: Path, sour
     assert corpora[0] == corpora[3], "the order of the documents is our own"
 
 
-@pytest.mark.parametrize("name", ["corpus.bin", "corpus.json", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["corpus.bin", "manifest.json", "tokenizer.model"])
 def test_a_damaged_corpus_is_prepared_again(
     tmp_path: Path, source: Path, prepared: DefaultCorpus, name: str
 ) -> None:

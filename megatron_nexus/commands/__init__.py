@@ -1,0 +1,1 @@
+"""The command lines of the tools: each module has a `main` that parses, calls the library and reports."""

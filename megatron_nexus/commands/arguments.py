@@ -1,0 +1,60 @@
+"""Arguments that several tools have, and the types of their values."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_nexus.data.input_files import ENDINGS
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """What text to read: --input, --json-keys, --txt-documents."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help=f"files, folders and globs of {ENDINGS}",
+    )
+    parser.add_argument(
+        "--json-keys",
+        default="text",
+        metavar="KEY",
+        help="field of JSON records and column of parquet files that holds the text (default: text)",
+    )
+    parser.add_argument(
+        "--txt-documents",
+        choices=("file", "line"),
+        default="file",
+        help="what a document is in .txt files (default: file)",
+    )
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A number above 0."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse calls an invalid value by it
+    return parse
+
+
+def count(text: str) -> int:
+    """A number that is not below 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def prefix(text: str) -> Path:
+    """The common part of the names of a corpus' files."""
+    if text.endswith("/") or not Path(text).name:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a folder: add a name, such as {text.rstrip('/')}/corpus"
+        )
+    return Path(text)

@@ -1,0 +1,92 @@
+"""The command `inspect_data.py`: what a tokenized corpus holds, and whether it is sound."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from megatron_nexus import log
+from megatron_nexus.commands.arguments import count, prefix
+from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.data.corpus_description import CorpusDescription, read_description
+from megatron_nexus.data.indexed_dataset import IndexedDataset
+from megatron_nexus.data.inspection import find_problems, length_histogram, sample_documents, sample_text
+from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_nexus.errors import DataError
+
+BAR_WIDTH = 50
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    run_tool(_run)
+
+
+def _run() -> None:
+    parser = argparse.ArgumentParser(
+        prog="inspect_data.py", description="Show and check a tokenized corpus.", allow_abbrev=False
+    )
+    parser.add_argument("prefix", type=prefix, help="of its .bin and .idx files")
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        metavar="PATH",
+        help="to decode samples and to check that it is the right one",
+    )
+    parser.add_argument("--samples", type=count, default=3, help="documents to decode (default: 3)")
+    parser.add_argument("--skip-checks", action="store_true", help="do not read all tokens")
+    given = parser.parse_args(sys.argv[1:])
+
+    log.configure(speaks=True)
+    dataset = IndexedDataset(given.prefix)
+    description = read_description(given.prefix)
+    tokenizer = open_tokenizer(given.tokenizer_model) if given.tokenizer_model else None
+    _show(dataset, description)
+    if tokenizer is not None:
+        _show_samples(dataset, tokenizer, given.samples)
+    if given.skip_checks:
+        return
+    with log.Progress("Reading all tokens"):
+        problems = find_problems(dataset, description, tokenizer)
+    if problems:
+        raise DataError("\n  ".join([f"{given.prefix} is not sound", *problems]))
+    log.logger.info("No problem found")
+
+
+def _show(dataset: IndexedDataset, description: CorpusDescription | None) -> None:
+    say = log.logger.info
+    lengths = dataset.document_lengths
+    say("documents        %s", f"{dataset.document_count:,}")
+    say("tokens           %s, stored as %s", f"{dataset.token_count:,}", dataset.dtype.name)
+    if description is None:
+        say("description      none: not written by preprocess_data.py")
+    else:
+        say("tokenizer        %s, %s ids", description.tokenizer, f"{description.vocab_size:,}")
+        say("bytes per token  %.2f", description.text_bytes / description.tokens)
+        say(
+            "left out         %s empty, %s malformed records",
+            f"{description.empty_documents:,}",
+            f"{sum(description.malformed.values()):,}",
+        )
+        for sample in description.malformed_samples:
+            say("                 %s", sample)
+    say(
+        "document length  mean %s, median %s, 99 %% below %s, longest %s tokens",
+        f"{lengths.mean():,.0f}",
+        f"{np.median(lengths):,.0f}",
+        f"{np.percentile(lengths, 99):,.0f}",
+        f"{lengths.max():,}",
+    )
+    bins = length_histogram(lengths)
+    most = max(entry.documents for entry in bins)
+    for entry in bins:
+        bar = "#" * round(BAR_WIDTH * entry.documents / most)
+        say("%12s ... %12s  %s %s", f"{entry.smallest:,}", f"{entry.largest:,}", bar, f"{entry.documents:,}")
+
+
+def _show_samples(dataset: IndexedDataset, tokenizer: Tokenizer, samples: int) -> None:
+    for document in sample_documents(dataset, samples):
+        text = sample_text(dataset, document, tokenizer)
+        log.logger.info("document %s begins %r", f"{document:,}", text)

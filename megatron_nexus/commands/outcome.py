@@ -1,0 +1,25 @@
+"""How a tool ends: a mistake of the user is one message and exit code 2, Ctrl-C is exit code 130."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError
+
+EXIT_CODE_INTERRUPTED = 130
+
+
+def run_tool(tool: Callable[[], None]) -> NoReturn:
+    """Run a tool and end the process."""
+    try:
+        tool()
+    except NexusError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(EXIT_CODE_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+        # Not sys.exit: it would wait for processes and threads whose work is no longer wanted.
+        os._exit(EXIT_CODE_INTERRUPTED)
+    sys.exit(0)

@@ -1,0 +1,95 @@
+"""The command `preprocess_data.py`: text files to a tokenized corpus."""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.commands.arguments import add_reading_arguments, positive, prefix
+from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.data.documents import Reading
+from megatron_nexus.data.preprocess import Preprocessing, preprocess
+from megatron_nexus.data.team import read_team
+from megatron_nexus.errors import NexusError
+
+EPILOG = """\
+Finished shards are kept in PREFIX.shards until the corpus is complete: after a kill run the same command
+again.
+On several machines: mpirun -n MACHINES (or one process a core) python tools/preprocess_data.py ...; all need
+the inputs, the tokenizer and the output folder under the same paths.
+"""
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    run_tool(_run)
+
+
+def _run() -> None:
+    job = _parse(sys.argv[1:])
+    team = read_team(os.environ)
+    log.configure(speaks=team.rank == 0)
+    try:
+        preprocess(job, team)
+    except NexusError:
+        raise
+    except BaseException as error:
+        if team.size > 1:
+            # Other ranks wait for messages of this one.
+            sys.stderr.write("".join(traceback.format_exception(error)))
+            team.abort()
+        raise
+
+
+def _parse(argv: list[str]) -> Preprocessing:
+    parser = argparse.ArgumentParser(
+        prog="preprocess_data.py",
+        description="Text files to a corpus: PREFIX.bin, PREFIX.idx (Megatron-LM's format), PREFIX.json.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_reading_arguments(parser)
+    parser.add_argument(
+        "--output-prefix", required=True, type=prefix, metavar="PREFIX", help="without ending"
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="SentencePiece .model, tokenizer.json or a folder with one",
+    )
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end every document with the tokenizer's end token, as the built-in corpus does (default: yes)",
+    )
+    parser.add_argument(
+        "--workers", type=positive(int), default=0, help="processes a rank (default: one a core)"
+    )
+    parser.add_argument("--strict", action="store_true", help="the first malformed record is an error")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
+    parser.add_argument(
+        "--log-interval",
+        type=positive(float),
+        default=5.0,
+        metavar="S",
+        help="seconds between progress lines",
+    )
+    given = parser.parse_args(argv)
+    return Preprocessing(
+        inputs=given.input,
+        output_prefix=given.output_prefix,
+        tokenizer_path=given.tokenizer_model,
+        reading=Reading(given.json_keys, given.txt_documents),
+        append_eod=given.append_eod,
+        strict=given.strict,
+        overwrite=given.overwrite,
+        workers=given.workers,
+        log_interval_s=given.log_interval,
+    )

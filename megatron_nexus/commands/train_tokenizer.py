@@ -1,0 +1,78 @@
+"""The command `train_tokenizer.py`: a lossless SentencePiece tokenizer for a corpus of text."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.commands.arguments import add_reading_arguments, positive
+from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.data.documents import Document, Reading, cut_into_spans, read_span
+from megatron_nexus.data.input_files import find_input_files
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
+from megatron_nexus.errors import ConfigError, DataError
+
+MEGABYTE = 1e6
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    run_tool(_run)
+
+
+def _run() -> None:
+    parser = argparse.ArgumentParser(
+        prog="train_tokenizer.py",
+        description="Train a byte-fallback BPE that gives every text back exactly, on a sample of the input.",
+        allow_abbrev=False,
+    )
+    add_reading_arguments(parser)
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="such as spm.model")
+    parser.add_argument("--vocab-size", type=positive(int), default=32_000, help="pieces (default: 32000)")
+    parser.add_argument(
+        "--sample-mb",
+        type=positive(int),
+        default=64,
+        metavar="MB",
+        help="text to train on, chosen by the documents' hashes (default: 64)",
+    )
+    parser.add_argument("--strict", action="store_true", help="the first malformed record is an error")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    given = parser.parse_args(sys.argv[1:])
+
+    log.configure(speaks=True)
+    output: Path = given.output
+    if output.exists() and not given.overwrite:
+        raise ConfigError([f"--output {output} exists: add --overwrite or choose another name"])
+    reading = Reading(given.json_keys, given.txt_documents)
+    spans = cut_into_spans(find_input_files(given.input), reading, sys.maxsize)
+    left_out: Counter[str] = Counter()
+
+    def documents() -> Iterator[str]:
+        for span in spans:
+            for record in read_span(span, reading):
+                if isinstance(record, Document):
+                    yield record.text
+                elif given.strict:
+                    raise DataError(f"{record.describe()}: mend it, or run without --strict to leave it out")
+                else:
+                    left_out[record.reason] += 1
+            progress.advance(span.size / MEGABYTE)
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with log.Progress(
+            "Reading and training", sum(span.size for span in spans) / MEGABYTE, "MB"
+        ) as progress:
+            train_sentencepiece_bpe(documents(), output, given.vocab_size, int(given.sample_mb * MEGABYTE))
+    except OSError as error:
+        raise ConfigError(
+            [f"--output {output} cannot be written ({error.strerror}): choose a name in another folder"]
+        ) from None
+    for reason, times in left_out.items():
+        log.logger.warning("%s records left out: %s", f"{times:,}", reason)
+    tokenizer = SentencePieceTokenizer(output)
+    log.logger.info("%s: %s pieces, sha256 %s", output, f"{tokenizer.vocab_size:,}", tokenizer.fingerprint)

@@ -1,0 +1,82 @@
+"""What is known of a tokenized corpus beyond its `.bin` and `.idx`: the `.json` beside them.
+
+Corpora of Megatron-LM have none; everything works without it, and with it a wrong tokenizer is refused.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from megatron_nexus.data.indexed_dataset import json_path
+from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusDescription:
+    """Where a corpus came from and what went in."""
+
+    tokenizer: str
+    """Name of the tokenizer's file."""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    """Of the tokenizer: every id is below it."""
+    eod_id: int
+    append_eod: bool
+    """Whether every document ends with `eod_id`."""
+    json_key: str
+    """Field of the JSON records, column of the parquet files."""
+    txt_documents: str
+    """What a document is in .txt files: "file" or "line"."""
+    input_files: int
+    input_bytes: int
+    """Of the input files as they are on the disk."""
+    documents: int
+    tokens: int
+    """End-of-document tokens included."""
+    text_bytes: int
+    """UTF-8 bytes of all documents."""
+    empty_documents: int
+    """Records without text, left out."""
+    malformed: dict[str, int]
+    """Records left out because they cannot be read, by what is wrong with them."""
+    malformed_samples: list[str]
+    """The first of them, each with its file and line."""
+
+    def to_json(self) -> str:
+        """The contents of the file."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_description(prefix: Path) -> CorpusDescription | None:
+    """The description of a corpus, None where it has none.
+
+    Raises:
+        DataError: the file is damaged or of another version.
+    """
+    file = json_path(prefix)
+    try:
+        return CorpusDescription(**json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{file} does not describe a corpus ({error}): remove it if it is not one of ours, or preprocess "
+            "the corpus again"
+        ) from None
+
+
+def check_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that a corpus was not written with; a corpus without description passes.
+
+    Raises:
+        DataError: the tokenizers differ, or the description is damaged.
+    """
+    description = read_description(prefix)
+    if description is not None and description.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{prefix} was written with the tokenizer {description.tokenizer} (sha256 "
+            f"{description.tokenizer_fingerprint[:12]}), not with {tokenizer.model_path} "
+            f"({tokenizer.fingerprint[:12]}): give that one with --tokenizer-model, or preprocess the text "
+            "again with this one"
+        )

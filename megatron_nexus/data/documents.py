@@ -1,0 +1,267 @@
+"""Documents of input files: how the files are cut into spans of work, and what the records of a span are.
+
+    .txt             one document a file, or one a line
+    .jsonl, .json    one record a line, the text in one of its fields
+    .parquet         one record a row, the text in one of its columns
+
+Uncompressed files of lines are cut anywhere: a line belongs to the span that its first byte is in. Parquet
+files are cut between row groups, compressed ones not at all.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Literal, NamedTuple
+
+from megatron_nexus.data.input_files import InputFile
+from megatron_nexus.errors import ConfigError, DataError
+
+LONGEST_RECORD_BYTES = 1 << 30
+"""Longer lines and files are no documents: lengths in the index are 32-bit, and workers hold a record."""
+
+EXCERPT_CHARACTERS = 80
+ROWS_PER_BATCH = 256
+COUNTING_BYTES = 1 << 24
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What in a file is a document."""
+
+    json_key: str
+    """Field of JSON records, column of parquet files."""
+    txt_documents: Literal["file", "line"]
+    """A .txt file is one document, or each of its lines is."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file that one worker reads in one go."""
+
+    file: InputFile
+    start: int
+    stop: int
+    """[start, stop): bytes, or row groups of a parquet file; everything of a compressed file."""
+    first_record: int
+    """Number of its first row in a parquet file, otherwise 0."""
+    size: int
+    """Its work, in bytes: on the disk, or for parquet those of the column before compression."""
+
+
+class Document(NamedTuple):
+    """A record's text."""
+
+    text: str
+    size: int
+    """Its UTF-8 bytes."""
+
+
+class Malformed(NamedTuple):
+    """A record that cannot be read."""
+
+    span: Span
+    number: int
+    """Its line or row in the span, from 0."""
+    reason: str
+    excerpt: str
+
+    def describe(self) -> str:
+        """File, line, reason and excerpt. Counts the lines before the span: seconds in a very large file."""
+        number = self.span.first_record + _lines_before(self.span) + self.number + 1
+        excerpt = f": {self.excerpt}" if self.excerpt else ""
+        return f"{self.span.file.path}:{number}: {self.reason}{excerpt}"
+
+
+def cut_into_spans(files: list[InputFile], reading: Reading, span_bytes: int) -> list[Span]:
+    """The files as spans of about `span_bytes` each, in order.
+
+    Raises:
+        ConfigError: files that cannot hold documents as they are: all of them are named.
+    """
+    problems: list[str] = []
+    spans: list[Span] = []
+    for file in files:
+        whole = Span(file, 0, file.size, 0, file.size)
+        if file.kind == "parquet":
+            try:
+                spans += _row_groups(file, reading.json_key, span_bytes)
+            except DataError as error:
+                problems.append(str(error))
+        elif file.kind == "txt" and reading.txt_documents == "file":
+            if file.size > LONGEST_RECORD_BYTES:
+                problems.append(
+                    f"--input {file.path} has {file.size:,} bytes, a document at most "
+                    f"{LONGEST_RECORD_BYTES:,}: use --txt-documents line, or split it"
+                )
+            spans.append(whole)
+        elif file.compression:
+            spans.append(whole)
+        else:
+            starts = range(0, file.size, span_bytes)
+            stops = [*starts[1:], file.size]
+            spans += [Span(file, a, b, 0, b - a) for a, b in zip(starts, stops, strict=True)]
+    if problems:
+        raise ConfigError(problems)
+    return spans
+
+
+def _row_groups(file: InputFile, column: str, span_bytes: int) -> list[Span]:
+    import pyarrow
+
+    with file.open_parquet() as table:
+        schema, metadata = table.schema_arrow, table.metadata
+        if column not in schema.names:
+            raise DataError(
+                f"{file.path} has no column {column!r}, only {', '.join(schema.names)}: name the column of "
+                "the text with --json-keys"
+            )
+        kind = schema.field(column).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(
+                f"{file.path}: the column {column!r} is of type {kind}, not string: name the column of the "
+                "text with --json-keys"
+            )
+        place = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(column)
+        spans: list[Span] = []
+        first_group = first_row = rows = size = 0
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            rows, size = rows + group.num_rows, size + group.column(place).total_uncompressed_size
+            if size >= span_bytes or index == metadata.num_row_groups - 1:
+                spans.append(Span(file, first_group, index + 1, first_row, size))
+                first_group, first_row, rows, size = index + 1, first_row + rows, 0, 0
+    return spans
+
+
+def read_span(span: Span, reading: Reading) -> Iterator[Document | Malformed]:
+    """The records of a span, in order; blank lines are empty documents.
+
+    Raises:
+        DataError: the file cannot be read, is damaged or has changed since it was found.
+    """
+    file = span.file
+    try:
+        if file.kind == "parquet":
+            yield from _rows(span, reading.json_key)
+        else:
+            with file.open() as stream:
+                if file.kind == "txt" and reading.txt_documents == "file":
+                    yield _whole(span, stream)
+                else:
+                    yield from _lines(span, stream, reading)
+        changed = file.has_changed()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{file.path} cannot be read to its end ({error}): it is damaged or incomplete, copy it again"
+        ) from None
+    if changed:
+        raise DataError(f"{file.path} was changed while it was read: run again when it is complete")
+
+
+def _whole(span: Span, stream: BinaryIO) -> Document | Malformed:
+    raw = stream.read(LONGEST_RECORD_BYTES + 1)
+    if len(raw) > LONGEST_RECORD_BYTES:
+        return Malformed(span, 0, "longer than 1 GiB", "")
+    return _text(raw.removeprefix(BYTE_ORDER_MARK), span, 0)
+
+
+def _lines(span: Span, stream: BinaryIO, reading: Reading) -> Iterator[Document | Malformed]:
+    position = span.start
+    if span.start:
+        # The line that begins before the span is its neighbour's, all of it; none does behind a line break.
+        stream.seek(span.start - 1)
+        position += _skip_line(stream) - 1
+    number = 0
+    while span.file.compression or position < span.stop:
+        line = stream.readline(LONGEST_RECORD_BYTES)
+        if not line:
+            return
+        position += len(line)
+        if len(line) == LONGEST_RECORD_BYTES and not line.endswith(b"\n"):
+            position += _skip_line(stream)
+            yield Malformed(span, number, "longer than 1 GiB", "")
+        else:
+            if position == len(line):
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            if reading.txt_documents == "line" and span.file.kind == "txt":
+                yield _text(line.removesuffix(b"\n").removesuffix(b"\r"), span, number)
+            else:
+                yield _field(line, reading.json_key, span, number)
+        number += 1
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read past the next line break; the bytes that were read."""
+    skipped = 0
+    while part := stream.readline(COUNTING_BYTES):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _field(line: bytes, key: str, span: Span, number: int) -> Document | Malformed:
+    """The text in a line of JSON."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Malformed(span, number, "not UTF-8", _excerpt(line))
+    except (ValueError, RecursionError):
+        if not line.strip():
+            return Document("", 0)
+        return Malformed(span, number, "not JSON", _excerpt(line))
+    if not isinstance(record, dict):
+        return Malformed(span, number, "no JSON object", _excerpt(line))
+    if key not in record:
+        return Malformed(span, number, f"no key {key!r}", f"keys {', '.join(map(repr, record))}"[:200])
+    text = record[key]
+    if not isinstance(text, str):
+        return Malformed(span, number, f"{key!r} is no string", _excerpt(line))
+    try:
+        return Document(text, len(text.encode()))
+    except UnicodeEncodeError:
+        return Malformed(span, number, "lone surrogate", _excerpt(line))
+
+
+def _rows(span: Span, column: str) -> Iterator[Document | Malformed]:
+    import pyarrow
+
+    number = 0
+    with span.file.open_parquet() as table:
+        batches = table.iter_batches(
+            ROWS_PER_BATCH, row_groups=range(span.start, span.stop), columns=[column], use_threads=False
+        )
+        try:
+            for batch in batches:
+                # As bytes: one text that is not UTF-8 must not cost the others.
+                for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    yield Malformed(span, number, "null", "") if raw is None else _text(raw, span, number)
+                    number += 1
+        except pyarrow.ArrowException as error:
+            raise OSError(str(error)) from None
+
+
+def _text(raw: bytes, span: Span, number: int) -> Document | Malformed:
+    try:
+        return Document(raw.decode(), len(raw))
+    except UnicodeDecodeError:
+        return Malformed(span, number, "not UTF-8", _excerpt(raw))
+
+
+def _excerpt(raw: bytes) -> str:
+    text = raw[: EXCERPT_CHARACTERS * 4].decode(errors="backslashreplace").strip()
+    return repr(text if len(text) <= EXCERPT_CHARACTERS else f"{text[:EXCERPT_CHARACTERS]} ...")
+
+
+def _lines_before(span: Span) -> int:
+    """Line breaks in the file before the span's first own line."""
+    if span.file.kind == "parquet" or span.start == 0:
+        return 0
+    count, left = 0, span.start - 1
+    with span.file.open() as stream:
+        while left and (block := stream.read(min(left, COUNTING_BYTES))):
+            count, left = count + block.count(b"\n"), left - len(block)
+        # The line around the start is the neighbour's.
+        return count + (1 if _skip_line(stream) else 0)

@@ -1,0 +1,111 @@
+"""Inspection of a tokenized corpus: its documents' lengths, and whether its files hold what they promise."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nexus.data.corpus_description import CorpusDescription
+from megatron_nexus.data.indexed_dataset import IndexedDataset
+from megatron_nexus.data.tokenizer import Tokenizer
+
+BLOCK_TOKENS = 1 << 24
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Documents of `smallest` to `largest` tokens."""
+
+    smallest: int
+    largest: int
+    documents: int
+
+
+def length_histogram(lengths: npt.NDArray[np.int64]) -> list[Bin]:
+    """How many documents, [D], have 0, 1, 2 to 3, 4 to 7, ... tokens, from the shortest to the longest."""
+    exponents = np.zeros(len(lengths), dtype=np.int64)  # bits of the length: 0, 1, 2, 2, 3, 3, 3, 3, 4 ...
+    positive = lengths > 0
+    exponents[positive] = np.frexp(lengths[positive])[1]
+    counts = np.bincount(exponents)
+    first = int(exponents.min())
+    return [
+        Bin((1 << bits) // 2, max(0, (1 << bits) - 1), int(counts[bits]))
+        for bits in range(first, len(counts))
+    ]
+
+
+def sample_documents(dataset: IndexedDataset, count: int) -> list[int]:
+    """Documents spread evenly over a corpus, at most `count`."""
+    total = dataset.document_count
+    return (
+        [(2 * index + 1) * total // (2 * count) for index in range(count)]
+        if count < total
+        else [*range(total)]
+    )
+
+
+def sample_text(dataset: IndexedDataset, document: int, tokenizer: Tokenizer) -> str:
+    """How a document begins, decoded."""
+    start, stop = dataset.document_start(document), dataset.document_start(document + 1)
+    return tokenizer.decode(dataset.tokens(start, min(stop, start + SAMPLE_TOKENS)).tolist())
+
+
+def find_problems(
+    dataset: IndexedDataset, description: CorpusDescription | None, tokenizer: Tokenizer | None
+) -> list[str]:
+    """What is wrong with a corpus, after reading all of it: in 17M-token blocks, and 8 bytes a document.
+
+    Checked are the ids against the vocabulary, the ends of the documents against the end token, and counts
+    and tokenizer against the description; what is not known (no description, no tokenizer) is not checked.
+    """
+    problems: list[str] = []
+    lengths = dataset.document_lengths
+    if (lengths < 0).any():
+        document = int(np.flatnonzero(lengths < 0)[0])
+        return [f"document {document} has a negative length: the index is damaged; preprocess the text again"]
+    known = description or tokenizer
+    vocab_size = min(
+        [source.vocab_size for source in (description, tokenizer) if source], default=np.iinfo(np.int64).max
+    )
+    foreign = 0
+    for first in range(0, dataset.token_count, BLOCK_TOKENS):
+        ids = dataset.tokens(first, min(first + BLOCK_TOKENS, dataset.token_count))
+        if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+            foreign += int(((ids >= vocab_size) | (ids < 0)).sum())
+    if foreign:
+        problems.append(
+            f"{foreign:,} ids are not below the vocabulary size {vocab_size:,}: the corpus was written with "
+            "another tokenizer"
+        )
+    if description is not None:
+        for what, promised, found in (
+            ("documents", description.documents, dataset.document_count),
+            ("tokens", description.tokens, dataset.token_count),
+        ):
+            if promised != found:
+                problems.append(
+                    f"the .json promises {promised:,} {what}, the index has {found:,}: the files do not "
+                    "belong together; copy all three again"
+                )
+        if tokenizer is not None and tokenizer.fingerprint != description.tokenizer_fingerprint:
+            problems.append(
+                f"the corpus was written with another tokenizer ({description.tokenizer}) than "
+                f"{tokenizer.model_path}: give that one"
+            )
+    if known is not None and (description is None or description.append_eod):
+        missing = _documents_without_end(dataset, lengths, known.eod_id)
+        if missing:
+            problems.append(
+                f"{missing:,} documents do not end with the end token {known.eod_id}: preprocess the text "
+                "again with --append-eod, if the model is to learn where documents end"
+            )
+    return problems
+
+
+def _documents_without_end(dataset: IndexedDataset, lengths: npt.NDArray[np.int64], eod_id: int) -> int:
+    ends = np.cumsum(lengths)[lengths > 0] - 1
+    stream, missing = dataset.tokens(0, dataset.token_count), 0
+    for first in range(0, len(ends), BLOCK_TOKENS):
+        missing += int((stream[ends[first : first + BLOCK_TOKENS]] != eod_id).sum())
+    return missing

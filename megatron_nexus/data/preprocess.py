@@ -1,0 +1,358 @@
+"""Preprocessing: text files become a tokenized corpus.
+
+    find the input files -> cut them into shards -> tokenize those that no earlier run has finished -> merge
+
+The corpus does not depend on how it was made: documents stand in the order of the inputs, and workers, ranks,
+shards and restarts change no byte. Shards are kept in `<prefix>.shards` until the corpus is complete.
+"""
+
+import fcntl
+import heapq
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nexus.data.corpus_description import CorpusDescription
+from megatron_nexus.data.documents import Reading, cut_into_spans
+from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, token_dtype
+from megatron_nexus.data.input_files import InputFile, find_input_files
+from megatron_nexus.data.shards import (
+    Counts,
+    Shard,
+    Tokenizing,
+    finished_counts,
+    make_shards,
+    shard_prefix,
+    tokenize_shards,
+)
+from megatron_nexus.data.team import Team, wait_for_message
+from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_nexus.errors import ConfigError, DataError, NexusError
+from megatron_nexus.log import Progress, logger
+
+MEGABYTE = 1e6
+SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 1 << 22, 1 << 28
+SHARDS_OF_LARGE_CORPORA = 1 << 14
+"""Enough for every core of a large cluster, few enough for a parallel file system."""
+
+REPORTED = 10
+"""Malformed records that are shown."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What to make of what."""
+
+    inputs: list[str]
+    """Files, folders and globs."""
+    output_prefix: Path
+    tokenizer_path: Path
+    reading: Reading
+    append_eod: bool = True
+    strict: bool = False
+    overwrite: bool = False
+    workers: int = 0
+    """Processes of each rank; 0: one a core."""
+    log_interval_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Rank 0 to another, first of all: what it has to tokenize."""
+
+    shards: dict[int, Shard]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A rank to rank 0: it cannot go on. Rank 0 to all: nobody should."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A rank to rank 0: its share is finished. Rank 0 to all: the corpus is."""
+
+
+def preprocess(job: Preprocessing, team: Team) -> CorpusDescription | None:
+    """Write the corpus of `job`; to be called by all ranks of `team`.
+
+    Returns the corpus' description on rank 0, which also raises for all; other ranks return None.
+
+    Raises:
+        ConfigError: inputs, output and options that cannot work: all problems at once.
+        DataError: damaged inputs, malformed records under `strict`, no documents, a full disk; finished
+            shards stay for the next run.
+    """
+    if team.rank > 0:
+        _follow(job, team)
+        return None
+    others = range(1, team.size)
+    try:
+        description = _lead(job, team)
+    except NexusError as error:
+        for rank in others:
+            team.send(rank, _Failure(str(error)))
+        raise
+    for rank in others:
+        team.send(rank, _Done())
+    return description
+
+
+def _follow(job: Preprocessing, team: Team) -> None:
+    """Tokenize the share that rank 0 sends, and tell it of every finished shard."""
+    share = wait_for_message(team)
+    if not isinstance(share, _Share):
+        return
+    try:
+        for finished in tokenize_shards(share.shards, _tokenizing(job), job.workers or team.cores):
+            if finished is not None:
+                team.send(0, finished)
+            if any(isinstance(message, _Failure) for message in team.received()):
+                return
+        team.send(0, _Done())
+    except NexusError as error:
+        team.send(0, _Failure(f"rank {team.rank}: {error}"))
+    # Leaving earlier could make mpirun end rank 0 before it has said what happened.
+    wait_for_message(team)
+
+
+def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
+    """Share the work out, do a part of it, and merge."""
+    tokenizer, files, shards = _plan(job)
+    tokenizing = _tokenizing(job)
+    dtype = token_dtype(tokenizer.vocab_size)
+    began = time.monotonic()
+    with _locked(tokenizing.folder):
+        for stale in tokenizing.folder.glob("*.partial"):
+            stale.unlink()
+        prefixes = [shard_prefix(shard, tokenizing, tokenizer) for shard in shards]
+        earlier = {number: finished_counts(prefix, dtype.itemsize) for number, prefix in enumerate(prefixes)}
+        counts = {
+            number: count
+            for number, count in earlier.items()
+            # Under --strict the malformed record is the error: find its line again.
+            if count is not None and not (job.strict and count.malformed)
+        }
+        missing = {number: shard for number, shard in enumerate(shards) if number not in counts}
+        logger.info(
+            "%s files, %s MB: %s shards%s; %s ranks, %s workers on this one",
+            f"{len(files):,}",
+            f"{sum(file.size for file in files) / MEGABYTE:,.1f}",
+            f"{len(shards):,}",
+            f", {len(counts):,} of them finished by an earlier run" if counts else "",
+            team.size,
+            job.workers or team.cores,
+        )
+        counts |= _tokenize(missing, tokenizing, team, job)
+        ordered = [counts[number] for number in range(len(shards))]
+        total, samples = _sum(ordered), _samples(shards, ordered)
+        if not total.documents:
+            shutil.rmtree(tokenizing.folder)
+            raise DataError(
+                "the inputs hold no document:\n"
+                + "\n".join([f"  {total.empty:,} records without text", *_report_malformed(total, samples)])
+                + "\nsay where the text is with --json-keys or --txt-documents"
+            )
+        description = _describe(job, tokenizer, files, total, samples)
+        _merge(job.output_prefix, dtype, list(zip(prefixes, ordered, strict=True)), description)
+        shutil.rmtree(tokenizing.folder)
+    for line in _report_malformed(total, samples):
+        logger.warning("%s", line)
+    logger.info(
+        "%s: %s documents, %s tokens, %.2f bytes per token, %s empty records left out; %.1f s",
+        job.output_prefix,
+        f"{total.documents:,}",
+        f"{total.tokens:,}",
+        total.text_bytes / total.tokens,
+        f"{total.empty:,}",
+        time.monotonic() - began,
+    )
+    return description
+
+
+def _merge(
+    output_prefix: Path,
+    dtype: np.dtype,
+    shards: list[tuple[Path, Counts]],
+    description: CorpusDescription,
+) -> None:
+    """Put the shards one behind the other, in this order."""
+    try:
+        with (
+            Progress(f"Merging into {output_prefix}", description.tokens / 1e6, "M tokens") as progress,
+            IndexedDatasetWriter(output_prefix, dtype) as writer,
+        ):
+            for prefix, counts in shards:
+                if counts.documents:
+                    writer.append(prefix)
+                    progress.advance(counts.tokens / 1e6)
+            writer.description = description.to_json()
+    except OSError as error:
+        raise DataError(
+            f"{output_prefix} cannot be written ({error.strerror or error}): free some space; all shards are "
+            "kept, so run the same command again"
+        ) from None
+
+
+def _plan(job: Preprocessing) -> tuple[Tokenizer, list[InputFile], list[Shard]]:
+    """What to do, or all that stands against it."""
+    problems: list[str] = []
+    files: list[InputFile] = []
+    shards: list[Shard] = []
+    try:
+        files = find_input_files(job.inputs)
+        shard_bytes = _shard_bytes(sum(file.size for file in files))
+        shards = make_shards(cut_into_spans(files, job.reading, shard_bytes), shard_bytes)
+    except ConfigError as error:
+        problems += error.problems
+    existing = [path for path in (bin_path(job.output_prefix), idx_path(job.output_prefix)) if path.exists()]
+    if existing and not job.overwrite:
+        names = " and ".join(map(str, existing))
+        problems.append(
+            f"--output-prefix {job.output_prefix}: {names} exist: add --overwrite or choose another prefix"
+        )
+    try:
+        tokenizer = open_tokenizer(job.tokenizer_path)
+    except DataError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    return tokenizer, files, shards
+
+
+def _shard_bytes(total_bytes: int) -> int:
+    """A power of two, so that a few more inputs do not cut all files anew."""
+    wanted = 1 << max(0, total_bytes // SHARDS_OF_LARGE_CORPORA).bit_length()
+    return min(max(wanted, SMALLEST_SHARD_BYTES), LARGEST_SHARD_BYTES)
+
+
+def _tokenizing(job: Preprocessing) -> Tokenizing:
+    folder = job.output_prefix.with_name(f"{job.output_prefix.name}.shards")
+    return Tokenizing(folder, job.tokenizer_path, job.reading, job.append_eod, job.strict)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the work folder; the system lets go of it when this process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
+    except OSError as error:
+        raise ConfigError(
+            [f"{folder} cannot be written ({error.strerror}): choose an --output-prefix in another folder"]
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                [f"another process is writing {folder}: wait for it, or choose another --output-prefix"]
+            ) from None
+        yield
+
+
+def _tokenize(
+    shards: dict[int, Shard], tokenizing: Tokenizing, team: Team, job: Preprocessing
+) -> dict[int, Counts]:
+    """Tokenize shards by all ranks; the counts of each."""
+    shares = _shared_out(shards, team.size)
+    for rank in range(1, team.size):
+        team.send(rank, _Share(shares[rank]))
+    counts: dict[int, Counts] = {}
+    working = team.size - 1
+    total = sum(shard.size for shard in shards.values()) / MEGABYTE
+
+    with Progress("Tokenizing", total, "MB", job.log_interval_s) as progress:
+
+        def take(message: object) -> None:
+            nonlocal working
+            if isinstance(message, _Failure):
+                raise DataError(message.message)
+            if isinstance(message, _Done):
+                working -= 1
+                return
+            assert isinstance(message, tuple), message
+            number, counted = message
+            counts[number] = counted
+            progress.advance(shards[number].size / MEGABYTE)
+
+        for finished in tokenize_shards(shares[0], tokenizing, job.workers or team.cores):
+            if finished is not None:
+                take(finished)
+            for message in team.received():
+                take(message)
+        while working:
+            take(wait_for_message(team))
+    return counts
+
+
+def _shared_out(shards: dict[int, Shard], ranks: int) -> list[dict[int, Shard]]:
+    """The shards of each rank, about equal in size: the largest first, each to whoever has least."""
+    shares: list[dict[int, Shard]] = [{} for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for number, shard in sorted(shards.items(), key=lambda item: -item[1].size):
+        load, rank = loads[0]
+        shares[rank][number] = shard
+        heapq.heapreplace(loads, (load + shard.size, rank))
+    return shares
+
+
+def _sum(counts: list[Counts]) -> Counts:
+    malformed: Counter[str] = Counter()
+    for count in counts:
+        malformed.update(count.malformed)
+    return Counts(
+        documents=sum(count.documents for count in counts),
+        tokens=sum(count.tokens for count in counts),
+        text_bytes=sum(count.text_bytes for count in counts),
+        empty=sum(count.empty for count in counts),
+        malformed=dict(malformed.most_common()),
+    )
+
+
+def _samples(shards: list[Shard], counts: list[Counts]) -> list[str]:
+    pairs = zip(shards, counts, strict=True)
+    records = (record for shard, count in pairs for record in count.sampled(shard))
+    return [record.describe() for record in islice(records, REPORTED)]
+
+
+def _report_malformed(total: Counts, samples: list[str]) -> list[str]:
+    """Lines that say how many records were left out and why, and show the first."""
+    if not total.malformed:
+        return []
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in total.malformed.items())
+    left_out = sum(total.malformed.values())
+    lines = [f"  {left_out:,} malformed record{'s' if left_out > 1 else ''} left out: {reasons}"]
+    lines += [f"    {sample}" for sample in samples]
+    return [*lines, "    ..."] if left_out > len(samples) else lines
+
+
+def _describe(
+    job: Preprocessing, tokenizer: Tokenizer, files: list[InputFile], total: Counts, samples: list[str]
+) -> CorpusDescription:
+    return CorpusDescription(
+        tokenizer=tokenizer.model_path.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        append_eod=job.append_eod,
+        json_key=job.reading.json_key,
+        txt_documents=job.reading.txt_documents,
+        input_files=len(files),
+        input_bytes=sum(file.size for file in files),
+        documents=total.documents,
+        tokens=total.tokens,
+        text_bytes=total.text_bytes,
+        empty_documents=total.empty,
+        malformed=total.malformed,
+        malformed_samples=samples,
+    )

@@ -1,0 +1,253 @@
+"""Shards: the unit in which documents are tokenized, kept over a restart and merged.
+
+A finished shard is a `.bin` / `.idx` pair with its counts beside it, named after everything that decides its
+contents: inputs, their sizes and dates, tokenizer, options. The `.idx` appears last, so a shard is finished
+or absent, and a run finds those of an earlier one that it can use by their names alone.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_process
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nexus.data.documents import Document, Malformed, Reading, Span, read_span
+from megatron_nexus.data.indexed_dataset import (
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    index_bytes,
+    json_path,
+    token_dtype,
+)
+from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_nexus.errors import DataError
+
+FORMAT_VERSION = 1
+"""Part of the names: raise it when the same inputs would give other shards."""
+
+SAMPLES = 10
+"""Malformed records kept of each shard."""
+
+BATCH_BYTES = 1 << 18
+"""Text that is tokenized and written at a time."""
+
+PATIENCE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Neighbouring spans, tokenized as one."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def size(self) -> int:
+        """Its work, in the bytes of its spans."""
+        return sum(span.size for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """How documents become tokens; the same on all ranks."""
+
+    folder: Path
+    """Where shards are kept."""
+    tokenizer_path: Path
+    reading: Reading
+    append_eod: bool
+    strict: bool
+    """The first malformed record is an error."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What went into a shard."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    empty: int = 0
+    malformed: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Records by what is wrong with them."""
+    samples: list[tuple[int, int, str, str]] = dataclasses.field(default_factory=list)
+    """The first malformed records: span, number, reason, excerpt."""
+
+    def sampled(self, shard: Shard) -> list[Malformed]:
+        """The samples as records of `shard`."""
+        return [Malformed(shard.spans[span], *rest) for span, *rest in self.samples]  # type: ignore[arg-type]
+
+
+def make_shards(spans: list[Span], shard_bytes: int) -> list[Shard]:
+    """Put neighbouring spans together until they have `shard_bytes`."""
+    shards: list[Shard] = []
+    waiting: list[Span] = []
+    for span in spans:
+        if waiting and sum(earlier.size for earlier in waiting) + span.size > shard_bytes:
+            shards.append(Shard(tuple(waiting)))
+            waiting = []
+        waiting.append(span)
+    return [*shards, Shard(tuple(waiting))] if waiting else shards
+
+
+def shard_prefix(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -> Path:
+    """Where a shard is kept."""
+    facts = (
+        FORMAT_VERSION,
+        tokenizer.fingerprint,
+        tokenizing.append_eod,
+        dataclasses.astuple(tokenizing.reading),
+        [
+            (str(span.file.path.resolve()), span.file.size, span.file.modified_ns, span.start, span.stop)
+            for span in shard.spans
+        ],
+    )
+    return tokenizing.folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def finished_counts(prefix: Path, itemsize: int) -> Counts | None:
+    """The counts of a shard that is finished and whole; tokens take `itemsize` bytes."""
+    try:
+        sizes = idx_path(prefix).stat().st_size, bin_path(prefix).stat().st_size
+        counts = Counts(**json.loads(json_path(prefix).read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    whole = (index_bytes(counts.documents, counts.documents + 1), counts.tokens * itemsize)
+    return counts if sizes == whole else None
+
+
+def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -> Counts:
+    """Tokenize a shard and keep it.
+
+    Raises:
+        DataError: a file cannot be read, or under `strict` a malformed record.
+        OSError: the shard cannot be written.
+    """
+    documents = tokens = text_bytes = empty = 0
+    malformed: Counter[str] = Counter()
+    samples: list[tuple[int, int, str, str]] = []
+    eod = np.array([tokenizer.eod_id], dtype=np.int32)
+    batch: list[str] = []
+    batch_bytes = 0
+    prefix = shard_prefix(shard, tokenizing, tokenizer)
+
+    with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
+
+        def write() -> int:
+            parts: list[npt.NDArray[np.int32]] = tokenizer.encode_documents(batch, threads=1)
+            lengths = [len(ids) for ids in parts]
+            if tokenizing.append_eod:
+                parts = [part for ids in parts for part in (ids, eod)]
+                lengths = [length + 1 for length in lengths]
+            writer.add_documents(np.concatenate(parts), lengths)
+            batch.clear()
+            return sum(lengths)
+
+        for place, span in enumerate(shard.spans):
+            for record in read_span(span, tokenizing.reading):
+                if isinstance(record, Document):
+                    if not record.size:
+                        empty += 1
+                        continue
+                    documents, text_bytes = documents + 1, text_bytes + record.size
+                    batch.append(record.text)
+                    batch_bytes += record.size
+                    if batch_bytes >= BATCH_BYTES:
+                        tokens += write()
+                        batch_bytes = 0
+                    continue
+                if tokenizing.strict:
+                    raise DataError(
+                        f"{record.describe()}: mend or remove the record, or leave it out by running "
+                        "without --strict"
+                    )
+                malformed[record.reason] += 1
+                if len(samples) < SAMPLES:
+                    samples.append((place, record.number, record.reason, record.excerpt))
+        if batch:
+            tokens += write()
+        counts = Counts(documents, tokens, text_bytes, empty, dict(malformed), samples)
+        writer.description = json.dumps(dataclasses.asdict(counts))
+    return counts
+
+
+def tokenize_shards(
+    shards: dict[int, Shard], tokenizing: Tokenizing, workers: int
+) -> Iterator[tuple[int, Counts] | None]:
+    """Tokenize shards by `workers` processes and yield each one's number and counts as it is finished.
+
+    Yields None when nothing was finished for half a second. A worker ends with its parent, even by SIGKILL.
+
+    Raises:
+        DataError: as `tokenize_shard`, or a worker died. Shards that others have begun are lost.
+    """
+    if not shards:
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(shards)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+    )
+    try:
+        numbers = {pool.submit(_tokenize, shard, tokenizing): number for number, shard in shards.items()}
+        pending = set(numbers)
+        while pending:
+            finished, pending = wait(pending, PATIENCE_S, FIRST_COMPLETED)
+            for future in finished:
+                yield numbers[future], future.result()
+            if not finished:
+                yield None
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, most likely because memory ran out: give fewer --workers; what is "
+            "finished is kept, so run the same command again"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{tokenizing.folder} cannot be written ({error.strerror or error}): free some space or choose "
+            "another --output-prefix; what is finished is kept, so run the same command again"
+        ) from None
+    finally:
+        # After an error nobody reads what the others would answer: they are not waited for.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _tokenize(shard: Shard, tokenizing: Tokenizing) -> Counts:
+    return tokenize_shard(shard, tokenizing, _opened(tokenizing.tokenizer_path))
+
+
+@functools.cache
+def _opened(path: Path) -> Tokenizer:
+    """The tokenizer of this process."""
+    return open_tokenizer(path)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is started by multiprocessing"
+    with contextlib.suppress(OSError):
+        wait_for_process([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,195 @@
+"""Every record of every kind of file is read once, wherever it is cut, and bad ones say where they are."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from megatron_nexus.data.documents import Document, Malformed, Reading, cut_into_spans, read_span
+from megatron_nexus.data.input_files import find_input_files
+from megatron_nexus.errors import ConfigError, DataError
+
+RECORD = Reading(json_key="text", txt_documents="file")
+LINE = Reading(json_key="text", txt_documents="line")
+TEXTS = ["first", "", "zwei \u00fc\u4e2d", "three\nlines\r\n", "x" * 300, " blanks\t ", "\ufefflast"]
+
+
+def read(path: Path, reading: Reading = RECORD, span_bytes: int = 1 << 20) -> list[str]:
+    """All records: texts, and what malformed ones say of themselves."""
+    found = []
+    for span in cut_into_spans(find_input_files([str(path)]), reading, span_bytes):
+        for record in read_span(span, reading):
+            if isinstance(record, Document):
+                assert record.size == len(record.text.encode())
+                found.append(record.text)
+            else:
+                assert isinstance(record, Malformed)
+                found.append(record.describe())
+    return found
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+def write(path: Path, raw: bytes) -> Path:
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("span_bytes", [*range(1, 60), 1000])
+def test_lines_are_read_once_wherever_the_file_is_cut(tmp_path: Path, span_bytes: int) -> None:
+    assert read(write(tmp_path / "a.jsonl", json_lines(TEXTS)), RECORD, span_bytes) == TEXTS
+    lines = [text.replace("\n", " ").replace("\r", " ") for text in TEXTS]
+    for end in ("\n", "\r\n"):
+        for last in ("", end):
+            raw = (end.join(lines) + last).encode()
+            assert read(write(tmp_path / "a.txt", raw), LINE, span_bytes) == lines
+
+
+def test_a_malformed_line_says_its_number_wherever_the_file_is_cut(tmp_path: Path) -> None:
+    lines = json_lines(TEXTS).splitlines(keepends=True)
+    file = write(tmp_path / "a.jsonl", b"".join([*lines[:5], b"{oops\n", *lines[5:]]))
+    expected = [*TEXTS[:5], f"{file}:6: not JSON: '{{oops'", *TEXTS[5:]]
+    for span_bytes in range(1, 400, 7):
+        assert read(file, RECORD, span_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"\xff\xfe", "not UTF-8"),
+        (b"{oops", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b'["text"]', "no JSON object"),
+        (b'{"Text": "a"}', "no key 'text': keys 'Text'"),
+        (b'{"text": null}', "'text' is no string"),
+        (b'{"text": "\\ud83d"}', "lone surrogate"),
+    ],
+)
+def test_malformed_lines_cost_nothing_but_themselves(tmp_path: Path, line: bytes, reason: str) -> None:
+    file = write(tmp_path / "a.jsonl", json_lines(["before"]) + line + b"\n" + json_lines(["after"]))
+    before, malformed, after = read(file)
+    assert (before, after) == ("before", "after")
+    assert malformed.startswith(f"{file}:2: {reason}")
+    assert len(malformed) < 600
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_compressed_files(tmp_path: Path, ending: str) -> None:
+    press = {".gz": gzip.compress, ".zst": zstandard.compress}[ending]
+    lines = json_lines(TEXTS * 50).splitlines(keepends=True)
+    # Two members, as `cat` and parallel compressors leave them.
+    raw = press(b"".join(lines[:9])) + press(b"".join(lines[9:]))
+    assert read(write(tmp_path / f"a.jsonl{ending}", raw), RECORD, 100) == TEXTS * 50
+    assert read(write(tmp_path / f"a.txt{ending}", press(b"a\nb"))) == ["a\nb"]
+    for damaged in (raw[:-9], raw[:40] + bytes(20) + raw[60:], b"plain text"):
+        with pytest.raises(DataError, match=f"a.jsonl{ending} cannot be read to its end"):
+            read(write(tmp_path / f"a.jsonl{ending}", damaged))
+
+
+@pytest.mark.parametrize("span_bytes", [1, 200, 1 << 20])
+def test_parquet(tmp_path: Path, span_bytes: int) -> None:
+    texts = [*TEXTS, None, *TEXTS]
+    table = pa.table({"id": [*range(15)], "text": pa.array(texts, pa.large_string())})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    assert read(tmp_path / "a.parquet", RECORD, span_bytes) == [
+        *TEXTS,
+        f"{tmp_path / 'a.parquet'}:8: null",
+        *TEXTS,
+    ]
+
+
+def test_a_parquet_text_that_is_not_utf8_costs_nothing_but_itself(tmp_path: Path) -> None:
+    raw = pa.array([b"before", b"\xff", b"after"], pa.binary())
+    column = pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [
+        "before",
+        rf"{tmp_path / 'a.parquet'}:2: not UTF-8: '\\xff'",
+        "after",
+    ]
+
+
+def test_parquet_files_that_cannot_be_used_are_all_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "b.parquet")
+    write(tmp_path / "c.parquet", b"PAR1 no parquet PAR1")
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        f"{tmp_path / 'a.parquet'} has no column 'text', only content",
+        f"{tmp_path / 'b.parquet'}",
+        caught.value.problems[2].split(":")[0],
+    ]
+    assert "c.parquet is no parquet file" in caught.value.problems[2]
+    pq.write_table(pa.table({"text": ["a" * 5000] * 50}), tmp_path / "d.parquet", compression="none")
+    raw = bytearray((tmp_path / "d.parquet").read_bytes())
+    raw[10:40] = bytes(30)
+    write(tmp_path / "d.parquet", bytes(raw))
+    with pytest.raises(DataError, match=r"d\.parquet cannot be read to its end"):
+        read(tmp_path / "d.parquet")
+
+
+def test_text_files_and_byte_order_marks(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "\ufeffone\r\n\ntwo\n".encode())
+    assert read(file) == ["one\r\n\ntwo\n"]
+    assert read(file, LINE) == ["one", "", "two"]
+    assert read(write(tmp_path / "b.jsonl", b"\xef\xbb\xbf" + json_lines(["one"]))) == ["one"]
+    assert read(write(tmp_path / "c.txt", b"a\xff")) == [rf"{tmp_path / 'c.txt'}:1: not UTF-8: 'a\\xff'"]
+
+
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", json_lines(TEXTS))
+    records = read_span(cut_into_spans(find_input_files([str(file)]), RECORD, 1 << 20)[0], RECORD)
+    next(records)
+    write(file, json_lines([*TEXTS, "more"]))
+    with pytest.raises(DataError, match="was changed while it was read"):
+        list(records)
+
+
+def test_files_folders_and_globs(tmp_path: Path) -> None:
+    for name in (
+        "b/z.txt",
+        "b/a.txt.gz",
+        "b/.hidden/x.txt",
+        "b/readme.md",
+        "c1.json",
+        "c0.jsonl",
+        "d.parquet",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, b"x")
+    found = find_input_files([str(tmp_path / name) for name in ("d.parquet", "b", "c*")])
+    assert [str(file.path.relative_to(tmp_path)) for file in found] == [
+        "d.parquet",
+        "b/a.txt.gz",
+        "b/z.txt",
+        "c0.jsonl",
+        "c1.json",
+    ]
+
+
+def test_all_inputs_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", b"x")
+    write(tmp_path / "empty.txt", b"")
+    write(tmp_path / "a.pdf", b"x")
+    (tmp_path / "folder").mkdir()
+    names = ("a.txt", "missing.txt", "*.csv", "empty.txt", "a.pdf", "folder", "*.txt")
+    with pytest.raises(ConfigError) as caught:
+        find_input_files([str(tmp_path / name) for name in names])
+    said = "\n".join(caught.value.problems)
+    for part in (
+        "missing.txt stands for no file",
+        "*.csv stands",
+        "empty.txt is empty",
+        "a.pdf is of no known",
+    ):
+        assert part in said
+    assert "folder holds no file" in said
+    assert f"*.txt names {tmp_path / 'a.txt'} again" in said
