@@ -3,6 +3,7 @@
 It reads a dict of logical tensors by name and computes in their dtype.
 """
 
+import itertools
 import math
 
 import torch
@@ -76,19 +77,36 @@ def logits(w: dict[str, Tensor], tokens: Tensor, model: dict) -> Tensor:
     return rms_norm(x, w["final_norm.gain"], model) @ w["head.weight"].T
 
 
-def loss(w: dict[str, Tensor], tokens: Tensor, labels: Tensor, model: dict) -> Tensor:
-    z = logits(w, tokens, model)
+def logits_of_packed(w: dict[str, Tensor], tokens: Tensor, positions: Tensor, model: dict) -> Tensor:
+    """The logits of each document of each sample, computed alone; documents begin at position 0."""
+    rows = []
+    for row, places in zip(tokens, positions, strict=True):
+        begins = [*(places == 0).nonzero()[:, 0].tolist(), len(row)]
+        parts = [row[None, a:b] for a, b in itertools.pairwise(begins)]
+        rows.append(torch.cat([logits(w, part, model)[0] for part in parts]))
+    return torch.stack(rows)
+
+
+def loss(
+    w: dict[str, Tensor], tokens: Tensor, labels: Tensor, model: dict, positions: Tensor | None = None
+) -> Tensor:
+    z = logits(w, tokens, model) if positions is None else logits_of_packed(w, tokens, positions, model)
     return (torch.logsumexp(z, -1) - z.gather(-1, labels[..., None])[..., 0]).mean()
 
 
-def train(w: dict[str, Tensor], batches: list[tuple[Tensor, Tensor]], config: dict) -> dict:
+def train(
+    w: dict[str, Tensor],
+    batches: list[tuple[Tensor, Tensor]],
+    config: dict,
+    positions: Tensor | None = None,
+) -> dict:
     """AdamW (Loshchilov and Hutter, algorithm 2) on whole global batches: losses, norms, first gradients."""
     o = config["optimizer"]
     w = {name: t.clone().requires_grad_() for name, t in w.items()}
     moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()}
     losses, norms, first = [], [], {}
     for step, (tokens, labels) in enumerate(batches, start=1):
-        value = loss(w, tokens, labels, config["model"])
+        value = loss(w, tokens, labels, config["model"], positions)
         grads = dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))
         norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads.values()))
         first = first or grads

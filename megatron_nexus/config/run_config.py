@@ -142,6 +142,8 @@ class DataConfig:
     data_range: str = option(
         "", "tokens of the training data that this run reads, such as 100B:130B; of a blend its share each"
     )
+    reset_position_ids: bool = option(False, "positions count from 0 in each document of a sample")
+    reset_attention_mask: bool = option(False, "tokens attend within their document of a sample only")
     data_cache_path: str = option("", "cache of the built-in corpus; empty: the user's cache folder")
 
 

@@ -95,6 +95,11 @@ class Blend:
         d, j = self.place(k)
         return self.parts[d].sample(j)
 
+    def positions(self, k: int) -> npt.NDArray[np.int64]:
+        """The place of each of the first L tokens of sample `k` in its document, [L]."""
+        d, j = self.place(k)
+        return self.parts[d].positions(j)
+
     def counts(self, k: int) -> npt.NDArray[np.int64]:
         """Samples of each corpus among the first `k`."""
         periods, i = divmod(k, len(self._chosen))

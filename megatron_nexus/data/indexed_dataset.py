@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -153,6 +154,13 @@ class IndexedDataset:
         if sequence == len(self._pointers):
             return self.token_count
         return int(self._pointers[sequence]) // self.dtype.itemsize
+
+    def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """The tokens in [start, stop) of the stream at which documents begin, ascending; O(log D)."""
+        first = bisect_left(range(self.document_count), start, key=self.document_start)
+        last = bisect_left(range(self.document_count), stop, lo=first, key=self.document_start)
+        starts: npt.NDArray[np.int64] = self._pointers[self._boundaries[first:last]] // self.dtype.itemsize
+        return starts
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream of all documents, a view in the stored type, [stop - start]."""

@@ -18,6 +18,9 @@ class Samples(Protocol):
     def sample(self, k: int) -> npt.NDArray[np.int64]:
         """The T + 1 tokens of sample `k`, whatever was read before."""
 
+    def positions(self, k: int) -> npt.NDArray[np.int64]:
+        """The place of each of its first T tokens in its document."""
+
 
 def micro_batches(
     samples: Samples,
@@ -26,8 +29,11 @@ def micro_batches(
     global_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    packed: bool = False,
+) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
     """Yield (tokens_BT, labels_BT), int64, without end, from the sample after `consumed_samples`.
+
+    If `packed`, ((tokens_BT, positions_BT), labels_BT): each token's place in its document, from 0.
 
     All ranks and accumulation steps of one global batch together read exactly the samples [c, c + global
     batch), c those consumed before it, whatever the micro batch and the data-parallel size.
@@ -38,9 +44,13 @@ def micro_batches(
     # Global batches are whole multiples of a step, so the walk over them is one walk over steps.
     first = consumed_samples + data_parallel_rank * micro_batch_size
     while True:
-        yield _tokens_and_labels(
-            np.stack([samples.sample(k) for k in range(first, first + micro_batch_size)])
-        )
+        numbers = range(first, first + micro_batch_size)
+        tokens_BT, labels_BT = _tokens_and_labels(np.stack([samples.sample(k) for k in numbers]))
+        if packed:
+            positions_BT = torch.from_numpy(np.stack([samples.positions(k) for k in numbers]))
+            yield (tokens_BT, positions_BT), labels_BT
+        else:
+            yield tokens_BT, labels_BT
         first += samples_per_step
 
 

@@ -185,6 +185,19 @@ class TokenWindows:
         self.dataset.check_vocabulary(tokens, self._vocab_size)
         return tokens.astype(np.int64)
 
+    def positions(self, k: int) -> npt.NDArray[np.int64]:
+        """The place of each of the first L tokens of sample `k` in its document, [L].
+
+        What a sample holds of a document that began before it counts from 0.
+        """
+        start = self._start(k)
+        starts = self.dataset.document_starts(start, start + self.seq_length) - start
+        places = np.arange(self.seq_length)
+        begins = np.zeros_like(places)
+        begins[starts] = starts
+        positions: npt.NDArray[np.int64] = places - np.maximum.accumulate(begins)
+        return positions
+
     def _start(self, k: int) -> int:
         """Where sample `k` begins in the token stream of the corpus."""
         epoch, index = divmod(k, self.window_count)

@@ -17,6 +17,7 @@ from megatron_nexus.models.context import Context
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
 from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
+from megatron_nexus.models.packing import Packing
 from megatron_nexus.models.rotary import rotary_tables, rotate
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
@@ -60,14 +61,20 @@ class Attention(nn.Module):
         else:
             self.output = Linear(parts["output"][0], context)
 
-    def forward(self, x_TBD: Tensor) -> Tensor:
+    def forward(self, x_TBD: Tensor, packing: Packing | None = None) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
         x_TBD = self.tp.enter(self.norm(x_TBD))
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.tp.scatter_features(*self.qkv(x_TBD)))
         cos, sin = rotary_tables(q.shape[0], self.rotary_channels, self.rotary_base, q.device, q.dtype)
+        if packing is not None and packing.positions_TB is not None:
+            cos, sin = cos[packing.positions_TB, 0], sin[packing.positions_TB, 0]  # [T, B, 1, H / 2]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.permute(1, 2, 0, 3)
-        mixed_BNTH = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.score_scale)
+        mask_B1TT = packing.mask_B1TT if packing is not None else None
+        # Kernels of variable lengths (flash-attn, flex) would skip what the mask hides: not used yet.
+        mixed_BNTH = F.scaled_dot_product_attention(
+            q, k, v, mask_B1TT, is_causal=mask_B1TT is None, scale=self.score_scale
+        )
         mixed_TBW = mixed_BNTH.permute(2, 0, 1, 3).flatten(2)
         if isinstance(self.output, NexusRank):
             (mixed_TBW,) = self.tp.gather_features(mixed_TBW)

@@ -17,6 +17,8 @@ from megatron_nexus.spec.shard import Shard
 class Context:
     """The tensor-parallel ranks, this rank's share, the seed and type of new weights, what is recomputed,
     and whose kernels compute the norms.
+
+    The last two keep the documents of a packed sample apart: see `packing`.
     """
 
     tp: TensorParallel
@@ -25,6 +27,8 @@ class Context:
     dtype: torch.dtype = torch.float32
     recompute: Recompute = "none"
     norm_impl: NormImpl = "torch"
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
 
     def linear_after(self, activation: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
         """linear(activation(*inputs), weight), which keeps only `inputs` under selective recompute.

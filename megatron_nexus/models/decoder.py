@@ -18,6 +18,7 @@ from megatron_nexus.models.context import Context
 from megatron_nexus.models.feed_forward import FeedForward, feed_forward_specs
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
+from megatron_nexus.models.packing import Packing, Stream, packing_of
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.parallel.cross_entropy import vocabulary_parallel_cross_entropy
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
@@ -109,17 +110,19 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(model, f"layers.{index}.feed_forward", context)
         self.recompute_all = context.recompute == "full"
 
-    def _run(self, x_TBD: Tensor) -> Tensor:
-        middle_TBD: Tensor = x_TBD + self.attention(x_TBD)
+    def _run(self, x_TBD: Tensor, packing: Packing | None) -> Tensor:
+        middle_TBD: Tensor = x_TBD + self.attention(x_TBD, packing)
         out_TBD: Tensor = middle_TBD + self.feed_forward(middle_TBD)
         return out_TBD
 
-    def forward(self, x_TBD: Tensor) -> Tensor:
+    def forward(self, x_TBD: Tensor, packing: Packing | None = None) -> Tensor:
         """[T, B, D] -> [T, B, D]; under full recompute only the input is kept for backward."""
         if self.recompute_all and torch.is_grad_enabled():
-            result: Tensor = checkpoint(self._run, x_TBD, use_reentrant=False, preserve_rng_state=False)
+            result: Tensor = checkpoint(
+                self._run, x_TBD, packing, use_reentrant=False, preserve_rng_state=False
+            )
             return result
-        return self._run(x_TBD)
+        return self._run(x_TBD, packing)
 
 
 class Head(nn.Module):
@@ -144,6 +147,7 @@ class DecoderStage(nn.Module):
     def __init__(self, model: ModelConfig, layers: range, context: Context) -> None:
         super().__init__()
         last = model.num_layers + 1
+        self.context = context
         self.layers = nn.ModuleList(
             Embedding(model, context)
             if index == 0
@@ -153,11 +157,13 @@ class DecoderStage(nn.Module):
             for index in layers
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T] or [T, B, D] -> [T, B, D] or [T, B, V]."""
+    def forward(self, stream: Stream) -> Stream:
+        """[B, T] or [T, B, D] -> [T, B, D] or [T, B, V]; positions [B, T] go along up to the logits."""
+        x, positions_BT = stream if isinstance(stream, tuple) else (stream, None)
+        packing = packing_of(positions_BT, self.context) if positions_BT is not None else None
         for layer in self.layers:
-            x = layer(x)
-        return x
+            x = layer(x, packing) if isinstance(layer, Block) else layer(x)
+        return x if positions_BT is None or isinstance(self.layers[-1], Head) else (x, positions_BT)
 
 
 class Loss:

@@ -22,6 +22,7 @@ from megatron_nexus.config.deepspeed_config import deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
+from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
@@ -29,7 +30,8 @@ from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
 from megatron_nexus.training.optimizer import make_optimizer
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Stream, Tensor]
+"""Token ids [B, T], with positions [B, T] where samples are packed; labels [B, T]."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class _WholeModel(nn.Module):
         self.stage = stage
         self.loss = loss
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        return self.loss(self.stage(tokens_BT), labels_BT)
+    def forward(self, stream: Stream, labels_BT: Tensor) -> Tensor:
+        return self.loss(self.stage(stream), labels_BT)
 
 
 def padding_multiple(config: RunConfig, device: torch.device) -> int:
@@ -74,6 +76,8 @@ class Engine:
             config.training.seed,
             recompute=config.training.recompute_granularity,
             norm_impl=config.training.norm_impl,
+            reset_position_ids=config.data.reset_position_ids,
+            reset_attention_mask=config.data.reset_attention_mask,
         )
         loss = Loss(config.model, tp, self.shard)
         stages = [
@@ -121,8 +125,7 @@ class Engine:
             self.deepspeed.train()
             losses = []
             for _ in range(self._accumulation):
-                tokens, labels = self._to_device(next(batches))
-                loss_tensor = self.deepspeed(tokens, labels)
+                loss_tensor = self.deepspeed(*self._to_device(next(batches)))
                 self.deepspeed.backward(loss_tensor)
                 self.deepspeed.step()
                 losses.append(loss_tensor.detach())
@@ -169,8 +172,11 @@ class Engine:
         return mean.item() / self._mesh.data_size
 
     def _to_device(self, batch: Batch) -> Batch:
-        tokens, labels = batch
-        return tokens.to(self._mesh.device), labels.to(self._mesh.device)
+        stream, labels = batch
+        device = self._mesh.device
+        if isinstance(stream, tuple):
+            return (stream[0].to(device), stream[1].to(device)), labels.to(device)
+        return stream.to(device), labels.to(device)
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         return map(self._to_device, batches)

@@ -187,6 +187,7 @@ class Trainer:
             training.global_batch_size,
             self.mesh.data,
             self.mesh.data_size,
+            packed=self.config.data.reset_position_ids or self.config.data.reset_attention_mask,
         )
 
     def _advance(self) -> None:

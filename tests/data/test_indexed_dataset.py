@@ -67,6 +67,8 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     dataset = IndexedDataset(prefix)
     assert dataset.document_lengths.tolist() == [3, 3]
     assert dataset.document_start(1) == 3
+    assert dataset.document_starts(0, 6).tolist() == [0, 3]
+    assert dataset.document_starts(1, 3).tolist() == []
 
 
 @pytest.mark.parametrize(

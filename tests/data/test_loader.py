@@ -64,3 +64,16 @@ def test_micro_batches_of_one_process_are_in_order(windows: TokenWindows) -> Non
     batches = islice(micro_batches(windows, 5, 2, 4, 0, 1), 30)
     firsts = torch.cat([tokens_BT[:, 0] for tokens_BT, _ in batches]).tolist()
     assert firsts == [int(windows.sample(k)[0]) for k in range(5, 65)]
+
+
+def test_packed_batches_carry_positions(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "corpus", np.uint16) as writer:
+        for first in range(0, 60, 3):
+            writer.add_document(range(first, first + 3))
+    dataset = IndexedDataset(tmp_path / "corpus")
+    windows = TokenWindows(dataset, split_documents(dataset, "1").train, SEQ_LENGTH, seed=7, vocab_size=60)
+    (tokens_BT, positions_BT), labels_BT = next(micro_batches(windows, 0, 5, 5, 0, 1, packed=True))
+    assert torch.equal(labels_BT, tokens_BT + 1)
+    # Documents are of three tokens; a window's first token counts from 0 whatever it is.
+    since_document, since_window = tokens_BT % 3, torch.arange(SEQ_LENGTH).expand(5, -1)
+    assert torch.equal(positions_BT, torch.minimum(since_document, since_window))

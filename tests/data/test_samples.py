@@ -152,3 +152,15 @@ def test_less_than_one_window_is_refused(tmp_path: Path, tokens: int, enough: bo
     else:
         with pytest.raises(DataError, match=rf"training part .* has {tokens} tokens, .* needs 9"):
             TokenWindows(dataset, part, 8, seed=0, vocab_size=200)
+
+
+def test_positions_restart_with_each_document(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(2).integers(0, 12, 200).tolist()
+    dataset = corpus(tmp_path / "c", lengths)
+    places = [place for length in lengths for place in range(length)]  # by token, which is its position
+    windows = TokenWindows(dataset, whole(dataset), 16, seed=1, vocab_size=len(places))
+    assert windows.window_count > 50
+    for k in range(windows.window_count):
+        tokens, positions = windows.sample(k)[:-1], windows.positions(k)
+        expected = [min(places[token], token - tokens[0]) for token in tokens.tolist()]
+        assert positions.tolist() == expected

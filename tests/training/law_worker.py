@@ -17,6 +17,7 @@ from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.resume import save_checkpoint
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.rules import check
+from megatron_nexus.models.packing import Stream
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
@@ -36,10 +37,22 @@ def global_batches(vocab_size: int, samples: int, seq_length: int) -> list[Batch
     return made
 
 
-def my_batches(batches: list[Batch], micro: int, mesh: Mesh) -> Iterator[Batch]:
+def document_positions(samples: int, seq_length: int) -> Tensor:
+    """Documents of every length in the samples of each batch, [samples, seq_length]."""
+    generator = torch.Generator().manual_seed(8)
+    begins = torch.rand(samples, seq_length, generator=generator) < 0.3
+    begins[:, 0] = True
+    places = torch.arange(seq_length).expand(samples, -1)
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+
+def my_batches(
+    batches: list[Batch], micro: int, mesh: Mesh, positions: Tensor | None
+) -> Iterator[tuple[Stream, Tensor]]:
     for tokens, labels in batches:
         for first in range(mesh.data * micro, len(tokens), mesh.data_size * micro):
-            yield tokens[first : first + micro], labels[first : first + micro]
+            mine = slice(first, first + micro)
+            yield tokens[mine] if positions is None else (tokens[mine], positions[mine]), labels[mine]
 
 
 def padding_of(engine: Engine) -> float:
@@ -64,7 +77,10 @@ def run_case(case: dict, out: Path, index: int) -> None:
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, 120.0)
     engine = Engine(config, mesh)
     batches = global_batches(config.model.vocab_size, training.global_batch_size, training.seq_length)
-    mine = my_batches(batches, training.micro_batch_size, mesh)
+    positions = None
+    if config.data.reset_attention_mask:
+        positions = document_positions(training.global_batch_size, training.seq_length)
+    mine = my_batches(batches, training.micro_batch_size, mesh, positions)
     losses, norms, padding = [], [], 0.0
     for step in range(1, STEPS + 1):
         result = engine.train_step(mine, config.optimizer.lr)
@@ -82,7 +98,7 @@ def run_case(case: dict, out: Path, index: int) -> None:
                 dataclasses.asdict(config),
                 "",
             )
-    again = my_batches(batches[:1], training.micro_batch_size, mesh)
+    again = my_batches(batches[:1], training.micro_batch_size, mesh, positions)
     evaluation = engine.evaluate(again, config.accumulation_steps(world.size))
     record = {"losses": losses, "norms": norms, "evaluation": evaluation, "padding": padding}
     (out / case["name"] / f"rank_{mesh.rank}.json").write_text(json.dumps(record))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from law_worker import STEPS, global_batches
+from law_worker import STEPS, document_positions, global_batches
 from processes import TESTS, run_ranks
 from torch import Tensor
 
@@ -48,6 +48,7 @@ FLAGS = {
     "weight_decay": 0.1,
     "clip_grad": 1.0,
 }
+PACKED = {"reset_position_ids": True, "reset_attention_mask": True}
 OPTIONS = {"nexus_inner_norm": True, "nexus_output_projection": True}
 
 # float32: sums of up to a few hundred terms in another order differ by about 1e-6 of the largest; Adam
@@ -73,6 +74,7 @@ def _cases(world: int) -> dict[str, dict]:
         for stage in (0, 1, 2, 3) if pp == 1 else (0, 1):
             made[f"{name}-zero{stage}"] = {**FLAGS, **topology, "zero_stage": stage}
         made[f"{name}-options"] = {**FLAGS, **OPTIONS, **topology}
+        made[f"{name}-packed"] = {**FLAGS, **PACKED, **topology, "recompute_granularity": "full"}
         made[f"{name}-selective"] = {**FLAGS, **topology, "recompute_granularity": "selective"}
         made[f"{name}-bf16"] = {**FLAGS, **topology, "precision": "bf16"}
         top = 3 if pp == 1 else 1
@@ -80,6 +82,7 @@ def _cases(world: int) -> dict[str, dict]:
         made[f"{name}-full-zero{top}"] = {**FLAGS, **topology, **full}
         if tp > 1:
             made[f"{name}-sequence"] = {**FLAGS, **OPTIONS, **topology, "sequence_parallel": True}
+            made[f"{name}-packed-sequence"] = {**FLAGS, **PACKED, **topology, "sequence_parallel": True}
             made[f"{name}-sequence-full-zero{top}"] = {**FLAGS, **topology, **full, "sequence_parallel": True}
     return made
 
@@ -89,11 +92,15 @@ def _whole(config: RunConfig) -> dict[str, Tensor]:
     return {name: local_values(spec, Shard(0, 1), config.training.seed) for name, spec in specs.items()}
 
 
+def _positions(packed: bool) -> Tensor | None:
+    return document_positions(FLAGS["global_batch_size"], FLAGS["seq_length"]) if packed else None
+
+
 @cache
-def _reference(options: bool) -> dict:
+def _reference(options: bool, packed: bool) -> dict:
     config = build({**FLAGS, **(OPTIONS if options else {})})
     batches = global_batches(config.model.vocab_size, config.training.global_batch_size, FLAGS["seq_length"])
-    return reference.train(_whole(config), batches, dataclasses.asdict(config))
+    return reference.train(_whole(config), batches, dataclasses.asdict(config), _positions(packed))
 
 
 def _tensor(reader: CheckpointReader, name: str, state: str) -> Tensor:
@@ -102,7 +109,8 @@ def _tensor(reader: CheckpointReader, name: str, state: str) -> Tensor:
 
 
 def _check(folder: Path, flags: dict, world: int) -> None:
-    expected = _reference("nexus_inner_norm" in flags)
+    packed = "reset_attention_mask" in flags
+    expected = _reference("nexus_inner_norm" in flags, packed)
     records = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world)]
     bf16 = flags["precision"] == "bf16"
     loss_tolerance = BF16_TOLERANCE if bf16 else LOSS_TOLERANCE
@@ -126,7 +134,8 @@ def _check(folder: Path, flags: dict, world: int) -> None:
             assert float(difference.abs().max()) <= WEIGHT_TOLERANCE, name
     w = {name: _tensor(last, name, "fp32") for name in expected["weights"]}
     batches = global_batches(FLAGS["vocab_size"], FLAGS["global_batch_size"], FLAGS["seq_length"])
-    evaluation = reference.loss(w, *batches[0], dataclasses.asdict(build(flags).model)).item()
+    model = dataclasses.asdict(build(flags).model)
+    evaluation = reference.loss(w, *batches[0], model, _positions(packed)).item()
     assert records[0]["evaluation"] == pytest.approx(evaluation, abs=loss_tolerance)
     assert math.isfinite(evaluation)
 

@@ -1,0 +1,38 @@
+"""Packing: samples that hold several documents, and what attention must know of them.
+
+Positions [B, T] count each token's place in its document from 0, so a 0 is where a document begins; what
+a sample holds of a document that began before it counts from 0 too. They are all that pipeline stages
+send each other beside the activations.
+
+T tokens, B batch.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_nexus.models.context import Context
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the blocks of a stage share; None: documents of a sample are one text in that respect."""
+
+    positions_TB: Tensor | None
+    """The place of each token for rotary embedding, where it restarts with each document."""
+    mask_B1TT: Tensor | None
+    """Whether a token (second to last axis) sees another: an earlier one of the same document."""
+
+
+def packing_of(positions_BT: Tensor, context: Context) -> Packing:
+    """What `context` asks to keep apart. The mask takes B T^2 bytes, once per stage and micro-batch."""
+    mask_B1TT = None
+    if context.reset_attention_mask:
+        document_BT = (positions_BT == 0).cumsum(dim=1)
+        same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+        mask_B1TT = same_BTT.tril()[:, None]
+    return Packing(positions_BT.t() if context.reset_position_ids else None, mask_B1TT)
+
+
+Stream = Tensor | tuple[Tensor, Tensor]
+"""What enters and leaves a stage: token ids or activations, for packed samples with their positions."""
