@@ -10,12 +10,14 @@ makes every document one sequence. Source of the layout: Megatron-LM, `core/data
 """
 
 import hashlib
+import mmap
 import os
 import shutil
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -116,11 +118,12 @@ class IndexedDataset:
         if sequences == 0 or boundaries < 2:
             raise DataError(f"{idx_file} lists no documents: tokenize a corpus that is not empty")
 
+        index = _map(idx_file)
         after_lengths = HEADER.size + 4 * sequences
         after_pointers = after_lengths + 8 * sequences
-        self._lengths = np.memmap(idx_file, "<i4", "r", HEADER.size, (sequences,))
-        self._pointers = np.memmap(idx_file, "<i8", "r", after_lengths, (sequences,))
-        self._boundaries = np.memmap(idx_file, "<i8", "r", after_pointers, (boundaries,))
+        self._lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
+        self._pointers = np.frombuffer(index, "<i8", sequences, after_lengths)
+        self._boundaries = np.frombuffer(index, "<i8", boundaries, after_pointers)
         if self._pointers[0] != 0 or self._boundaries[0] != 0 or self._boundaries[-1] != sequences:
             raise DataError(f"{idx_file} contradicts itself: it is damaged; write it again")
         indexed_bytes = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
@@ -129,7 +132,8 @@ class IndexedDataset:
                 f"{bin_file} has {bin_bytes} bytes, {idx_file.name} describes {indexed_bytes}: the file is "
                 "empty, truncated or of another corpus; copy or write both files again"
             )
-        self._tokens = np.memmap(bin_file, self.dtype, "r")
+        self._bin = _map(bin_file)
+        self._tokens: np.ndarray = np.frombuffer(self._bin, self.dtype)
 
     @property
     def document_count(self) -> int:
@@ -157,16 +161,20 @@ class IndexedDataset:
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """The tokens in [start, stop) of the stream at which documents begin, ascending; O(log D)."""
-        first = bisect_left(range(self.document_count), start, key=self.document_start)
-        last = bisect_left(range(self.document_count), stop, lo=first, key=self.document_start)
-        starts: npt.NDArray[np.int64] = self._pointers[self._boundaries[first:last]] // self.dtype.itemsize
+        found = documents_between(start, stop, self.document_count, self.document_start)
+        sequences = self._boundaries[found.start : found.stop]
+        starts: npt.NDArray[np.int64] = self._pointers[sequences] // self.dtype.itemsize
         return starts
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream of all documents, a view in the stored type, [stop - start]."""
         assert 0 <= start <= stop <= self.token_count, (start, stop, self.token_count)
+        # One request of just these pages to the disk.
+        first = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        self._bin.madvise(mmap.MADV_WILLNEED, first, stop * self.dtype.itemsize - first)
         return self._tokens[start:stop]
 
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over the sizes and 64 blocks spread over tokens and boundaries: cheap for any corpus."""
         digest = hashlib.sha256(f"{self.dtype.str} {self.token_count} {self.document_count}".encode())
@@ -188,6 +196,16 @@ class IndexedDataset:
             f"{bin_path(self.prefix)} holds the token id {foreign}, the vocabulary has {vocab_size} ids "
             "from 0: use the tokenizer that the corpus was written with, or tokenize the corpus again"
         )
+
+
+def documents_between(start: int, stop: int, count: int, start_of: Callable[[int], int]) -> range:
+    """Which of `count` documents begin in the tokens [start, stop); looks at as few of them as it can."""
+    first = bisect_left(range(count), start, key=start_of)
+    reach = 1
+    while first + reach < count and start_of(first + reach) < stop:
+        reach *= 2
+    beyond = min(first + reach, count)
+    return range(first, bisect_left(range(count), stop, lo=first, hi=beyond, key=start_of))
 
 
 class IndexedDatasetWriter:
@@ -288,6 +306,14 @@ class IndexedDatasetWriter:
         with self._temporary[json_path(self.prefix)].open("w") as description:
             description.write(self.description)
             _to_disk(description)
+
+
+def _map(file: Path) -> mmap.mmap:
+    """A file's bytes as memory. Without read-ahead: what is read lies anywhere, and little of it together."""
+    with file.open("rb") as handle:
+        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    return mapped
 
 
 def _to_disk(file: IO[str] | IO[bytes]) -> None:

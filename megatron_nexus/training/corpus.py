@@ -202,7 +202,7 @@ class _Library:
         """sha256 of the training data and of what decides the order of its samples."""
         training = self._config.training
         facts = [training.seed, training.seq_length] + [
-            [share, part.dataset.fingerprint(), part.split.tokens.start, part.split.tokens.stop]
+            [share, part.dataset.fingerprint, part.split.tokens.start, part.split.tokens.stop]
             for part, share in zip(blend.parts, blend.shares, strict=True)
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -230,7 +230,7 @@ def _shares(sources: Sequence[Source], parts: Sequence[SplitRange]) -> tuple[int
 
 def _require_same_data(library: _Library, tokenizer: Tokenizer | None, mesh: Mesh) -> None:
     """Raise DataError where ranks read different data; a collective call."""
-    contents = [dataset.fingerprint() for dataset in library.datasets.values()]
+    contents = [dataset.fingerprint for dataset in library.datasets.values()]
     mine = hashlib.sha256(json.dumps([contents, tokenizer and tokenizer.fingerprint]).encode()).hexdigest()
     seen = exchange(mesh, mine)
     if len(set(seen)) > 1:

@@ -71,6 +71,21 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     assert dataset.document_starts(1, 3).tolist() == []
 
 
+def test_the_fingerprint_is_that_of_the_contents(tmp_path: Path) -> None:
+    prints = {
+        name: IndexedDataset(write(tmp_path / name, documents, dtype)).fingerprint
+        for name, documents, dtype in [
+            ("one", DOCUMENTS, np.uint16),
+            ("same", DOCUMENTS, np.uint16),
+            ("wider", DOCUMENTS, np.int32),
+            ("other", [[5, 6, 7], [9], [], [9, 10, 65_499]], np.uint16),
+            ("cut", [[5, 6], [7, 8], [], [9, 10, 65_499]], np.uint16),
+        ]
+    }
+    assert prints["one"] == prints["same"]
+    assert len(set(prints.values())) == 4
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(4096, np.uint16), (65_499, np.uint16), (65_500, np.int32)]
 )
