@@ -1,0 +1,184 @@
+"""The batch scripts on a real SLURM of two nodes, as they stand; four launchers, one run.
+
+Where SLURM is not installed the tests are skipped, unless NEXUS_TEST_SLURM=1 asks to install Debian's.
+"""
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cluster import Slurm, install, missing_programs, slurm
+from conftest import REPOSITORY, wait_for
+
+from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
+from megatron_nexus.parallel.local_ranks import free_port
+from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
+
+pytestmark = pytest.mark.slow
+
+VOCABULARY = 97
+PRETRAIN, PREPROCESS = (
+    REPOSITORY / "examples" / "slurm" / f"{name}.sbatch" for name in ("pretrain", "preprocess")
+)
+BIN = Path(sys.executable).parent
+SMALL = (
+    "--data-path corpus --split 8,2 --vocab-size 97 --num-layers 2 --hidden-size 16 --num-attention-heads 2 "
+    "--kv-channels 8 --ffn-hidden-size 24 --nexus-m 20 --nexus-a 24 --seq-length 16 --micro-batch-size 2 "
+    "--global-batch-size 8 --lr-warmup-iters 2 --log-interval 1 --eval-interval 0 --eval-iters 1"
+)
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """SLURM, or a skip that says what is missing."""
+    if os.geteuid() != 0:
+        pytest.skip("SLURM's daemons need root")
+    if missing_programs() and os.environ.get("NEXUS_TEST_SLURM") == "1":
+        problem = install()
+        if problem:
+            pytest.skip(f"SLURM cannot be installed: {problem}")
+    missing = missing_programs()
+    if missing:
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)}): NEXUS_TEST_SLURM=1 installs Debian's")
+    with slurm(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where runs start: a small corpus and the script."""
+    rng = np.random.default_rng(0)
+    with IndexedDatasetWriter(tmp_path / "corpus", np.uint16) as writer:
+        for _ in range(60):
+            writer.add_document(rng.integers(0, VOCABULARY, 100))
+    (tmp_path / "pretrain_nexus.py").symlink_to(REPOSITORY / "pretrain_nexus.py")
+    return tmp_path
+
+
+def user(**variables: str) -> dict[str, str]:
+    """A user's environment: the commands of this Python, and what is told at submission."""
+    path = f"{BIN}:{os.environ['PATH']}:/usr/sbin"
+    return {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
+
+
+def submit(cluster: Slurm, folder: Path, *flags: str, **variables: str) -> str:
+    """Submit the batch script as it stands; the job's number."""
+    told = cluster.run("sbatch", "--parsable", *flags, str(PRETRAIN), cwd=folder, extra=user(**variables))
+    return told.strip()
+
+
+def log_of(folder: Path, job: str) -> Path:
+    """Where a training job writes what it says."""
+    return folder / f"nexus-pretrain-{job}.log"
+
+
+def finish(cluster: Slurm, log: Path, job: str, timeout_s: float = 120.0) -> str:
+    """Wait for the job's end, which must be a success; its log."""
+    deadline = time.monotonic() + timeout_s
+    while (state := cluster.job(job)["JobState"]) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        assert time.monotonic() < deadline, f"{state} after {timeout_s} s:\n{log.read_text()[-3000:]}"
+        if state == "PENDING" and cluster.job(job)["Restarts"] != "0":
+            cluster.start_now(job)
+        time.sleep(0.3)
+    text = log.read_text() if log.exists() else "no log"
+    assert state == "COMPLETED", f"{state}:\n{text[-3000:]}\n{cluster.logs()}"
+    return text
+
+
+def wait_for_step(cluster: Slurm, job: str, log: Path, step: int) -> None:
+    """Wait until the job's log tells of a step; fails where the job ends before."""
+
+    def told() -> bool:
+        text = log.read_text() if log.exists() else ""
+        state = cluster.job(job)["JobState"]
+        assert state in ("PENDING", "CONFIGURING", "RUNNING"), f"{state}:\n{text[-3000:]}"
+        return re.search(rf"iteration +{step}/", text) is not None
+
+    wait_for(told, f"step {step} of job {job}", timeout_s=90.0)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of each step; of a step that was done again, the last."""
+    records = read_metrics(run / METRICS_FILE)
+    return {int(record["step"]): record["loss"] for record in records if "loss" in record}
+
+
+def test_a_job_that_is_requeued_ends_as_one_that_never_was(cluster: Slurm, folder: Path) -> None:
+    flags = f"{SMALL} --tp 2 --train-iters {STEPS}"
+    calm = submit(cluster, folder, "--nodes=2", CONFIG_FLAGS=flags, SAVE="calm")
+    log = finish(cluster, log_of(folder, calm), calm)
+    assert "mesh: tensor 2 x pipeline 1 x data 2" in log
+    assert "--load auto: no complete checkpoint yet, starting fresh" in log
+    assert list(losses(folder / "calm")) == list(range(1, STEPS + 1))
+
+    again = submit(cluster, folder, "--nodes=2", CONFIG_FLAGS=flags, SAVE="again", SAVE_INTERVAL="50")
+    text = log_of(folder, again)
+    wait_for_step(cluster, again, text, 7)
+    cluster.run("scontrol", "requeue", again)
+    wait_for(lambda: cluster.job(again).get("Restarts") == "1", "the requeue", timeout_s=60.0)
+    log = finish(cluster, log_of(folder, again), again)
+    assert re.search(r"resumed again/iter_\d+ at iteration \d+", log), log
+    assert losses(folder / "again") == losses(folder / "calm")
+
+
+def test_near_its_time_limit_a_job_saves_and_queues_again(cluster: Slurm, folder: Path) -> None:
+    job = submit(cluster, folder, CONFIG_FLAGS=f"{SMALL} --train-iters {STEPS}", SAVE="limited")
+    text = log_of(folder, job)
+    wait_for_step(cluster, job, text, 3)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 sends
+    wait_for(lambda: cluster.job(job).get("Restarts") == "1", "the requeue", timeout_s=60.0)
+    assert "stop asked for by" in text.read_text()
+    log = finish(cluster, log_of(folder, job), job)
+    assert re.search(r"resumed limited/iter_\d+ at iteration \d+", log), log
+    assert list(losses(folder / "limited")) == list(range(1, STEPS + 1))
+
+
+def test_four_launchers_start_the_same_run(cluster: Slurm, folder: Path) -> None:
+    mpirun = shutil.which("mpirun", path=f"{BIN}:{os.environ['PATH']}")
+    assert mpirun, "no mpirun: install requirements-dev.txt"
+    launchers = {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())],
+        "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"],
+        "mpirun": [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
+        "srun": ["srun", "-n", "2", sys.executable],
+    }
+    found = {}
+    for name, words in launchers.items():
+        flags = [*SMALL.split(), "--tp", "2", "--train-iters", "5", "--save", name]
+        output = cluster.run(*words, "pretrain_nexus.py", *flags, cwd=folder, extra=user())
+        assert output.count("mesh: tensor 2 x pipeline 1 x data 1") == 1, output
+        found[name] = losses(folder / name)
+    assert list(found["srun"]) == [1, 2, 3, 4, 5]
+    assert found == dict.fromkeys(launchers, found["srun"])
+
+
+def test_help_is_told_once(cluster: Slurm, folder: Path) -> None:
+    told = cluster.run("srun", "-n", "2", str(BIN / "nexus-pretrain"), "--help", cwd=folder, extra=user())
+    assert told.count("usage:") == 1
+
+
+def test_two_nodes_make_the_corpus_that_one_process_makes(cluster: Slurm, folder: Path) -> None:
+    texts = folder / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(f"Text {number}: " + "a few words of no meaning. " * number)
+    told = ["--input", "texts", "--vocab-size", "300", "--output", "spm.model"]
+    cluster.run(str(BIN / "nexus-train-tokenizer"), *told, cwd=folder, extra=user())
+    made = ["--input", "texts", "--tokenizer-model", "spm.model", "--output-prefix", "alone"]
+    cluster.run(str(BIN / "nexus-preprocess-data"), *made, cwd=folder, extra=user())
+    job = cluster.run(
+        *("sbatch", "--parsable", "--nodes=2", str(PREPROCESS)),
+        cwd=folder,
+        extra=user(INPUT="texts", TOKENIZER="spm.model", OUTPUT="shared", FLAGS="--workers 1"),
+    ).strip()
+    log = finish(cluster, folder / f"nexus-preprocess-{job}.log", job)
+    assert cluster.job(job)["NumNodes"] == "2", log
+    for ending in (".bin", ".idx"):
+        assert (folder / f"shared{ending}").read_bytes() == (folder / f"alone{ending}").read_bytes(), log
