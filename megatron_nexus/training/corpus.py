@@ -16,7 +16,7 @@ from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.config.data_path import Source, parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import LONGEST_PERIOD, Blend, whole_shares
-from megatron_nexus.data.corpus_description import check_tokenizer
+from megatron_nexus.data.corpus_description import check_tokenizer, read_description
 from megatron_nexus.data.default_corpus import DefaultCorpus, prepare_default_corpus
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.samples import SplitRange, Splits, TokenWindows, restrict, split_documents
@@ -152,6 +152,12 @@ class _Library:
             self.datasets[prefix] = IndexedDataset(prefix)
             if self._tokenizer is not None:
                 check_tokenizer(prefix, self._tokenizer)
+            description, vocab_size = read_description(prefix), self._config.model.vocab_size
+            if description is not None and description.vocab_size > vocab_size:
+                raise DataError(
+                    f"{prefix} was written with a vocabulary of {description.vocab_size} tokens, more than "
+                    f"--vocab-size {vocab_size}: use --vocab-size {description.vocab_size} or more"
+                )
         return self.datasets[prefix]
 
     def _parts(self, sources: Sequence[Source]) -> list[Splits]:

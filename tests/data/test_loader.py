@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_nexus.data.loader import micro_batches
+from megatron_nexus.data.loader import Samples, micro_batches
 from megatron_nexus.data.samples import TokenWindows, split_documents
 
 SEQ_LENGTH = 4
@@ -23,7 +24,7 @@ def windows(tmp_path: Path) -> TokenWindows:
     return TokenWindows(dataset, split_documents(dataset, "1").train, SEQ_LENGTH, seed=7, vocab_size=201)
 
 
-def global_batches(windows: TokenWindows, consumed: int, micro: int, dp: int, count: int) -> list[list[int]]:
+def global_batches(windows: Samples, consumed: int, micro: int, dp: int, count: int) -> list[list[int]]:
     """The first tokens of each global batch of 12, sorted, as all ranks together read it."""
     steps = 12 // (micro * dp)
     ranks = [micro_batches(windows, consumed, micro, 12, rank, dp) for rank in range(dp)]
@@ -52,6 +53,23 @@ def test_a_global_batch_is_the_same_on_every_topology(windows: TokenWindows, mic
         sorted(int(windows.sample(k)[0]) for k in range(first, first + 12)) for first in range(0, 120, 12)
     ]
     assert global_batches(windows, 0, micro, dp, 10) == expected
+
+
+@pytest.mark.parametrize(("micro", "dp"), [(12, 1), (6, 2), (1, 2), (3, 4), (1, 4)])
+def test_a_blend_is_one_stream_for_every_topology_and_cursor(
+    tmp_path: Path, windows: TokenWindows, micro: int, dp: int
+) -> None:
+    with IndexedDatasetWriter(tmp_path / "other", np.uint16) as writer:
+        writer.add_document(range(1000, 1000 + 7 * SEQ_LENGTH + 1))
+    dataset = IndexedDataset(tmp_path / "other")
+    part = split_documents(dataset, "1").train
+    blend = Blend([windows, TokenWindows(dataset, part, SEQ_LENGTH, seed=8, vocab_size=2000)], (7, 3))
+    stream = [
+        sorted(int(blend.sample(k)[0]) for k in range(first, first + 12)) for first in range(0, 240, 12)
+    ]
+    assert any(first >= 1000 for first in stream[0])
+    assert global_batches(blend, 0, micro, dp, 20) == stream
+    assert global_batches(blend, 132, micro, dp, 9) == stream[11:]
 
 
 @pytest.mark.parametrize("consumed", [12, 60, 96, 1200])
