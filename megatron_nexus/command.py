@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.config.command_line import build, from_saved, given_flags, over
 from megatron_nexus.config.config_file import read_config_file
@@ -79,14 +79,18 @@ def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
     checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(Path(load))
     if checkpoint is None:
         return build(given), None
+    return build(given, saved_config(checkpoint, read_manifest(checkpoint))), checkpoint
+
+
+def saved_config(checkpoint: Path, manifest: Manifest) -> RunConfig:
+    """The configuration that a checkpoint was trained with. Raises CheckpointError where it has none."""
     try:
-        saved = from_saved(read_manifest(checkpoint).config)
+        return from_saved(manifest.config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint}: its configuration is not one of this version ({error}): load it with the version "
             "that wrote it"
         ) from error
-    return build(given, saved), checkpoint
 
 
 def _newest_run(given: dict[str, Value]) -> Path | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.shard import Box
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -55,11 +56,24 @@ class Topology:
 
 
 @dataclass(frozen=True)
+class Birth:
+    """A part of a tensor that growth has added, and the optimizer's count of steps at that moment."""
+
+    tensor: str
+    box: Box
+    step_count: int
+
+
+@dataclass(frozen=True)
 class OptimizerRecord:
-    """The optimizer's own count of steps, and the hyper-parameters of each of its groups by name."""
+    """The optimizer's own count of steps, and the hyper-parameters of each of its groups by name.
+
+    `births` are the parts of tensors for which the count began later.
+    """
 
     step_count: int
     groups: Mapping[str, JsonObject]
+    births: Sequence[Birth] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,14 @@ def spec_from_json(raw: Mapping[str, Any]) -> ParamSpec:
     )
 
 
+def _optimizer_from_json(raw: Mapping[str, Any]) -> OptimizerRecord:
+    births = tuple(
+        Birth(b["tensor"], Box(tuple(b["box"]["offsets"]), tuple(b["box"]["sizes"])), b["step_count"])
+        for b in raw["births"]
+    )
+    return OptimizerRecord(raw["step_count"], raw["groups"], births)
+
+
 def manifest_to_json(manifest: Manifest) -> str:
     """The text of the manifest's file."""
     record = {
@@ -147,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(
             progress=RunProgress(**raw["progress"]),
             specs={spec.name: spec for spec in specs},
-            optimizer=OptimizerRecord(**raw["optimizer"]),
+            optimizer=_optimizer_from_json(raw["optimizer"]),
             engine=EngineRecord(**raw["engine"]),
             topology=Topology(**raw["topology"]),
             config=raw["config"],

@@ -7,7 +7,7 @@ own fragments, whoever wrote them; at the topology that wrote them the state is 
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megatron_nexus.checkpoint.agreement import exchange, tell, together
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
     UNKNOWN_DATA,
+    Birth,
     DataRecord,
     EngineRecord,
     JsonObject,
@@ -37,7 +38,14 @@ from megatron_nexus.checkpoint.run_folder import (
     publish_checkpoint,
     temporary_folder,
 )
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Piece, write_durably, write_pieces
+from megatron_nexus.checkpoint.store import (
+    STATES,
+    CheckpointReader,
+    Piece,
+    StateReader,
+    write_durably,
+    write_pieces,
+)
 from megatron_nexus.checkpoint.zero_pieces import Engine, Parameters, ZeroState, zero_state
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh
@@ -61,6 +69,7 @@ def save_checkpoint(
     tokenizer_fingerprint: str,
     lineage: Sequence[JsonObject] = (),
     data: DataRecord = UNKNOWN_DATA,
+    births: Sequence[Birth] = (),
 ) -> Path:
     """Write `root`/iter_<step> and make it the latest; a collective call between two optimizer steps.
 
@@ -90,7 +99,7 @@ def save_checkpoint(
                 manifest = Manifest(
                     progress=progress,
                     specs=specs,
-                    optimizer=OptimizerRecord(zero.step_count, groups),
+                    optimizer=OptimizerRecord(zero.step_count, groups, births),
                     engine=EngineRecord(engine.global_steps, engine.global_samples, engine.skipped_steps),
                     topology=topology_of(mesh),
                     config=config,
@@ -109,14 +118,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, engine: Engine, parameters: Parameters, mesh: Mesh, shard: Shard
+    folder: Path,
+    engine: Engine,
+    parameters: Parameters,
+    mesh: Mesh,
+    shard: Shard,
+    open_state: Callable[[Path], StateReader] = CheckpointReader,
 ) -> Manifest:
     """Put the state of the checkpoint `folder` into the engine; a collective call.
 
     Restores master weights, moments, the model's weights, the optimizer's step count and its groups'
     hyper-parameters (those saved win over the run's), the engine's counters and, where the topology is
     the one that wrote the checkpoint, each rank's random generators. Data position, schedule and, at
-    another topology, random generators are the caller's to derive from the returned manifest.
+    another topology, random generators are the caller's to derive from the returned manifest. `open_state`
+    may read the checkpoint as another one, grown.
 
     Raises:
         CheckpointError: on every rank, if one finds the checkpoint missing, damaged, incomplete or of
@@ -125,7 +140,7 @@ def load_checkpoint(
     purpose = f"{folder}: cannot load the checkpoint"
     zero = zero_state(engine.optimizer)
     with together(mesh, purpose):
-        reader = CheckpointReader(folder)
+        reader = open_state(folder)
         _check_specs(reader, parameters)
         identity = zlib.crc32((folder / MANIFEST_FILE).read_bytes())
     _check_agreement(reader, identity, parameters, mesh)
@@ -190,7 +205,7 @@ def _of_all_stages(
     return specs, groups
 
 
-def _check_specs(reader: CheckpointReader, parameters: Parameters) -> None:
+def _check_specs(reader: StateReader, parameters: Parameters) -> None:
     """Whether the checkpoint holds this stage's parameters in their shapes."""
     problems = []
     for spec, _ in parameters.values():
@@ -202,7 +217,7 @@ def _check_specs(reader: CheckpointReader, parameters: Parameters) -> None:
     _raise_mismatch(reader, problems)
 
 
-def _check_agreement(reader: CheckpointReader, identity: int, parameters: Parameters, mesh: Mesh) -> None:
+def _check_agreement(reader: StateReader, identity: int, parameters: Parameters, mesh: Mesh) -> None:
     """Whether all ranks read the same checkpoint and the model has all of its tensors; a collective call.
 
     Every rank comes to the same answer.
@@ -215,7 +230,7 @@ def _check_agreement(reader: CheckpointReader, identity: int, parameters: Parame
     _raise_mismatch(reader, [f"{s.name}: {_axes(s)} in the checkpoint, not in the model" for s in extra])
 
 
-def _raise_mismatch(reader: CheckpointReader, problems: list[str]) -> None:
+def _raise_mismatch(reader: StateReader, problems: list[str]) -> None:
     if problems:
         shown = problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])
         raise CheckpointError(

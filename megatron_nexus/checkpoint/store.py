@@ -8,18 +8,21 @@ Needs numpy and json only: no torch, no process group, no DeepSpeed.
 
 import base64
 import json
+import mmap
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.pieces import are_disjoint, index_within, intersect, whole_box
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
@@ -83,37 +86,56 @@ def write_pieces(
 
     Raises OSError.
     """
-    data_path, index_path = rank_files(folder, rank)
-    header = _safetensors_header(pieces)
-    start = len(header)
-    entries = []
+    data_path, _ = rank_files(folder, rank)
+    checksums = []
     # The checksum of a piece is computed while the piece is written: both run without the GIL.
-    with data_path.open("wb") as file, ThreadPoolExecutor(1) as checksums:
-        file.write(header)
+    with data_path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        file.write(safetensors_header(pieces))
         for piece, array in zip(pieces, arrays, strict=True):
             assert array.shape == piece.box.sizes, f"{piece}: values of shape {array.shape}"
             contents = np.ascontiguousarray(array, dtype=DTYPE).reshape(-1).view(np.uint8).data
-            checksum = checksums.submit(zlib.crc32, contents)
+            checksum = beside.submit(zlib.crc32, contents)
             file.write(contents)
-            entries.append(
-                {
-                    "tensor": piece.tensor,
-                    "state": piece.state,
-                    "offsets": piece.box.offsets,
-                    "sizes": piece.box.sizes,
-                    "start": start,
-                    "crc32": checksum.result(),
-                }
-            )
-            start += contents.nbytes
+            checksums.append(checksum.result())
         file.flush()
         os.fsync(file.fileno())
+    write_index(folder, rank, pieces, checksums, random_states)
+
+
+def piece_starts(pieces: Sequence[Piece]) -> list[int]:
+    """The first byte of each piece in the data file, and the file's length."""
+    starts = [len(safetensors_header(pieces))]
+    for piece in pieces:
+        starts.append(starts[-1] + piece.box.numel * DTYPE.itemsize)
+    return starts
+
+
+def write_index(
+    folder: Path,
+    rank: int,
+    pieces: Sequence[Piece],
+    checksums: Sequence[int],
+    random_states: Mapping[str, bytes],
+) -> None:
+    """Write the index file of a rank, durably. Raises OSError."""
+    *starts, length = piece_starts(pieces)
+    entries = [
+        {
+            "tensor": piece.tensor,
+            "state": piece.state,
+            "offsets": piece.box.offsets,
+            "sizes": piece.box.sizes,
+            "start": start,
+            "crc32": checksum,
+        }
+        for piece, start, checksum in zip(pieces, starts, checksums, strict=True)
+    ]
     random = {name: base64.b64encode(state).decode() for name, state in random_states.items()}
-    index = {"rank": rank, "bytes": start, "random_states": random, "entries": entries}
-    write_durably(index_path, json.dumps(index) + "\n")
+    index = {"rank": rank, "bytes": length, "random_states": random, "entries": entries}
+    write_durably(rank_files(folder, rank)[1], json.dumps(index) + "\n")
 
 
-def _safetensors_header(pieces: Sequence[Piece]) -> bytes:
+def safetensors_header(pieces: Sequence[Piece]) -> bytes:
     """The length and the JSON that a safetensors file begins with, padded so that data starts aligned."""
     header: dict[str, dict[str, object]] = {}
     numbers: Counter[str] = Counter()
@@ -132,19 +154,37 @@ def _safetensors_header(pieces: Sequence[Piece]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+class StateReader(Protocol):
+    """What training loads from: a checkpoint's tensors box by box, and what its manifest says of them."""
+
+    folder: Path
+    manifest: Manifest
+
+    def read_box(self, tensor: str, state: str, box: Box) -> Array:
+        """The elements of a box, float32 of shape `box.sizes`. Raises CheckpointError."""
+        ...
+
+    def random_states(self, rank: int) -> dict[str, bytes]:
+        """The states of a rank's random generators, by device."""
+        ...
+
+
 class CheckpointReader:
     """Reads boxes of logical tensors from the folder of a checkpoint, whatever topology wrote it.
 
     Opening checks that all files are there and as long as their indices say; reading checks that each
-    element is stored exactly once, and the checksum of each piece that is read whole.
+    element is stored exactly once, and the checksum of each piece that is read whole, or with
+    `check_parts` of each piece of which anything is read. Memory is needed for one piece at a time.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check_parts: bool = False) -> None:
         """Read the manifest and the indices. Raises CheckpointError."""
         self.folder = folder
         self.manifest = read_manifest(folder)
+        self._check_parts = check_parts
+        self._checked: set[StoredPiece] = set()
         self._stored: dict[tuple[str, str], list[StoredPiece]] = {}
-        self._mapped: dict[Path, npt.NDArray[np.uint8]] = {}
+        self._mapped: dict[Path, mmap.mmap] = {}
         for rank in range(self.manifest.topology.world_size):
             self._read_index(rank)
 
@@ -181,12 +221,17 @@ class CheckpointReader:
         raw = json.loads(rank_files(self.folder, rank)[1].read_text())
         return {name: base64.b64decode(state) for name, state in raw["random_states"].items()}
 
-    def _bytes_of(self, stored: StoredPiece) -> npt.NDArray[np.uint8]:
-        """The piece's bytes, mapped into memory, not yet read."""
+    @contextmanager
+    def _bytes_of(self, stored: StoredPiece) -> Iterator[npt.NDArray[np.uint8]]:
+        """The piece's bytes, mapped into memory while the context lasts, and read as they are used."""
         if stored.path not in self._mapped:
-            self._mapped[stored.path] = np.memmap(stored.path, np.uint8, mode="r")
-        stop = stored.start + stored.piece.box.numel * DTYPE.itemsize
-        return self._mapped[stored.path][stored.start : stop]
+            with stored.path.open("rb") as file:
+                self._mapped[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped, length = self._mapped[stored.path], stored.piece.box.numel * DTYPE.itemsize
+        yield np.frombuffer(mapped, np.uint8, length, stored.start)
+        # What was read stays in the system's cache, but no longer counts as memory of this process.
+        page = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, page, stored.start + length - page)
 
     def _check(self, stored: StoredPiece, contents: npt.NDArray[np.uint8]) -> None:
         if zlib.crc32(contents.data) != stored.crc32:
@@ -202,14 +247,18 @@ class CheckpointReader:
             CheckpointError: an element is not stored, or twice, or a piece that is read whole is damaged.
         """
         values = np.empty(box.sizes, DTYPE)
-        shares = self._shares(tensor, state, box)
-        for share, stored in shares:
-            contents = self._bytes_of(stored)
-            if share == stored.piece.box:
-                self._check(stored, contents)
-            held = contents.view(DTYPE).reshape(stored.piece.box.sizes)
-            values[index_within(share, box)] = held[index_within(share, stored.piece.box)]
+        self.read_into(values, tensor, state, box)
         return values
+
+    def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
+        """As `read_box`, into an array of the caller's."""
+        for share, stored in self._shares(tensor, state, box):
+            with self._bytes_of(stored) as contents:
+                if share == stored.piece.box or (self._check_parts and stored not in self._checked):
+                    self._check(stored, contents)
+                    self._checked.add(stored)
+                held = contents.view(DTYPE).reshape(stored.piece.box.sizes)
+                values[index_within(share, box)] = held[index_within(share, stored.piece.box)]
 
     def _shares(self, tensor: str, state: str, box: Box) -> list[tuple[Box, StoredPiece]]:
         """The stored parts that make up a box, each element once."""
@@ -243,7 +292,8 @@ class CheckpointReader:
         for pieces in self._stored.values():
             for stored in pieces:
                 try:
-                    self._check(stored, self._bytes_of(stored))
+                    with self._bytes_of(stored) as contents:
+                        self._check(stored, contents)
                 except CheckpointError as error:
                     problems.append(str(error))
         if problems:

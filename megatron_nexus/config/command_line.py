@@ -22,7 +22,7 @@ LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
 COMMAND_FLAGS = ("config", "dry_run", "world_size")
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
     """argparse whose complaints are ours: one error that names the nearest flag."""
 
     def error(self, message: str) -> NoReturn:
@@ -35,7 +35,7 @@ def _flag(field_name: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser: a group for each section; a flag that is not given leaves no attribute behind."""
-    parser = _Parser(
+    parser = FlagParser(
         prog="pretrain_nexus.py",
         description=f"Pretrain a Nexusformer. Without a flag: {DEFAULT_PRESET} on a built-in corpus.",
         argument_default=argparse.SUPPRESS,

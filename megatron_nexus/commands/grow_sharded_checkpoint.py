@@ -1,0 +1,176 @@
+"""The command `tools/grow_sharded_checkpoint.py`: a checkpoint becomes a larger model, for any topology.
+
+    python tools/grow_sharded_checkpoint.py --load runs/240m --save runs/300m --nexus-m 1088 --tp 4
+
+Weights, moments and counters are carried over, the function stays, and gradients reach every new weight.
+Without a size to grow it reshards. No process group, no accelerator, no model: pieces of tensors are read,
+filled and written, by one process, by --workers of them or by the ranks of mpirun, in bounded memory.
+"""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
+from megatron_nexus.command import saved_config
+from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.config.presets import PRESETS
+from megatron_nexus.config.rules import check
+from megatron_nexus.config.run_config import ParallelConfig, RunConfig
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, NexusError
+from megatron_nexus.growth.request import GROWING, ZERO_WARNING, GrowthRequest, add_growth_flags
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags; one that is not given leaves no attribute behind."""
+    parser = FlagParser(
+        prog="grow_sharded_checkpoint.py",
+        description=(
+            "Make a checkpoint a larger model without changing its function, or, without a larger size, "
+            "write it for another topology. The source is never touched."
+        ),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
+    parser.add_argument("--save", default="", help="folder of the new checkpoint")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="grow to the sizes of this preset")
+    parser.add_argument(
+        "--tp",
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="INT",
+        help="ranks that share each layer",
+    )
+    parser.add_argument(
+        "--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="INT", help="pipeline stages"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="INT", help="processes that share the work (or use mpirun)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", default=False, help="print what would be done, and write nothing"
+    )
+    add_growth_flags(parser)
+    return parser
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    log.configure(speaks=True)
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        _grow(sys.argv[1:])
+    except NexusError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(EXIT_CODE_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing was written, the source is untouched\n")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _interrupted(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
+    """The sizes that the flags and the preset ask for.
+
+    Raises ConfigError: the preset is a model of another kind.
+    """
+    values = vars(given)
+    sizes: dict[str, int] = {}
+    if "preset" in values:
+        preset = PRESETS[values["preset"]]
+        kept = {f.name for f in dataclasses.fields(saved.model)} - set(GROWING) - {"init_method_std"}
+        other = [
+            f"--preset {values['preset']} has {name} = {preset[name]!r}, the checkpoint {value!r}, which "
+            "growth cannot change: choose a preset of the same family"
+            for name, value in vars(saved.model).items()
+            if name in kept and preset.get(name, value) != value
+        ]
+        if other:
+            raise ConfigError(other)
+        sizes |= {name: size for name in GROWING if isinstance(size := preset.get(name), int)}
+    return sizes | {name: values[name] for name in GROWING if name in values}
+
+
+def _grow(argv: Sequence[str]) -> None:
+    given = make_parser().parse_args(argv)
+    source = find_checkpoint(Path(given.load))
+    manifest = read_manifest(source)
+    saved = saved_config(source, manifest)
+    sizes = target_sizes(given, saved)
+    request = GrowthRequest.from_flags({**vars(given), **sizes})
+    parallel = ParallelConfig(tensor_model_parallel_size=given.tp, pipeline_model_parallel_size=given.pp)
+    root = _target_folder(given.save, source, given.dry_run)
+    # torch is imported only now: wrong flags are answered at once.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megatron_nexus.growth.apply import grow_checkpoint
+    from megatron_nexus.growth.crew import make_crew
+    from megatron_nexus.growth.plan import plan_growth
+    from megatron_nexus.growth.report import plan_table, size_lines
+
+    plan = plan_growth(saved, request)
+    if sizes and not plan.axes:
+        raise ConfigError(
+            [
+                f"{', '.join(f'{name} {size}' for name, size in sizes.items())}: the checkpoint has these "
+                "sizes already: raise one, or give none to reshard"
+            ]
+        )
+    after = dataclasses.replace(plan.after, parallel=parallel)
+    check(after, given.tp * given.pp)
+    plan = dataclasses.replace(plan, after=after)
+    crew = make_crew(given.workers)
+    log.configure(speaks=crew.rank == 0)
+    told = log.logger.info
+    told("%s %s", "growing" if plan.axes else "resharding", source)
+    if plan.axes and request.settings.init == "zero":
+        told("%s", ZERO_WARNING)
+    if given.dry_run:
+        for line in plan_table(plan):
+            told("%s", line)
+    for line in size_lines(plan):
+        told("%s", line)
+    if given.dry_run:
+        told("nothing was written: --dry-run")
+        return
+    made = grow_checkpoint(plan, source, root, crew)
+    told("wrote %s", made)
+    ranks = given.tp * given.pp
+    command = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), "pretrain_nexus.py"]
+    command += ["--tp", str(given.tp), "--pp", str(given.pp), "--load", str(root)]
+    steps = saved.training.train_iters
+    if manifest.progress.step >= steps:
+        command += ["--train-iters", str(2 * max(steps, manifest.progress.step))]
+    told("  continue with  %s", shlex.join(command))
+
+
+def _target_folder(save: str, source: Path, dry_run: bool) -> Path:
+    """The folder to save in. Raises ConfigError: none is given, or it has checkpoints."""
+    if dry_run:
+        return Path(save)
+    if not save:
+        raise ConfigError(["--save is missing: give a folder for the new checkpoint, or --dry-run"])
+    root = Path(save)
+    newest = newest_checkpoint(root)
+    if newest is not None:
+        raise ConfigError(
+            [f"--save {root} holds {newest.name}, and checkpoints are never overwritten: give another folder"]
+        )
+    if source.resolve() in [root.resolve(), *root.resolve().parents]:
+        raise ConfigError(
+            [f"--save {root} lies in the source {source}, which is never touched: give another"]
+        )
+    return root

@@ -1,0 +1,221 @@
+"""Write the grown checkpoint: target files piece by piece, shared out over workers, in bounded memory.
+
+The files are laid out as the ranks of the target topology would write them. Their headers and lengths
+are known beforehand, so any worker can put any piece in its place. The folder gets its name last:
+an interrupted growth leaves nothing; after a kill, which nothing can tidy, the next growth or run that saves
+there removes the temporary folder.
+"""
+
+import os
+import shutil
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, Manifest, Topology, manifest_to_json
+from megatron_nexus.checkpoint.pieces import slabs
+from megatron_nexus.checkpoint.run_folder import (
+    abandon_checkpoint,
+    begin_checkpoint,
+    checkpoint_name,
+    publish_checkpoint,
+    temporary_folder,
+)
+from megatron_nexus.checkpoint.store import (
+    DTYPE,
+    STATES,
+    Piece,
+    StateReader,
+    piece_starts,
+    rank_files,
+    safetensors_header,
+    write_durably,
+    write_index,
+)
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.growth.crew import Advance, Crew
+from megatron_nexus.growth.grown_reader import GrownReader
+from megatron_nexus.growth.plan import GrowthPlan
+from megatron_nexus.models.decoder import layer_specs, stage_layers
+from megatron_nexus.spec.shard import Shard
+
+
+@dataclass(frozen=True)
+class Target:
+    """One piece of the new checkpoint: whose file it lies in, its number there, its first byte."""
+
+    rank: int
+    number: int
+    start: int
+    piece: Piece
+
+    @property
+    def bytes(self) -> int:
+        """Its length."""
+        return self.piece.box.numel * DTYPE.itemsize
+
+
+def target_files(config: RunConfig) -> list[list[Piece]]:
+    """The pieces in the file of each rank of the topology in `config`, with one copy of the model."""
+    tp = config.parallel.tensor_model_parallel_size
+    pp = config.parallel.pipeline_model_parallel_size
+    layers = layer_specs(config.model)
+    files = []
+    for stage in range(pp):
+        held = stage_layers(config.model, config.training.seq_length, stage, pp)
+        specs = [spec for index in held for spec in layers[index]]
+        for rank in range(tp):
+            shard = Shard(rank, tp)
+            files.append(
+                [
+                    Piece(spec.name, state, slab.box)
+                    for spec in specs
+                    if spec.is_sharded or rank == 0
+                    for state in STATES
+                    for slab in slabs(spec, shard, 0, prod(shard.local_shape(spec)))
+                ]
+            )
+    return files
+
+
+def targets_of(files: Sequence[Sequence[Piece]]) -> list[Target]:
+    """All pieces, those of the same part of a tensor together: what they read lies together too."""
+    order: dict[tuple[str, str], int] = {}
+    targets = []
+    for rank, pieces in enumerate(files):
+        for number, (piece, start) in enumerate(zip(pieces, piece_starts(pieces)[:-1], strict=True)):
+            order.setdefault((piece.tensor, piece.state), len(order))
+            targets.append(Target(rank, number, start, piece))
+    return sorted(targets, key=lambda t: (order[t.piece.tensor, t.piece.state], t.piece.box.offsets))
+
+
+def shares_of(targets: Sequence[Target], workers: int) -> list[list[Target]]:
+    """Runs of pieces of about equal bytes, one for each worker."""
+    total = sum(target.bytes for target in targets)
+    shares: list[list[Target]] = [[] for _ in range(workers)]
+    done = 0
+    for target in targets:
+        shares[min(workers - 1, done * workers // max(1, total))].append(target)
+        done += target.bytes
+    return shares
+
+
+def write_share(
+    open_reader: Callable[[], StateReader], folder: Path, share: Sequence[Target], advance: Advance
+) -> list[tuple[int, int, int]]:
+    """Put a worker's pieces in their places; (rank, number, CRC-32) of each.
+
+    While a piece is written and its checksum computed the next one is read: memory for two pieces.
+
+    Raises CheckpointError, OSError.
+    """
+    reader = open_reader()
+    files: dict[int, int] = {}
+    checksums: list[tuple[int, int, int]] = []
+    in_flight: deque[tuple[Target, Future[None], Future[int]]] = deque()
+
+    def land() -> None:
+        target, written, checksum = in_flight.popleft()
+        written.result()
+        checksums.append((target.rank, target.number, checksum.result()))
+        advance(target.bytes)
+
+    try:
+        with ThreadPoolExecutor(2) as beside:
+            for target in share:
+                if target.rank not in files:
+                    files[target.rank] = os.open(rank_files(folder, target.rank)[0], os.O_WRONLY)
+                piece = target.piece
+                contents = reader.read_box(piece.tensor, piece.state, piece.box).reshape(-1).view(np.uint8)
+                if in_flight:
+                    land()
+                written = beside.submit(_write_at, files[target.rank], contents.data, target.start)
+                in_flight.append((target, written, beside.submit(zlib.crc32, contents.data)))
+            while in_flight:
+                land()
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+    return checksums
+
+
+def _write_at(descriptor: int, contents: memoryview, start: int) -> None:
+    done = 0
+    while done < len(contents):
+        done += os.pwrite(descriptor, contents[done:], start + done)
+
+
+def grow_checkpoint(plan: GrowthPlan, source: Path, root: Path, crew: Crew) -> Path:
+    """Write the checkpoint `source`, grown as planned, as the latest in `root`; a collective call.
+
+    The topology of `plan.after` shapes the files. Returns the new checkpoint's folder.
+
+    Raises:
+        CheckpointError: on every rank, if one cannot read or write; nothing is left behind.
+    """
+    config = plan.after
+    files = target_files(config)
+    targets = targets_of(files)
+    open_reader = partial(GrownReader, source, plan, check_parts=True)
+    manifest = open_reader().manifest
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    manifest = replace(manifest, topology=Topology(tp * pp, pp, 1, tp))
+    step = manifest.progress.step
+    folder = temporary_folder(root, step)
+    try:
+        with crew.together(f"{root}: cannot write the checkpoint"):
+            if crew.rank == 0:
+                _begin(root, step, files)
+        stage = f"writing {len(targets):,} pieces"
+        work = partial(write_share, open_reader, folder)
+        shares = crew.share_out(partial(shares_of, targets), work, lambda target: target.bytes, stage)
+        with crew.together(f"{root}: cannot write the checkpoint"):
+            if crew.rank == 0:
+                _finish(root, step, files, [entry for share in shares for entry in share], manifest)
+    except BaseException:
+        if crew.rank == 0:
+            abandon_checkpoint(root, step)
+        raise
+    return root / checkpoint_name(step)
+
+
+def _begin(root: Path, step: int, files: Sequence[Sequence[Piece]]) -> None:
+    """Make the temporary folder and the data files, full length. Raises OSError, CheckpointError."""
+    begin_checkpoint(root, step)
+    needed, free = sum(piece_starts(pieces)[-1] for pieces in files), shutil.disk_usage(root).free
+    if needed > free:
+        raise CheckpointError(
+            f"the new checkpoint needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: "
+            "make room, or save elsewhere"
+        )
+    for rank, pieces in enumerate(files):
+        with rank_files(temporary_folder(root, step), rank)[0].open("wb") as file:
+            file.write(safetensors_header(pieces))
+            file.truncate(piece_starts(pieces)[-1])
+
+
+def _finish(
+    root: Path,
+    step: int,
+    files: Sequence[Sequence[Piece]],
+    checksums: Sequence[tuple[int, int, int]],
+    manifest: Manifest,
+) -> None:
+    """Write indices and manifest, make all durable and give the folder its name. Raises OSError."""
+    folder = temporary_folder(root, step)
+    found = {(rank, number): checksum for rank, number, checksum in checksums}
+    for rank, pieces in enumerate(files):
+        with rank_files(folder, rank)[0].open("rb") as file:
+            os.fsync(file.fileno())
+        write_index(folder, rank, pieces, [found[rank, number] for number in range(len(pieces))], {})
+    write_durably(folder / MANIFEST_FILE, manifest_to_json(manifest))
+    publish_checkpoint(root, step)

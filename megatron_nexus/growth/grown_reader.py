@@ -1,0 +1,103 @@
+"""GrownReader: a checkpoint read as the larger model, box by box; nothing is computed before it is asked for.
+
+Resharding, growing with the tool and growing while loading are all "read boxes of this".
+"""
+
+from dataclasses import replace
+from functools import cache
+from math import prod, sqrt
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nexus.checkpoint.manifest import Manifest
+from megatron_nexus.checkpoint.pieces import index_within, intersect, split_box, whole_box
+from megatron_nexus.checkpoint.store import DTYPE, Array, CheckpointReader
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, moved
+from megatron_nexus.spec.grow import Block, Fill
+from megatron_nexus.spec.initialise import logical_values
+from megatron_nexus.spec.param import Normal, ParamSpec
+from megatron_nexus.spec.shard import Box
+
+DEVIATION_ELEMENTS = 1 << 22
+"""Elements that the deviation of an old tensor is taken from at once."""
+
+
+class GrownReader:
+    """Reads the checkpoint in `folder` as the model that `plan` makes of it."""
+
+    def __init__(self, folder: Path, plan: GrowthPlan, check_parts: bool = False) -> None:
+        """Open the checkpoint; `check_parts` as in CheckpointReader.
+
+        Raises CheckpointError, also where its tensors are not those of its configuration.
+        """
+        self.folder = folder
+        self._source = CheckpointReader(folder, check_parts)
+        self._plan = plan
+        self._generation = generation(self._source.manifest)
+        held = {name: spec.shape for name, spec in self._source.manifest.specs.items()}
+        needed = {p.old.name: p.old.shape for p in plan.tensors.values() if p.old is not None}
+        if held != needed:
+            wrong = sorted(name for name in held.keys() | needed.keys() if held.get(name) != needed.get(name))
+            raise CheckpointError(
+                f"{folder}: its tensors are not those of its configuration, {wrong[0]} first: it was "
+                "written by another version; load it with that one"
+            )
+        self.manifest: Manifest = grown_manifest(self._source.manifest, plan, str(folder.resolve()))
+
+    def random_states(self, rank: int) -> dict[str, bytes]:
+        """The states of a rank's random generators; none where the model has grown: it is another run."""
+        return {} if self._plan.axes else self._source.random_states(rank)
+
+    def read_box(self, tensor: str, state: str, box: Box) -> Array:
+        """The elements of a box of a grown tensor, float32 of shape `box.sizes`.
+
+        Raises CheckpointError where an old element is not stored exactly once, or is damaged.
+        """
+        plan = self._plan.tensors[tensor]
+        values = np.empty(box.sizes, DTYPE)
+        for block in plan.blocks:
+            share = intersect(block.box, box)
+            if share is None:
+                continue
+            part = values[index_within(share, box)]
+            if block.old is not None:
+                assert plan.old is not None, f"{tensor} keeps elements of nothing"
+                self._source.read_into(part, plan.old.name, state, moved(share, block.box, block.old))
+            elif block.fill is Fill.ZERO or state != "fp32":
+                part[...] = 0.0  # moments begin at zero
+            else:
+                part[...] = self._drawn(plan, block, share)
+        return values
+
+    def _drawn(self, plan: TensorPlan, block: Block, box: Box) -> Array:
+        """New values: a function of (growth seed, generation, parameter name, element)."""
+        spec = plan.spec
+        if isinstance(spec.init, Normal):
+            std = self._deviation(plan, block)
+            # The name keeps these values apart from those drawn at birth and by other growths.
+            spec = replace(spec, name=f"growth {self._generation} of {spec.name}", init=Normal(std))
+        return logical_values(spec, self._plan.settings.growth_seed, box)
+
+    def _deviation(self, plan: TensorPlan, block: Block) -> float:
+        settings, init = self._plan.settings, plan.spec.init
+        assert isinstance(init, Normal), f"{plan.spec.name} is not drawn"
+        if block.fill is Fill.NOISE:
+            old = self._old_deviation(plan.old) if plan.old is not None else init.std
+            return settings.noise_share * old
+        if settings.init_std:
+            # Residual writers keep their smaller share.
+            return init.std * settings.init_std / self._plan.after.model.init_method_std
+        return init.std
+
+    @cache  # noqa: B019 - one reader lives as long as its growth
+    def _old_deviation(self, spec: ParamSpec) -> float:
+        """The standard deviation of an old tensor's weights, in bounded memory."""
+        total = squares = 0.0
+        for box in split_box(whole_box(spec.shape), DEVIATION_ELEMENTS):
+            values = self._source.read_box(spec.name, "fp32", box).astype(np.float64)
+            total += float(values.sum())
+            squares += float(np.square(values).sum())
+        count = prod(spec.shape)
+        return sqrt(max(0.0, squares / count - (total / count) ** 2))

@@ -1,0 +1,136 @@
+"""The plan of a growth: for every tensor of the larger model, which old one it was and what fills it.
+
+Pure: from the configuration of a checkpoint and what is asked for. No file is read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+from megatron_nexus.checkpoint.manifest import Birth, Manifest, OptimizerRecord
+from megatron_nexus.checkpoint.pieces import intersect
+from megatron_nexus.config.presets import PRESETS
+from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.growth.request import GROWING, GrowthConfig, GrowthRequest, grown_model, layer_origins
+from megatron_nexus.models.decoder import decoder_specs, layer_specs
+from megatron_nexus.spec.grow import Block, grown_blocks, inserted_blocks
+from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.spec.shard import Box
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor of the larger model: its spec, the name it had, its blocks; an inserted one had no name."""
+
+    spec: ParamSpec
+    old: ParamSpec | None
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """A growth: the run's configuration before and after, how new weights begin, and every tensor."""
+
+    before: RunConfig
+    after: RunConfig
+    settings: GrowthConfig
+    tensors: Mapping[str, TensorPlan]
+
+    @property
+    def axes(self) -> dict[str, tuple[int, int]]:
+        """The sizes that grow, by field: before and after."""
+        old, new = vars(self.before.model), vars(self.after.model)
+        return {name: (old[name], new[name]) for name in GROWING if old[name] != new[name]}
+
+
+def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
+    """Plan to grow the model of a checkpoint that was `saved` so; no sizes: all tensors stay.
+
+    Raises ConfigError where the model cannot grow so.
+    """
+    settings = request.settings
+    old, new = saved.model, grown_model(saved.model, request.sizes, settings)
+    old_layers, new_layers = layer_specs(old), layer_specs(new)
+    # A decoder's layers are the embedding, its blocks and the head.
+    blocks = layer_origins(old.num_layers, new.num_layers, settings.depth_placement)
+    origins = [0, *(None if i is None else i + 1 for i in blocks), old.num_layers + 1]
+    tensors: dict[str, TensorPlan] = {}
+    for origin, layer in zip(origins, new_layers, strict=True):
+        for i, spec in enumerate(layer):
+            before = None if origin is None else old_layers[origin][i]
+            parts = (
+                grown_blocks(before, spec, settings.init) if before else inserted_blocks(spec, settings.init)
+            )
+            tensors[spec.name] = TensorPlan(spec, before, tuple(parts))
+    after = replace(saved, preset=_name(saved.preset, old, new), model=new)
+    return GrowthPlan(saved, after, settings, tensors)
+
+
+def _name(old_name: str, old: ModelConfig, new: ModelConfig) -> str:
+    """What the larger model is called: as the preset of its sizes, else as the old one, marked as grown."""
+    if new == old:
+        return old_name
+    for name, values in PRESETS.items():
+        sizes = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
+        if set(GROWING) <= sizes.keys() and sizes.items() <= vars(new).items():
+            return name
+    return old_name if old_name.endswith("-grown") else f"{old_name}-grown"
+
+
+def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:
+    """The manifest of the grown checkpoint: counters and settings go on, the lineage gains an entry.
+
+    `parent` is the folder of the source; where nothing grows there is nothing to enter.
+    """
+    lineage = [*source.lineage]
+    if plan.axes:
+        lineage.append(
+            {
+                "parent": parent,
+                "generation": generation(source),
+                "axes": {name: list(sizes) for name, sizes in plan.axes.items()},
+                "settings": dict(vars(plan.settings)),
+                "step": source.progress.step,
+                "tokens": source.progress.tokens,
+                "flops": source.progress.flops,
+            }
+        )
+    optimizer = replace(source.optimizer, births=grown_births(source.optimizer, plan))
+    return replace(
+        source,
+        specs=decoder_specs(plan.after.model),
+        optimizer=optimizer,
+        config=asdict(plan.after),
+        lineage=lineage,
+    )
+
+
+def generation(source: Manifest) -> int:
+    """How many growths the model of a checkpoint has behind it, plus one."""
+    return 1 + sum("generation" in entry for entry in source.lineage)
+
+
+def grown_births(optimizer: OptimizerRecord, plan: GrowthPlan) -> tuple[Birth, ...]:
+    """The parts of tensors whose count of steps began later: those recorded, moved, and the new ones."""
+    recorded: dict[str, list[Birth]] = {}
+    for birth in optimizer.births:
+        recorded.setdefault(birth.tensor, []).append(birth)
+    births = []
+    for tensor in plan.tensors.values():
+        name = tensor.spec.name
+        for block in tensor.blocks:
+            if block.old is None:
+                if optimizer.step_count:
+                    births.append(Birth(name, block.box, optimizer.step_count))
+                continue
+            assert tensor.old is not None, f"{name} keeps elements of nothing"
+            for birth in recorded.get(tensor.old.name, []):
+                shared = intersect(birth.box, block.old)
+                if shared is not None:
+                    births.append(Birth(name, moved(shared, block.old, block.box), birth.step_count))
+    return tuple(births)
+
+
+def moved(box: Box, origin: Box, target: Box) -> Box:
+    """Where `box` lies when the box `origin` around it is moved to `target`."""
+    offsets = zip(box.offsets, origin.offsets, target.offsets, strict=True)
+    return Box(tuple(offset - start + new for offset, start, new in offsets), box.sizes)

@@ -1,0 +1,89 @@
+"""What a growth does, as text: a table of tensors before it, a summary after it."""
+
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+
+from megatron_nexus.checkpoint.store import DTYPE, STATES
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.growth.plan import GrowthPlan, TensorPlan
+from megatron_nexus.models.decoder import decoder_specs, layer_specs, training_flops_per_token
+from megatron_nexus.spec.cost import parameter_count
+from megatron_nexus.spec.param import Layout
+from megatron_nexus.spec.shard import Shard
+
+
+def plan_table(plan: GrowthPlan) -> Iterator[str]:
+    """The lines of a table: each parameter, its old and new shape, what fills it, its bytes with moments.
+
+    Parameters of equal layers share a line.
+    """
+    rows = [("parameter", "", "old shape", "new shape", "filled with", "bytes")]
+    rows += _rows(plan)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        yield "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
+
+
+def _rows(plan: GrowthPlan) -> Iterator[tuple[str, str, str, str, str, str]]:
+    alike: dict[tuple[object, ...], list[TensorPlan]] = {}
+    for kind, layer in enumerate(layer_specs(plan.after.model)):
+        last = plan.after.model.num_layers + 1
+        for place, spec in enumerate(layer):
+            tensor = plan.tensors[spec.name]
+            key = (
+                kind if kind in (0, last) else "block",
+                place,
+                tensor.old and tensor.old.shape,
+                tensor.blocks,
+            )
+            alike.setdefault(key, []).append(tensor)
+    for tensors in alike.values():
+        first = tensors[0]
+        old = _shape(first.old.shape) if first.old else "inserted"
+        size = len(tensors) * first.spec.numel * DTYPE.itemsize * len(STATES)
+        times = f"x {len(tensors)}" if len(tensors) > 1 else ""
+        yield first.spec.name, times, old, _shape(first.spec.shape), _filling(first), f"{size:,}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _filling(tensor: TensorPlan) -> str:
+    """What fills how many of a tensor's elements: "kept 600,000, zero 240,000"."""
+    counts: Counter[str] = Counter()
+    for block in tensor.blocks:
+        counts[block.fill] += prod(block.box.sizes)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{fill} {count:,}" for fill, count in counts.items())
+
+
+def size_lines(plan: GrowthPlan) -> Iterator[str]:
+    """True parameters, FLOPs and bytes before and after, and which widths are padded in memory."""
+    for name, (old, new) in plan.axes.items():
+        yield f"  {name:<24} {old:,} -> {new:,}"
+    before, after = plan.before, plan.after
+    counts = [parameter_count(decoder_specs(config.model).values()) for config in (before, after)]
+    length = after.training.seq_length
+    flops = [training_flops_per_token(config.model, length) for config in (before, after)]
+    yield f"  {'parameters':<24} {counts[0]:,} -> {counts[1]:,}"
+    yield f"  {'training FLOPs per token':<24} {flops[0]:,} -> {flops[1]:,}"
+    yield f"  {'bytes of the checkpoint':<24} {counts[1] * DTYPE.itemsize * len(STATES):,}"
+    yield from _padding_lines(after)
+
+
+def _padding_lines(config: RunConfig) -> Iterator[str]:
+    tp = config.parallel.tensor_model_parallel_size
+    shard = Shard(0, tp, config.parallel.padding_multiple or 1)
+    split = {
+        axis.name: axis
+        for spec in decoder_specs(config.model).values()
+        for axis in spec.axes
+        if axis.layout is Layout.SPLIT
+    }
+    for axis in split.values():
+        padded = shard.part(axis) * tp
+        if padded != axis.size:
+            yield f"  {axis.name:<24} {axis.size:,}, in memory padded to {padded:,} at --tp {tp}"
