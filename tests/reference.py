@@ -22,7 +22,9 @@ def rms_norm(x: Tensor, gain: Tensor, model: dict) -> Tensor:
 def nexus_rank(x: Tensor, w: dict[str, Tensor], name: str, inner_scale: float | None) -> Tensor:
     def act(h: Tensor) -> Tensor:
         if inner_scale is not None:
-            h = h / ((h * h).sum(-1, keepdim=True).sqrt() + 1e-5) * inner_scale
+            # A root of zero has no derivative, and padded or newly inserted units are zero.
+            length = (h * h).sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
+            h = h / (length + 1e-5) * inner_scale
         return gelu(h)
 
     h_m = act(x @ w[f"{name}.w_m"].T)

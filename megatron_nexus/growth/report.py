@@ -9,7 +9,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan
 from megatron_nexus.models.decoder import decoder_specs, layer_specs, training_flops_per_token
 from megatron_nexus.spec.cost import parameter_count
-from megatron_nexus.spec.param import Layout
+from megatron_nexus.spec.param import Constant, Layout
 from megatron_nexus.spec.shard import Shard
 
 
@@ -52,9 +52,11 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _filling(tensor: TensorPlan) -> str:
     """What fills how many of a tensor's elements: "kept 600,000, zero 240,000"."""
+    init = tensor.spec.init
     counts: Counter[str] = Counter()
     for block in tensor.blocks:
-        counts[block.fill] += prod(block.box.sizes)
+        label = f"{init.value:g}" if isinstance(init, Constant) and block.old is None else block.fill
+        counts[label] += prod(block.box.sizes)
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{fill} {count:,}" for fill, count in counts.items())

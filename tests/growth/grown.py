@@ -1,0 +1,152 @@
+"""Checkpoints for the growth tests: written without training, grown by the library, read back whole."""
+
+import dataclasses
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_nexus.checkpoint.manifest import (
+    EngineRecord,
+    Manifest,
+    OptimizerRecord,
+    RunProgress,
+    Topology,
+    manifest_to_json,
+)
+from megatron_nexus.checkpoint.pieces import index_within, slabs, whole_box
+from megatron_nexus.checkpoint.run_folder import (
+    begin_checkpoint,
+    checkpoint_name,
+    publish_checkpoint,
+    temporary_folder,
+)
+from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Piece, write_pieces
+from megatron_nexus.config.command_line import build
+from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.growth.apply import grow_checkpoint
+from megatron_nexus.growth.crew import Crew
+from megatron_nexus.growth.plan import plan_growth
+from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.spec.initialise import logical_values
+from megatron_nexus.spec.shard import Shard
+
+STEP = 40
+SIZES = {
+    "vocab_size": 37,
+    "num_layers": 2,
+    "hidden_size": 12,
+    "num_attention_heads": 2,
+    "kv_channels": 4,
+    "ffn_hidden_size": 17,
+    "nexus_m": 15,
+    "nexus_a": 19,
+    "init_method_std": 0.3,
+}
+# Every axis alone, widths together, heads in both ways, and everything at once.
+AXES: dict[str, dict[str, int]] = {
+    "M": {"nexus_m": 22},
+    "A": {"nexus_a": 26},
+    "M-A": {"nexus_m": 21, "nexus_a": 30},
+    "FFN": {"ffn_hidden_size": 23},
+    "D": {"hidden_size": 14},
+    "heads": {"num_attention_heads": 3},
+    "head-dim": {"kv_channels": 7},
+    "heads-head-dim": {"num_attention_heads": 3, "kv_channels": 6},
+    "depth": {"num_layers": 4},
+    "vocabulary": {"vocab_size": 41},
+    "all": {
+        "vocab_size": 41,
+        "num_layers": 3,
+        "hidden_size": 14,
+        "num_attention_heads": 3,
+        "kv_channels": 6,
+        "ffn_hidden_size": 23,
+        "nexus_m": 21,
+        "nexus_a": 30,
+    },
+}
+
+
+def configure(**options: object) -> RunConfig:
+    return build({**SIZES, "micro_batch_size": 1, "global_batch_size": 4, **options})
+
+
+def write_checkpoint(
+    root: Path, config: RunConfig, tp: int = 1, seed: int = 7, piece_elements: int = 100
+) -> Path:
+    """A checkpoint with random weights and moments as `tp` ranks would write it."""
+    specs = decoder_specs(config.model)
+    begin_checkpoint(root, STEP)
+    folder = temporary_folder(root, STEP)
+    whole = {}
+    for name, spec in specs.items():
+        for i, state in enumerate(STATES):
+            drawn = dataclasses.replace(spec, name=f"{name} {state}")
+            values = logical_values(drawn, seed + i, whole_box(spec.shape))
+            whole[name, state] = np.abs(values) if state == "exp_avg_sq" else values
+    for rank in range(tp):
+        shard = Shard(rank, tp)
+        pieces = [
+            Piece(name, state, slab.box)
+            for name, spec in specs.items()
+            if spec.is_sharded or rank == 0
+            for state in STATES
+            for slab in slabs(spec, shard, 0, prod(shard.local_shape(spec)), most=piece_elements)
+        ]
+        arrays = (
+            whole[p.tensor, p.state][index_within(p.box, whole_box(specs[p.tensor].shape))] for p in pieces
+        )
+        write_pieces(folder, rank, pieces, arrays, {"cpu": b"random"})
+    manifest = Manifest(
+        progress=RunProgress(STEP, 4 * STEP, 100 * STEP, 10**9),
+        specs=specs,
+        optimizer=OptimizerRecord(STEP, {"decay": {"lr": 1e-3}, "no_decay": {"lr": 1e-3}}),
+        engine=EngineRecord(STEP, 4 * STEP, 0),
+        topology=Topology(tp, 1, 1, tp),
+        config=dataclasses.asdict(config),
+        tokenizer_fingerprint="",
+        lineage=[],
+    )
+    (folder / "manifest.json").write_text(manifest_to_json(manifest))
+    publish_checkpoint(root, STEP)
+    return root / checkpoint_name(STEP)
+
+
+def grow(
+    source: Path,
+    root: Path,
+    config: RunConfig,
+    sizes: dict[str, int],
+    tp: int = 1,
+    pp: int = 1,
+    workers: int = 1,
+    **settings: object,
+) -> tuple[Path, RunConfig]:
+    """Grow a checkpoint through the library; the new one and its configuration."""
+    plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(**settings)))
+    parallel = dataclasses.replace(
+        plan.after.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+    )
+    plan = dataclasses.replace(plan, after=dataclasses.replace(plan.after, parallel=parallel))
+    return grow_checkpoint(plan, source, root, Crew(workers=workers)), plan.after
+
+
+def tensors(folder: Path, state: str = "fp32") -> dict[str, np.ndarray]:
+    """All logical tensors of a checkpoint."""
+    reader = CheckpointReader(folder)
+    reader.verify()
+    return {n: reader.read_box(n, state, whole_box(s.shape)) for n, s in reader.manifest.specs.items()}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint in float64, for `reference`."""
+    return {name: torch.from_numpy(values).double() for name, values in tensors(folder).items()}
+
+
+def sample(model: ModelConfig) -> Tensor:
+    """Token ids [2, 9]."""
+    return torch.randint(0, model.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))

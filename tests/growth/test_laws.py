@@ -1,0 +1,175 @@
+"""The laws of growth, for every axis and all of them together, by the float64 reference model.
+
+Growth keeps the function; a gradient reaches every new weight within three steps; growth and resharding
+commute; the same seed gives the same weights whatever topology wrote, reads or shares the work.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import grown
+import numpy as np
+import pytest
+import reference
+import torch
+
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.pieces import index_within, whole_box
+from megatron_nexus.checkpoint.store import STATES
+from megatron_nexus.growth.plan import plan_growth
+from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from megatron_nexus.spec.grow import Fill
+
+# Sums over longer rows in float64, of logits of size one.
+TOLERANCE = 1e-12
+OPTIONS = {"plain": {}, "options": {"nexus_inner_norm": True, "nexus_output_projection": True}}
+CASES = [
+    (init, axes, option)
+    for init in ("out_rand", "in_rand", "zero")
+    for axes in grown.AXES
+    # The options change what M and A, the attention's width and the hidden size lead to.
+    for option in (OPTIONS if axes in ("M-A", "D", "heads-head-dim", "all") else ["plain"])
+    if not (init == "in_rand" and option == "options" and axes in ("M-A", "all"))
+]
+
+
+@pytest.mark.parametrize(("init", "axes", "option"), CASES)
+def test_growth_keeps_the_function_and_every_new_weight_trains(
+    init: str, axes: str, option: str, tmp_path: Path
+) -> None:
+    """But for `zero`, where no gradient reaches a new block; of new tokens alone the weights are drawn."""
+    config = grown.configure(**OPTIONS[option])
+    source = grown.write_checkpoint(tmp_path / "old", config)
+    made, after = grown.grow(source, tmp_path / "new", config, grown.AXES[axes], init=init)
+    tokens = grown.sample(config.model)
+    before = reference.logits(grown.weights(source), tokens, dataclasses.asdict(config.model))
+    w = {name: t.requires_grad_() for name, t in grown.weights(made).items()}
+    with torch.no_grad():
+        logits = reference.logits(w, tokens, dataclasses.asdict(after.model))
+    assert logits.shape[-1] == after.model.vocab_size
+    assert before.abs().max() > 0.5, "logits of nothing would show nothing"
+    assert (logits[..., : config.model.vocab_size] - before).abs().max() <= TOLERANCE
+
+    reached = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in w.items()}
+    # Every token occurs, so every row of the embedding can be reached.
+    tokens = torch.arange(after.model.vocab_size).repeat(2).view(-1, 2).T.contiguous()
+    for _ in range(3):
+        loss = reference.loss(w, tokens, tokens.roll(-1, 1), dataclasses.asdict(after.model))
+        gradients = torch.autograd.grad(loss, list(w.values()))
+        with torch.no_grad():
+            for (name, t), gradient in zip(w.items(), gradients, strict=True):
+                reached[name] |= gradient != 0
+                t -= 0.1 * gradient
+    if init == "zero" and "vocab_size" in grown.AXES[axes]:
+        return
+    plan = plan_growth(config, GrowthRequest(grown.AXES[axes], GrowthConfig(init=init)))
+    new = 0
+    for name, tensor in plan.tensors.items():
+        for block in tensor.blocks:
+            if block.fill is not Fill.KEPT:
+                there = reached[name][index_within(block.box, whole_box(tensor.spec.shape))]
+                new += there.numel()
+                assert not there.any() if init == "zero" else there.all(), (name, block)
+    assert new > 0
+
+
+def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Path) -> None:
+    config = grown.configure()
+    source = grown.write_checkpoint(tmp_path / "old", config)
+    made, _ = grown.grow(source, tmp_path / "new", config, grown.AXES["all"], depth_placement="end")
+    plan = plan_growth(config, GrowthRequest(grown.AXES["all"], GrowthConfig(depth_placement="end")))
+    for state in STATES:
+        old, new = grown.tensors(source, state), grown.tensors(made, state)
+        for name, tensor in plan.tensors.items():
+            rest = new[name].copy()
+            for block in tensor.blocks:
+                if block.old is not None:
+                    there = index_within(block.box, whole_box(tensor.spec.shape))
+                    here = index_within(block.old, whole_box(tensor.old.shape))
+                    assert np.array_equal(new[name][there], old[tensor.old.name][here])
+                    rest[there] = 0.0
+            assert state == "fp32" or not rest.any()
+
+
+@pytest.mark.parametrize("axes", ["M-A", "all"])
+def test_growth_and_resharding_commute_bit_for_bit(axes: str, tmp_path: Path) -> None:
+    config = grown.configure()
+    sizes = grown.AXES[axes]
+    sources = {tp: grown.write_checkpoint(tmp_path / f"source{tp}", config, tp) for tp in (1, 2)}
+    moved, same = grown.grow(sources[2], tmp_path / "moved", config, {}, tp=1, pp=2)
+    assert same.model == config.model
+    first, _ = grown.grow(moved, tmp_path / "first", config, sizes, tp=1, pp=2, workers=2)
+    alone, after = grown.grow(sources[1], tmp_path / "alone", config, sizes)
+    second, _ = grown.grow(alone, tmp_path / "second", after, {}, tp=1, pp=2, workers=3)
+    for state in STATES:
+        expected = grown.tensors(alone, state)
+        for folder in (first, second):
+            found = grown.tensors(folder, state)
+            assert all(np.array_equal(found[name], values) for name, values in expected.items())
+    # Down to the bytes of the files.
+    for one in sorted(first.glob("rank_*")):
+        assert one.read_bytes() == (second / one.name).read_bytes()
+
+
+def test_a_growth_of_a_growth_keeps_its_function_and_its_lineage(tmp_path: Path) -> None:
+    config = grown.configure()
+    folder, tokens = grown.write_checkpoint(tmp_path / "0", config), grown.sample(config.model)
+    expected = reference.logits(grown.weights(folder), tokens, dataclasses.asdict(config.model))
+    for generation, (axes, placement) in enumerate((("all", "interleaved"), ("larger", "end")), start=1):
+        sizes = {**grown.AXES["all"]}
+        if axes == "larger":
+            sizes = {name: size + 2 for name, size in sizes.items()}
+        folder, config = grown.grow(
+            folder, tmp_path / str(generation), config, sizes, depth_placement=placement
+        )
+        logits = reference.logits(grown.weights(folder), tokens, dataclasses.asdict(config.model))
+        assert (logits[..., :37] - expected).abs().max() <= TOLERANCE
+    manifest = read_manifest(folder)
+    assert [entry["generation"] for entry in manifest.lineage] == [1, 2]
+    assert manifest.lineage[1]["axes"]["nexus_m"] == [21, 23]
+    assert manifest.lineage[1]["parent"] == str((tmp_path / "1" / "iter_0000040").resolve())
+    assert config.model.base_hidden_size == 12
+    assert config.model.base_kv_channels == 4
+
+
+def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
+    config = grown.configure()
+    source = grown.write_checkpoint(tmp_path / "0", config)
+    once, middle = grown.grow(source, tmp_path / "1", config, grown.AXES["all"])
+    larger = {name: size + 2 for name, size in grown.AXES["all"].items()}
+    twice, _ = grown.grow(once, tmp_path / "2", middle, larger)
+    manifest = read_manifest(twice)
+    old = read_manifest(source).specs
+    born = {name: np.zeros(spec.shape, int) for name, spec in manifest.specs.items()}
+    for birth in manifest.optimizer.births:
+        assert birth.step_count == grown.STEP
+        born[birth.tensor][index_within(birth.box, whole_box(born[birth.tensor].shape))] += 1
+    assert all(values.max() <= 1 for values in born.values())
+    kept = sum(int((values == 0).sum()) for values in born.values())
+    assert kept == sum(spec.numel for spec in old.values())
+
+
+def test_noise_is_a_share_of_the_old_deviation(tmp_path: Path) -> None:
+    config = grown.configure(nexus_m=400, nexus_a=500)
+    source = grown.write_checkpoint(tmp_path / "0", config, piece_elements=1 << 24)
+    sizes = {"nexus_m": 600, "nexus_a": 800}
+    made, _ = grown.grow(source, tmp_path / "1", config, sizes, init="noise", noise_share=0.2)
+    old, new = grown.tensors(source), grown.tensors(made)
+    name = "layers.0.attention.q.w_a"
+    for block in (new[name][500:, :400], new[name][:500, 400:], new[name][500:, 400:]):
+        # A deviation of n values is known to 1 / sqrt(2 n): 1 % is several of them.
+        assert block.std() == pytest.approx(0.2 * old[name].std(), rel=0.02)
+
+
+@pytest.mark.parametrize("seed", [1234, 5])
+def test_new_weights_depend_on_the_seed_and_the_generation_only(seed: int, tmp_path: Path) -> None:
+    config = grown.configure()
+    sizes = grown.AXES["M-A"]
+    values = {}
+    for weight_seed in (7, 8):
+        source = grown.write_checkpoint(tmp_path / f"{weight_seed}", config, seed=weight_seed)
+        made, _ = grown.grow(source, tmp_path / f"{weight_seed}-grown", config, sizes, growth_seed=seed)
+        values[weight_seed] = grown.tensors(made)["layers.1.attention.v.w_a"][:, 15:]
+    assert np.array_equal(values[7], values[8])
+    other, _ = grown.grow(source, tmp_path / "other", config, sizes, growth_seed=seed + 1)
+    assert not np.array_equal(grown.tensors(other)["layers.1.attention.v.w_a"][:, 15:], values[7])
