@@ -21,11 +21,12 @@ from megatron_nexus import log
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.command import saved_config
+from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.command_line import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import ParallelConfig, RunConfig
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, NexusError
+from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.request import GROWING, ZERO_WARNING, GrowthRequest, add_growth_flags
 
 
@@ -68,15 +69,7 @@ def main() -> NoReturn:
     """Run the command line of this process."""
     log.configure(speaks=True)
     signal.signal(signal.SIGTERM, _interrupted)
-    try:
-        _grow(sys.argv[1:])
-    except NexusError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        sys.exit(EXIT_CODE_USER_ERROR)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing was written, the source is untouched\n")
-        sys.exit(130)
-    sys.exit(0)
+    run_tool(lambda: _grow(sys.argv[1:]))
 
 
 def _interrupted(signum: int, frame: object) -> NoReturn:

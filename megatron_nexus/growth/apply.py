@@ -181,9 +181,11 @@ def grow_checkpoint(plan: GrowthPlan, source: Path, root: Path, crew: Crew) -> P
         with crew.together(f"{root}: cannot write the checkpoint"):
             if crew.rank == 0:
                 _finish(root, step, files, [entry for share in shares for entry in share], manifest)
-    except BaseException:
+    except BaseException as error:
         if crew.rank == 0:
             abandon_checkpoint(root, step)
+        if not isinstance(error, CheckpointError):  # of those every rank knows
+            crew.abort()
         raise
     return root / checkpoint_name(step)
 

@@ -3,37 +3,53 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+from megatron_nexus.data.team import POLL_S, Team, read_team, wait_for_message
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress
-from megatron_nexus.parallel.world import read_world
-
-if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
 
 T = TypeVar("T")
 R = TypeVar("R")
 Advance = Callable[[int], None]
 
-POLL_S = 0.5
+TELL_S = 0.5
 
 
 class Crew:
     """The processes that grow one checkpoint together; alone, or the ranks of mpirun."""
 
-    def __init__(self, communicator: "Intracomm | None" = None, workers: int = 1) -> None:
-        self._communicator = communicator
+    def __init__(self, team: Team, workers: int = 1) -> None:
+        self._team = team
         self._workers = workers
-        self.rank = communicator.Get_rank() if communicator else 0
-        self.size = communicator.Get_size() if communicator else 1
+        self.rank = team.rank
+        self.size = team.size
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on every rank; a collective call."""
-        return self._communicator.allgather(value) if self._communicator else [value]
+        if self.rank != 0:
+            self._team.send(0, (self.rank, value))
+            values: list[T] = wait_for_message(self._team)  # type: ignore[assignment]  # of the first rank
+            return values
+        gathered = {0: value}
+        while len(gathered) < self.size:
+            for message in self._team.received():
+                assert isinstance(message, tuple), f"not sent by gather: {message}"
+                gathered[message[0]] = message[1]
+            time.sleep(POLL_S)
+        values = [gathered[rank] for rank in range(self.size)]
+        for rank in range(1, self.size):
+            self._team.send(rank, values)
+        return values
+
+    def abort(self) -> None:
+        """End the other ranks, which would wait for this one for ever."""
+        if self.size > 1:
+            self._team.abort()
 
     @contextmanager
     def together(self, purpose: str) -> Iterator[None]:
@@ -73,27 +89,16 @@ class Crew:
 def make_crew(workers: int) -> Crew:
     """The crew that this process belongs to.
 
-    Raises ConfigError: workers below 1, or beside mpirun, or mpirun without mpi4py.
+    Raises ConfigError: workers below 1, or beside mpirun, or mpirun without MPI.
     """
+    team = read_team(os.environ)
     if workers < 1:
         raise ConfigError([f"--workers {workers} must be positive: give 1 or more"])
-    world = read_world(os.environ)
-    if world.launcher != "mpirun" or world.size == 1:
-        return Crew(workers=workers)
-    if workers > 1:
+    if team.size > 1 and workers > 1:
         raise ConfigError(
-            [f"--workers {workers} beside mpirun -n {world.size}: drop one, both share out the same work"]
+            [f"--workers {workers} beside {team.size} started processes: drop one, both share the same work"]
         )
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # without an MPI library mpi4py raises RuntimeError
-        raise ConfigError(
-            [
-                f"mpirun needs mpi4py with an MPI library ({error}): install both, or use "
-                f"--workers {world.size}"
-            ]
-        ) from error
-    return Crew(MPI.COMM_WORLD)
+    return Crew(team, workers)
 
 
 def _in_workers(
@@ -120,7 +125,7 @@ def _in_workers(
         results: dict[Connection, R] = {}
         with Progress(stage, total / 1e6, "MB") as progress:
             while len(results) < len(pipes):
-                for pipe in wait([pipe for pipe in pipes if pipe not in results], POLL_S):
+                for pipe in wait([pipe for pipe in pipes if pipe not in results], TELL_S):
                     assert isinstance(pipe, Connection)
                     results[pipe] = _result_of(pipe)
                 progress.done = sum(done) / 1e6

@@ -26,6 +26,7 @@ from megatron_nexus.checkpoint.run_folder import (
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Piece, write_pieces
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.data.team import Alone
 from megatron_nexus.growth.apply import grow_checkpoint
 from megatron_nexus.growth.crew import Crew
 from megatron_nexus.growth.plan import plan_growth
@@ -132,7 +133,7 @@ def grow(
         plan.after.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
     )
     plan = dataclasses.replace(plan, after=dataclasses.replace(plan.after, parallel=parallel))
-    return grow_checkpoint(plan, source, root, Crew(workers=workers)), plan.after
+    return grow_checkpoint(plan, source, root, Crew(Alone(), workers)), plan.after
 
 
 def tensors(folder: Path, state: str = "fp32") -> dict[str, np.ndarray]:
