@@ -16,7 +16,8 @@ from pathlib import Path
 
 from megatron_nexus.parallel.local_ranks import free_port
 
-PACKAGES = ["slurm-wlm", "munge"]
+PACKAGES = ["slurm-wlm", "munge", "libpmix-dev"]
+"""The last is what `srun --mpi=pmix` loads."""
 PROGRAMS = ["slurmctld", "slurmd", "munged", "sbatch", "srun"]
 CPUS = 4
 """What each node claims to have, so that tests that need few do not wait for each other."""
@@ -41,6 +42,7 @@ KillWait=20
 MinJobAge=3600
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -119,7 +121,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     """Start a cluster that keeps everything in `folder`; stopped at the end, jobs and all."""
     host = socket.gethostname().split(".")[0]
     nodes = [host, "localhost"] if host != "localhost" else [host]
-    for name in ("state", "munge", *(f"spool-{node}" for node in nodes)):
+    for name in ("state", "munge", *(f"{kind}-{node}" for kind in ("spool", "tmp") for node in nodes)):
         (folder / name).mkdir(parents=True)
     lines = [
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={CPUS}"
