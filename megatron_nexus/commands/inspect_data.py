@@ -89,4 +89,5 @@ def _show(dataset: IndexedDataset, description: CorpusDescription | None) -> Non
 def _show_samples(dataset: IndexedDataset, tokenizer: Tokenizer, samples: int) -> None:
     for document in sample_documents(dataset, samples):
         text = sample_text(dataset, document, tokenizer)
-        log.logger.info("document %s begins %r", f"{document:,}", text)
+        begins = f"begins {text!r}" if text is not None else "has ids that the tokenizer does not have"
+        log.logger.info("document %s %s", f"{document:,}", begins)

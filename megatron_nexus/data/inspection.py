@@ -45,10 +45,11 @@ def sample_documents(dataset: IndexedDataset, count: int) -> list[int]:
     )
 
 
-def sample_text(dataset: IndexedDataset, document: int, tokenizer: Tokenizer) -> str:
-    """How a document begins, decoded."""
+def sample_text(dataset: IndexedDataset, document: int, tokenizer: Tokenizer) -> str | None:
+    """How a document begins, decoded; None where the tokenizer does not have its ids."""
     start, stop = dataset.document_start(document), dataset.document_start(document + 1)
-    return tokenizer.decode(dataset.tokens(start, min(stop, start + SAMPLE_TOKENS)).tolist())
+    ids = dataset.tokens(start, min(stop, start + SAMPLE_TOKENS)).tolist()
+    return tokenizer.decode(ids) if all(0 <= token < tokenizer.vocab_size for token in ids) else None
 
 
 def find_problems(

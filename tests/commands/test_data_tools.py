@@ -1,0 +1,176 @@
+"""The data tools as users run them: train a tokenizer, preprocess, inspect; and what they say of mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from megatron_nexus.commands import inspect_data, train_tokenizer
+from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_nexus.data.inspection import Bin, length_histogram, sample_documents
+
+WORDS = ["one two three", "four five", "six seven eight nine ten eleven"] * 50
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def call(
+    main: object, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a tool that is called in this process."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()  # type: ignore[operator]
+    captured = console.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, captured.out, captured.err
+
+
+@pytest.mark.slow
+def test_from_text_to_a_corpus_that_is_sound(tmp_path: Path) -> None:
+    records = tmp_path / "in.jsonl"
+    records.write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS) + "oops\n")
+    model, prefix = tmp_path / "spm.model", tmp_path / "out" / "corpus"
+    trained = run_tool("train_tokenizer", "--input", records, "--vocab-size", 300, "--output", model)
+    assert trained.returncode == 0, trained.stderr
+    assert "300 pieces" in trained.stdout
+    assert "1 records left out: not JSON" in trained.stdout
+    made = run_tool(
+        "preprocess_data", "--input", records, "--output-prefix", prefix, "--tokenizer-model", model
+    )
+    assert made.returncode == 0, made.stderr
+    assert f"{records}:151: not JSON: 'oops'" in made.stdout
+    shown = run_tool("inspect_data", prefix, "--tokenizer-model", model, "--samples", 2)
+    assert shown.returncode == 0, shown.stderr
+    assert "documents        150" in shown.stdout
+    assert "document 37 begins 'four five'" in shown.stdout
+    assert "No problem found" in shown.stdout
+    again = run_tool(
+        "preprocess_data", "--input", records, "--output-prefix", prefix, "--tokenizer-model", model
+    )
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_the_histogram_counts_every_document_once() -> None:
+    lengths = np.array([0, 1, 2, 3, 4, 7, 8, 1 << 40], dtype=np.int64)
+    bins = length_histogram(lengths)
+    assert bins[:5] == [Bin(0, 0, 1), Bin(1, 1, 1), Bin(2, 3, 2), Bin(4, 7, 2), Bin(8, 15, 1)]
+    assert sum(entry.documents for entry in bins) == len(lengths)
+    assert bins[-1].smallest == 1 << 40
+    assert length_histogram(np.array([5, 6]))[0] == Bin(4, 7, 2)
+
+
+def test_samples_are_spread_over_the_corpus(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "c", np.uint16) as writer:
+        writer.add_documents(np.arange(10), [1] * 10)
+    dataset = IndexedDataset(tmp_path / "c")
+    assert sample_documents(dataset, 0) == []
+    assert sample_documents(dataset, 2) == [2, 7]
+    assert sample_documents(dataset, 50) == [*range(10)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "description", "message"),
+    [
+        ([5, 1, 300, 1], {}, "1 ids are not below the vocabulary size 300"),
+        ([5, 1, 5, 5], {}, "1 documents do not end with the end token 1"),
+        ([5, 1, 5, 1], {"documents": 3}, "promises 3 documents, the index has 2"),
+        ([5, 1, 5, 1], {"tokens": 3}, "promises 3 tokens, the index has 4"),
+        ([5, 1, 5, 1], {"tokenizer_fingerprint": "x"}, "was written with another tokenizer (t.model)"),
+        ([5, 1, 5, 1], None, ""),
+        ([5, 1, 5, 1], {}, ""),
+        ([5, 1, 5, 5], {"append_eod": False}, ""),
+    ],
+)
+def test_inspection_finds_what_is_wrong(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    console: pytest.CaptureFixture[str],
+    ids: list[int],
+    description: dict[str, object] | None,
+    message: str,
+) -> None:
+    (tmp_path / "in.txt").write_text("\n".join(WORDS))
+    model = tmp_path / "spm.model"
+    code, out, err = call(
+        train_tokenizer.main,
+        monkeypatch,
+        console,
+        *("--input", tmp_path / "in.txt", "--vocab-size", 300, "--output", model),
+    )
+    assert (code, err) == (0, ""), out
+    fingerprint = out.split("sha256 ")[1].strip()
+    with IndexedDatasetWriter(tmp_path / "corpus", np.uint16) as writer:
+        writer.add_documents(np.array(ids), [2, 2])
+        if description is not None:
+            known = {
+                "tokenizer": "t.model",
+                "tokenizer_fingerprint": fingerprint,
+                "vocab_size": 300,
+                "eod_id": 1,
+                "append_eod": True,
+                "json_key": "text",
+                "txt_documents": "file",
+                "input_files": 1,
+                "input_bytes": 1,
+                "documents": 2,
+                "tokens": 4,
+                "text_bytes": 9,
+                "empty_documents": 0,
+                "malformed": {},
+                "malformed_samples": [],
+            }
+            writer.description = json.dumps(known | description)
+    code, out, err = call(
+        inspect_data.main, monkeypatch, console, tmp_path / "corpus", "--tokenizer-model", model
+    )
+    assert "documents        2" in out
+    assert code == (2 if message else 0), err
+    assert message in err
+    assert ("No problem found" in out) == (not message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "spm.model", "--input", "missing.txt"], "missing.txt stands for no file"),
+        (["--output", "in.txt", "--input", "in.txt"], "--output in.txt exists"),
+        (["--output", "in.txt/spm.model", "--input", "in.txt"], "cannot be written"),
+        (
+            ["--output", "spm.model", "--input", "in.txt", "--vocab-size", "9000"],
+            "choose another --vocab-size",
+        ),
+        (["--output", "spm.model", "--input", "in.jsonl", "--strict"], "in.jsonl:1: not JSON"),
+        (["--output", "spm.model", "--input", "in.txt", "--vocab-size", "0"], "0 is not above 0"),
+    ],
+)
+def test_training_a_tokenizer_that_cannot_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    console: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("one two")
+    (tmp_path / "in.jsonl").write_text("oops\n")
+    code, _, err = call(train_tokenizer.main, monkeypatch, console, *flags)
+    assert code == 2
+    assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "in.txt"]
