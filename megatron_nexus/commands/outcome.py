@@ -1,6 +1,5 @@
 """How a tool ends: a mistake of the user is one message and exit code 2, Ctrl-C is exit code 130."""
 
-import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -19,7 +18,5 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
         sys.exit(EXIT_CODE_USER_ERROR)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.stderr.flush()
-        # Not sys.exit: it would wait for processes and threads whose work is no longer wanted.
-        os._exit(EXIT_CODE_INTERRUPTED)
+        sys.exit(EXIT_CODE_INTERRUPTED)
     sys.exit(0)

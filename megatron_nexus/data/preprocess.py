@@ -135,7 +135,13 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
         for stale in tokenizing.folder.glob("*.partial"):
             stale.unlink()
         prefixes = [shard_prefix(shard, tokenizing, tokenizer) for shard in shards]
-        earlier = {number: finished_counts(prefix, dtype.itemsize) for number, prefix in enumerate(prefixes)}
+        # One listing: asking for each would be slow, and an NFS client would remember that it was missing.
+        present = {path.name for path in tokenizing.folder.iterdir()}
+        earlier = {
+            number: finished_counts(prefix, dtype.itemsize)
+            for number, prefix in enumerate(prefixes)
+            if idx_path(prefix).name in present
+        }
         counts = {
             number: count
             for number, count in earlier.items()

@@ -43,8 +43,8 @@ FORMAT_VERSION = 1
 SAMPLES = 10
 """Malformed records kept of each shard."""
 
-BATCH_BYTES = 1 << 18
-"""Text that is tokenized and written at a time."""
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 12
+"""What is tokenized and written at a time, whichever is reached first."""
 
 PATIENCE_S = 0.5
 
@@ -96,11 +96,13 @@ def make_shards(spans: list[Span], shard_bytes: int) -> list[Shard]:
     """Put neighbouring spans together until they have `shard_bytes`."""
     shards: list[Shard] = []
     waiting: list[Span] = []
+    size = 0
     for span in spans:
-        if waiting and sum(earlier.size for earlier in waiting) + span.size > shard_bytes:
+        if waiting and size + span.size > shard_bytes:
             shards.append(Shard(tuple(waiting)))
-            waiting = []
+            waiting, size = [], 0
         waiting.append(span)
+        size += span.size
     return [*shards, Shard(tuple(waiting))] if waiting else shards
 
 
@@ -137,38 +139,40 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
         DataError: a file cannot be read, or under `strict` a malformed record.
         OSError: the shard cannot be written.
     """
-    documents = tokens = text_bytes = empty = 0
+    documents = tokens = text_bytes = empty = batch_bytes = 0
     malformed: Counter[str] = Counter()
     samples: list[tuple[int, int, str, str]] = []
     eod = np.array([tokenizer.eod_id], dtype=np.int32)
-    batch: list[str] = []
-    batch_bytes = 0
+    batch: list[Document] = []
     prefix = shard_prefix(shard, tokenizing, tokenizer)
 
     with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
 
-        def write() -> int:
-            parts: list[npt.NDArray[np.int32]] = tokenizer.encode_documents(batch, threads=1)
-            lengths = [len(ids) for ids in parts]
-            if tokenizing.append_eod:
-                parts = [part for ids in parts for part in (ids, eod)]
-                lengths = [length + 1 for length in lengths]
-            writer.add_documents(np.concatenate(parts), lengths)
+        def write() -> None:
+            nonlocal documents, tokens, text_bytes, empty, batch_bytes
+            lengths: list[int] = []
+            parts: list[npt.NDArray[np.int32]] = []
+            encoded = tokenizer.encode_documents([document.text for document in batch], threads=1)
+            for document, ids in zip(batch, encoded, strict=True):
+                if not len(ids):  # no text, or only what the tokenizer drops
+                    empty += 1
+                    continue
+                text_bytes += document.size
+                lengths.append(len(ids) + tokenizing.append_eod)
+                parts += (ids, eod) if tokenizing.append_eod else (ids,)
+            if parts:
+                writer.add_documents(np.concatenate(parts), lengths)
+            documents, tokens = documents + len(lengths), tokens + sum(lengths)
             batch.clear()
-            return sum(lengths)
+            batch_bytes = 0
 
         for place, span in enumerate(shard.spans):
             for record in read_span(span, tokenizing.reading):
                 if isinstance(record, Document):
-                    if not record.size:
-                        empty += 1
-                        continue
-                    documents, text_bytes = documents + 1, text_bytes + record.size
-                    batch.append(record.text)
+                    batch.append(record)
                     batch_bytes += record.size
-                    if batch_bytes >= BATCH_BYTES:
-                        tokens += write()
-                        batch_bytes = 0
+                    if batch_bytes >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+                        write()
                     continue
                 if tokenizing.strict:
                     raise DataError(
@@ -178,8 +182,7 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
                 malformed[record.reason] += 1
                 if len(samples) < SAMPLES:
                     samples.append((place, record.number, record.reason, record.excerpt))
-        if batch:
-            tokens += write()
+        write()
         counts = Counts(documents, tokens, text_bytes, empty, dict(malformed), samples)
         writer.description = json.dumps(dataclasses.asdict(counts))
     return counts
@@ -231,6 +234,7 @@ def tokenize_shards(
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker makes threads for all cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from conftest import REPOSITORY, Spawn, wait_for
 
 from megatron_nexus.data.corpus_description import check_tokenizer, read_description
@@ -300,3 +301,30 @@ def test_no_end_tokens_where_none_are_wanted(folder: Path, tmp_path: Path) -> No
     dataset = IndexedDataset(tmp_path / "corpus")
     ids = dataset.tokens(0, dataset.token_count).tolist()
     assert ids == tokenizer.encode("one") + tokenizer.encode("two words")
+
+
+def test_a_hugging_face_tokenizer_and_texts_that_it_drops(folder: Path, tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "one": 1, "two": 2, "?": 3}, "?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.add_special_tokens(["</s>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "in.txt").write_text("one two\n  \ntwo three </s>\n")
+    for append_eod in (True, False):
+        made = preprocess(
+            job(
+                folder,
+                tmp_path / "corpus",
+                inputs=[str(tmp_path / "in.txt")],
+                tokenizer_path=tmp_path,
+                reading=Reading("text", "line"),
+                append_eod=append_eod,
+                overwrite=True,
+            ),
+            Alone(),
+        )
+        assert made is not None
+        assert (made.documents, made.empty_documents, made.text_bytes) == (2, 1, 21)
+        dataset = IndexedDataset(tmp_path / "corpus")
+        end = [0] if append_eod else []
+        # The end token in a text is only text: three unknown words.
+        assert dataset.tokens(0, dataset.token_count).tolist() == [1, 2, *end, 2, 3, 3, 3, 3, *end]
