@@ -9,6 +9,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +22,8 @@ from megatron_nexus.config.config_file import read_config_file
 from megatron_nexus.config.presets import DEFAULT_PRESET, Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, NexusError
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigError, NexusError
+from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
 
@@ -74,12 +77,18 @@ def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
     if "config" in given:
         given = over(read_config_file(Path(str(given["config"]))), given)
     load = str(given.get("load", ""))
-    if not load:
-        return build(given), None
-    checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(Path(load))
+    checkpoint = None
+    if load:
+        checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(Path(load))
+    grow = str(given.get("grow", ""))
     if checkpoint is None:
+        if grow:
+            raise ConfigError([f"--grow {grow!r} needs a checkpoint to grow: give --load"])
         return build(given), None
-    return build(given, saved_config(checkpoint, read_manifest(checkpoint))), checkpoint
+    saved = saved_config(checkpoint, read_manifest(checkpoint))
+    if grow:
+        saved = grown_config(saved, read_request(grow))
+    return build(given, saved), checkpoint
 
 
 def saved_config(checkpoint: Path, manifest: Manifest) -> RunConfig:
@@ -110,10 +119,17 @@ def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[
 
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns, on each rank
+        from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
+        from megatron_nexus.growth.grown_reader import GrownReader
+        from megatron_nexus.growth.plan import plan_growth
         from megatron_nexus.parallel.mesh import claim_last_word
         from megatron_nexus.training.run import run
+    open_state: Callable[[Path], StateReader] = CheckpointReader
     try:
-        run(config, world, checkpoint, argv)
+        if config.checkpoint.grow and checkpoint is not None:
+            saved = saved_config(checkpoint, read_manifest(checkpoint))
+            open_state = partial(GrownReader, plan=plan_growth(saved, read_request(config.checkpoint.grow)))
+        run(config, world, checkpoint, argv, open_state)
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -101,13 +101,19 @@ def train(
     batches: list[tuple[Tensor, Tensor]],
     config: dict,
     positions: Tensor | None = None,
+    state: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> dict:
-    """AdamW (Loshchilov and Hutter, algorithm 2) on whole global batches: losses, norms, first gradients."""
+    """AdamW (Loshchilov and Hutter, algorithm 2) on whole global batches: losses, norms, first gradients.
+
+    `state`: both moments and the steps taken so far of every element; none for a start from zero.
+    """
     o = config["optimizer"]
     w = {name: t.clone().requires_grad_() for name, t in w.items()}
-    moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()}
+    state = state or {
+        name: (torch.zeros_like(t), torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()
+    }
     losses, norms, first = [], [], {}
-    for step, (tokens, labels) in enumerate(batches, start=1):
+    for tokens, labels in batches:
         value = loss(w, tokens, labels, config["model"], positions)
         grads = dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))
         norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads.values()))
@@ -118,9 +124,10 @@ def train(
         b1, b2 = o["adam_beta1"], o["adam_beta2"]
         with torch.no_grad():
             for name, t in w.items():
-                g, (m, v) = grads[name] * clip, moments[name]
+                g, (m, v, steps) = grads[name] * clip, state[name]
+                steps += 1
                 m.mul_(b1).add_((1 - b1) * g)
                 v.mul_(b2).add_((1 - b2) * g * g)
                 t.mul_(1 - o["lr"] * (o["weight_decay"] if t.dim() > 1 else 0.0))
-                t.sub_(o["lr"] * (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt() + o["adam_eps"]))
+                t.sub_(o["lr"] * (m / (1 - b1**steps)) / ((v / (1 - b2**steps)).sqrt() + o["adam_eps"]))
     return {"losses": losses, "norms": norms, "first_gradients": first, "weights": w}

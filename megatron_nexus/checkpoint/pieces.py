@@ -31,6 +31,11 @@ class Slab:
     box: Box
 
     @property
+    def run_length(self) -> int:
+        """Elements of the run, padding included."""
+        return prod(self.stored)
+
+    @property
     def corner(self) -> tuple[slice, ...]:
         """The index of `box` within the run."""
         return tuple(slice(0, size) for size in self.box.sizes)

@@ -8,7 +8,6 @@ own fragments, whoever wrote them; at the topology that wrote them the state is 
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from pathlib import Path
 
 import torch
@@ -171,7 +170,7 @@ def _slab_views(zero: ZeroState, parameters: Parameters, shard: Shard) -> Iterat
         assert held == expected, f"{spec.name} has the local shape {held}, its spec and shard say {expected}"
         for slab in slabs(spec, shard, fragment.start, fragment.count):
             for state in STATES:
-                run = fragment.states[state][slab.start : slab.start + prod(slab.stored)]
+                run = fragment.states[state][slab.start : slab.start + slab.run_length]
                 yield Piece(spec.name, state, slab.box), run.view(slab.stored)[slab.corner]
 
 

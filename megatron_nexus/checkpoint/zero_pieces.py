@@ -5,7 +5,7 @@ parameter group and cut it into one range per data-parallel rank; ZeRO-3 cuts ea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -162,6 +162,18 @@ class ZeroState(ABC):
         for flat, _ in self._flats:
             for buffer in self._buffers(flat).values():
                 buffer.zero_()
+
+    def forget_moments(self) -> None:
+        """Begin the optimizer anew: moments and count of steps at zero, weights as they are."""
+        for flat, _ in self._flats:
+            for state, buffer in self._buffers(flat).items():
+                if state != "fp32":
+                    buffer.zero_()
+        self.step_count = 0
+
+    def after_each_step(self, hook: Callable[..., None]) -> None:
+        """Call `hook(optimizer, ...)` whenever Adam has stepped, before weights are cast for the model."""
+        self._adam.register_step_post_hook(hook)
 
     @property
     def step_count(self) -> int:

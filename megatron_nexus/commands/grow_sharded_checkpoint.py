@@ -115,13 +115,6 @@ def _grow(argv: Sequence[str]) -> None:
     from megatron_nexus.growth.report import plan_table, size_lines
 
     plan = plan_growth(saved, request)
-    if sizes and not plan.axes:
-        raise ConfigError(
-            [
-                f"{', '.join(f'{name} {size}' for name, size in sizes.items())}: the checkpoint has these "
-                "sizes already: raise one, or give none to reshard"
-            ]
-        )
     after = dataclasses.replace(plan.after, parallel=parallel)
     check(after, given.tp * given.pp)
     plan = dataclasses.replace(plan, after=after)

@@ -79,6 +79,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
     not_negative = {
         "--min-lr": optimizer.min_lr,
         "--lr-decay-iters": optimizer.lr_decay_iters,
+        "--lr-start-iter": optimizer.lr_start_iter,
         "--lr-warmup-iters": optimizer.lr_warmup_iters,
         "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
         "--weight-decay": optimizer.weight_decay,

@@ -106,6 +106,7 @@ class OptimizerConfig:
     min_lr: float = option(3e-5, "learning rate at the end of the decay")
     lr_decay_style: DecayStyle = option("cosine", "cosine, linear, constant or WSD (warm-up, stable, decay)")
     lr_decay_iters: int = option(0, "step at which the decay ends; 0: the last step")
+    lr_start_iter: int = option(0, "step that warm-up and decay are counted from, for a new phase of a run")
     lr_warmup_iters: int = option(0, "steps of linear warm-up from zero")
     lr_wsd_decay_iters: int = option(0, "steps of the final decay of WSD; 0: a tenth of the run")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices; norm gains have none")
@@ -155,6 +156,10 @@ class CheckpointConfig:
     load: str = option(
         "", "a run's folder or one checkpoint in it; auto: the newest complete one, or start fresh"
     )
+    grow: str = option(
+        "", 'sizes to grow the loaded model to, as in "nexus_m=1088 nexus_a=1228"; new weights as init=...'
+    )
+    reset_optimizer: bool = option(False, "load weights only: moments and Adam's count of steps begin anew")
     save_interval: int = option(0, "steps between checkpoints; 0: only at the end and on Ctrl-C")
 
 

@@ -4,13 +4,12 @@ Pure: from the configuration of a checkpoint and what is asked for. No file is r
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 from megatron_nexus.checkpoint.manifest import Birth, Manifest, OptimizerRecord
 from megatron_nexus.checkpoint.pieces import intersect
-from megatron_nexus.config.presets import PRESETS
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
-from megatron_nexus.growth.request import GROWING, GrowthConfig, GrowthRequest, grown_model, layer_origins
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.growth.request import GROWING, GrowthConfig, GrowthRequest, grown_config, layer_origins
 from megatron_nexus.models.decoder import decoder_specs, layer_specs
 from megatron_nexus.spec.grow import Block, grown_blocks, inserted_blocks
 from megatron_nexus.spec.param import ParamSpec
@@ -48,7 +47,8 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
     Raises ConfigError where the model cannot grow so.
     """
     settings = request.settings
-    old, new = saved.model, grown_model(saved.model, request.sizes, settings)
+    after = grown_config(saved, request)
+    old, new = saved.model, after.model
     old_layers, new_layers = layer_specs(old), layer_specs(new)
     # A decoder's layers are the embedding, its blocks and the head.
     blocks = layer_origins(old.num_layers, new.num_layers, settings.depth_placement)
@@ -61,19 +61,7 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
                 grown_blocks(before, spec, settings.init) if before else inserted_blocks(spec, settings.init)
             )
             tensors[spec.name] = TensorPlan(spec, before, tuple(parts))
-    after = replace(saved, preset=_name(saved.preset, old, new), model=new)
     return GrowthPlan(saved, after, settings, tensors)
-
-
-def _name(old_name: str, old: ModelConfig, new: ModelConfig) -> str:
-    """What the larger model is called: as the preset of its sizes, else as the old one, marked as grown."""
-    if new == old:
-        return old_name
-    for name, values in PRESETS.items():
-        sizes = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
-        if set(GROWING) <= sizes.keys() and sizes.items() <= vars(new).items():
-            return name
-    return old_name if old_name.endswith("-grown") else f"{old_name}-grown"
 
 
 def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:

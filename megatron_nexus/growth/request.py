@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from megatron_nexus.config.run_config import ModelConfig, option
+from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.config.presets import PRESETS
+from megatron_nexus.config.run_config import ModelConfig, RunConfig, option
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.spec.grow import Init
 
@@ -59,7 +61,7 @@ def layer_origins(old: int, new: int, placement: Placement) -> list[int | None]:
     return origins
 
 
-def grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
+def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
     """The model that `old` becomes with the given sizes of the fields in GROWING.
 
     Raises ConfigError with every reason why it cannot.
@@ -109,6 +111,48 @@ class GrowthRequest:
         settings: dict[str, Any] = {name: given[name] for name in names if name in given}
         sizes = {name: int(given[name]) for name in GROWING if name in given}
         return cls(sizes, GrowthConfig(**settings))
+
+
+def grown_config(saved: RunConfig, request: GrowthRequest) -> RunConfig:
+    """The configuration of a checkpoint once it has grown.
+
+    Raises ConfigError with every reason why it cannot.
+    """
+    old, new = saved.model, _grown_model(saved.model, request.sizes, request.settings)
+    if new == old and request.sizes:
+        asked = ", ".join(f"{name} {size}" for name, size in request.sizes.items())
+        raise ConfigError(
+            [f"{asked}: the checkpoint has these sizes already: raise one, or give none to reshard"]
+        )
+    return replace(saved, preset=_name(saved.preset, old, new), model=new)
+
+
+def _name(old_name: str, old: ModelConfig, new: ModelConfig) -> str:
+    """What the larger model is called: as the preset of its sizes, else as the old one, marked as grown."""
+    if new == old:
+        return old_name
+    for name, values in PRESETS.items():
+        sizes = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
+        if set(GROWING) <= sizes.keys() and sizes.items() <= vars(new).items():
+            return name
+    return old_name if old_name.endswith("-grown") else f"{old_name}-grown"
+
+
+def read_request(text: str) -> GrowthRequest:
+    """The request in a text such as "nexus_m=1088 nexus_a=1228 init=in_rand": flags without their dashes.
+
+    Raises ConfigError: it asks for nothing, or for what does not exist.
+    """
+    parser = FlagParser(prog="--grow", argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    add_growth_flags(parser)
+    words = (word.lstrip("-").partition("=") for word in text.split())
+    given = parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, _, value in words])
+    request = GrowthRequest.from_flags(vars(given))
+    if not request.sizes:
+        raise ConfigError(
+            [f"--grow {text!r} names no size: write such as nexus_m=1088, of {', '.join(GROWING)}"]
+        )
+    return request
 
 
 def add_growth_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,14 +3,16 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_nexus.checkpoint.manifest import DataRecord, Manifest, RunProgress
+from megatron_nexus.checkpoint.manifest import Birth, DataRecord, JsonObject, Manifest, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
+from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
+from megatron_nexus.checkpoint.zero_pieces import zero_state
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches
@@ -25,6 +27,7 @@ from megatron_nexus.training.metrics import MetricsWriter, StepMetrics, Validati
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.stop import StopRequest
+from megatron_nexus.training.young_weights import still_young, watch_young_weights
 
 SILENCE_S = 5.0
 
@@ -63,16 +66,25 @@ class Trainer:
         self.evaluation_bytes = {name: corpus.evaluation_bytes(name, config) for name in corpus.evaluations}
         self.progress = RunProgress(step=0, samples=0, tokens=0, flops=0)
         self.data = DataRecord(corpus.fingerprint, corpus.description)
+        self.lineage: Sequence[JsonObject] = ()
+        self.births: Sequence[Birth] = ()
         self.last_checkpoint: Path | None = None
 
-    def resume(self, checkpoint: Path) -> Manifest:
-        """Continue from a checkpoint; a collective call.
+    def resume(
+        self, checkpoint: Path, open_state: Callable[[Path], StateReader] = CheckpointReader
+    ) -> Manifest:
+        """Continue from a checkpoint, which `open_state` reads; a collective call.
 
         Raises:
             CheckpointError: it cannot be loaded, or was trained with another tokenizer.
         """
         manifest = load_checkpoint(
-            checkpoint, self.engine.deepspeed, self.engine.parameters, self.mesh, self.engine.shard
+            checkpoint,
+            self.engine.deepspeed,
+            self.engine.parameters,
+            self.mesh,
+            self.engine.shard,
+            open_state,
         )
         tokenizer = self.corpus.tokenizer
         if tokenizer is not None and manifest.tokenizer_fingerprint not in ("", tokenizer.fingerprint):
@@ -81,6 +93,8 @@ class Trainer:
                 "would change their meaning; use the tokenizer and the data that it was trained with"
             )
         configure_groups(self.engine.optimizer.param_groups, self.config.optimizer)
+        self._continue_optimizer(manifest)
+        self.lineage = manifest.lineage
         self.progress = manifest.progress
         if manifest.data.fingerprint in ("", self.data.fingerprint):
             first_sample = manifest.data.first_sample
@@ -94,6 +108,19 @@ class Trainer:
         self.data = dataclasses.replace(self.data, first_sample=first_sample)
         self.last_checkpoint = checkpoint
         return manifest
+
+    def _continue_optimizer(self, manifest: Manifest) -> None:
+        """Moments as loaded, with a count of steps of their own for new weights; or all anew."""
+        optimizer, count = self.config.optimizer, manifest.optimizer.step_count
+        if self.config.checkpoint.reset_optimizer:
+            zero_state(self.engine.optimizer).forget_moments()
+            logger.info("the optimizer begins anew: moments and count of steps are zero")
+            return
+        betas = (optimizer.adam_beta1, optimizer.adam_beta2)
+        self.births = still_young(manifest.optimizer.births, count, betas)
+        watch_young_weights(self.engine.deepspeed, self.engine.parameters, self.engine.shard, self.births)
+        if self.births:
+            logger.info("weights that growth added count their own optimizer steps until the counts agree")
 
     def fit(self, stop: StopRequest) -> Outcome:
         """Train up to `train_iters` optimizer steps and validate; saves at intervals and at the end.
@@ -164,7 +191,9 @@ class Trainer:
             self.progress,
             dataclasses.asdict(self.config),
             tokenizer.fingerprint if tokenizer is not None else "",
-            data=self.data,
+            self.lineage,
+            self.data,
+            self.births,
         )
         logger.info("saved %s in %.1f s", self.last_checkpoint, time.perf_counter() - began)
 

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.rules import notes
 from megatron_nexus.config.run_config import RunConfig
@@ -39,10 +40,17 @@ from megatron_nexus.training.stop import StopRequest
 CONFIG_FILE = "config.yaml"
 
 
-def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str]) -> None:
+def run(
+    config: RunConfig,
+    world: World,
+    checkpoint: Path | None,
+    argv: list[str],
+    open_state: Callable[[Path], StateReader] = CheckpointReader,
+) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
-    `argv` is the command line as the user typed it: the summary repeats it to resume.
+    `argv` is the command line as the user typed it: the summary repeats it to resume. `open_state` reads the
+    checkpoint, as a grown one where the run begins so.
     """
     # DeepSpeed calls collectives by names that torch has deprecated; its users cannot mend that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
@@ -66,7 +74,7 @@ def run(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str
         _announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
             with Progress(f"loading {checkpoint}"):
-                manifest = trainer.resume(checkpoint)
+                manifest = trainer.resume(checkpoint, open_state)
             for change in changed_settings(manifest.config, config):
                 logger.info("changed since the checkpoint: %s", change)
             done = trainer.progress
@@ -158,7 +166,7 @@ def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path
     """
     if config.checkpoint.save:
         folder = Path(config.checkpoint.save)
-    elif checkpoint is not None:
+    elif checkpoint is not None and not config.checkpoint.grow:
         folder = checkpoint.parent
     else:
         folder = Path(f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -167,7 +175,9 @@ def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path
     folder = chosen[0]
     if mesh.rank == 0:
         newest = newest_checkpoint(folder)
-        if newest is not None and (checkpoint is None or checkpoint.resolve() != newest.resolve()):
+        # A grown model is another run than the checkpoint's.
+        continued = None if checkpoint is None or config.checkpoint.grow else checkpoint.resolve()
+        if newest is not None and newest.resolve() != continued:
             raise ConfigError(
                 [
                     f"--save {folder} holds {newest.name}, which this run does not continue and might "
@@ -245,10 +255,10 @@ def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder
     words = iter(argv)
     for word in words:
         name = word.split("=")[0]
-        if name in ("--load", "--save") or (finished and name == "--train-iters"):
+        if name in ("--load", "--save", "--grow") or (finished and name == "--train-iters"):
             if "=" not in word:
                 next(words, None)
-        elif name not in ("--local_rank", "--local-rank"):
+        elif name not in ("--local_rank", "--local-rank", "--reset-optimizer"):
             kept.append(word)
     kept += ["--load", str(folder)]
     if finished:

@@ -9,10 +9,12 @@ def learning_rate(optimizer: OptimizerConfig, step: int, train_iters: int) -> fl
     """The learning rate of the optimizer step `step`, counted from 1.
 
     Linear warm-up from zero, then the chosen decay from `lr` to `min_lr`, reached at the end of the decay
-    and kept after it. WSD stays at `lr` and decays linearly over its last steps.
+    and kept after it; all counted from the step `lr_start_iter`. WSD stays at `lr` and decays linearly over
+    its last steps.
     """
     warmup, peak, low = optimizer.lr_warmup_iters, optimizer.lr, optimizer.min_lr
-    end = optimizer.lr_decay_iters or train_iters
+    end = max(1, (optimizer.lr_decay_iters or train_iters) - optimizer.lr_start_iter)
+    step = max(1, step - optimizer.lr_start_iter)
     if step <= warmup:
         return peak * step / warmup
     if optimizer.lr_decay_style == "constant":

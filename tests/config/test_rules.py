@@ -78,6 +78,7 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "lr-decay-iters",
+    "lr-start-iter",
     "lr-warmup-iters",
     "lr-wsd-decay-iters",
     "weight-decay",

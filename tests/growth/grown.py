@@ -36,6 +36,7 @@ from megatron_nexus.spec.initialise import logical_values
 from megatron_nexus.spec.shard import Shard
 
 STEP = 40
+GROUP = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 SIZES = {
     "vocab_size": 37,
     "num_layers": 2,
@@ -105,7 +106,7 @@ def write_checkpoint(
     manifest = Manifest(
         progress=RunProgress(STEP, 4 * STEP, 100 * STEP, 10**9),
         specs=specs,
-        optimizer=OptimizerRecord(STEP, {"decay": {"lr": 1e-3}, "no_decay": {"lr": 1e-3}}),
+        optimizer=OptimizerRecord(STEP, {"decay": GROUP, "no_decay": {**GROUP, "weight_decay": 0.0}}),
         engine=EngineRecord(STEP, 4 * STEP, 0),
         topology=Topology(tp, 1, 1, tp),
         config=dataclasses.asdict(config),

@@ -8,19 +8,25 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_nexus.checkpoint.manifest import RunProgress
-from megatron_nexus.checkpoint.resume import save_checkpoint
-from megatron_nexus.config.command_line import build
+from megatron_nexus.checkpoint.manifest import RunProgress, read_manifest
+from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
+from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.config.command_line import build, from_saved
 from megatron_nexus.config.rules import check
+from megatron_nexus.growth.grown_reader import GrownReader
+from megatron_nexus.growth.plan import plan_growth
+from megatron_nexus.growth.request import read_request
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
+from megatron_nexus.training.young_weights import watch_young_weights
 
 STEPS = 5
 
@@ -66,6 +72,29 @@ def padding_of(engine: Engine) -> float:
     return largest
 
 
+def begin_from(case: dict, engine: Engine, mesh: Mesh, out: Path) -> None:
+    """Load a checkpoint, grown where the case says so, and save at once what was loaded."""
+    folder, open_state = Path(case["load"]), CheckpointReader
+    if "grow" in case:
+        plan = plan_growth(from_saved(read_manifest(folder).config), read_request(case["grow"]))
+        open_state = partial(GrownReader, plan=plan)
+    manifest = load_checkpoint(folder, engine.deepspeed, engine.parameters, mesh, engine.shard, open_state)
+    births = manifest.optimizer.births
+    watch_young_weights(engine.deepspeed, engine.parameters, engine.shard, births)
+    start = RunProgress(0, 0, 0, 0)
+    save_checkpoint(
+        out / case["name"],
+        engine.deepspeed,
+        engine.parameters,
+        mesh,
+        engine.shard,
+        start,
+        {},
+        "",
+        births=births,
+    )
+
+
 def run_case(case: dict, out: Path, index: int) -> None:
     config = build(case["flags"])
     world = read_world(os.environ)
@@ -76,6 +105,8 @@ def run_case(case: dict, out: Path, index: int) -> None:
     parallel, training = config.parallel, config.training
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, 120.0)
     engine = Engine(config, mesh)
+    if "load" in case:
+        begin_from(case, engine, mesh, out)
     batches = global_batches(config.model.vocab_size, training.global_batch_size, training.seq_length)
     positions = None
     if config.data.reset_attention_mask:
