@@ -228,7 +228,7 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
         training.train_iters,
     )
     logger.info("measured matrix products: %.1f GFLOP/s over all ranks", rate / 1e9)
-    logger.info("saving to %s; the resolved configuration is %s", save, save / CONFIG_FILE)
+    logger.info("saving to %s", save)
     for note in notes(config):
         logger.warning("note: %s", note)
 
