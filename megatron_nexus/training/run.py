@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_nexus.checkpoint.agreement import exchange
-from megatron_nexus.checkpoint.manifest import JsonObject
+from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.config_file import config_text
@@ -79,11 +79,25 @@ def run(
                 logger.info("changed since the checkpoint: %s", change)
             done = trainer.progress
             logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
+            _tell_what_is_left(config, manifest, done.step)
         outcome = trainer.fit(StopRequest())
         if mesh.rank == 0:
             _summarise(config, trainer, outcome, corpus, world, argv)
     dist.barrier(mesh.control)
     close_mesh()
+
+
+def _tell_what_is_left(config: RunConfig, manifest: Manifest, step: int) -> None:
+    """Say where a resumed run does nothing, or trains on under another schedule."""
+    last = config.training.train_iters
+    before = manifest.config["training"]
+    assert isinstance(before, Mapping), "a section"
+    if step >= last:
+        logger.warning(
+            "nothing is left to train: the checkpoint is at iteration %d, --train-iters is %d", step, last
+        )
+    elif last != before["train_iters"] and not config.optimizer.lr_decay_iters:
+        logger.info("the learning rate goes on as in a run of %d iterations from its start", last)
 
 
 def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
