@@ -16,12 +16,13 @@ from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
+from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint, require_own_folder
 from megatron_nexus.config.command_line import build, from_saved, given_flags, over
 from megatron_nexus.config.config_file import read_config_file
 from megatron_nexus.config.presets import DEFAULT_PRESET, Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.library import Library, tokenizer_path, training_sources
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigError, NexusError
 from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
@@ -44,11 +45,11 @@ def main() -> NoReturn:
             sys.exit(0)  # rank 0 tells it
         config, checkpoint = configure(argv)
         wanted = config.model_parallel_size
+        check(config, wanted if missing_ranks(world, wanted) else world.size)
+        preflight(config, checkpoint, world)
         if missing_ranks(world, wanted):
-            check(config, wanted)
             log.logger.info("one process was started on a machine of CPUs: starting %d local ranks", wanted)
             sys.exit(run_local_ranks(wanted, sys.argv))
-        check(config, world.size)
         if config.checkpoint.load:
             found = (
                 f"continuing from {checkpoint}"
@@ -100,6 +101,21 @@ def saved_config(checkpoint: Path, manifest: Manifest) -> RunConfig:
             f"{checkpoint}: its configuration is not one of this version ({error}): load it with the version "
             "that wrote it"
         ) from error
+
+
+def preflight(config: RunConfig, checkpoint: Path | None, world: World) -> None:
+    """Look at the files that a run will read and the folder it will write, before torch is imported.
+
+    Raises:
+        ConfigError, DataError: as `Library` and `require_own_folder` do.
+    """
+    sources = training_sources(config.data)
+    if sources:
+        Library(config, sources, tokenizer_path(config.data))
+    if world.rank == 0 and config.checkpoint.save:
+        # A grown model is another run than the checkpoint's.
+        continued = None if config.checkpoint.grow else checkpoint
+        require_own_folder(Path(config.checkpoint.save), continued)
 
 
 def _newest_run(given: dict[str, Value]) -> Path | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megatron_nexus.checkpoint.store import rank_files, sync_folder, write_durably
-from megatron_nexus.errors import CheckpointError
+from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import logger
 
 LATEST_FILE = "latest"
@@ -137,3 +137,37 @@ def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return f"{folder} holds {shown or 'nothing'}"
+
+
+def require_own_folder(folder: Path, checkpoint: Path | None) -> None:
+    """Raise ConfigError where `folder` holds checkpoints that a run from `checkpoint` does not continue.
+
+    None is ever overwritten. Only looks.
+    """
+    newest = newest_checkpoint(folder)
+    if newest is not None and (checkpoint is None or checkpoint.resolve() != newest.resolve()):
+        raise ConfigError(
+            [
+                f"--save {folder} holds {newest.name}, which this run does not continue and might "
+                f"overwrite: use --load {folder} to continue it, or another --save"
+            ]
+        )
+
+
+def claim_run_folder(folder: Path, checkpoint: Path | None) -> None:
+    """Make `folder` where a run saves that starts from `checkpoint`.
+
+    Raises:
+        ConfigError: as `require_own_folder`.
+        CheckpointError: it cannot be written.
+    """
+    require_own_folder(folder, checkpoint)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").write_bytes(bytes(4096))
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"--save {folder}: {error.strerror}: give a folder that can be written, on a disk that all "
+            "ranks share"
+        ) from error

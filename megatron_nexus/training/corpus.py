@@ -4,24 +4,21 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
 from megatron_nexus.checkpoint.agreement import exchange
-from megatron_nexus.config.data_path import Source, parse_blend, parse_sets, parse_token_range
+from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.data.blend import LONGEST_PERIOD, Blend, whole_shares
-from megatron_nexus.data.corpus_description import check_tokenizer, read_description
+from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.default_corpus import DefaultCorpus, prepare_default_corpus
-from megatron_nexus.data.indexed_dataset import IndexedDataset
-from megatron_nexus.data.samples import SplitRange, Splits, TokenWindows, restrict, split_documents
+from megatron_nexus.data.library import Library, tokenizer_path, training_sources
 from megatron_nexus.data.statistics import COUNTED_TOKENS, entropy, unigram_frequencies
-from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import logger
 from megatron_nexus.parallel.mesh import Mesh
@@ -83,39 +80,25 @@ def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:
     Raises:
         DataError: files that are missing, damaged, too short or do not fit the model's vocabulary.
     """
-    data = config.data
-    sources = parse_blend("--data-path", data.data_path or data.train_data_path)
-    model_path = Path(data.tokenizer_model) if data.tokenizer_model else None
-    if not sources:
-        built_in = _built_in(config, mesh, local_rank)
-        sources, model_path = (Source(built_in.prefix, None),), built_in.tokenizer_path
-    tokenizer = open_tokenizer(model_path) if model_path else None
-    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"the tokenizer {model_path} has {tokenizer.vocab_size} tokens, more than --vocab-size "
-            f"{config.model.vocab_size}: use --vocab-size {tokenizer.vocab_size} or more"
-        )
-    library = _Library(config, tokenizer)
-    training = library.training(sources)
-    if data.valid_data_path:
-        held_out = parse_sets("--valid-data-path", "validation", data.valid_data_path)
-        evaluations = {name: library.whole(name, blend) for name, blend in held_out.items()}
+    sources = training_sources(config.data)
+    if sources:
+        library = Library(config, sources, tokenizer_path(config.data))
     else:
-        evaluations = {"validation": library.validation(sources)}
-    tests = parse_sets("--test-data-path", "test", data.test_data_path)
-    evaluations |= {name: library.whole(name, blend) for name, blend in tests.items()}
-    _require_same_data(library, tokenizer, mesh)
+        built_in = _built_in(config, mesh, local_rank)
+        library = Library(config, (Source(built_in.prefix, None),), built_in.tokenizer_path)
+    training = library.training
+    _require_same_data(library, mesh)
     corpus = Corpus(
         training=training,
-        evaluations=evaluations,
-        tokenizer=tokenizer,
+        evaluations=library.evaluations,
+        tokenizer=library.tokenizer,
         entropy=_blend_entropy(training, config.model.vocab_size),
         description=", ".join(
             f"{share / sum(training.shares):.4g} {part.dataset.prefix} "
             f"{part.split.tokens.start:,}:{part.split.tokens.stop:,}"
             for part, share in zip(training.parts, training.shares, strict=True)
         ),
-        fingerprint=library.order_fingerprint(training),
+        fingerprint=library.order_fingerprint(),
     )
     for part, share in zip(training.parts, training.shares, strict=True):
         logger.info(
@@ -139,105 +122,11 @@ def _built_in(config: RunConfig, mesh: Mesh, local_rank: int) -> DefaultCorpus:
     return next(offer for host, offer in offers if offer and host == socket.gethostname())
 
 
-class _Library:
-    """The corpora of a run, each opened once, and the blends that are made of them."""
-
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer | None) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
-        self.datasets: dict[Path, IndexedDataset] = {}
-
-    def _open(self, prefix: Path) -> IndexedDataset:
-        if prefix not in self.datasets:
-            self.datasets[prefix] = IndexedDataset(prefix)
-            if self._tokenizer is not None:
-                check_tokenizer(prefix, self._tokenizer)
-            description, vocab_size = read_description(prefix), self._config.model.vocab_size
-            if description is not None and description.vocab_size > vocab_size:
-                raise DataError(
-                    f"{prefix} was written with a vocabulary of {description.vocab_size} tokens, more than "
-                    f"--vocab-size {vocab_size}: use --vocab-size {description.vocab_size} or more"
-                )
-        return self.datasets[prefix]
-
-    def _parts(self, sources: Sequence[Source]) -> list[Splits]:
-        """The parts of each corpus to train on; all of it is for training under --train-data-path."""
-        split = self._config.data.split if not self._config.data.train_data_path else "1"
-        return [split_documents(self._open(source.prefix), split) for source in sources]
-
-    def training(self, sources: Sequence[Source]) -> Blend:
-        """What is trained on: of each corpus its training part, and of that its share of --data-range."""
-        parts = [splits.train for splits in self._parts(sources)]
-        shares = _shares(sources, parts)
-        text = self._config.data.data_range
-        if text:
-            first, last = parse_token_range(text)
-            fractions = [Fraction(share, sum(shares)) for share in shares]
-            parts = [
-                restrict(self._open(source.prefix), part, fraction, first, last)
-                for source, part, fraction in zip(sources, parts, fractions, strict=True)
-            ]
-        # Each corpus is shuffled by a seed of its own; that of the first is the run's.
-        return self._blend(sources, parts, shares, self._config.training.seed)
-
-    def validation(self, sources: Sequence[Source]) -> Blend:
-        """The validation parts of what is trained on, in its shares."""
-        splits = self._parts(sources)
-        shares = _shares(sources, [split.train for split in splits])
-        return self._blend(sources, [split.validation for split in splits], shares, seed=0)
-
-    def whole(self, name: str, sources: Sequence[Source]) -> Blend:
-        """A set of an evaluation: all of its corpora."""
-        parts = [SplitRange(name, range(self._open(source.prefix).token_count)) for source in sources]
-        return self._blend(sources, parts, _shares(sources, parts), seed=0)
-
-    def _blend(
-        self, sources: Sequence[Source], parts: Sequence[SplitRange], shares: Sequence[int], seed: int
-    ) -> Blend:
-        """Evaluations have the seed 0: the same samples at every one of every run, whatever its seed."""
-        length, vocab_size = self._config.training.seq_length, self._config.model.vocab_size
-        return Blend(
-            [
-                TokenWindows(self._open(source.prefix), part, length, seed + d, vocab_size)
-                for d, (source, part) in enumerate(zip(sources, parts, strict=True))
-            ],
-            shares,
-        )
-
-    def order_fingerprint(self, blend: Blend) -> str:
-        """sha256 of the training data and of what decides the order of its samples."""
-        training = self._config.training
-        facts = [training.seed, training.seq_length] + [
-            [share, part.dataset.fingerprint, part.split.tokens.start, part.split.tokens.stop]
-            for part, share in zip(blend.parts, blend.shares, strict=True)
-        ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _shares(sources: Sequence[Source], parts: Sequence[SplitRange]) -> tuple[int, ...]:
-    """The corpora's shares as whole numbers.
-
-    Raises:
-        DataError: one is too small to be served.
-    """
-    weights = [
-        Fraction(len(part.tokens)) if source.weight is None else source.weight
-        for source, part in zip(sources, parts, strict=True)
-    ]
-    shares = whole_shares(weights) if sum(weights) else (0,) * len(weights)
-    for source, share, weight in zip(sources, shares, weights, strict=True):
-        if share == 0:
-            raise DataError(
-                f"{source.prefix} would give {float(weight / (sum(weights) or 1)):.2g} of the samples, the "
-                f"least is {1 / LONGEST_PERIOD}: leave it out, or give it a larger weight"
-            )
-    return shares
-
-
-def _require_same_data(library: _Library, tokenizer: Tokenizer | None, mesh: Mesh) -> None:
+def _require_same_data(library: Library, mesh: Mesh) -> None:
     """Raise DataError where ranks read different data; a collective call."""
     contents = [dataset.fingerprint for dataset in library.datasets.values()]
-    mine = hashlib.sha256(json.dumps([contents, tokenizer and tokenizer.fingerprint]).encode()).hexdigest()
+    tokenizer = library.tokenizer and library.tokenizer.fingerprint
+    mine = hashlib.sha256(json.dumps([contents, tokenizer]).encode()).hexdigest()
     seen = exchange(mesh, mine)
     if len(set(seen)) > 1:
         other = next(rank for rank, theirs in enumerate(seen) if theirs != seen[0])

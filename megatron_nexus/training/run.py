@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
-from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.checkpoint.run_folder import claim_run_folder
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.rules import notes
@@ -172,12 +172,7 @@ def _prepare_kernels(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path:
-    """Where this run saves, decided and made by rank 0; a collective call.
-
-    Raises:
-        ConfigError: the folder holds checkpoints that this run does not continue: none is ever overwritten.
-        CheckpointError: the folder cannot be written.
-    """
+    """Where this run saves, decided and made by rank 0; a collective call. Raises as `claim_run_folder`."""
     if config.checkpoint.save:
         folder = Path(config.checkpoint.save)
     elif checkpoint is not None and not config.checkpoint.grow:
@@ -188,25 +183,8 @@ def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path
     dist.broadcast_object_list(chosen, src=0, group=mesh.control)
     folder = chosen[0]
     if mesh.rank == 0:
-        newest = newest_checkpoint(folder)
         # A grown model is another run than the checkpoint's.
-        continued = None if checkpoint is None or config.checkpoint.grow else checkpoint.resolve()
-        if newest is not None and newest.resolve() != continued:
-            raise ConfigError(
-                [
-                    f"--save {folder} holds {newest.name}, which this run does not continue and might "
-                    f"overwrite: use --load {folder} to continue it, or another --save"
-                ]
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise CheckpointError(
-                f"--save {folder}: {error.strerror}: give a folder that can be written, on a disk that all "
-                "ranks share"
-            ) from error
+        claim_run_folder(folder, None if config.checkpoint.grow else checkpoint)
     return folder
 
 

@@ -1,0 +1,143 @@
+"""Library: the corpora that a configuration names, each opened once, and the blends that are made of them.
+
+Needs no torch and no process group: a wrong file is answered before anything is started.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from megatron_nexus.config.data_path import Source, parse_blend, parse_sets, parse_token_range
+from megatron_nexus.config.run_config import DataConfig, RunConfig
+from megatron_nexus.data.blend import LONGEST_PERIOD, Blend, whole_shares
+from megatron_nexus.data.corpus_description import check_tokenizer, read_description
+from megatron_nexus.data.indexed_dataset import IndexedDataset
+from megatron_nexus.data.samples import SplitRange, Splits, TokenWindows, restrict, split_documents
+from megatron_nexus.data.tokenizer import open_tokenizer
+from megatron_nexus.errors import DataError
+
+
+def training_sources(data: DataConfig) -> tuple[Source, ...]:
+    """The corpora that the flags name to train on; none: the built-in one."""
+    return parse_blend("--data-path", data.data_path or data.train_data_path)
+
+
+def tokenizer_path(data: DataConfig) -> Path | None:
+    """The tokenizer that the flags name."""
+    return Path(data.tokenizer_model) if data.tokenizer_model else None
+
+
+class Library:
+    """The corpora of a run, each opened once, and the blends that are made of them."""
+
+    def __init__(self, config: RunConfig, sources: Sequence[Source], tokenizer_path: Path | None) -> None:
+        """Open what `sources` and the flags of validation and test name.
+
+        Raises:
+            DataError: files that are missing, damaged, too short or do not fit the model's vocabulary.
+        """
+        data = config.data
+        self._config = config
+        self.tokenizer = open_tokenizer(tokenizer_path) if tokenizer_path else None
+        if self.tokenizer is not None and self.tokenizer.vocab_size > config.model.vocab_size:
+            raise DataError(
+                f"the tokenizer {tokenizer_path} has {self.tokenizer.vocab_size} tokens, more than "
+                f"--vocab-size {config.model.vocab_size}: use --vocab-size {self.tokenizer.vocab_size} or more"
+            )
+        self.datasets: dict[Path, IndexedDataset] = {}
+        self.training = self._training(sources)
+        if data.valid_data_path:
+            held_out = parse_sets("--valid-data-path", "validation", data.valid_data_path)
+            self.evaluations = {name: self._whole(name, blend) for name, blend in held_out.items()}
+        else:
+            self.evaluations = {"validation": self._validation(sources)}
+        tests = parse_sets("--test-data-path", "test", data.test_data_path)
+        self.evaluations |= {name: self._whole(name, blend) for name, blend in tests.items()}
+
+    def _open(self, prefix: Path) -> IndexedDataset:
+        if prefix not in self.datasets:
+            self.datasets[prefix] = IndexedDataset(prefix)
+            if self.tokenizer is not None:
+                check_tokenizer(prefix, self.tokenizer)
+            description, vocab_size = read_description(prefix), self._config.model.vocab_size
+            if description is not None and description.vocab_size > vocab_size:
+                raise DataError(
+                    f"{prefix} was written with a vocabulary of {description.vocab_size} tokens, more than "
+                    f"--vocab-size {vocab_size}: use --vocab-size {description.vocab_size} or more"
+                )
+        return self.datasets[prefix]
+
+    def _parts(self, sources: Sequence[Source]) -> list[Splits]:
+        """The parts of each corpus to train on; all of it is for training under --train-data-path."""
+        split = self._config.data.split if not self._config.data.train_data_path else "1"
+        return [split_documents(self._open(source.prefix), split) for source in sources]
+
+    def _training(self, sources: Sequence[Source]) -> Blend:
+        """What is trained on: of each corpus its training part, and of that its share of --data-range."""
+        parts = [splits.train for splits in self._parts(sources)]
+        shares = _shares(sources, parts)
+        text = self._config.data.data_range
+        if text:
+            first, last = parse_token_range(text)
+            fractions = [Fraction(share, sum(shares)) for share in shares]
+            parts = [
+                restrict(self._open(source.prefix), part, fraction, first, last)
+                for source, part, fraction in zip(sources, parts, fractions, strict=True)
+            ]
+        # Each corpus is shuffled by a seed of its own; that of the first is the run's.
+        return self._blend(sources, parts, shares, self._config.training.seed)
+
+    def _validation(self, sources: Sequence[Source]) -> Blend:
+        """The validation parts of what is trained on, in its shares."""
+        splits = self._parts(sources)
+        shares = _shares(sources, [split.train for split in splits])
+        return self._blend(sources, [split.validation for split in splits], shares, seed=0)
+
+    def _whole(self, name: str, sources: Sequence[Source]) -> Blend:
+        """A set of an evaluation: all of its corpora."""
+        parts = [SplitRange(name, range(self._open(source.prefix).token_count)) for source in sources]
+        return self._blend(sources, parts, _shares(sources, parts), seed=0)
+
+    def _blend(
+        self, sources: Sequence[Source], parts: Sequence[SplitRange], shares: Sequence[int], seed: int
+    ) -> Blend:
+        """Evaluations have the seed 0: the same samples at every one of every run, whatever its seed."""
+        length, vocab_size = self._config.training.seq_length, self._config.model.vocab_size
+        return Blend(
+            [
+                TokenWindows(self._open(source.prefix), part, length, seed + d, vocab_size)
+                for d, (source, part) in enumerate(zip(sources, parts, strict=True))
+            ],
+            shares,
+        )
+
+    def order_fingerprint(self) -> str:
+        """sha256 of the training data and of what decides the order of its samples."""
+        training = self._config.training
+        facts = [training.seed, training.seq_length] + [
+            [share, part.dataset.fingerprint, part.split.tokens.start, part.split.tokens.stop]
+            for part, share in zip(self.training.parts, self.training.shares, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _shares(sources: Sequence[Source], parts: Sequence[SplitRange]) -> tuple[int, ...]:
+    """The corpora's shares as whole numbers.
+
+    Raises:
+        DataError: one is too small to be served.
+    """
+    weights = [
+        Fraction(len(part.tokens)) if source.weight is None else source.weight
+        for source, part in zip(sources, parts, strict=True)
+    ]
+    shares = whole_shares(weights) if sum(weights) else (0,) * len(weights)
+    for source, share, weight in zip(sources, shares, weights, strict=True):
+        if share == 0:
+            raise DataError(
+                f"{source.prefix} would give {float(weight / (sum(weights) or 1)):.2g} of the samples, the "
+                f"least is {1 / LONGEST_PERIOD}: leave it out, or give it a larger weight"
+            )
+    return shares
