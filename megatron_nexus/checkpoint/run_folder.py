@@ -71,12 +71,12 @@ def abandon_checkpoint(root: Path, step: int) -> None:
     shutil.rmtree(temporary_folder(root, step), ignore_errors=True)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether the manifest and the files of all ranks are there; not whether they are undamaged."""
+def _missing(folder: Path) -> list[str]:
+    """The files that a checkpoint lacks: its manifest, or files of ranks. Not whether they are undamaged."""
     if not (folder / MANIFEST_FILE).is_file():
-        return False
+        return [MANIFEST_FILE]
     ranks = range(read_manifest(folder).topology.world_size)
-    return all(path.is_file() for rank in ranks for path in rank_files(folder, rank))
+    return [path.name for rank in ranks for path in rank_files(folder, rank) if not path.is_file()]
 
 
 def _checkpoints(root: Path) -> dict[int, Path]:
@@ -102,9 +102,9 @@ def newest_checkpoint(root: Path) -> Path | None:
     latest = root / LATEST_FILE
     named = _NAME.fullmatch(latest.read_text(errors="replace").strip()) if latest.is_file() else None
     chosen = checkpoints.get(int(named[1])) if named else None
-    if chosen is not None and _is_complete(chosen):
+    if chosen is not None and not _missing(chosen):
         return chosen
-    newest = next((folder for folder in reversed(checkpoints.values()) if _is_complete(folder)), None)
+    newest = next((folder for folder in reversed(checkpoints.values()) if not _missing(folder)), None)
     if newest is not None:
         logger.info("%s names no complete checkpoint: taking %s, the newest", latest, newest.name)
     return newest
@@ -131,7 +131,10 @@ def _listing(folder: Path) -> str:
     """What is in a folder, or in the nearest one above it that exists."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    checkpoints = [path.name for path in _checkpoints(folder).values() if (path / MANIFEST_FILE).is_file()]
+    checkpoints = [
+        path.name + (f" (without {', '.join(missing)})" if (missing := _missing(path)) else "")
+        for path in _checkpoints(folder).values()
+    ]
     if checkpoints:
         return f"{folder} has the checkpoints {', '.join(checkpoints)}"
     names = sorted(path.name for path in folder.iterdir())

@@ -41,10 +41,10 @@ class Library:
         data = config.data
         self._config = config
         self.tokenizer = open_tokenizer(tokenizer_path) if tokenizer_path else None
-        if self.tokenizer is not None and self.tokenizer.vocab_size > config.model.vocab_size:
+        if self.tokenizer is not None and (needed := self.tokenizer.vocab_size) > config.model.vocab_size:
             raise DataError(
-                f"the tokenizer {tokenizer_path} has {self.tokenizer.vocab_size} tokens, more than "
-                f"--vocab-size {config.model.vocab_size}: use --vocab-size {self.tokenizer.vocab_size} or more"
+                f"the tokenizer {tokenizer_path} has {needed} tokens, more than --vocab-size "
+                f"{config.model.vocab_size}: use --vocab-size {needed} or more"
             )
         self.datasets: dict[Path, IndexedDataset] = {}
         self.training = self._training(sources)

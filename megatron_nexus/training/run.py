@@ -68,8 +68,6 @@ def run(
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             engine = Engine(config, mesh)
-        if mesh.rank == 0:
-            (save / CONFIG_FILE).write_text(config_text(config))
         trainer = Trainer(config, mesh, engine, corpus, save, rate)
         _announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
@@ -80,6 +78,8 @@ def run(
             done = trainer.progress
             logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
             _tell_what_is_left(config, manifest, done.step)
+        if mesh.rank == 0:
+            (save / CONFIG_FILE).write_text(config_text(config))
         outcome = trainer.fit(StopRequest())
         if mesh.rank == 0:
             _summarise(config, trainer, outcome, corpus, world, argv)

@@ -3,101 +3,28 @@
 Every run is of a model of 13,000 parameters on random tokens, in a folder that is not the repository.
 """
 
-import json
 import os
 import re
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import REPOSITORY, Program, Spawn, spawner, wait_for
+from conftest import Program, wait_for
+from programs import DEEPSPEED, ENDLESS, TORCHRUN, Command, assert_refused, commands, ended, summary
 
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
-from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.parallel.local_ranks import free_port
-from megatron_nexus.training.metrics import METRICS_FILE, PLOT_FILE, read_metrics
+from megatron_nexus.training.metrics import METRICS_FILE, PLOT_FILE
 
 pytestmark = pytest.mark.slow
-
-VOCABULARY = 97
-PYTHON = [sys.executable]
-DEEPSPEED, TORCHRUN = ([str(Path(sys.executable).with_name(name))] for name in ("deepspeed", "torchrun"))
-SHARED_MEMORY = Path("/dev/shm")
-
-SMALL = shlex.split(
-    "--data-path corpus --split 8,2 --vocab-size 97 --num-layers 2 --hidden-size 16 --num-attention-heads 2 "
-    "--kv-channels 8 --ffn-hidden-size 24 --nexus-m 20 --nexus-a 24 --seq-length 16 --micro-batch-size 2 "
-    "--global-batch-size 4 --lr-warmup-iters 2 --log-interval 1 --eval-interval 0 --eval-iters 1"
-)
-ENDLESS = 1_000_000
-
-
-class Command:
-    """Starts the command in a folder with a corpus and a link to the script, as a user would."""
-
-    def __init__(self, folder: Path, spawn: Spawn) -> None:
-        self.folder = folder
-        self._spawn = spawn
-
-    def start(self, words: str, launcher: list[str] = PYTHON) -> Program:
-        """Start the training script with the small model's flags and `words`."""
-        return self._spawn([*launcher, "pretrain_nexus.py", *SMALL, *shlex.split(words)], self.folder)
-
-    def run(self, words: str, launcher: list[str] = PYTHON) -> tuple[int, str]:
-        """The exit code and all output of a run, which leaves no process behind."""
-        return ended(self.start(words, launcher))
-
-    def repeat(self, line: str) -> tuple[int, str]:
-        """Run a command line that a run printed."""
-        launcher, *words = shlex.split(line)
-        assert launcher == "deepspeed"
-        return ended(self._spawn([*DEEPSPEED, *words], self.folder))
-
-    def losses(self, folder: str) -> dict[int, float]:
-        records = read_metrics(self.folder / folder / METRICS_FILE)
-        return {int(record["step"]): record["loss"] for record in records if "loss" in record}
-
-
-def ended(program: Program, timeout_s: float = 120.0) -> tuple[int, str]:
-    code = program.end(timeout_s)
-    assert program.left() == {}, program.output()
-    return code, program.output()
-
-
-def summary(output: str, name: str) -> str:
-    """An entry of the summary at the end of a run."""
-    found = re.search(rf"^  {name} +(.*)$", output, re.MULTILINE)
-    assert found, output
-    return found[1]
-
-
-def assert_refused(code: int, output: str, kind: str, *told: str) -> None:
-    """A mistake of the user: code 2, one message that names all of `told`, no traceback."""
-    assert code == 2, output
-    assert "Traceback" not in output
-    assert len(re.findall(r"^\w+Error: ", output, re.MULTILINE)) == 1, output
-    message = output[output.index(f"{kind}: ") :]
-    assert all(part in message for part in told), message
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """All runs of this file; after them nothing of theirs is in shared memory."""
-    folder = tmp_path_factory.mktemp("command")
-    rng = np.random.default_rng(0)
-    with IndexedDatasetWriter(folder / "corpus", np.uint16) as writer:
-        for _ in range(60):
-            writer.add_document(rng.integers(0, VOCABULARY, 100))
-    (folder / "pretrain_nexus.py").symlink_to(REPOSITORY / "pretrain_nexus.py")
-    before = set(SHARED_MEMORY.glob("deepspeed*"))
-    for spawn in spawner(tmp_path_factory.mktemp("logs")):
-        yield Command(folder, spawn)
-    assert set(SHARED_MEMORY.glob("deepspeed*")) <= before
+    """All runs of this file."""
+    yield from commands(tmp_path_factory.mktemp("command"), tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")
@@ -157,42 +84,6 @@ def test_a_count_that_does_not_fit_is_refused_once(command: Command, count: int,
     launcher = [*DEEPSPEED, "--num_gpus", str(count), "--master_port", str(free_port())]
     code, output = command.run("--tp 2", launcher)
     assert_refused(code, output, "ConfigError", f"the world has {count} rank", "--tp 2 x --pp 1 = 2", remedy)
-
-
-BAD = [
-    ("--lrr 1e-3", "ConfigError", ["unknown flag --lrr: did you mean --lr?"]),
-    ("--lr fast", "ConfigError", ["--lr", "'fast'"]),
-    ("--precision fp16", "ConfigError", ["--precision", "'fp16'", "'bf16', 'fp32'"]),
-    ("--preset nexusformer-1t", "ConfigError", ["'nexusformer-1t'", "'nexusformer-170m'"]),
-    ("--tp 3", "ConfigError", ["--tp 3 does not divide --num-attention-heads 2: use 1, 2"]),
-    ("--tp 0", "ConfigError", ["--tp 0 must be positive"]),
-    ("--pp 3", "ConfigError", ["--pp 3 is more than --num-layers 2", "use at most 2"]),
-    ("--pp 2 --zero-stage 3", "ConfigError", ["--zero-stage 3 needs --pp 1", "use --zero-stage 1"]),
-    ("--sequence-parallel", "ConfigError", ["--sequence-parallel", "--tp is 1: drop the flag"]),
-    ("--global-batch-size 5", "ConfigError", ["--global-batch-size 5", "use 4 or 6"]),
-    ("--lr 0 --seed=-1 --kv-channels 7", "ConfigError", ["3 problems", "--lr 0.0", "--seed -1", "use 8"]),
-    ("--load nowhere", "CheckpointError", ["nowhere: no complete checkpoint", "give another to load"]),
-    ("--load kept/iter_0000009", "CheckpointError", ["no such checkpoint", "kept has", "iter_0000004"]),
-    ("--load kept --num-layers 3", "ConfigError", ["--num-layers 3 is not the checkpoint's 2: drop"]),
-    # Found by the ranks, when they look at files.
-    (
-        "--save kept --tp 2",
-        "ConfigError",
-        ["--save kept holds iter_0000004", "use --load kept", "or another --save"],
-    ),
-    ("--data-path nowhere", "DataError", ["nowhere.idx does not exist", "give the common prefix"]),
-    ("--seq-length 2000", "DataError", ["--seq-length 2000", "a larger corpus or shorter"]),
-    ("--vocab-size 50", "DataError", ["corpus.bin", "the vocabulary has 50 ids", "tokenize"]),
-]
-
-
-@pytest.mark.parametrize(("words", "kind", "told"), BAD, ids=[words for words, _, _ in BAD])
-def test_a_mistake_is_answered_with_one_message_and_code_2(
-    command: Command, kept: str, words: str, kind: str, told: list[str]
-) -> None:
-    before = json.loads((command.folder / kept / "iter_0000004" / "manifest.json").read_text())
-    assert_refused(*command.run(words), kind, *told)
-    assert json.loads((command.folder / kept / "iter_0000004" / "manifest.json").read_text()) == before
 
 
 def test_ctrl_c_saves_leaves_nothing_running_and_load_auto_resumes(command: Command) -> None:

@@ -1,0 +1,291 @@
+"""Bad input through the real command lines: one message with value, rule and remedy, code 2, nothing written.
+
+To add a case, add a line to a table: the words after the small model's flags, the class of the error, what
+the message must name. The last tables are of other tools and of mistakes that only a running job can find.
+"""
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from programs import Command, assert_refused, commands, ended
+
+from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.data.indexed_dataset import HEADER, IndexedDatasetWriter
+from megatron_nexus.data.sentencepiece_tokenizer import train_sentencepiece_bpe
+
+pytestmark = pytest.mark.slow
+
+FLAGS = [
+    ("--lrr 1e-3", ["unknown flag --lrr: did you mean --lr?"]),
+    ("--tp_size 2", ["unknown flag --tp_size"]),
+    ("--fp16", ["unknown flag --fp16: use --bf16"]),
+    ("--train-samples 100", ["unknown flag --train-samples: use --train-iters or --train-tokens"]),
+    ("--lr fast", ["--lr", "'fast'"]),
+    ("--lr", ["--lr", "expected one argument"]),
+    ("--num-layers 2.5", ["--num-layers", "'2.5'"]),
+    ("--precision fp16", ["--precision", "'fp16'", "'bf16', 'fp32'"]),
+    ("--preset nexusformer-1t", ["'nexusformer-1t'", "'nexusformer-170m'"]),
+    ("stray", ["'stray' belongs to no flag"]),
+    ("--train-tokens many", ["--train-tokens many is no number of tokens"]),
+    ("--train-tokens 1M --train-iters 3", ["give one of them"]),
+    ("--tp 3", ["--tp 3 does not divide --num-attention-heads 2: use 1, 2"]),
+    ("--tp 0", ["--tp 0 must be positive"]),
+    ("--pp 3", ["--pp 3 is more than --num-layers 2", "use at most 2"]),
+    ("--pp 2 --zero-stage 2", ["--zero-stage 2 needs --pp 1", "use --zero-stage 1"]),
+    ("--zero-stage 5", ["--zero-stage 5 does not exist"]),
+    ("--sequence-parallel", ["--sequence-parallel", "--tp is 1: drop the flag"]),
+    ("--tp 2 --sequence-parallel --seq-length 15", ["--seq-length 15", "use 14"]),
+    ("--global-batch-size 5", ["--global-batch-size 5", "use 4 or 6"]),
+    ("--lr 0 --seed=-1 --kv-channels 7", ["3 problems", "--lr 0.0", "--seed -1", "use 8"]),
+    ("--lr nan", ["--lr nan must be positive"]),
+    ("--min-lr 1", ["--min-lr 1.0 is above --lr"]),
+    ("--adam-beta2 1", ["--adam-beta2 1.0 must lie in [0, 1)"]),
+    ("--data-path 0.7 corpus 0.3", ["--data-path", "0.3"]),
+    ("--data-path corpus --data-range 5:3", ["--data-range '5:3'", "the start below the end"]),
+    ("--data-path corpus --train-data-path corpus", ["--data-path and --train-data-path"]),
+    ("--config nowhere.yaml", ["nowhere.yaml: No such file", "give a YAML file"]),
+    ("--config broken.yaml", ["broken.yaml:3:", "correct the YAML"]),
+    ("--config wrong.yaml", ["2 problems", "unknown model.num_layer:", "num_layers", "must be a number"]),
+    ("--deepspeed_config nowhere.json", ["nowhere.json: No such file"]),
+    ("--deepspeed_config ds.json", ["train_batch_size is 7", "make it 4", "--global-batch-size"]),
+    ("--load kept --num-layers 3", ["--num-layers 3 is not the checkpoint's 2: drop"]),
+    ("--load kept --preset nexusformer-240m", ["--preset", "is not the checkpoint's"]),
+    ("--save kept", ["--save kept holds iter_0000002", "use --load kept", "or another --save"]),
+    ("--optimizer-impl apex", ["--optimizer-impl apex", "apex"]),
+]
+
+CHECKPOINTS = [
+    ("--load nowhere", ["nowhere: no complete checkpoint", "give another to load"]),
+    ("--load kept/iter_0000009", ["no such checkpoint", "kept has", "iter_0000002"]),
+    ("--load corpus.bin", ["corpus.bin"]),
+    ("--load stranger", ["stranger: no complete checkpoint"]),
+    ("--load future", ["future", "format version", "99"]),
+    ("--load garbled", ["garbled", "manifest.json"]),
+    ("--load shortened --save new", ["shortened", "rank_00000"]),
+    ("--load without-rank --save new", ["without-rank", "rank_00000"]),
+]
+
+DATA = [
+    ("--data-path nowhere", ["nowhere.idx does not exist", "give the common prefix"]),
+    ("--data-path corpus.bin", ["corpus.bin.idx does not exist", "without the ending"]),
+    ("--data-path empty", ["empty.idx has 0 bytes", "write it again"]),
+    ("--data-path foreign", ["foreign.idx begins with", "not a Megatron-LM index"]),
+    ("--data-path version", ["version.idx has format version 7"]),
+    ("--data-path cut", ["cut.bin has", "copy or write both files again"]),
+    ("--data-path cut-index", ["cut-index.idx has", "its header promises"]),
+    ("--data-path floats", ["floats.idx has the type code 6", "does not hold token ids"]),
+    ("--data-path 0.5 corpus 0.5 nowhere", ["nowhere.idx does not exist"]),
+    ("--data-path corpus --valid-data-path web=nowhere", ["nowhere.idx does not exist"]),
+    ("--seq-length 2000", ["--seq-length 2000", "a larger corpus or shorter"]),
+    ("--vocab-size 50", ["corpus.bin", "the vocabulary has 50 ids", "tokenize"]),
+    ("--data-range 1B:2B", ["of corpus", "4,800 tokens"]),
+    ("--split 0,0,0", ["0,0,0"]),
+    ("--split a,b", ["a,b"]),
+    ("--tokenizer-model nowhere.model", ["nowhere.model"]),
+    ("--tokenizer-model corpus.bin", ["corpus.bin"]),
+    (
+        "--tokenizer-model small.model",
+        ["small.model has 300 tokens, more than --vocab-size 97", "300 or more"],
+    ),
+    (
+        "--vocab-size 500 --data-path mine --tokenizer-model other.model",
+        ["mine", "small.model", "other.model"],
+    ),
+]
+
+TABLE = [
+    *((words, "ConfigError", told) for words, told in FLAGS),
+    *((words, "CheckpointError", told) for words, told in CHECKPOINTS),
+    *((words, "DataError", told) for words, told in DATA),
+]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """A folder with a good corpus, a good checkpoint, and bad ones of each kind."""
+    folder = tmp_path_factory.mktemp("bad")
+    for made in commands(folder, tmp_path_factory.mktemp("logs")):
+        write_bad_corpora(folder)
+        code, output = made.run("--save kept --train-iters 2")
+        assert code == 0, output
+        write_bad_checkpoints(folder)
+        (folder / "broken.yaml").write_text("model:\n  num_layers: [\n")
+        (folder / "wrong.yaml").write_text("model: {num_layer: 2}\noptimizer: {lr: high}\n")
+        (folder / "ds.json").write_text('{"train_batch_size": 7}')
+        yield made
+
+
+def write_bad_corpora(folder: Path) -> None:
+    index, tokens = (folder / "corpus.idx").read_bytes(), (folder / "corpus.bin").read_bytes()
+    magic, version, code, sequences, boundaries = HEADER.unpack(index[: HEADER.size])
+    header = (version, code, sequences, boundaries)
+    variants = {
+        "empty": (b"", b""),
+        "foreign": (os.urandom(len(index)), tokens),
+        "version": (HEADER.pack(magic, 7, *header[1:]) + index[HEADER.size :], tokens),
+        "floats": (HEADER.pack(magic, version, 6, sequences, boundaries) + index[HEADER.size :], tokens),
+        "cut": (index, tokens[:-100]),
+        "cut-index": (index[:-8], tokens),
+    }
+    for name, (idx, bin_) in variants.items():
+        (folder / f"{name}.idx").write_bytes(idx)
+        (folder / f"{name}.bin").write_bytes(bin_)
+    text = [path.read_text() for path in sorted((REPOSITORY / "megatron_nexus/config").glob("*.py"))]
+    train_sentencepiece_bpe(text, folder / "small.model", 500)
+    train_sentencepiece_bpe(text[1:], folder / "other.model", 500)
+    (folder / "text.jsonl").write_text('{"text": "def f(x): return x"}\n' * 100)
+    (folder / "malformed.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "nothing.jsonl").write_text("")
+    words = "--input text.jsonl --output-prefix mine --tokenizer-model small.model --append-eod --workers 1"
+    code, output = tool(folder, "preprocess_data.py", words)
+    assert code == 0, output
+
+
+def write_bad_checkpoints(folder: Path) -> None:
+    kept = newest_checkpoint(folder / "kept")
+    assert kept is not None
+    (folder / "stranger").mkdir()
+    (folder / "stranger" / "pytorch_model.bin").write_bytes(b"PK")
+    for name in ("future", "garbled", "shortened", "without-rank"):
+        shutil.copytree(folder / "kept", folder / name)
+    manifest = folder / "future" / kept.name / "manifest.json"
+    text = manifest.read_text()
+    assert '"format_version": ' in text
+    head, _, rest = text.partition('"format_version": ')
+    manifest.write_text(head + '"format_version": 99' + rest[len(rest) - len(rest.lstrip("0123456789")) :])
+    (folder / "garbled" / kept.name / "manifest.json").write_text("{")
+    weights = folder / "shortened" / kept.name / "rank_00000.safetensors"
+    os.truncate(weights, weights.stat().st_size - 64)
+    (folder / "without-rank" / kept.name / "rank_00000.safetensors").unlink()
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """Every file below, with its size."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def tool(folder: Path, name: str, words: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / name), *shlex.split(words)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(("words", "kind", "told"), TABLE, ids=[words for words, _, _ in TABLE])
+def test_a_mistake_is_answered_with_one_message_and_nothing_is_written(
+    command: Command, words: str, kind: str, told: list[str]
+) -> None:
+    before = contents(command.folder)
+    assert_refused(*command.run(words), kind, *told)
+    assert contents(command.folder) == before
+
+
+SMALL_MODEL = "--tokenizer-model small.model"
+TOOLS = [
+    ("preprocess_data.py", f"--input nowhere.jsonl --output-prefix x {SMALL_MODEL}", ["nowhere.jsonl"]),
+    ("preprocess_data.py", "--input text.jsonl --output-prefix x --tokenizer-model nowhere", ["nowhere"]),
+    ("preprocess_data.py", "--input text.jsonl --output-prefix x", ["--tokenizer-model"]),
+    ("preprocess_data.py", f"--input text.jsonl --output-prefix mine {SMALL_MODEL}", ["mine"]),
+    ("preprocess_data.py", f"--input text.jsonl --json-keys b --output-prefix x {SMALL_MODEL}", ["'b'"]),
+    ("preprocess_data.py", f"--input nothing.jsonl --output-prefix x {SMALL_MODEL}", ["nothing"]),
+    (
+        "preprocess_data.py",
+        f"--input malformed.jsonl --strict --output-prefix x {SMALL_MODEL}",
+        ["malformed.jsonl:2"],
+    ),
+    ("inspect_data.py", "nowhere", ["nowhere"]),
+    ("train_tokenizer.py", "--input nowhere --output x.model --vocab-size 500", ["nowhere"]),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "told"), TOOLS, ids=[f"{n} {words}" for n, words, _ in TOOLS])
+def test_tools_answer_alike(command: Command, name: str, words: str, told: list[str]) -> None:
+    before = contents(command.folder)
+    code, output = tool(command.folder, name, words)
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert all(part in output for part in told), output
+    assert contents(command.folder) == before
+
+
+def test_a_port_in_use_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        launch = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        words = " ".join(f"{name}={value}" for name, value in launch.items())
+        program = command.start("--save port", ["env", *words.split(), sys.executable])
+        assert_refused(*ended(program), "ConfigError", f"port: {port}", "MASTER_PORT")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB; the test's checkpoints are of 200 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(command: Command, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(400_000))
+    code, output = command.run(f"--save {small_disk} --save-interval 1 --train-iters 9")
+    assert_refused(code, output, "CheckpointError", "No space left on device", str(small_disk))
+    kept = newest_checkpoint(small_disk)
+    assert kept is not None and kept.name in output
+    (small_disk / "ballast").unlink()
+    code, output = command.run(
+        f"--load {small_disk} --save after-full-disk --train-iters {int(kept.name[5:]) + 1}"
+    )
+    assert code == 0, output
+
+
+def test_the_corpora_here_are_bad_by_what_was_done_to_them_alone(command: Command) -> None:
+    for name in ("corpus", "mine"):
+        code, output = tool(command.folder, "inspect_data.py", name)
+        assert code == 0, output
+
+
+def test_a_folder_without_permission_is_named(command: Command) -> None:
+    for place in ("/proc/nexus", "corpus.bin/run"):
+        code, output = command.run(f"--save {place} --train-iters 1")
+        assert_refused(
+            code, output, "CheckpointError", f"--save {place}", "give a folder that can be written"
+        )
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_where_they_are_met(command: Command) -> None:
+    with IndexedDatasetWriter(command.folder / "late", np.uint16) as writer:
+        for n in range(60):
+            writer.add_document(np.full(100, 96 if n else 40))
+        writer.add_document(np.full(100, 97))
+    code, output = command.run("--data-path late --split 1 --valid-data-path corpus --save late-run")
+    assert_refused(code, output, "DataError", "late.bin", "97")
