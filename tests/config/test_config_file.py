@@ -8,6 +8,8 @@ import pytest
 from megatron_nexus.config.command_line import build, given_flags, make_parser, over
 from megatron_nexus.config.config_file import config_text, read_config_file
 from megatron_nexus.config.megatron_flags import _INSTEAD, instead_of
+from megatron_nexus.config.presets import PRESETS
+from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import SECTIONS, CheckpointConfig, RunConfig
 from megatron_nexus.errors import ConfigError
 
@@ -129,3 +131,19 @@ def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> No
         assert "tools/" not in answer or all(
             (Path(__file__).parents[2] / word).exists() for word in answer.split() if "tools/" in word
         )
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+
+
+def test_every_preset_has_an_example() -> None:
+    assert {path.stem for path in EXAMPLES} == set(PRESETS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_its_preset_s_model_and_can_run(path: Path) -> None:
+    config = run_config(path)
+    assert config.preset == path.stem
+    assert config.model == build(given_flags(["--preset", path.stem])).model
+    for world_size in (config.model_parallel_size, 4 * config.model_parallel_size):
+        check(config, world_size)
