@@ -145,5 +145,5 @@ def test_an_example_is_its_preset_s_model_and_can_run(path: Path) -> None:
     config = run_config(path)
     assert config.preset == path.stem
     assert config.model == build(given_flags(["--preset", path.stem])).model
-    for world_size in (config.model_parallel_size, 4 * config.model_parallel_size):
+    for world_size in (config.model_parallel_size, 2 * config.model_parallel_size):
         check(config, world_size)
