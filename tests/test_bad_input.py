@@ -94,7 +94,7 @@ DATA = [
     ("--tokenizer-model corpus.bin", ["corpus.bin"]),
     (
         "--tokenizer-model small.model",
-        ["small.model has 300 tokens, more than --vocab-size 97", "300 or more"],
+        ["small.model has 500 tokens, more than --vocab-size 97", "500 or more"],
     ),
     (
         "--vocab-size 500 --data-path mine --tokenizer-model other.model",
