@@ -169,10 +169,9 @@ def write_bad_checkpoints(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, int]:
-    """Every file below, with its size."""
-    return {
-        str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()
-    }
+    """Every file below, with its size; but for the shards with which preprocessing would go on."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.suffix != ".shards"]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def tool(folder: Path, name: str, words: str) -> tuple[int, str]:
