@@ -193,7 +193,10 @@ def test_what_load_finds(tmp_path: Path) -> None:
     (second / "rank_00001.json").unlink()
     assert find_checkpoint(root) == first
     (second / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="has the checkpoints iter_0000001, iter_0000020 .without manifest.json.: give another"):
+    with pytest.raises(
+        CheckpointError,
+        match="has the checkpoints iter_0000001, iter_0000020 .without manifest.json.: give another",
+    ):
         find_checkpoint(second)
     with pytest.raises(CheckpointError, match="has the checkpoints iter_0000001"):
         find_checkpoint(root / "iter_0000007")
