@@ -195,7 +195,7 @@ def test_what_load_finds(tmp_path: Path) -> None:
     (second / "manifest.json").unlink()
     with pytest.raises(
         CheckpointError,
-        match="has the checkpoints iter_0000001, iter_0000020 .without manifest.json.: give another",
+        match=r"iter_0000001, iter_0000020 \(without manifest.json\): give another",
     ):
         find_checkpoint(second)
     with pytest.raises(CheckpointError, match="has the checkpoints iter_0000001"):
