@@ -9,11 +9,11 @@ there removes the temporary folder.
 import os
 import shutil
 import zlib
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from math import prod
 from pathlib import Path
 
@@ -32,10 +32,10 @@ from megatron_nexus.checkpoint.store import (
     DTYPE,
     STATES,
     Piece,
-    StateReader,
     piece_starts,
     rank_files,
     safetensors_header,
+    write_at,
     write_durably,
     write_index,
 )
@@ -109,7 +109,7 @@ def shares_of(targets: Sequence[Target], workers: int) -> list[list[Target]]:
 
 
 def write_share(
-    open_reader: Callable[[], StateReader], folder: Path, share: Sequence[Target], advance: Advance
+    open_reader: Callable[[], GrownReader], folder: Path, share: Sequence[Target], advance: Advance
 ) -> list[tuple[int, int, int]]:
     """Put a worker's pieces in their places; (rank, number, CRC-32) of each.
 
@@ -120,37 +120,35 @@ def write_share(
     reader = open_reader()
     files: dict[int, int] = {}
     checksums: list[tuple[int, int, int]] = []
-    in_flight: deque[tuple[Target, Future[None], Future[int]]] = deque()
+    in_flight: tuple[Target, Future[None], Future[int]] | None = None
+    # Two buffers by turns: fresh memory costs more than all else that is done with it.
+    most = max((target.piece.box.numel for target in share), default=0)
+    buffers = [np.empty(most, DTYPE) for _ in range(2)]
 
-    def land() -> None:
-        target, written, checksum = in_flight.popleft()
+    def land(target: Target, written: Future[None], checksum: Future[int]) -> None:
         written.result()
         checksums.append((target.rank, target.number, checksum.result()))
         advance(target.bytes)
 
     try:
         with ThreadPoolExecutor(2) as beside:
-            for target in share:
+            for target, buffer in zip(share, cycle(buffers)):
                 if target.rank not in files:
                     files[target.rank] = os.open(rank_files(folder, target.rank)[0], os.O_WRONLY)
                 piece = target.piece
-                contents = reader.read_box(piece.tensor, piece.state, piece.box).reshape(-1).view(np.uint8)
+                values = buffer[: piece.box.numel]
+                reader.read_into(values.reshape(piece.box.sizes), piece.tensor, piece.state, piece.box)
+                contents = values.view(np.uint8).data
                 if in_flight:
-                    land()
-                written = beside.submit(_write_at, files[target.rank], contents.data, target.start)
-                in_flight.append((target, written, beside.submit(zlib.crc32, contents.data)))
-            while in_flight:
-                land()
+                    land(*in_flight)
+                written = beside.submit(write_at, files[target.rank], contents, target.start)
+                in_flight = target, written, beside.submit(zlib.crc32, contents)
+            if in_flight:
+                land(*in_flight)
     finally:
         for descriptor in files.values():
             os.close(descriptor)
     return checksums
-
-
-def _write_at(descriptor: int, contents: memoryview, start: int) -> None:
-    done = 0
-    while done < len(contents):
-        done += os.pwrite(descriptor, contents[done:], start + done)
 
 
 def grow_checkpoint(plan: GrowthPlan, source: Path, root: Path, crew: Crew) -> Path:

@@ -3,7 +3,6 @@
 Resharding, growing with the tool and growing while loading are all "read boxes of this".
 """
 
-from dataclasses import replace
 from functools import cache
 from math import prod, sqrt
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, moved
 from megatron_nexus.spec.grow import Block, Fill
 from megatron_nexus.spec.initialise import logical_values
-from megatron_nexus.spec.param import Normal, ParamSpec
+from megatron_nexus.spec.param import Axis, Normal, ParamSpec
 from megatron_nexus.spec.shard import Box
 
 DEVIATION_ELEMENTS = 1 << 22
@@ -55,8 +54,13 @@ class GrownReader:
 
         Raises CheckpointError where an old element is not stored exactly once, or is damaged.
         """
-        plan = self._plan.tensors[tensor]
         values = np.empty(box.sizes, DTYPE)
+        self.read_into(values, tensor, state, box)
+        return values
+
+    def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
+        """As `read_box`, into an array of the caller's."""
+        plan = self._plan.tensors[tensor]
         for block in plan.blocks:
             share = intersect(block.box, box)
             if share is None:
@@ -69,16 +73,20 @@ class GrownReader:
                 part[...] = 0.0  # moments begin at zero
             else:
                 part[...] = self._drawn(plan, block, share)
-        return values
 
     def _drawn(self, plan: TensorPlan, block: Block, box: Box) -> Array:
-        """New values: a function of (growth seed, generation, parameter name, element)."""
-        spec = plan.spec
-        if isinstance(spec.init, Normal):
-            std = self._deviation(plan, block)
-            # The name keeps these values apart from those drawn at birth and by other growths.
-            spec = replace(spec, name=f"growth {self._generation} of {spec.name}", init=Normal(std))
-        return logical_values(spec, self._plan.settings.growth_seed, box)
+        """New values: a function of (growth seed, generation, parameter name, block, element).
+
+        A block is drawn as a tensor of its own, so that nothing is drawn for the old elements between. Its
+        name keeps its values apart from those drawn at birth and by other growths.
+        """
+        spec, start = plan.spec, block.box.offsets
+        init = Normal(self._deviation(plan, block)) if isinstance(spec.init, Normal) else spec.init
+        name = f"growth {self._generation} of {spec.name} at {start}"
+        axes = tuple(Axis(axis.name, size) for axis, size in zip(spec.axes, block.box.sizes, strict=True))
+        drawn = ParamSpec(name, axes, init, spec.role, spec.grown)
+        within = Box(tuple(o - first for o, first in zip(box.offsets, start, strict=True)), box.sizes)
+        return logical_values(drawn, self._plan.settings.growth_seed, within)
 
     def _deviation(self, plan: TensorPlan, block: Block) -> float:
         settings, init = self._plan.settings, plan.spec.init
