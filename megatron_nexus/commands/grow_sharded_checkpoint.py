@@ -61,6 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", default=False, help="print what would be done, and write nothing"
     )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        default=False,
+        help="compare the logits of both models in float64, layer by layer, before the new one is kept",
+    )
     add_growth_flags(parser)
     return parser
 
@@ -132,7 +138,7 @@ def _grow(argv: Sequence[str]) -> None:
     if given.dry_run:
         told("nothing was written: --dry-run")
         return
-    made = grow_checkpoint(plan, source, root, crew)
+    made = grow_checkpoint(plan, source, root, crew, given.verify)
     told("wrote %s", made)
     ranks = given.tp * given.pp
     command = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), "pretrain_nexus.py"]

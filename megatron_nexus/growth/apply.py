@@ -44,6 +44,8 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.crew import Advance, Crew
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import GrowthPlan
+from megatron_nexus.growth.verify import compare
+from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import layer_specs, stage_layers
 from megatron_nexus.spec.shard import Shard
 
@@ -151,13 +153,15 @@ def write_share(
     return checksums
 
 
-def grow_checkpoint(plan: GrowthPlan, source: Path, root: Path, crew: Crew) -> Path:
+def grow_checkpoint(plan: GrowthPlan, source: Path, root: Path, crew: Crew, verify: bool = False) -> Path:
     """Write the checkpoint `source`, grown as planned, as the latest in `root`; a collective call.
 
-    The topology of `plan.after` shapes the files. Returns the new checkpoint's folder.
+    The topology of `plan.after` shapes the files. `verify` compares the logits of both checkpoints before the
+    new one gets its name, and enters the result in its lineage. Returns the new checkpoint's folder.
 
     Raises:
-        CheckpointError: on every rank, if one cannot read or write; nothing is left behind.
+        CheckpointError: on every rank, if one cannot read or write, or the logits differ; nothing is left
+            behind.
     """
     config = plan.after
     files = target_files(config)
@@ -179,6 +183,10 @@ def grow_checkpoint(plan: GrowthPlan, source: Path, root: Path, crew: Crew) -> P
         with crew.together(f"{root}: cannot write the checkpoint"):
             if crew.rank == 0:
                 _finish(root, step, files, [entry for share in shares for entry in share], manifest)
+                if verify:
+                    verified = _verified(plan, source, folder, manifest)
+                    write_durably(folder / MANIFEST_FILE, manifest_to_json(verified))
+                publish_checkpoint(root, step)
     except BaseException as error:
         if crew.rank == 0:
             abandon_checkpoint(root, step)
@@ -210,7 +218,7 @@ def _finish(
     checksums: Sequence[tuple[int, int, int]],
     manifest: Manifest,
 ) -> None:
-    """Write indices and manifest, make all durable and give the folder its name. Raises OSError."""
+    """Write indices and manifest, and make all durable. Raises OSError."""
     folder = temporary_folder(root, step)
     found = {(rank, number): checksum for rank, number, checksum in checksums}
     for rank, pieces in enumerate(files):
@@ -218,4 +226,23 @@ def _finish(
             os.fsync(file.fileno())
         write_index(folder, rank, pieces, [found[rank, number] for number in range(len(pieces))], {})
     write_durably(folder / MANIFEST_FILE, manifest_to_json(manifest))
-    publish_checkpoint(root, step)
+
+
+def _verified(plan: GrowthPlan, source: Path, folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the result of the comparison in the newest entry of its lineage.
+
+    Raises CheckpointError where the function has changed; `noise` changes it a little by intent.
+    """
+    found = compare(plan, source, folder)
+    told = f"logits moved by at most {found.largest_error:.1e}, the largest is {found.largest_logit:.3g}"
+    if not found.holds and plan.settings.init != "noise":
+        raise CheckpointError(
+            f"{source}: {told}, more than rounding: the growth is withdrawn; please report it"
+        )
+    logger.info("verified in float64: %s", told)
+    if plan.after.model.vocab_size > plan.before.model.vocab_size:
+        logger.info("new tokens raise the loss by %.4f nats/token until they are learnt", found.loss_shift)
+    if not plan.axes:
+        return manifest
+    *earlier, newest = manifest.lineage
+    return replace(manifest, lineage=[*earlier, {**newest, "verification": dict(vars(found))}])

@@ -1,0 +1,80 @@
+"""Proof that a growth kept the function: logits before and after, in float64, of the model's own layers.
+
+Both models run side by side, one layer of each in memory at a time, on the same random tokens. Weights
+are read from the checkpoints as they lie on the disk.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_nexus.checkpoint.pieces import split_box, whole_box
+from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.growth.plan import GrowthPlan
+from megatron_nexus.log import Progress
+from megatron_nexus.models.context import Context
+from megatron_nexus.models.decoder import DecoderStage
+from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.spec.shard import Shard
+
+TOLERANCE = 1e-12
+"""Of logits, relative to the largest where that is above one: rounding of longer sums in float64."""
+SAMPLES, TOKENS = 2, 64
+READ_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the logits of old tokens moved, their largest value, and what new tokens add to the loss."""
+
+    largest_error: float
+    largest_logit: float
+    loss_shift: float
+    """Mean growth of log sum exp, nats per token: 0 where the vocabulary stays."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the function is the same."""
+        return self.largest_error <= TOLERANCE * max(1.0, self.largest_logit)
+
+
+def compare(plan: GrowthPlan, source: Path, made: Path, seed: int = 0) -> Comparison:
+    """Run the model of both checkpoints on the same tokens. Raises CheckpointError."""
+    old, new = plan.before.model, plan.after.model
+    generator = torch.Generator().manual_seed(seed)
+    length = min(TOKENS, plan.after.training.seq_length)
+    tokens = torch.randint(0, old.vocab_size, (SAMPLES, length), generator=generator)
+    layers = old.num_layers + new.num_layers + 4
+    with (
+        Progress("comparing logits before and after in float64", layers, "layers") as progress,
+        torch.no_grad(),
+    ):
+        before = _logits(old, CheckpointReader(source, check_parts=True), tokens, progress)
+        after = _logits(new, CheckpointReader(made, check_parts=True), tokens, progress)
+    error = (after[..., : old.vocab_size] - before).abs().max()
+    shift = (after.logsumexp(-1) - before.logsumexp(-1)).mean()
+    return Comparison(float(error), float(before.abs().max()), float(shift))
+
+
+def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progress: Progress) -> Tensor:
+    """Logits [T, B, vocabulary], float64."""
+    x = tokens
+    for index in range(model.num_layers + 2):
+        stage = _layer(model, index)
+        for name, (spec, parameter) in logical_parameters(stage).items():
+            for box in split_box(whole_box(spec.shape), READ_ELEMENTS):
+                part = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
+                parameter[part] = torch.from_numpy(reader.read_box(name, "fp32", box)).double()
+        x = stage(x)
+        progress.advance(1)
+    return x
+
+
+def _layer(model: ModelConfig, index: int) -> DecoderStage:
+    """One layer of a decoder in float64, its weights not yet anything."""
+    context = Context(TensorParallel(None), Shard(0, 1), seed=0, dtype=torch.float64)
+    return DecoderStage(model, range(index, index + 1), context)
