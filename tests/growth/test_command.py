@@ -1,0 +1,149 @@
+"""The growth tool as a user runs it: what it tells, what it refuses, and what it leaves behind."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grown
+import pytest
+from conftest import REPOSITORY, Spawn, wait_for
+
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.commands.grow_sharded_checkpoint import main
+
+TOOL = [sys.executable, str(REPOSITORY / "tools" / "grow_sharded_checkpoint.py")]
+Run = Callable[[str], tuple[int, str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the checkpoints of a run in `old`."""
+    grown.write_checkpoint(tmp_path / "old", grown.configure(nexus_inner_norm=True), tp=2)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run the command's main in `folder`: its exit code, what it told."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(folder)
+
+    def run(words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["grow_sharded_checkpoint.py", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = console.readouterr()
+        return int(ended.value.code or 0), told.out + told.err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_it_grows_verifies_and_says_how_to_go_on(run: Run, folder: Path) -> None:
+    before = contents(folder / "old")
+    code, told = run("--load old --save new --nexus-m 20 --num-layers 3 --vocab-size 40 --pp 2 --verify")
+    assert code == 0, told
+    assert "nexus_m                  15 -> 20" in told
+    assert "verified in float64: logits moved by at most" in told
+    assert "new tokens raise the loss by" in told
+    assert "deepspeed --num_gpus 2 pretrain_nexus.py --tp 1 --pp 2 --load new" in told
+    assert contents(folder / "old") == before
+    manifest = read_manifest(find_checkpoint(folder / "new"))
+    assert manifest.lineage[-1]["verification"]["largest_error"] <= 1e-12
+    assert manifest.topology.pipe_size == 2
+    assert manifest.progress.step == grown.STEP
+
+
+def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
+    code, told = run("--load old --preset nexusformer-tiny --init zero --tp 2 --dry-run")
+    assert code == 0, told
+    assert "no gradient will ever reach the new blocks" in told
+    assert "head.weight" in told and "4096 x 128" in told
+    assert "layers.0.attention.q.w_m" in told and "kept 180, zero 20,300" in told
+    assert "training FLOPs per token" in told
+    assert [path.name for path in folder.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--nexus-m 14", ["--nexus-m 14 is below the checkpoint's 15", "never shrinks"]),
+        ("--nexus-m 15", ["nexus_m 15: the checkpoint has these sizes already"]),
+        ("--kv-channels 6 --num-attention-heads 1", ["--num-attention-heads 1 is below", "never shrinks"]),
+        ("--num-attention-heads 3 --tp 2", ["--tp 2 does not divide --num-attention-heads 3: use 1, 3"]),
+        ("--init in_rand --nexus-a 30", ["inner norm", "use --init out_rand"]),
+        (
+            "--nexus-a 30 --init-std=-1 --noise-share 0",
+            ["2 problems", "--init-std -1.0", "--noise-share 0.0"],
+        ),
+        ("--nexus-a many", ["--nexus-a", "'many'"]),
+        ("--rotary-base 5", ["--rotary-base"]),
+        ("--pp 5", ["--pp 5 is more than --num-layers 2"]),
+        ("--workers 0", ["--workers 0 must be positive"]),
+        ("--save old", ["--save old holds iter_0000040", "never overwritten"]),
+        ("--save old/iter_0000040/new", ["lies in the source"]),
+        ("--load nowhere", ["nowhere: no complete checkpoint"]),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(
+    words: str, told: list[str], run: Run, folder: Path
+) -> None:
+    before = contents(folder)
+    code, output = run(f"--load old --save new {words}")
+    assert code == 2, output
+    assert all(part in output for part in told), output
+    assert "Traceback" not in output
+    assert contents(folder) == before
+    assert not (folder / "new").exists()
+
+
+def test_a_damaged_source_is_named_and_nothing_is_left(run: Run, folder: Path) -> None:
+    data = folder / "old" / "iter_0000040" / "rank_00001.safetensors"
+    damaged = bytearray(data.read_bytes())
+    damaged[-9] ^= 1
+    data.write_bytes(damaged)
+    for workers in (1, 2):
+        code, output = run(f"--load old --save new --nexus-m 20 --workers {workers}")
+        assert code == 2
+        assert "rank_00001.safetensors" in output and "damaged" in output
+        assert list((folder / "new").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_growth_leaves_nothing(workers: int, folder: Path, spawn: Spawn) -> None:
+    # Thousands of new blocks, all drawn: a few seconds.
+    words = f"--load old --save new --num-layers 900 --nexus-m 90 --nexus-a 99 --workers {workers}"
+    growing = spawn([*TOOL, *words.split()], folder)
+    wait_for(lambda: any((folder / "new").glob(".tmp_*/rank_00000.safetensors")), "the growth begins", 60.0)
+    growing.process.terminate()
+    assert growing.end() == 130, growing.output()
+    assert "interrupted" in growing.output()
+    wait_for(lambda: not growing.left(), "its workers end")
+    assert list((folder / "new").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun is installed")
+def test_the_ranks_of_mpirun_write_what_one_process_writes(run: Run, folder: Path) -> None:
+    words = "--load old --nexus-m 20 --hidden-size 14 --tp 2"
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    done = subprocess.run(
+        [*mpirun, *TOOL, *words.split(), "--save", "by-two"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run(f"{words} --save by-one")[0] == 0
+    one, two = (contents(folder / name) for name in ("by-one", "by-two"))
+    assert list(one.values()) == list(two.values())
