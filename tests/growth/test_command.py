@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grown
+import numpy as np
 import pytest
 from conftest import REPOSITORY, Spawn, wait_for
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.commands.grow_sharded_checkpoint import main
+from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "grow_sharded_checkpoint.py")]
 Run = Callable[[str], tuple[int, str]]
@@ -147,3 +149,24 @@ def test_the_ranks_of_mpirun_write_what_one_process_writes(run: Run, folder: Pat
     assert run(f"{words} --save by-one")[0] == 0
     one, two = (contents(folder / name) for name in ("by-one", "by-two"))
     assert list(one.values()) == list(two.values())
+
+
+@pytest.mark.slow
+def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn: Spawn) -> None:
+    with IndexedDatasetWriter(tmp_path / "corpus", token_dtype(37)) as writer:
+        for document in np.random.default_rng(3).integers(0, 37, size=(40, 50)):
+            writer.add_document(document)
+    config = grown.configure(seq_length=12, precision="fp32", lr=1e-3)
+    before = contents(grown.write_checkpoint(tmp_path / "old", config))
+    words = "--data-path corpus --split 8,2 --eval-iters 1 --train-iters 42 --load old --reset-optimizer"
+    pretrain = [sys.executable, str(REPOSITORY / "pretrain_nexus.py"), *words.split()]
+    training = spawn([*pretrain, "--grow", "nexus_m=20 num_layers=3 init=in_rand", "--save", "new"], tmp_path)
+    assert training.end() == 0, training.output()
+    manifest = read_manifest(find_checkpoint(tmp_path / "new"))
+    assert manifest.progress.step == 42
+    assert manifest.optimizer.step_count == 2
+    assert manifest.optimizer.births == ()
+    assert manifest.lineage[-1]["settings"]["init"] == "in_rand"
+    assert manifest.specs["layers.2.attention.q.w_m"].shape == (20, 12)
+    assert "resume with" in training.output() and "--grow" not in training.output().split("resume with")[1]
+    assert contents(tmp_path / "old" / "iter_0000040") == before

@@ -71,3 +71,11 @@ def test_a_run_no_longer_than_its_warm_up_is_possible(style: DecayStyle, warmup:
     assert all(0.0 < value <= 1.0 for value in rate[1:])
     if warmup:
         assert rate[last] == pytest.approx(last / warmup)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_later_phase_has_a_schedule_of_its_own(style: DecayStyle) -> None:
+    first = replace(BASE, lr_decay_style=style)
+    later = replace(first, lr_start_iter=100)
+    assert rates(later, 100 + LAST)[101:] == rates(first)[1:]
+    assert learning_rate(later, 3, 100 + LAST) == rates(first)[1]
