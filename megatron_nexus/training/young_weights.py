@@ -43,12 +43,13 @@ def watch_young_weights(
 ) -> None:
     """Correct every optimizer step of `engine` for the weights that `births` describe, on this rank."""
     state = zero_state(engine.optimizer)
+    of_tensor: dict[str, list[Birth]] = {}
+    for birth in births:
+        of_tensor.setdefault(birth.tensor, []).append(birth)
     parts: dict[int, list[_Young]] = {}
     for fragment in state.fragments(parameters):
         for slab in slabs(fragment.spec, shard, fragment.start, fragment.count):
-            for birth in births:
-                if birth.tensor != fragment.spec.name:
-                    continue
+            for birth in of_tensor.get(fragment.spec.name, []):
                 share = intersect(birth.box, slab.box)
                 if share is not None:
                     run = slice(slab.start, slab.start + slab.run_length)
