@@ -36,7 +36,6 @@ def _flag(field_name: str) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """The parser: a group for each section; a flag that is not given leaves no attribute behind."""
     parser = FlagParser(
-        prog="pretrain_nexus.py",
         description=f"Pretrain a Nexusformer. Without a flag: {DEFAULT_PRESET} on a built-in corpus.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -227,17 +227,19 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
 
 def launch_words(world: World, script: str) -> list[str]:
     """The words that start `script` on such a world again; srun takes its flags from the job."""
+    is_file = script.endswith(".py")
+    program = ["python", script] if is_file else [Path(script).name]
     match world.launcher:
         case "torchrun":
             return ["torchrun", "--nproc-per-node", str(world.local_size), script]
         case "mpirun":
-            return ["mpirun", "-n", str(world.size), "python", script]
+            return ["mpirun", "-n", str(world.size), *program]
         case "srun":
-            return ["srun", "python", script]
+            return ["srun", "--kill-on-bad-exit=1", *program]
         case "deepspeed" if world.size > 1:
             return ["deepspeed", "--num_gpus", str(world.local_size), script]
         case _:
-            return ["deepspeed", script]
+            return ["deepspeed", script] if is_file else program
 
 
 def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder: Path, step: int) -> str:
