@@ -45,6 +45,10 @@ def main() -> NoReturn:
             sys.exit(0)  # rank 0 tells it
         config, checkpoint = configure(argv)
         wanted = config.model_parallel_size
+        planned = planned_world_size(argv, world, wanted)
+        if planned is not None:
+            check(config, planned)
+            _dry_run(config, planned, speaks=world.rank == 0)
         check(config, wanted if missing_ranks(world, wanted) else world.size)
         preflight(config, checkpoint, world)
         if missing_ranks(world, wanted):
@@ -118,12 +122,42 @@ def preflight(config: RunConfig, checkpoint: Path | None, world: World) -> None:
         require_own_folder(Path(config.checkpoint.save), continued)
 
 
+def planned_world_size(argv: list[str], world: World, model_parallel_size: int) -> int | None:
+    """The ranks that --dry-run plans for; None without it.
+
+    As --world-size says, else as many as a launcher has started, else one copy of the model.
+
+    Raises ConfigError on a --world-size that cannot be meant.
+    """
+    given = given_flags(argv)
+    size = given.get("world_size")
+    if "dry_run" not in given:
+        if size is not None:
+            raise ConfigError([f"--world-size {size} belongs to --dry-run: add it, or drop --world-size"])
+        return None
+    if isinstance(size, int):
+        if size < 1:
+            raise ConfigError([f"--world-size {size} must be positive: give the number of ranks"])
+        return size
+    return world.size if world.size > 1 else max(1, model_parallel_size)
+
+
 def _newest_run(given: dict[str, Value]) -> Path | None:
     """What --load auto means: the newest checkpoint in --save, or without it of the preset's default runs."""
     if "save" in given:
         return newest_checkpoint(Path(str(given["save"])))
     runs = sorted(Path("runs").glob(f"{given.get('preset', DEFAULT_PRESET)}-*"), reverse=True)
     return next((found for found in map(newest_checkpoint, runs) if found is not None), None)
+
+
+def _dry_run(config: RunConfig, world_size: int, speaks: bool) -> NoReturn:
+    """Tell what the run would be, on rank 0, and end."""
+    if speaks:
+        from megatron_nexus.training.dry_run import report
+
+        for line in report(config, world_size):
+            log.logger.info("%s", line)
+    sys.exit(0)
 
 
 def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str]) -> NoReturn:

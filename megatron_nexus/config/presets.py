@@ -87,3 +87,9 @@ PRESETS: dict[str, dict[str, Value]] = {
 }
 
 DEFAULT_PRESET = "nexusformer-tiny"
+# The sizes by which the paper calls its own.
+PAPER_SIZES = {
+    name: name.removeprefix("nexusformer-").upper()
+    for name, values in PRESETS.items()
+    if _PAPER.items() <= values.items()
+}

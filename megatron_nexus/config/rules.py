@@ -23,9 +23,8 @@ def check(config: RunConfig, world_size: int) -> None:
         *_size_problems(config),
         *_topology_problems(config, world_size),
         *_data_problems(config),
+        *_batch_problems(config, world_size),
     ]
-    if not problems:
-        problems = list(_batch_problems(config, world_size))
     if not problems:
         deepspeed_config(config, world_size)
     if problems:
@@ -186,6 +185,9 @@ def _data_problems(config: RunConfig) -> Iterable[str]:
 
 def _batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
     training = config.training
+    ranks = config.model_parallel_size
+    if min(ranks, training.micro_batch_size, training.global_batch_size) < 1 or world_size % ranks:
+        return  # said already
     dp = config.data_parallel_size(world_size)
     per_pass = training.micro_batch_size * dp
     if training.global_batch_size % per_pass:

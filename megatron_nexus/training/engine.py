@@ -28,6 +28,7 @@ from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.machine import padding_multiple
 from megatron_nexus.training.optimizer import make_optimizer
 
 Batch = tuple[Stream, Tensor]
@@ -52,11 +53,6 @@ class _WholeModel(nn.Module):
 
     def forward(self, stream: Stream, labels_BT: Tensor) -> Tensor:
         return self.loss(self.stage(stream), labels_BT)
-
-
-def padding_multiple(config: RunConfig, device: torch.device) -> int:
-    """The alignment of split axes per rank: as configured, or what the device's matrix units want."""
-    return config.parallel.padding_multiple or (1 if device.type == "cpu" else 64)
 
 
 class Engine:

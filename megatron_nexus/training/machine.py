@@ -14,13 +14,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_nexus.checkpoint.agreement import exchange
-from megatron_nexus.config.run_config import Precision
+from megatron_nexus.config.run_config import Precision, RunConfig
 from megatron_nexus.parallel.mesh import Mesh
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _GEMM_SECONDS = 0.5
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def padding_multiple(config: RunConfig, device: torch.device) -> int:
+    """The alignment of split axes per rank: as configured, or what the device's matrix units want."""
+    return config.parallel.padding_multiple or (1 if device.type == "cpu" else 64)
 
 
 def share_cores(mesh: Mesh) -> None:
