@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -38,6 +37,7 @@ from megatron_nexus.checkpoint.store import (
     DTYPE,
     STATES,
     Piece,
+    block_checksums,
     piece_starts,
     rank_files,
     safetensors_header,
@@ -62,8 +62,8 @@ VOCABULARY_SHARE = 1 / 3
 
 
 @cache
-def crc_of_zeros(count: int) -> int:
-    return zlib.crc32(bytes(count))
+def checksums_of_zeros(count: int) -> tuple[int, ...]:
+    return block_checksums(memoryview(bytes(count)))
 
 
 def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
@@ -92,10 +92,10 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
         for piece in pieces:
             count = piece.box.numel
             if sparse:
-                checksums.append(crc_of_zeros(count * DTYPE.itemsize))
+                checksums.append(checksums_of_zeros(count * DTYPE.itemsize))
             else:
                 contents = random[:count].view(np.uint8).data
-                checksums.append(zlib.crc32(contents))
+                checksums.append(block_checksums(contents))
                 file.write(contents)
         file.truncate(piece_starts(pieces)[-1])
         file.flush()

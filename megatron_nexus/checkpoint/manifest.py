@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: what was trained, how far, where it lay and how it is to be continued.
 
-A JSON file, written last: a folder that has one is complete. Needs no torch.
+A sealed JSON file, written last: a folder that has one is complete. Needs no torch.
 """
 
 import json
@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -147,24 +148,27 @@ def manifest_to_json(manifest: Manifest) -> str:
         "config": manifest.config,
         "specs": [spec_to_json(spec) for spec in manifest.specs.values()],
     }
-    return json.dumps(record, indent=1) + "\n"
+    return seal(record, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint's folder.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of a newer format.
+        CheckpointError: it is missing, damaged, or of another format.
     """
     path = folder / MANIFEST_FILE
     try:
-        raw = json.loads(path.read_text())
-        version = int(raw["format_version"])
-        if version > FORMAT_VERSION:
+        contents = path.read_bytes()
+        # Before the seal is looked at: another version may have another one.
+        version = int(json.loads(contents)["format_version"])
+        if version != FORMAT_VERSION:
+            age, remedy = ("newer", ", or a later one") if version > FORMAT_VERSION else ("older", "")
             raise CheckpointError(
-                f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this "
-                "version of megatron_nexus reads: load it with the version that wrote it, or a later one"
+                f"{path}: format version {version} is {age} than {FORMAT_VERSION}, the one that this "
+                f"version of megatron_nexus reads: load it with the version that wrote it{remedy}"
             )
+        raw = unseal(contents)
         specs = [spec_from_json(spec) for spec in raw["specs"]]
         return Manifest(
             progress=RunProgress(**raw["progress"]),

@@ -30,6 +30,7 @@ from megatron_nexus.checkpoint.manifest import (
     spec_to_json,
 )
 from megatron_nexus.checkpoint.pieces import slabs
+from megatron_nexus.checkpoint.retention import KEEP_ALL, Retention, delete_outdated
 from megatron_nexus.checkpoint.run_folder import (
     abandon_checkpoint,
     begin_checkpoint,
@@ -69,6 +70,7 @@ def save_checkpoint(
     lineage: Sequence[JsonObject] = (),
     data: DataRecord = UNKNOWN_DATA,
     births: Sequence[Birth] = (),
+    retention: Retention = KEEP_ALL,
 ) -> Path:
     """Write `root`/iter_<step> and make it the latest; a collective call between two optimizer steps.
 
@@ -108,6 +110,7 @@ def save_checkpoint(
                 )
                 write_durably(temporary / MANIFEST_FILE, manifest_to_json(manifest))
                 publish_checkpoint(root, progress.step)
+                delete_outdated(root, retention)
     except CheckpointError:
         if mesh.rank == 0:
             abandon_checkpoint(root, progress.step)

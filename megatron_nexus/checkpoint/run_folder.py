@@ -8,6 +8,7 @@ SAVE/.old_iter_0000100/  a checkpoint while another one of the same step takes i
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, read_manifest
@@ -90,6 +91,23 @@ def _checkpoints(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def latest_step(root: Path) -> int | None:
+    """The step of the checkpoint that `latest` names, whether that is there or not; None if it names none."""
+    latest = root / LATEST_FILE
+    named = _NAME.fullmatch(latest.read_text(errors="replace").strip()) if latest.is_file() else None
+    return int(named[1]) if named else None
+
+
+def complete_checkpoints(root: Path) -> dict[int, Path]:
+    """The folders of the checkpoints that have all their files and a sound manifest, by step."""
+    found = {}
+    for step, folder in _checkpoints(root).items():
+        with suppress(CheckpointError):
+            if not _missing(folder):
+                found[step] = folder
+    return found
+
+
 def newest_checkpoint(root: Path) -> Path | None:
     """The checkpoint that `latest` names; if there is none such, the complete one of the highest step.
 
@@ -99,14 +117,13 @@ def newest_checkpoint(root: Path) -> Path | None:
         CheckpointError: a manifest is damaged or of a newer format.
     """
     checkpoints = _checkpoints(root)
-    latest = root / LATEST_FILE
-    named = _NAME.fullmatch(latest.read_text(errors="replace").strip()) if latest.is_file() else None
-    chosen = checkpoints.get(int(named[1])) if named else None
+    step = latest_step(root)
+    chosen = checkpoints.get(step) if step is not None else None
     if chosen is not None and not _missing(chosen):
         return chosen
     newest = next((folder for folder in reversed(checkpoints.values()) if not _missing(folder)), None)
     if newest is not None:
-        logger.info("%s names no complete checkpoint: taking %s, the newest", latest, newest.name)
+        logger.info("%s names no complete checkpoint: taking %s, the newest", root / LATEST_FILE, newest.name)
     return newest
 
 

@@ -1,7 +1,8 @@
 """The store: one rank's pieces on disk, and the reader that puts logical tensors together again.
 
     rank_00000.safetensors   float32 pieces, one after the other; any safetensors library opens it
-    rank_00000.json          what each piece is: tensor, state, global offsets, sizes, first byte, CRC-32
+    rank_00000.json          what each piece is: tensor, state, global offsets, sizes, first byte, and the
+                             CRC-32 of each MiB of it; sealed
 
 Needs numpy and json only: no torch, no process group, no DeepSpeed.
 """
@@ -10,9 +11,10 @@ import base64
 import json
 import mmap
 import os
+import weakref
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +24,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.checkpoint.hold import hold
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.pieces import are_disjoint, index_within, intersect, whole_box
+from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
 
@@ -32,6 +36,11 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 WRITE_BYTES = 1 << 20
 """Bytes written at once: one call with 64 MiB took ten times as long as 64 calls (Linux 6, ext4)."""
+
+BLOCK_BYTES = 1 << 20
+"""Bytes of a piece that have one checksum: what must be read, at most, to check a single element."""
+
+LISTED_PROBLEMS = 10
 
 Array = npt.NDArray[np.float32]
 DTYPE = np.dtype("<f4")
@@ -48,12 +57,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """A piece in a file: where its bytes begin, and their CRC-32."""
+    """A piece in a file: where its bytes begin, and the CRC-32 of each of its blocks."""
 
     piece: Piece
     path: Path
     start: int
-    crc32: int
+    checksums: tuple[int, ...]
 
 
 def rank_files(folder: Path, rank: int) -> tuple[Path, Path]:
@@ -98,11 +107,18 @@ def write_pieces(
         for piece, start, array in zip(pieces, piece_starts(pieces)[:-1], arrays, strict=True):
             assert array.shape == piece.box.sizes, f"{piece}: values of shape {array.shape}"
             contents = np.ascontiguousarray(array, dtype=DTYPE).reshape(-1).view(np.uint8).data
-            checksum = beside.submit(zlib.crc32, contents)
+            checksum = beside.submit(block_checksums, contents)
             write_at(file.fileno(), contents, start)
             checksums.append(checksum.result())
         os.fsync(file.fileno())
     write_index(folder, rank, pieces, checksums, random_states)
+
+
+def block_checksums(contents: memoryview) -> tuple[int, ...]:
+    """The CRC-32 of each block of a piece's bytes."""
+    return tuple(
+        zlib.crc32(contents[start : start + BLOCK_BYTES]) for start in range(0, len(contents), BLOCK_BYTES)
+    )
 
 
 def write_at(descriptor: int, contents: memoryview, start: int) -> None:
@@ -124,7 +140,7 @@ def write_index(
     folder: Path,
     rank: int,
     pieces: Sequence[Piece],
-    checksums: Sequence[int],
+    checksums: Sequence[Sequence[int]],
     random_states: Mapping[str, bytes],
 ) -> None:
     """Write the index file of a rank, durably. Raises OSError."""
@@ -136,13 +152,13 @@ def write_index(
             "offsets": piece.box.offsets,
             "sizes": piece.box.sizes,
             "start": start,
-            "crc32": checksum,
+            "crc32": of_blocks,
         }
-        for piece, start, checksum in zip(pieces, starts, checksums, strict=True)
+        for piece, start, of_blocks in zip(pieces, starts, checksums, strict=True)
     ]
     random = {name: base64.b64encode(state).decode() for name, state in random_states.items()}
     index = {"rank": rank, "bytes": length, "random_states": random, "entries": entries}
-    write_durably(rank_files(folder, rank)[1], json.dumps(index) + "\n")
+    write_durably(rank_files(folder, rank)[1], seal(index))
 
 
 def safetensors_header(pieces: Sequence[Piece]) -> bytes:
@@ -182,33 +198,45 @@ class StateReader(Protocol):
 class CheckpointReader:
     """Reads boxes of logical tensors from the folder of a checkpoint, whatever topology wrote it.
 
-    Opening checks that all files are there and as long as their indices say; reading checks that each
-    element is stored exactly once, and the checksum of each piece that is read whole, or with
-    `check_parts` of each piece of which anything is read. Memory is needed for one piece at a time.
+    Opening checks manifest, indices and headers, and that all files are there and as long as they should be;
+    reading checks that each element is stored exactly once, and the checksum of each block of which anything
+    is read. Memory is needed for one piece at a time. While a reader lives no run deletes its checkpoint.
     """
 
-    def __init__(self, folder: Path, check_parts: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         """Read the manifest and the indices. Raises CheckpointError."""
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self._check_parts = check_parts
-        self._checked: set[StoredPiece] = set()
+        try:
+            weakref.finalize(self, os.close, hold(folder))
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or folder}: {error.strerror}: load another") from error
+        self._checked: set[tuple[Path, int]] = set()
         self._stored: dict[tuple[str, str], list[StoredPiece]] = {}
+        self._random_states: list[dict[str, str]] = []
         self._mapped: dict[Path, mmap.mmap] = {}
+        problems = []
         for rank in range(self.manifest.topology.world_size):
-            self._read_index(rank)
+            try:
+                self._read_index(rank)
+            except CheckpointError as error:
+                problems.append(str(error))
+        _raise_all(problems)
 
     def _read_index(self, rank: int) -> None:
         data_path, index_path = rank_files(self.folder, rank)
+        pieces = []
         try:
-            raw = json.loads(index_path.read_text())
-            expected_bytes = int(raw["bytes"])
+            raw = unseal(index_path.read_bytes())
             for entry in raw["entries"]:
                 box = Box(tuple(entry["offsets"]), tuple(entry["sizes"]))
-                piece = Piece(entry["tensor"], entry["state"], box)
-                stored = StoredPiece(piece, data_path, entry["start"], entry["crc32"])
-                self._stored.setdefault((piece.tensor, piece.state), []).append(stored)
-            found_bytes = data_path.stat().st_size
+                pieces.append(Piece(entry["tensor"], entry["state"], box))
+                stored = StoredPiece(pieces[-1], data_path, entry["start"], tuple(entry["crc32"]))
+                self._stored.setdefault((pieces[-1].tensor, pieces[-1].state), []).append(stored)
+            self._random_states.append(raw["random_states"])
+            expected_bytes, header = int(raw["bytes"]), safetensors_header(pieces)
+            with data_path.open("rb") as file:
+                found_bytes, found_header = os.fstat(file.fileno()).st_size, file.read(len(header))
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename}: {error.strerror}; the checkpoint was written by "
@@ -225,11 +253,14 @@ class CheckpointReader:
                 f"{data_path}: has {found_bytes:,} bytes, its index says {expected_bytes:,}: "
                 "copy it again, or load another checkpoint"
             )
+        if found_header != header:
+            raise CheckpointError(
+                f"{data_path}: its header is damaged: copy it again, or load another checkpoint"
+            )
 
     def random_states(self, rank: int) -> dict[str, bytes]:
         """The states of a rank's random generators, by device."""
-        raw = json.loads(rank_files(self.folder, rank)[1].read_text())
-        return {name: base64.b64decode(state) for name, state in raw["random_states"].items()}
+        return {name: base64.b64decode(state) for name, state in self._random_states[rank].items()}
 
     @contextmanager
     def _bytes_of(self, stored: StoredPiece) -> Iterator[npt.NDArray[np.uint8]]:
@@ -243,18 +274,25 @@ class CheckpointReader:
         page = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
         mapped.madvise(mmap.MADV_DONTNEED, page, stored.start + length - page)
 
-    def _check(self, stored: StoredPiece, contents: npt.NDArray[np.uint8]) -> None:
-        if zlib.crc32(contents.data) != stored.crc32:
-            raise CheckpointError(
-                f"{stored.path}: {_named(stored.piece)} at byte {stored.start:,} is damaged "
-                "(its CRC-32 differs): copy the file again, or load another checkpoint"
-            )
+    def _check(self, stored: StoredPiece, contents: npt.NDArray[np.uint8], start: int, stop: int) -> None:
+        """Check the blocks that hold the bytes [start, stop) of a piece, unless they are checked already."""
+        for number in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
+            first = number * BLOCK_BYTES
+            if (stored.path, stored.start + first) in self._checked:
+                continue
+            if zlib.crc32(contents[first : first + BLOCK_BYTES].data) != stored.checksums[number]:
+                raise CheckpointError(
+                    f"{stored.path}: {_named(stored.piece)} is damaged within a MiB of byte "
+                    f"{stored.start + first:,} (its CRC-32 differs): copy the file again, or load another "
+                    "checkpoint"
+                )
+            self._checked.add((stored.path, stored.start + first))
 
     def read_box(self, tensor: str, state: str, box: Box) -> Array:
         """The elements of a box, float32 of shape `box.sizes`.
 
         Raises:
-            CheckpointError: an element is not stored, or twice, or a piece that is read whole is damaged.
+            CheckpointError: an element is not stored, or twice, or lies in a damaged block.
         """
         values = np.empty(box.sizes, DTYPE)
         self.read_into(values, tensor, state, box)
@@ -264,9 +302,7 @@ class CheckpointReader:
         """As `read_box`, into an array of the caller's."""
         for share, stored in self._shares(tensor, state, box):
             with self._bytes_of(stored) as contents:
-                if share == stored.piece.box or (self._check_parts and stored not in self._checked):
-                    self._check(stored, contents)
-                    self._checked.add(stored)
+                self._check(stored, contents, *_extent(share, stored.piece.box))
                 held = contents.view(DTYPE).reshape(stored.piece.box.sizes)
                 values[index_within(share, box)] = held[index_within(share, stored.piece.box)]
 
@@ -286,8 +322,13 @@ class CheckpointReader:
             )
         return shares
 
-    def verify(self) -> None:
-        """Read everything and check that it is undamaged and complete.
+    @property
+    def piece_count(self) -> int:
+        """How many pieces are stored, of all tensors and states."""
+        return sum(map(len, self._stored.values()))
+
+    def verify(self, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Read everything and check that it is undamaged and complete; `advance` is told the bytes read.
 
         Raises:
             CheckpointError: one line for each damaged piece and each tensor that is not stored exactly once.
@@ -303,11 +344,27 @@ class CheckpointReader:
             for stored in pieces:
                 try:
                     with self._bytes_of(stored) as contents:
-                        self._check(stored, contents)
+                        self._check(stored, contents, 0, len(contents))
                 except CheckpointError as error:
                     problems.append(str(error))
-        if problems:
-            raise CheckpointError("\n".join(problems))
+                advance(stored.piece.box.numel * DTYPE.itemsize)
+        _raise_all(problems)
+
+
+def _extent(share: Box, box: Box) -> tuple[int, int]:
+    """The bytes [start, stop) of a piece of `box` between which all of `share` lies."""
+    first = last = 0
+    for offset, size, origin, length in zip(share.offsets, share.sizes, box.offsets, box.sizes, strict=True):
+        first = first * length + offset - origin
+        last = last * length + offset - origin + size - 1
+    return first * DTYPE.itemsize, (last + 1) * DTYPE.itemsize
+
+
+def _raise_all(problems: Sequence[str]) -> None:
+    if problems:
+        left_out = len(problems) - LISTED_PROBLEMS
+        more = [f"and {left_out} more"] if left_out > 0 else []
+        raise CheckpointError("\n".join([*problems[:LISTED_PROBLEMS], *more]))
 
 
 def _named(piece: Piece) -> str:

@@ -84,6 +84,8 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--weight-decay": optimizer.weight_decay,
         "--clip-grad": optimizer.clip_grad,
         "--save-interval": config.checkpoint.save_interval,
+        "--keep-latest": config.checkpoint.keep_latest,
+        "--keep-every": config.checkpoint.keep_every,
         "--eval-interval": config.logging.eval_interval,
         "--padding-multiple": config.parallel.padding_multiple,
         "--base-hidden-size": model.base_hidden_size,
@@ -109,6 +111,11 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
     for name, (base, size) in bases.items():
         if base > size:
             yield f"--base-{name} {base} is above --{name} {size}, models only grow: use at most {size}"
+    if config.checkpoint.keep_every > 0 and config.checkpoint.keep_latest == 0:
+        yield (
+            f"--keep-every {config.checkpoint.keep_every} excepts checkpoints from deletion, and without "
+            "--keep-latest none is deleted: give --keep-latest too, or drop the flag"
+        )
     if 0 < optimizer.lr < optimizer.min_lr:
         yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: use at most {optimizer.lr}"
 

@@ -8,7 +8,6 @@ there removes the temporary folder.
 
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from megatron_nexus.checkpoint.store import (
     DTYPE,
     STATES,
     Piece,
+    block_checksums,
     piece_starts,
     rank_files,
     safetensors_header,
@@ -112,8 +112,8 @@ def shares_of(targets: Sequence[Target], workers: int) -> list[list[Target]]:
 
 def write_share(
     open_reader: Callable[[], GrownReader], folder: Path, share: Sequence[Target], advance: Advance
-) -> list[tuple[int, int, int]]:
-    """Put a worker's pieces in their places; (rank, number, CRC-32) of each.
+) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Put a worker's pieces in their places; (rank, number, CRC-32 of its blocks) of each.
 
     While a piece is written and its checksum computed the next one is read: memory for two pieces.
 
@@ -121,13 +121,13 @@ def write_share(
     """
     reader = open_reader()
     files: dict[int, int] = {}
-    checksums: list[tuple[int, int, int]] = []
-    in_flight: tuple[Target, Future[None], Future[int]] | None = None
+    checksums: list[tuple[int, int, tuple[int, ...]]] = []
+    in_flight: tuple[Target, Future[None], Future[tuple[int, ...]]] | None = None
     # Two buffers by turns: fresh memory costs more than all else that is done with it.
     most = max((target.piece.box.numel for target in share), default=0)
     buffers = [np.empty(most, DTYPE) for _ in range(2)]
 
-    def land(target: Target, written: Future[None], checksum: Future[int]) -> None:
+    def land(target: Target, written: Future[None], checksum: Future[tuple[int, ...]]) -> None:
         written.result()
         checksums.append((target.rank, target.number, checksum.result()))
         advance(target.bytes)
@@ -144,7 +144,7 @@ def write_share(
                 if in_flight:
                     land(*in_flight)
                 written = beside.submit(write_at, files[target.rank], contents, target.start)
-                in_flight = target, written, beside.submit(zlib.crc32, contents)
+                in_flight = target, written, beside.submit(block_checksums, contents)
             if in_flight:
                 land(*in_flight)
     finally:
@@ -166,7 +166,7 @@ def grow_checkpoint(plan: GrowthPlan, source: Path, root: Path, crew: Crew, veri
     config = plan.after
     files = target_files(config)
     targets = targets_of(files)
-    open_reader = partial(GrownReader, source, plan, check_parts=True)
+    open_reader = partial(GrownReader, source, plan)
     manifest = open_reader().manifest
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -215,7 +215,7 @@ def _finish(
     root: Path,
     step: int,
     files: Sequence[Sequence[Piece]],
-    checksums: Sequence[tuple[int, int, int]],
+    checksums: Sequence[tuple[int, int, tuple[int, ...]]],
     manifest: Manifest,
 ) -> None:
     """Write indices and manifest, and make all durable. Raises OSError."""

@@ -26,13 +26,13 @@ DEVIATION_ELEMENTS = 1 << 22
 class GrownReader:
     """Reads the checkpoint in `folder` as the model that `plan` makes of it."""
 
-    def __init__(self, folder: Path, plan: GrowthPlan, check_parts: bool = False) -> None:
-        """Open the checkpoint; `check_parts` as in CheckpointReader.
+    def __init__(self, folder: Path, plan: GrowthPlan) -> None:
+        """Open the checkpoint.
 
         Raises CheckpointError, also where its tensors are not those of its configuration.
         """
         self.folder = folder
-        self._source = CheckpointReader(folder, check_parts)
+        self._source = CheckpointReader(folder)
         self._plan = plan
         self._generation = generation(self._source.manifest)
         held = {name: spec.shape for name, spec in self._source.manifest.specs.items()}

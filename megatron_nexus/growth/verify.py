@@ -53,8 +53,8 @@ def compare(plan: GrowthPlan, source: Path, made: Path, seed: int = 0) -> Compar
         Progress("comparing logits before and after in float64", layers, "layers") as progress,
         torch.no_grad(),
     ):
-        before = _logits(old, CheckpointReader(source, check_parts=True), tokens, progress)
-        after = _logits(new, CheckpointReader(made, check_parts=True), tokens, progress)
+        before = _logits(old, CheckpointReader(source), tokens, progress)
+        after = _logits(new, CheckpointReader(made), tokens, progress)
     error = (after[..., : old.vocab_size] - before).abs().max()
     shift = (after.logsumexp(-1) - before.logsumexp(-1)).mean()
     return Comparison(float(error), float(before.abs().max()), float(shift))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_nexus.checkpoint.manifest import Birth, DataRecord, JsonObject, Manifest, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
+from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.zero_pieces import zero_state
 from megatron_nexus.config.run_config import RunConfig
@@ -194,6 +195,7 @@ class Trainer:
             self.lineage,
             self.data,
             self.births,
+            Retention(self.config.checkpoint.keep_latest, self.config.checkpoint.keep_every),
         )
         logger.info("saved %s in %.1f s", self.last_checkpoint, time.perf_counter() - began)
 

@@ -10,64 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint_files import BOXES, MANIFEST, SPEC, VALUES, slices, write
 from safetensors.numpy import load_file
 
-from megatron_nexus.checkpoint.manifest import (
-    FORMAT_VERSION,
-    EngineRecord,
-    Manifest,
-    OptimizerRecord,
-    RunProgress,
-    Topology,
-    manifest_to_json,
-    read_manifest,
-    spec_from_json,
-    spec_to_json,
-)
+from megatron_nexus.checkpoint.manifest import read_manifest, spec_from_json, spec_to_json
 from megatron_nexus.checkpoint.pieces import whole_box
-from megatron_nexus.checkpoint.run_folder import (
-    begin_checkpoint,
-    find_checkpoint,
-    newest_checkpoint,
-    publish_checkpoint,
-    temporary_folder,
-)
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Piece, write_pieces
+from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
+from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.param import Axis, Constant, Normal, ParamSpec
 from megatron_nexus.spec.shard import Box
-
-SPEC = ParamSpec("w", (Axis("rows", 5, Layout.SPLIT), Axis("columns", 4)), Normal(0.02), Role.MATMUL)
-MANIFEST = Manifest(
-    progress=RunProgress(step=3, samples=24, tokens=3072, flops=10**25),
-    specs={"w": SPEC},
-    optimizer=OptimizerRecord(3, {"decay": {"lr": 1 / 3, "betas": [0.9, 0.95]}}),
-    engine=EngineRecord(3, 24, 0),
-    topology=Topology(world_size=2, pipe_size=1, data_size=1, tensor_size=2),
-    config={"model": {"vocab_size": 4096}, "preset": "debug"},
-    tokenizer_fingerprint="sha256:0",
-    lineage=[{"parent": None, "seed": 1}],
-)
-# Rank 0 holds the first 11 elements of the flat tensor, rank 1 the other 9.
-BOXES = [[Box((0, 0), (2, 4)), Box((2, 0), (1, 3))], [Box((2, 3), (1, 1)), Box((3, 0), (2, 4))]]
-VALUES = {state: np.random.default_rng(i).random((5, 4), np.float32) for i, state in enumerate(STATES)}
-
-
-def slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
-
-
-def write(root: Path, step: int = 3, boxes: list[list[Box]] = BOXES) -> Path:
-    begin_checkpoint(root, step)
-    folder = temporary_folder(root, step)
-    for rank, of_rank in enumerate(boxes):
-        pieces = [Piece("w", state, box) for box in of_rank for state in STATES]
-        write_pieces(
-            folder, rank, pieces, (VALUES[p.state][slices(p.box)] for p in pieces), {"cpu": bytes([rank])}
-        )
-    (folder / "manifest.json").write_text(manifest_to_json(MANIFEST))
-    publish_checkpoint(root, step)
-    return root / f"iter_{step:07d}"
 
 
 @pytest.fixture
@@ -117,53 +69,6 @@ def test_reading_needs_neither_torch_nor_deepspeed() -> None:
         "sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": "."})
-
-
-def cut(path: Path, count: int) -> None:
-    path.write_bytes(path.read_bytes()[:count])
-
-
-def test_damage_is_named(folder: Path, tmp_path: Path) -> None:
-    data, index, manifest = (
-        folder / name for name in ("rank_00001.safetensors", "rank_00001.json", "manifest.json")
-    )
-    cases = [
-        (data, lambda: cut(data, 300), r"has 300 bytes, its index says"),
-        (data, lambda: data.write_bytes(data.read_bytes() + b"x"), "bytes, its index says"),
-        (data, data.unlink, "written by 2 ranks"),
-        (index, index.unlink, "written by 2 ranks"),
-        (index, lambda: cut(index, 40), "damaged"),
-        (manifest, manifest.unlink, "incomplete"),
-        (manifest, lambda: cut(manifest, 40), "damaged"),
-        (
-            manifest,
-            lambda: manifest.write_text(
-                manifest_to_json(dataclasses.replace(MANIFEST, format_version=FORMAT_VERSION + 1))
-            ),
-            "newer",
-        ),
-    ]
-    for path, damage, words in cases:
-        whole = path.read_bytes()
-        damage()
-        with pytest.raises(CheckpointError, match=words) as error:
-            CheckpointReader(folder)
-        assert str(path) in str(error.value)
-        path.write_bytes(whole)
-    CheckpointReader(folder).verify()
-
-
-def test_flipped_bits_are_found(folder: Path) -> None:
-    data = folder / "rank_00001.safetensors"
-    contents = bytearray(data.read_bytes())
-    contents[-1] ^= 1  # in the last piece: rows 3 and 4 of exp_avg_sq
-    data.write_bytes(contents)
-    reader = CheckpointReader(folder)
-    reader.read_box("w", "fp32", whole_box(SPEC.shape))
-    for check in (lambda: reader.read_box("w", "exp_avg_sq", whole_box(SPEC.shape)), reader.verify):
-        with pytest.raises(CheckpointError, match=r"w\[3:5, 0:4\] \(exp_avg_sq\).*damaged") as error:
-            check()
-        assert str(data) in str(error.value)
 
 
 @pytest.mark.parametrize(

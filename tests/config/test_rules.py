@@ -53,6 +53,7 @@ REFUSED = [
     ("--lr nan", 1, ["--lr nan", "positive", "give a finite number above 0"]),
     ("--lr inf", 1, ["--lr inf", "positive", "give a finite number above 0"]),
     ("--clip-grad inf", 1, ["--clip-grad inf", "negative", "give a finite number, 0 or above"]),
+    ("--keep-every 100", 1, ["--keep-every 100", "give --keep-latest too"]),
 ]
 POSITIVE = [
     "vocab-size",
@@ -84,6 +85,8 @@ NOT_NEGATIVE = [
     "weight-decay",
     "clip-grad",
     "save-interval",
+    "keep-latest",
+    "keep-every",
     "eval-interval",
     "padding-multiple",
     "seed",

@@ -1,0 +1,79 @@
+"""The command `inspect_checkpoint.py`: what a checkpoint holds, and whether every byte of it is sound."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.checkpoint.manifest import Manifest
+from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.command import saved_config
+from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.spec.cost import parameter_count
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    run_tool(_run)
+
+
+def _run() -> None:
+    parser = argparse.ArgumentParser(
+        prog="inspect_checkpoint.py", description="Show and check a checkpoint.", allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one checkpoint in it")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor with its logical shape")
+    parser.add_argument("--verify", action="store_true", help="read every byte and check it")
+    given = parser.parse_args(sys.argv[1:])
+
+    log.configure(speaks=True)
+    folder = find_checkpoint(given.checkpoint)
+    reader = CheckpointReader(folder)
+    manifest = reader.manifest
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    total_bytes = sum(path.stat().st_size for path in files)
+    lines = {
+        "checkpoint": f"{folder}, format version {manifest.format_version}",
+        **_describe(manifest, saved_config(folder, manifest)),
+        "files": f"{len(files):,}, {total_bytes:,} bytes, {reader.piece_count:,} pieces",
+    }
+    for name, text in lines.items():
+        log.logger.info("%-12s %s", name, text)
+    for entry in manifest.lineage:
+        log.logger.info("%-12s %s", "lineage", json.dumps(entry))
+    if given.tensors:
+        for spec in manifest.specs.values():
+            axes = " x ".join(f"{axis.name} {axis.size:,}" for axis in spec.axes)
+            log.logger.info("%s  %s", spec.name, axes)
+    if given.verify:
+        with log.Progress("Reading every piece", total_bytes / 1e6, "MB") as progress:
+            reader.verify(lambda count: progress.advance(count / 1e6))
+        log.logger.info("No damage found in %s bytes", f"{total_bytes:,}")
+
+
+def _describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
+    """What the manifest tells, by topic."""
+    done, ranks, model = manifest.progress, manifest.topology, config.model
+    births = len(manifest.optimizer.births)
+    groups = ", ".join(
+        f"{name} (lr {group['lr']:.3g}, weight decay {group['weight_decay']:g})"
+        for name, group in manifest.optimizer.groups.items()
+    )
+    return {
+        "progress": f"step {done.step:,}: {done.samples:,} samples, {done.tokens:,} tokens, "
+        f"{done.flops:.3g} FLOPs",
+        "model": f"{config.preset}: {parameter_count(manifest.specs.values()):,} parameters (true count) in "
+        f"{len(manifest.specs)} tensors",
+        "sizes": ", ".join(f"{name} {value}" for name, value in vars(model).items()),
+        "written by": f"{ranks.world_size} rank{'s' if ranks.world_size > 1 else ''}: tensor "
+        f"{ranks.tensor_size} x pipeline {ranks.pipe_size} x data {ranks.data_size}, "
+        f"ZeRO {max(1, config.parallel.zero_stage)}, {config.training.precision}",
+        "optimizer": f"{manifest.optimizer.step_count:,} steps of AdamW; {groups}"
+        + (f"; {births} parts of tensors that growth added count from their birth" if births else ""),
+        "data": f"{manifest.data.description or 'unknown'}, from sample {manifest.data.first_sample:,} on",
+        "tokenizer": manifest.tokenizer_fingerprint or "none",
+    }

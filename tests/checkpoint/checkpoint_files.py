@@ -1,0 +1,50 @@
+"""A checkpoint of two ranks and one tensor of 5 x 4, written without training."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nexus.checkpoint.manifest import (
+    EngineRecord,
+    Manifest,
+    OptimizerRecord,
+    RunProgress,
+    Topology,
+    manifest_to_json,
+)
+from megatron_nexus.checkpoint.run_folder import begin_checkpoint, publish_checkpoint, temporary_folder
+from megatron_nexus.checkpoint.store import STATES, Piece, write_pieces
+from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.shard import Box
+
+SPEC = ParamSpec("w", (Axis("rows", 5, Layout.SPLIT), Axis("columns", 4)), Normal(0.02), Role.MATMUL)
+MANIFEST = Manifest(
+    progress=RunProgress(step=3, samples=24, tokens=3072, flops=10**25),
+    specs={"w": SPEC},
+    optimizer=OptimizerRecord(3, {"decay": {"lr": 1 / 3, "betas": [0.9, 0.95]}}),
+    engine=EngineRecord(3, 24, 0),
+    topology=Topology(world_size=2, pipe_size=1, data_size=1, tensor_size=2),
+    config={"model": {"vocab_size": 4096}, "preset": "debug"},
+    tokenizer_fingerprint="sha256:0",
+    lineage=[{"parent": None, "seed": 1}],
+)
+# Rank 0 holds the first 11 elements of the flat tensor, rank 1 the other 9.
+BOXES = [[Box((0, 0), (2, 4)), Box((2, 0), (1, 3))], [Box((2, 3), (1, 1)), Box((3, 0), (2, 4))]]
+VALUES = {state: np.random.default_rng(i).random((5, 4), np.float32) for i, state in enumerate(STATES)}
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
+
+
+def write(root: Path, step: int = 3, boxes: list[list[Box]] = BOXES) -> Path:
+    begin_checkpoint(root, step)
+    folder = temporary_folder(root, step)
+    for rank, of_rank in enumerate(boxes):
+        pieces = [Piece("w", state, box) for box in of_rank for state in STATES]
+        write_pieces(
+            folder, rank, pieces, (VALUES[p.state][slices(p.box)] for p in pieces), {"cpu": bytes([rank])}
+        )
+    (folder / "manifest.json").write_text(manifest_to_json(MANIFEST))
+    publish_checkpoint(root, step)
+    return root / f"iter_{step:07d}"

@@ -1,0 +1,144 @@
+"""Damage: whatever byte of whatever file is wrong or missing, one error names the file; older ones load."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_files import BOXES, MANIFEST, SPEC, write
+
+from megatron_nexus.checkpoint import store
+from megatron_nexus.checkpoint.manifest import FORMAT_VERSION, manifest_to_json
+from megatron_nexus.checkpoint.pieces import whole_box
+from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Piece, write_pieces
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.spec.shard import Box
+
+FILES = [
+    "manifest.json",
+    *(f"rank_0000{rank}.{ending}" for rank in (0, 1) for ending in ("json", "safetensors")),
+]
+EDGE, STRIDE = 24, 13
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound one, with an older one beside it."""
+    root = tmp_path_factory.mktemp("damage")
+    write(root, 1)
+    return write(root, 3)
+
+
+def positions(path: Path) -> list[int]:
+    """Bytes at both ends of a file, and some all over it."""
+    length = path.stat().st_size
+    return sorted({*range(EDGE), *range(EDGE, length, STRIDE), *range(length - EDGE, length)})
+
+
+def read_all(folder: Path) -> None:
+    reader = CheckpointReader(folder)
+    for state in STATES:
+        reader.read_box("w", state, whole_box(SPEC.shape))
+
+
+def flip(contents: bytes, position: int) -> bytes:
+    return contents[:position] + bytes([contents[position] ^ 1]) + contents[position + 1 :]
+
+
+def lose(contents: bytes, position: int) -> bytes:
+    return contents[:position] + contents[position + 1 :]
+
+
+def test_every_file_is_damaged_here(checkpoint: Path) -> None:
+    assert sorted(path.name for path in checkpoint.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("damage", [flip, lose])
+@pytest.mark.parametrize("name", FILES)
+def test_one_byte_is_found_by_loading_and_by_verifying(
+    checkpoint: Path, name: str, damage: Callable[[bytes, int], bytes]
+) -> None:
+    path = checkpoint / name
+    whole = path.read_bytes()
+    try:
+        for position in positions(path):
+            path.write_bytes(damage(whole, position))
+            for action in (read_all, lambda folder: CheckpointReader(folder).verify()):
+                with pytest.raises(CheckpointError) as error:
+                    action(checkpoint)
+                assert str(error.value).startswith(f"{path}: "), position
+                assert "\n" not in str(error.value)
+                assert "load" in str(error.value), "no remedy"
+    finally:
+        path.write_bytes(whole)
+    read_all(checkpoint)
+    read_all(checkpoint.with_name("iter_0000001"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_or_longer_or_empty_file_is_named(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    path = folder / name
+    whole = path.read_bytes()
+    for contents in (whole + b"x", b"", None):
+        if contents is None:
+            path.unlink()
+        else:
+            path.write_bytes(contents)
+        with pytest.raises(CheckpointError) as error:
+            CheckpointReader(folder)
+        assert str(error.value).startswith(f"{path}: ")
+        if contents is None:
+            assert ("is incomplete" if name == "manifest.json" else "written by 2 ranks") in str(error.value)
+
+
+def test_all_damaged_files_are_told_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    for name in FILES[1:]:
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=r"rank_00000.json: (?s:.*)\n.*rank_00001.json: "):
+        CheckpointReader(folder)
+
+
+@pytest.mark.parametrize(("version", "age"), [(FORMAT_VERSION + 1, "newer"), (FORMAT_VERSION - 1, "older")])
+def test_another_format_version_is_named(checkpoint: Path, tmp_path: Path, version: int, age: str) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    other = dataclasses.replace(MANIFEST, format_version=version)
+    (folder / "manifest.json").write_text(manifest_to_json(other))
+    with pytest.raises(CheckpointError, match=rf"manifest.json: format version {version} is {age}"):
+        CheckpointReader(folder)
+
+
+def test_a_part_is_checked_by_the_blocks_that_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "BLOCK_BYTES", 64)
+    (tmp_path / "manifest.json").write_text(
+        manifest_to_json(
+            dataclasses.replace(MANIFEST, topology=dataclasses.replace(MANIFEST.topology, world_size=1))
+        )
+    )
+    # 5 rows of 4 elements: 80 bytes, rows 0 to 3 in the first block, row 4 in the second.
+    pieces = [Piece("w", state, whole_box(SPEC.shape)) for state in STATES]
+    write_pieces(tmp_path, 0, pieces, (np.ones(SPEC.shape, np.float32) for _ in pieces), {})
+    data = tmp_path / "rank_00000.safetensors"
+    data.write_bytes(flip(data.read_bytes(), data.stat().st_size - 1))  # in row 4 of exp_avg_sq
+    reader = CheckpointReader(tmp_path)
+    assert (reader.read_box("w", "exp_avg_sq", Box((1, 1), (3, 2))) == 1).all()
+    for box in (Box((4, 3), (1, 1)), Box((0, 3), (5, 1))):
+        with pytest.raises(CheckpointError, match=r"w\[0:5, 0:4\] \(exp_avg_sq\) is damaged within a MiB"):
+            reader.read_box("w", "exp_avg_sq", box)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_verifying_names_the_tensor_and_the_place(checkpoint: Path, tmp_path: Path, rank: int) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    data = folder / f"rank_0000{rank}.safetensors"
+    data.write_bytes(flip(data.read_bytes(), data.stat().st_size - 1))
+    box = BOXES[rank][-1]
+    ranges = ", ".join(f"{o}:{o + s}" for o, s in zip(box.offsets, box.sizes, strict=True))
+    with pytest.raises(CheckpointError) as error:
+        CheckpointReader(folder).verify()
+    assert f"{data}: w[{ranges}] (exp_avg_sq) is damaged" in str(error.value)

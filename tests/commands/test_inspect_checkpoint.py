@@ -1,0 +1,69 @@
+"""The command that shows and checks a checkpoint."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import grown
+import pytest
+from conftest import REPOSITORY
+
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.spec.cost import parameter_count
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return grown.write_checkpoint(tmp_path_factory.mktemp("inspect"), grown.configure(), tp=2)
+
+
+def inspect(*words: str | Path) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "tools" / "inspect_checkpoint.py", *words],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def test_it_tells_what_a_checkpoint_holds_and_finds_it_sound(checkpoint: Path) -> None:
+    code, output = inspect(checkpoint.parent, "--tensors", "--verify")
+    assert code == 0, output
+    specs = read_manifest(checkpoint).specs
+    count = parameter_count(specs.values())
+    total = sum(path.stat().st_size for path in checkpoint.iterdir())
+    for told in (
+        f"{checkpoint}, format version",
+        "step 40: 160 samples, 4,000 tokens, 1e+09 FLOPs",
+        f"{count:,} parameters (true count)",
+        "2 ranks: tensor 2 x pipeline 1 x data 1",
+        f"5, {total:,} bytes",
+        f"No damage found in {total:,} bytes",
+        *specs,
+    ):
+        assert told in output, told
+
+
+def test_damage_ends_it_with_the_file_and_the_tensor(checkpoint: Path) -> None:
+    data = checkpoint / "rank_00001.safetensors"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        code, _ = inspect(checkpoint)
+        assert code == 0, "only --verify reads the tensors"
+        code, output = inspect(checkpoint, "--verify")
+    finally:
+        data.write_bytes(whole)
+    assert code == 2, output
+    assert f"CheckpointError: {data}: " in output
+    assert "(exp_avg_sq) is damaged" in output
+    assert "Traceback" not in output
+
+
+def test_no_checkpoint_is_answered_as_load_answers(tmp_path: Path) -> None:
+    code, output = inspect(tmp_path)
+    assert code == 2
+    assert "no complete checkpoint" in output and "holds nothing" in output
