@@ -63,11 +63,12 @@ FLAGS = [
     ("--load kept --num-layers 3", ["--num-layers 3 is not the checkpoint's 2: drop"]),
     ("--load kept --preset nexusformer-240m", ["--preset", "is not the checkpoint's"]),
     ("--save kept", ["--save kept holds iter_0000002", "use --load kept", "or another --save"]),
+    ("--save corpus.bin", ["--save corpus.bin is a file: give a folder"]),
     ("--optimizer-impl apex", ["--optimizer-impl apex", "apex"]),
 ]
 
 CHECKPOINTS = [
-    ("--load nowhere", ["nowhere: no complete checkpoint", "give another to load"]),
+    ("--load nowhere", ["nowhere: no such folder", "give another to load"]),
     ("--load kept/iter_0000009", ["no such checkpoint", "kept has", "iter_0000002"]),
     ("--load corpus.bin", ["corpus.bin"]),
     ("--load stranger", ["stranger: no complete checkpoint"]),

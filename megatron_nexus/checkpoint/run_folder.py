@@ -140,7 +140,8 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError(f"{path}: {problem}; {_listing(path.parent)}: give another to load")
     found = newest_checkpoint(path)
     if found is None:
-        raise CheckpointError(f"{path}: no complete checkpoint; {_listing(path)}: give another to load")
+        problem = "no complete checkpoint" if path.is_dir() else "no such folder"
+        raise CheckpointError(f"{path}: {problem}; {_listing(path)}: give another to load")
     return found
 
 
@@ -160,10 +161,12 @@ def _listing(folder: Path) -> str:
 
 
 def require_own_folder(folder: Path, checkpoint: Path | None) -> None:
-    """Raise ConfigError where `folder` holds checkpoints that a run from `checkpoint` does not continue.
+    """Raise ConfigError where a run from `checkpoint` cannot save in `folder`.
 
-    None is ever overwritten. Only looks.
+    It is a file, or holds checkpoints that the run does not continue: none is ever overwritten. Only looks.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError([f"--save {folder} is a file: give a folder, or a name that does not exist yet"])
     newest = newest_checkpoint(folder)
     if newest is not None and (checkpoint is None or checkpoint.resolve() != newest.resolve()):
         raise ConfigError(

@@ -128,7 +128,7 @@ def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConf
     """
     if saved is None:
         name = str(given.get("preset", DEFAULT_PRESET))
-        values: dict[str, object] = {**PRESETS[name], **given}
+        values: dict[str, object] = {**PRESETS.get(name, {}), **given}
     else:
         name = saved.preset
         model = dataclasses.asdict(saved.model)

@@ -19,9 +19,10 @@ from megatron_nexus.config.presets import PRESETS, Value
 from megatron_nexus.config.run_config import SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
-# Read beside the fields of a section: other ways to say one of them, and where only this run's files lie.
+# Read beside the fields of a section: other ways to say one of them.
 ALSO_READ: dict[str, dict[str, type]] = {"training": {"train_tokens": str}}
-NEVER_WRITTEN = {"checkpoint": ("save", "load")}
+# Where one run's files lie, and what only its start did to the checkpoint that it loaded.
+NEVER_WRITTEN = {"checkpoint": ("save", "load", "grow", "reset_optimizer")}
 
 
 def read_config_file(path: Path) -> dict[str, Value]:
@@ -50,13 +51,15 @@ def read_config_file(path: Path) -> dict[str, Value]:
         )
     values: dict[str, Value] = {}
     problems = [f"--config {path}: {problem}" for problem in (*_twice(node), *_read(document, values))]
+    if {"train_tokens", "train_iters"} <= values.keys():
+        problems.append(f"--config {path}: train_tokens and train_iters both say how long to train: keep one")
     if problems:
         raise ConfigError(problems)
     return values
 
 
 def config_text(config: RunConfig) -> str:
-    """The YAML of a resolved configuration, every field included but the folders of its checkpoints."""
+    """The YAML of a resolved configuration, every field included but those of NEVER_WRITTEN."""
     sections: dict[str, object] = {"preset": config.preset}
     for section in SECTIONS:
         left_out = NEVER_WRITTEN.get(section, ())
@@ -70,23 +73,26 @@ def config_text(config: RunConfig) -> str:
     return text
 
 
-def _twice(node: yaml.Node) -> Iterable[str]:
-    """Keys that a mapping has twice: YAML would keep the last in silence."""
-    if isinstance(node, yaml.MappingNode):
+def _twice(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> Iterable[str]:
+    """Keys that a mapping has twice: YAML would keep the last in silence. An alias may name what it is in."""
+    if isinstance(node, yaml.MappingNode) and node not in above:
         seen = set()
         for key, value in node.value:
             if key.value in seen:
                 yield f"line {key.start_mark.line + 1} sets {key.value} again: keep one of the two"
             seen.add(key.value)
-            yield from _twice(value)
+            yield from _twice(value, (*above, node))
 
 
 def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[str]:
     """Put the document's fields into `values`; yield what is wrong with them."""
     for key, content in document.items():
         if key == "preset":
-            if content in PRESETS:
-                values["preset"] = str(content)
+            # A file that says every size may have a name of its own for them, as a grown run's has.
+            sizes = document.get("model")
+            named = isinstance(sizes, dict) and sizes.keys() >= get_type_hints(SECTIONS["model"]).keys()
+            if isinstance(content, str) and (content in PRESETS or named):
+                values["preset"] = content
             else:
                 yield _unknown(f"preset {content!r}", str(content), list(PRESETS))
         elif key not in SECTIONS:

@@ -91,7 +91,8 @@ def restrict(
         of_blend = "" if share == 1 else f", {float(share):.4g} of the blend"
         raise DataError(
             f"--data-range {first:,}:{'' if last is None else f'{last:,}'} asks for the tokens "
-            f"{start:,}:{stop:,} of {dataset.prefix}{of_blend}, whose {part.name} part has {held:,} tokens: "
+            f"{start:,}:{'' if last is None else f'{stop:,}'} of {dataset.prefix}{of_blend}, "
+            f"whose {part.name} part has {held:,} tokens: "
             f"use an end of at most {int(held / share):,}, or a larger corpus"
         )
     return SplitRange(part.name, range(part.tokens.start + start, part.tokens.start + stop))

@@ -124,7 +124,7 @@ def run_local_ranks(count: int, command: list[str]) -> int:
 
 def _cause(ended_by: signal.Signals) -> str:
     if ended_by in PASSED_ON:
-        return "the run had not begun to train, nothing was saved"
+        return "the run had not begun to train, or was stopped twice: nothing more was saved"
     return "out of memory, or killed by hand?" if ended_by is signal.SIGKILL else "a crash outside Python"
 
 

@@ -140,7 +140,7 @@ def _sole_user(folder: Path, mesh: Mesh) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink()
+            lock.unlink(missing_ok=True)
 
 
 def _require_one_start(mesh: Mesh, checkpoint: Path | None) -> None:
@@ -249,7 +249,9 @@ def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder
     words = iter(argv)
     for word in words:
         name = word.split("=")[0]
-        if name in ("--load", "--save", "--grow") or (finished and name == "--train-iters"):
+        if name in ("--load", "--save", "--grow") or (
+            finished and name in ("--train-iters", "--train-tokens")
+        ):
             if "=" not in word:
                 next(words, None)
         elif name not in ("--local_rank", "--local-rank", "--reset-optimizer"):
@@ -275,7 +277,9 @@ def _summarise(
     lines = {
         "parameters": f"{count:,} (true count of {config.preset})",
         "tokens": f"{outcome.progress.tokens:,} in {outcome.progress.step:,} iterations",
-        "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {100 * mfu:.1f} % of the measured GEMM rate",
+        "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {100 * mfu:.1f} % of the measured GEMM rate"
+        if outcome.tokens_per_s
+        else "nothing was trained",
         **(
             {evaluation.name: describe(evaluation) for evaluation in outcome.evaluations}
             or {"validation": "left out: the run was stopped"}

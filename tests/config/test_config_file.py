@@ -75,11 +75,21 @@ def test_tokens_and_iterations_together_are_refused() -> None:
         given_flags(["--train-tokens", "1M", "--train-iters", "3"])
 
 
+def test_the_file_of_a_run_that_began_grown_is_read_back_under_its_name(tmp_path: Path) -> None:
+    config = build(given_flags(["--nexus-m", "176", "--load", "old", "--grow", "nexus_m=176"]))
+    grown = dataclasses.replace(config, preset="nexusformer-tiny-grown")
+    back = run_config(write(tmp_path, config_text(grown)))
+    assert dataclasses.replace(grown, checkpoint=CheckpointConfig()) == back, "growing happens once"
+
+
 WRONG = [
     ("model: {num_layer: 3}", ["unknown model.num_layer: did you mean num_layers?"]),
     ("modle: {}", ["unknown section 'modle': did you mean model?"]),
     ("num_layers: 3", ["num_layers stands outside its section: write it under model:"]),
     ("preset: nexusformer-1t", ["unknown preset 'nexusformer-1t'"]),
+    ("preset: [a]", ["unknown preset ['a']"]),
+    ("training: {train_iters: 3, train_tokens: 1M}", ["train_tokens and train_iters", "keep one"]),
+    ("training: &a {seed: *a}", ["training.seed", "must be a whole number"]),
     ("model: 3", ["model 3 is no mapping"]),
     ("model: {num_layers: twelve}", ["model.num_layers 'twelve' must be a whole number"]),
     ("model: {num_layers: 2.5}", ["model.num_layers 2.5 must be a whole number"]),

@@ -92,7 +92,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
         ("--workers 0", ["--workers 0 must be positive"]),
         ("--save old", ["--save old holds iter_0000040", "never overwritten"]),
         ("--save old/iter_0000040/new", ["lies in the source"]),
-        ("--load nowhere", ["nowhere: no complete checkpoint"]),
+        ("--load nowhere", ["nowhere: no such folder"]),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(
