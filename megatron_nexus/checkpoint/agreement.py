@@ -41,6 +41,12 @@ def tell(mesh: Mesh, message: str, source: int) -> str:
     return contents.numpy().tobytes().decode()
 
 
+def from_each_stage(mesh: Mesh, message: str) -> list[str]:
+    """The messages of the first rank of each pipeline stage; a collective call."""
+    per_stage = mesh.data_size * mesh.tensor_size
+    return [tell(mesh, message, pipe * per_stage) for pipe in range(mesh.pipe_size)]
+
+
 @contextmanager
 def together(mesh: Mesh, purpose: str, remedy: str = "") -> Iterator[None]:
     """Run a block on every rank: all ranks leave it as from a barrier, or all raise.

@@ -80,11 +80,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a text file that survives a power cut once this returns."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a text file that survives a power cut once this returns. Raises OSError, which names it."""
+    try:
+        with path.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_pieces(
@@ -96,9 +100,19 @@ def write_pieces(
 ) -> None:
     """Write the two files of a rank, durably. `arrays` are the pieces' values, asked for one at a time.
 
-    Raises OSError.
+    Raises OSError, which names the file.
     """
     data_path, _ = rank_files(folder, rank)
+    try:
+        checksums = _write_data(data_path, pieces, arrays)
+    except OSError as error:
+        error.filename = error.filename or str(data_path)  # the system does not say where the disk is full
+        raise
+    write_index(folder, rank, pieces, checksums, random_states)
+
+
+def _write_data(data_path: Path, pieces: Sequence[Piece], arrays: Iterable[Array]) -> list[tuple[int, ...]]:
+    """Write the data file of a rank; the checksums of its pieces. Raises OSError."""
     checksums = []
     # The checksum of a piece is computed while the piece is written: both run without the GIL.
     with data_path.open("wb") as file, ThreadPoolExecutor(1) as beside:
@@ -111,7 +125,7 @@ def write_pieces(
             write_at(file.fileno(), contents, start)
             checksums.append(checksum.result())
         os.fsync(file.fileno())
-    write_index(folder, rank, pieces, checksums, random_states)
+    return checksums
 
 
 def block_checksums(contents: memoryview) -> tuple[int, ...]:

@@ -161,6 +161,9 @@ class CheckpointConfig:
     )
     reset_optimizer: bool = option(False, "load weights only: moments and Adam's count of steps begin anew")
     save_interval: int = option(0, "steps between checkpoints; 0: only at the end and on Ctrl-C")
+    async_save: bool = option(
+        False, "write the checkpoints of --save-interval beside the training, from a copy in host memory"
+    )
     keep_latest: int = option(0, "newest checkpoints to keep, older ones are deleted; 0: all are kept")
     keep_every: int = option(
         0, "checkpoints of the multiples of this number of steps are kept for good; 0: none are"

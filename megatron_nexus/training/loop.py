@@ -10,9 +10,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_nexus.checkpoint.manifest import Birth, DataRecord, JsonObject, Manifest, RunProgress
-from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
+from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
+from megatron_nexus.checkpoint.writer import CheckpointWriter, Moment, Saved
 from megatron_nexus.checkpoint.zero_pieces import zero_state
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
@@ -70,6 +71,14 @@ class Trainer:
         self.lineage: Sequence[JsonObject] = ()
         self.births: Sequence[Birth] = ()
         self.last_checkpoint: Path | None = None
+        self._writer = CheckpointWriter(
+            save,
+            engine.deepspeed,
+            engine.parameters,
+            mesh,
+            engine.shard,
+            Retention(config.checkpoint.keep_latest, config.checkpoint.keep_every),
+        )
 
     def resume(
         self, checkpoint: Path, open_state: Callable[[Path], StateReader] = CheckpointReader
@@ -159,10 +168,13 @@ class Trainer:
                 evaluations = self._evaluate("validation", metrics)
             stopping = stop.agreed(self.mesh)
             interval = config.checkpoint.save_interval
+            if self._writer.is_busy:
+                self._saved(self._writer.advance())
             if interval and step % interval == 0 and step != last and not stopping:
-                self.save()
+                self.save(beside=config.checkpoint.async_save)
         if stopping:
             logger.info("stop asked for by %s: saving", stop.signal_name or "a signal to another rank")
+        self._finish_saving()
         if self.last_checkpoint is None or self.last_checkpoint.parent != self.save_folder or trained_tokens:
             self.save()
         assert self.last_checkpoint is not None, "just saved"
@@ -179,25 +191,38 @@ class Trainer:
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
         )
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment; a collective call."""
-        began = time.perf_counter()
+    def save(self, beside: bool = False) -> None:
+        """Write a checkpoint of this moment, `beside` the training or at once; a collective call.
+
+        Raises CheckpointError where this save or the one before it failed.
+        """
+        self._finish_saving()
         tokenizer = self.corpus.tokenizer
-        self.last_checkpoint = save_checkpoint(
-            self.save_folder,
-            self.engine.deepspeed,
-            self.engine.parameters,
-            self.mesh,
-            self.engine.shard,
+        moment = Moment(
             self.progress,
             dataclasses.asdict(self.config),
             tokenizer.fingerprint if tokenizer is not None else "",
             self.lineage,
             self.data,
             self.births,
-            Retention(self.config.checkpoint.keep_latest, self.config.checkpoint.keep_every),
         )
-        logger.info("saved %s in %.1f s", self.last_checkpoint, time.perf_counter() - began)
+        self._writer.begin(moment, copy=beside)
+        if not beside:
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        """Wait for the save that is under way, if one is; a collective call."""
+        self._saved(self._writer.finish())
+
+    def _saved(self, saved: Saved | None) -> None:
+        """Note and tell that a checkpoint is complete."""
+        if saved is None:
+            return
+        self.last_checkpoint = saved.folder
+        beside = (
+            f", training stood still for {saved.stall_s:.2f} s" if self.config.checkpoint.async_save else ""
+        )
+        logger.info("saved %s in %.1f s%s", saved.folder, saved.total_s, beside)
 
     def _training_batches(self) -> Iterator[Batch]:
         return self._batches(self.corpus.training, self.progress.samples - self.data.first_sample)
@@ -262,6 +287,7 @@ class Trainer:
     def _require_finite(self, step: int, result: StepResult) -> None:
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             return
+        self._finish_saving()
         # The weights are still those before this step, so the same samples show where it broke.
         batches = self._training_batches()
         found: list[str] = [""] * self.mesh.world_size

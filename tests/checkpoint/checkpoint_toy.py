@@ -30,11 +30,12 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron_nexus.checkpoint import resume
+from megatron_nexus.checkpoint import writer
 from megatron_nexus.checkpoint.manifest import RunProgress
-from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
+from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.checkpoint.writer import CheckpointWriter, Moment
 from megatron_nexus.checkpoint.zero_pieces import PRIVATE_NAMES, PRIVATE_PARAMETER_NAMES
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
@@ -186,18 +187,19 @@ class Run:
             MICRO_BATCH, 2 * D, generator=random
         )
 
-    def save(self, root: Path, step: int) -> Path:
-        return save_checkpoint(
-            root,
-            self.engine,
-            self.parameters,
-            self.mesh,
-            self.shard,
+    def begin_save(self, root: Path, step: int, copy: bool) -> CheckpointWriter:
+        saving = CheckpointWriter(root, self.engine, self.parameters, self.mesh, self.shard)
+        moment = Moment(
             RunProgress(step, samples=8 * step, tokens=64 * step, flops=10**18 * step),
             config={"kind": self.kind.name},
             tokenizer_fingerprint="none",
             lineage=[{"parent": None}],
         )
+        saving.begin(moment, copy)
+        return saving
+
+    def save(self, root: Path, step: int) -> Path:
+        return self.begin_save(root, step, copy=False).finish().folder
 
     def load(self, folder: Path) -> None:
         load_checkpoint(folder, self.engine, self.parameters, self.mesh, self.shard)
@@ -217,13 +219,19 @@ class Run:
 
 
 def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
-    """Train 6 steps, saving at 0, 3 and 6; in a new engine go on from 3, save, then start again from 0."""
+    """Train 6 steps, saving at 0, 3 and 6; in a new engine go on from 3, save, then start again from 0.
+
+    The save at 3 goes on beside the training.
+    """
     run = Run(base, kind)
     optimizer = run.engine.optimizer
     run.save(folder / "through", 0)
     first = run.train(0, 3)
-    random_before = run.save(folder / "through", 3) and torch.rand(2).tolist()
+    saving = run.begin_save(folder / "through", 3, copy=True)
+    random_before = torch.rand(2).tolist()
     through = run.train(3, 6)
+    while saving.is_busy:
+        saving.advance()
     run.save(folder / "through", 6)
     again = Run(base, kind)
     again.load(at_step(folder / "through", 3))
@@ -274,16 +282,24 @@ def fail_cleanly(base: Mesh, folder: Path) -> dict[str, object]:
     run, root = Run(base, Kind(1)), folder / "failing"
     run.train(0, 1)
     run.save(root, 1)
-    write_pieces = resume.write_pieces
+    write_pieces = writer.write_pieces
 
     def full_disk(*arguments: object) -> None:
         write_pieces(*arguments)
         if base.rank == base.world_size - 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    resume.write_pieces = full_disk
+    writer.write_pieces = full_disk
     outcome: dict[str, object] = {"full_disk": error_of(run.save, root, 2)}
-    resume.write_pieces = write_pieces
+
+    def crash(*arguments: object) -> None:
+        if base.rank == 0:
+            raise MemoryError("no more")
+
+    writer.write_pieces = crash
+    saving = run.begin_save(root, 2, copy=True)
+    outcome["crash"] = error_of(lambda: [saving.advance() for _ in iter(lambda: saving.is_busy, False)])
+    writer.write_pieces = write_pieces
     outcome["after_full_disk"] = sorted(path.name for path in root.iterdir())
     spec, parameter = run.parameters["up.weight"]
     right = run.parameters
@@ -306,14 +322,14 @@ def be_killed_while_saving(base: Mesh, folder: Path) -> None:
     run = Run(base, KILLED)
     run.train(0, 1)
     run.save(folder / "killed", 1)
-    write_pieces = resume.write_pieces
+    write_pieces = writer.write_pieces
 
     def die(*arguments: object) -> None:
         write_pieces(*arguments)
         if base.rank == base.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    resume.write_pieces = die
+    writer.write_pieces = die
     run.train(1, 2)
     run.save(folder / "killed", 2)
 

@@ -120,6 +120,7 @@ def test_one_rank_s_error_is_every_rank_s(two: list[dict[str, Any]], folder: Pat
     for outcome in (rank["failures"] for rank in two):
         assert "rank 1: [Errno 28] No space left on device" in outcome["full_disk"]
         assert "earlier checkpoints are untouched" in outcome["full_disk"]
+        assert "rank 0: the writer failed: MemoryError: no more" in outcome["crash"]
         assert outcome["after_full_disk"] == ["iter_0000001", "latest"]
         assert "rank 0: " in outcome["file_in_the_way"]
         assert outcome["after_replacing"] == ["iter_0000001", "latest"]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_nexus.checkpoint.manifest import RunProgress, read_manifest
-from megatron_nexus.checkpoint.resume import load_checkpoint, save_checkpoint
+from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.checkpoint.writer import CheckpointWriter, Moment
 from megatron_nexus.config.command_line import build, from_saved
 from megatron_nexus.config.rules import check
 from megatron_nexus.growth.grown_reader import GrownReader
@@ -82,17 +83,13 @@ def begin_from(case: dict, engine: Engine, mesh: Mesh, out: Path) -> None:
     births = manifest.optimizer.births
     watch_young_weights(engine.deepspeed, engine.parameters, engine.shard, births)
     start = RunProgress(0, 0, 0, 0)
-    save_checkpoint(
-        out / case["name"],
-        engine.deepspeed,
-        engine.parameters,
-        mesh,
-        engine.shard,
-        start,
-        {},
-        "",
-        births=births,
-    )
+    save(engine, mesh, out / case["name"], Moment(start, {}, "", births=births))
+
+
+def save(engine: Engine, mesh: Mesh, folder: Path, moment: Moment) -> None:
+    writer = CheckpointWriter(folder, engine.deepspeed, engine.parameters, mesh, engine.shard)
+    writer.begin(moment, copy=False)
+    writer.finish()
 
 
 def run_case(case: dict, out: Path, index: int) -> None:
@@ -119,16 +116,8 @@ def run_case(case: dict, out: Path, index: int) -> None:
         norms.append(result.grad_norm)
         padding = max(padding, padding_of(engine))
         if step in (1, STEPS):
-            save_checkpoint(
-                out / case["name"],
-                engine.deepspeed,
-                engine.parameters,
-                mesh,
-                engine.shard,
-                RunProgress(step, 0, 0, 0),
-                dataclasses.asdict(config),
-                "",
-            )
+            moment = Moment(RunProgress(step, 0, 0, 0), dataclasses.asdict(config), "")
+            save(engine, mesh, out / case["name"], moment)
     again = my_batches(batches[:1], training.micro_batch_size, mesh, positions)
     evaluation = engine.evaluate(again, config.accumulation_steps(world.size))
     record = {"losses": losses, "norms": norms, "evaluation": evaluation, "padding": padding}

@@ -1,0 +1,240 @@
+"""Save the training state of a DeepSpeed engine, at once or beside the training, without gathering anything.
+
+Every rank streams the pieces it owns into a temporary folder; when all have succeeded rank 0 writes the
+manifest, renames the folder and replaces `latest`. Files are written by one thread of each rank; the ranks
+agree in their main threads only, so that no collective runs beside those of the training.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_nexus.checkpoint.agreement import exchange, from_each_stage, together
+from megatron_nexus.checkpoint.manifest import (
+    MANIFEST_FILE,
+    UNKNOWN_DATA,
+    Birth,
+    DataRecord,
+    EngineRecord,
+    JsonObject,
+    Manifest,
+    OptimizerRecord,
+    RunProgress,
+    manifest_to_json,
+    spec_from_json,
+    spec_to_json,
+)
+from megatron_nexus.checkpoint.resume import random_states, slab_views, topology_of
+from megatron_nexus.checkpoint.retention import KEEP_ALL, Retention, delete_outdated
+from megatron_nexus.checkpoint.run_folder import (
+    abandon_checkpoint,
+    begin_checkpoint,
+    checkpoint_name,
+    publish_checkpoint,
+    temporary_folder,
+)
+from megatron_nexus.checkpoint.store import Piece, write_durably, write_pieces
+from megatron_nexus.checkpoint.zero_pieces import Engine, Parameters, ZeroState, zero_state
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.spec.shard import Shard
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the manifest says of the run at the moment of a save, beside what the engine knows."""
+
+    progress: RunProgress
+    config: JsonObject
+    tokenizer_fingerprint: str
+    lineage: Sequence[JsonObject] = ()
+    data: DataRecord = UNKNOWN_DATA
+    births: Sequence[Birth] = ()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint: its folder, for how long training stood still, and how long all of it took."""
+
+    folder: Path
+    stall_s: float
+    total_s: float
+
+
+@dataclass
+class _Save:
+    """A save under way: this rank's job, and whether that is the last one."""
+
+    manifest: Manifest
+    began: float
+    job: Future[None]
+    stall_s: float = 0.0
+    publishes: bool = False
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run into `root`, one at a time; all methods are collective calls.
+
+    `parameters` are those of this rank's pipeline stage, each stage's different.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        engine: Engine,
+        parameters: Parameters,
+        mesh: Mesh,
+        shard: Shard,
+        retention: Retention = KEEP_ALL,
+    ) -> None:
+        self._root = root
+        self._engine = engine
+        self._parameters = parameters
+        self._mesh = mesh
+        self._shard = shard
+        self._retention = retention
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._save: _Save | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way, of which all ranks know."""
+        return self._save is not None
+
+    def begin(self, moment: Moment, copy: bool) -> None:
+        """Begin to write `root`/iter_<step> between two optimizer steps; no save is under way.
+
+        With `copy` training may go on once this returns: it takes host memory for what this rank owns.
+        Without it nothing may change before `finish`. A checkpoint of the same step is replaced.
+
+        Raises:
+            CheckpointError: on every rank, if one cannot write; the previous checkpoint stays the latest.
+        """
+        engine, mesh, step = self._engine, self._mesh, moment.progress.step
+        assert self._save is None, "one save at a time"
+        assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "gradients would be lost"
+        began = time.perf_counter()
+        with self._agreed(step):
+            if mesh.rank == 0:
+                begin_checkpoint(self._root, step)
+        zero = zero_state(engine.optimizer)
+        specs, groups = _of_all_stages(zero, self._parameters, mesh)
+        manifest = Manifest(
+            progress=moment.progress,
+            specs=specs,
+            optimizer=OptimizerRecord(zero.step_count, groups, moment.births),
+            engine=EngineRecord(engine.global_steps, engine.global_samples, engine.skipped_steps),
+            topology=topology_of(mesh),
+            config=moment.config,
+            tokenizer_fingerprint=moment.tokenizer_fingerprint,
+            lineage=moment.lineage,
+            data=moment.data,
+        )
+        owned = list(_owned(zero, self._parameters, mesh, self._shard))
+        values = [tensor.to("cpu", copy=True) for _, tensor in owned] if copy else [t for _, t in owned]
+        job = self._thread.submit(
+            write_pieces,
+            temporary_folder(self._root, step),
+            mesh.rank,
+            [piece for piece, _ in owned],
+            (tensor.cpu().numpy() for tensor in values),
+            random_states(mesh),
+        )
+        self._save = _Save(manifest, began, job, time.perf_counter() - began)
+
+    def advance(self) -> Saved | None:
+        """Take the save that is under way as far as it can go without waiting; what it made once it is done.
+
+        Raises CheckpointError as `begin` does.
+        """
+        assert self._save is not None, "nothing is under way"
+        done = torch.tensor([self._save.job.done()], dtype=torch.uint8)
+        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._mesh.control)
+        return self._settle(self._save) if done.item() else None
+
+    def finish(self) -> Saved | None:
+        """Wait for the save that is under way, if one is. Raises CheckpointError as `begin` does."""
+        began, saved = time.perf_counter(), None
+        while self._save is not None:
+            saved = self._settle(self._save)
+        return saved and replace(saved, stall_s=saved.stall_s + time.perf_counter() - began)
+
+    def _settle(self, save: _Save) -> Saved | None:
+        """Wait for the job of every rank and start the next one, if there is one."""
+        progress = save.manifest.progress
+        with self._agreed(progress.step):
+            _raise_error(save.job)
+        if not save.publishes:
+            save.publishes = True
+            save.job = self._thread.submit(self._publish, save.manifest)
+            return None
+        self._save = None
+        folder = self._root / checkpoint_name(progress.step)
+        return Saved(folder, save.stall_s, time.perf_counter() - save.began)
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Make complete what all ranks have written; the affair of rank 0. Raises OSError."""
+        if self._mesh.rank == 0:
+            step = manifest.progress.step
+            write_durably(temporary_folder(self._root, step) / MANIFEST_FILE, manifest_to_json(manifest))
+            publish_checkpoint(self._root, step)
+            delete_outdated(self._root, self._retention)
+
+    @contextmanager
+    def _agreed(self, step: int) -> Iterator[None]:
+        """Run a block on every rank: all leave it as from a barrier, or all raise and nothing is left."""
+        purpose = f"{self._root / checkpoint_name(step)}: cannot save the checkpoint"
+        remedy = (
+            "make room, or save to another folder that all ranks share; earlier checkpoints are untouched"
+        )
+        try:
+            with together(self._mesh, purpose, remedy):
+                yield
+        except CheckpointError:
+            self._save = None
+            if self._mesh.rank == 0:
+                abandon_checkpoint(self._root, step)
+            exchange(self._mesh, "")  # a barrier: no rank goes on while the folder is still there
+            raise
+
+
+def _raise_error(job: Future[None]) -> None:
+    """Wait for a job and raise the error that it ended with, one of which the other ranks can be told."""
+    error = job.exception()
+    if isinstance(error, OSError | CheckpointError):
+        raise error
+    if error is not None:
+        raise CheckpointError(f"the writer failed: {type(error).__name__}: {error}") from error
+
+
+def _owned(
+    zero: ZeroState, parameters: Parameters, mesh: Mesh, shard: Shard
+) -> Iterator[tuple[Piece, Tensor]]:
+    """The boxes that this rank writes; of tensor-parallel ranks that all hold the same, the first writes."""
+    for piece, values in slab_views(zero, parameters, shard):
+        if parameters[piece.tensor][0].is_sharded or mesh.tensor == 0:
+            yield piece, values
+
+
+def _of_all_stages(
+    zero: ZeroState, parameters: Parameters, mesh: Mesh
+) -> tuple[dict[str, ParamSpec], dict[str, JsonObject]]:
+    """The specs and the optimizer groups of all pipeline stages; a collective call."""
+    mine = {"specs": [spec_to_json(spec) for spec, _ in parameters.values()], "groups": zero.groups}
+    specs: dict[str, ParamSpec] = {}
+    groups: dict[str, JsonObject] = {}
+    for stage in map(json.loads, from_each_stage(mesh, json.dumps(mine))):
+        for spec in map(spec_from_json, stage["specs"]):
+            assert spec.name not in specs, f"two pipeline stages hold {spec.name}"
+            specs[spec.name] = spec
+        groups.update(stage["groups"])
+    return specs, groups
