@@ -18,7 +18,7 @@ from megatron_nexus import log
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint, require_own_folder
 from megatron_nexus.config.command_line import build, from_saved, given_flags, over
-from megatron_nexus.config.config_file import read_config_file
+from megatron_nexus.config.config_file import config_text, read_config_file
 from megatron_nexus.config.presets import DEFAULT_PRESET, Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
@@ -153,9 +153,12 @@ def _newest_run(given: dict[str, Value]) -> Path | None:
 def _dry_run(config: RunConfig, world_size: int, speaks: bool) -> NoReturn:
     """Tell what the run would be, on rank 0, and end."""
     if speaks:
-        from megatron_nexus.training.dry_run import report
+        log.logger.info("%s\n", config_text(config).rstrip())
+        with log.Progress("planning the memory of each rank"):
+            from megatron_nexus.training.dry_run import report
 
-        for line in report(config, world_size):
+            lines = report(config, world_size)
+        for line in lines:
             log.logger.info("%s", line)
     sys.exit(0)
 

@@ -151,6 +151,13 @@ def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConf
     return RunConfig(preset=name, **sections)
 
 
+def model_name(config: RunConfig) -> str:
+    """The preset's name, with a word where sizes were changed by hand."""
+    if config.preset not in PRESETS or config.model == build({"preset": config.preset}).model:
+        return config.preset
+    return f"{config.preset}, resized"
+
+
 def _iterations(tokens: str, values: Mapping[str, object]) -> int:
     """--train-tokens as optimizer steps, the last one whole. Raises ConfigError where it is no number."""
     defaults = TrainingConfig()

@@ -8,6 +8,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
@@ -24,31 +25,31 @@ FLAG_OF = {
     "zero_optimization.stage": "--zero-stage",
     "data_types.grad_accum_dtype": "always fp32",
 }
-# What a file may set.
-FREE = {
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "tensorboard",
-    "wandb",
-    "csv_monitor",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "zero_optimization.overlap_comm",
-    "zero_optimization.contiguous_gradients",
-    "zero_optimization.reduce_scatter",
-    "zero_optimization.reduce_bucket_size",
-    "zero_optimization.allgather_bucket_size",
-    "zero_optimization.allgather_partitions",
-    "zero_optimization.sub_group_size",
-    "zero_optimization.stage3_max_live_parameters",
-    "zero_optimization.stage3_max_reuse_distance",
-    "zero_optimization.stage3_prefetch_bucket_size",
-    "zero_optimization.stage3_param_persistence_threshold",
+# What a file may set, with its type; "auto" leaves it at its default.
+FREE: dict[str, type] = {
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "comms_logger": dict,
+    "flops_profiler": dict,
+    "tensorboard": dict,
+    "wandb": dict,
+    "csv_monitor": dict,
+    "communication_data_type": str,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": float,
+    "zero_optimization.overlap_comm": bool,
+    "zero_optimization.contiguous_gradients": bool,
+    "zero_optimization.reduce_scatter": bool,
+    "zero_optimization.reduce_bucket_size": int,
+    "zero_optimization.allgather_bucket_size": int,
+    "zero_optimization.allgather_partitions": bool,
+    "zero_optimization.sub_group_size": int,
+    "zero_optimization.stage3_max_live_parameters": int,
+    "zero_optimization.stage3_max_reuse_distance": int,
+    "zero_optimization.stage3_prefetch_bucket_size": int,
+    "zero_optimization.stage3_param_persistence_threshold": int,
 }
 # What scripts made for other codebases hold, and where it is set here.
 ELSEWHERE = {
@@ -121,12 +122,19 @@ def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[
                     "drop it from the file, or change the flag"
                 )
         elif name in FREE:
-            derived[key] = value  # type: ignore[assignment]  # JSON from the file
+            wanted = (int, float) if FREE[name] in (int, float) else FREE[name]  # 5e8 is a float
+            if value == "auto":
+                continue
+            if not isinstance(value, wanted) or (isinstance(value, bool) and FREE[name] is not bool):
+                yield f"{name} is {value!r}: give a value of type {FREE[name].__name__}, or drop it"
+                continue
+            derived[key] = cast(Any, int(value) if FREE[name] is int else value)
         elif name in ELSEWHERE:
             if value not in ({"enabled": False}, {"device": "none"}):
                 yield f"{name} cannot be set here: drop it, and use {ELSEWHERE[name]}"
         elif isinstance(value, dict) and isinstance(ours, dict):
             yield from _merge(value, ours, f"{name}.")
         else:
-            near = difflib.get_close_matches(name, FREE | FLAG_OF.keys(), n=1, cutoff=0.7)
-            yield f"{name} is not supported: " + (f"did you mean {near[0]}?" if near else "drop it")
+            siblings = [known[len(above) :] for known in (*FREE, *FLAG_OF) if known.startswith(above)]
+            near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.7)
+            yield f"{name} is not supported: " + (f"did you mean {above}{near[0]}?" if near else "drop it")

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_nexus.config.command_line import build
-from megatron_nexus.config.config_file import config_text
+from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.presets import PAPER_SIZES
 from megatron_nexus.config.rules import notes
 from megatron_nexus.config.run_config import RunConfig
@@ -26,10 +25,10 @@ def report(config: RunConfig, world_size: int) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan_memory(config, world_size, device, padding_multiple(config, device))
     parallel, training = config.parallel, config.training
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     dp = config.data_parallel_size(world_size)
     flops = sum(layer_flops_per_token(config.model, training.seq_length))
     return [
-        config_text(config).rstrip(),
         "",
         _size(config),
         f"FLOPs per token: {flops:,} forward, "
@@ -37,7 +36,7 @@ def report(config: RunConfig, world_size: int) -> list[str]:
         f"tokens per optimizer step: {training.global_batch_size * training.seq_length:,}, "
         f"in {config.accumulation_steps(world_size)} micro-batches per rank",
         f"mesh: tensor {parallel.tensor_model_parallel_size} x pipeline "
-        f"{parallel.pipeline_model_parallel_size} x data {dp} = {world_size} ranks; "
+        f"{parallel.pipeline_model_parallel_size} x data {dp} = {ranks}; "
         f"{training.precision}, ZeRO {max(1, parallel.zero_stage)}, recompute "
         f"{training.recompute_granularity}",
         "",
@@ -51,13 +50,9 @@ def report(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _size(config: RunConfig) -> str:
-    count = parameter_count(decoder_specs(config.model).values())
-    line = f"{config.preset}: {count:,} parameters"
-    if config.model != build({"preset": config.preset}).model:
-        return f"{line}, changed from the preset"
-    if config.preset in PAPER_SIZES:
-        line += f"; the paper calls it {PAPER_SIZES[config.preset]}"
-    return line
+    name = model_name(config)
+    line = f"{name}: {parameter_count(decoder_specs(config.model).values()):,} parameters"
+    return f"{line}; the paper calls it {PAPER_SIZES[name]}" if name in PAPER_SIZES else line
 
 
 def _table(plan: Sequence[RankMemory], world_size: int) -> list[str]:

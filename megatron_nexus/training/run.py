@@ -19,6 +19,7 @@ from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
 from megatron_nexus.checkpoint.run_folder import claim_run_folder
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
+from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.rules import notes
 from megatron_nexus.config.run_config import RunConfig
@@ -80,7 +81,9 @@ def run(
             _tell_what_is_left(config, manifest, done.step)
         if mesh.rank == 0:
             (save / CONFIG_FILE).write_text(config_text(config))
-        outcome = trainer.fit(StopRequest())
+        stop = StopRequest()
+        dist.barrier(mesh.control)  # from here on a signal is heeded by all ranks or by none
+        outcome = trainer.fit(stop)
         if mesh.rank == 0:
             _summarise(config, trainer, outcome, corpus, world, argv)
     dist.barrier(mesh.control)
@@ -137,10 +140,8 @@ def _sole_user(folder: Path, mesh: Mesh) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        # The file stays: one that was removed could be locked by who had opened it before.
+        yield
 
 
 def _require_one_start(mesh: Mesh, checkpoint: Path | None) -> None:
@@ -193,7 +194,7 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
     training = config.training
     count = parameter_count(decoder_specs(config.model).values())
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
-    logger.info("model %s: %s parameters", config.preset, f"{count:,}")
+    logger.info("model %s: %s parameters", model_name(config), f"{count:,}")
     logger.info(
         "mesh: tensor %d x pipeline %d x data %d on %s, %d thread%s a rank; %s, ZeRO %d%s",
         mesh.tensor_size,
@@ -275,7 +276,7 @@ def _summarise(
     count = parameter_count(decoder_specs(config.model).values())
     mfu = outcome.tokens_per_s * trainer.flops_per_token / trainer.gemm_flops_per_s
     lines = {
-        "parameters": f"{count:,} (true count of {config.preset})",
+        "parameters": f"{count:,} (true count of {model_name(config)})",
         "tokens": f"{outcome.progress.tokens:,} in {outcome.progress.step:,} iterations",
         "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {100 * mfu:.1f} % of the measured GEMM rate"
         if outcome.tokens_per_s

@@ -66,7 +66,12 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
         "gradient_clipping": 1.0,
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": False},
-        "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none"}},
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": True,
+            "reduce_bucket_size": "auto",
+            "offload_optimizer": {"device": "none"},
+        },
         "comms_logger": {"enabled": True},
     }
     plain = deepspeed_config(build(given_flags(["--zero-stage", "2"])), 1)
@@ -89,6 +94,9 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["nothing offloaded"]),
         ({"zero_optimization": {"overlap_com": True}}, ["did you mean zero_optimization.overlap_comm?"]),
         ({"zzz": 1}, ["zzz is not supported: drop it"]),
+        ({"zero_optimization": {"zzz": 1}}, ["zero_optimization.zzz is not supported: drop it"]),
+        ({"zero_optimization": {"overlap_comm": "yes"}}, ["overlap_comm is 'yes'", "of type bool"]),
+        ({"zero_optimization": {"reduce_bucket_size": True}}, ["reduce_bucket_size is True", "of type int"]),
         ("{", ["is no JSON"]),
         ("[]", ["is no JSON object"]),
     ],
