@@ -128,7 +128,7 @@ def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[
             if not isinstance(value, wanted) or (isinstance(value, bool) and FREE[name] is not bool):
                 yield f"{name} is {value!r}: give a value of type {FREE[name].__name__}, or drop it"
                 continue
-            derived[key] = cast(Any, int(value) if FREE[name] is int else value)
+            derived[key] = cast(Any, int(cast(float, value)) if FREE[name] is int else value)
         elif name in ELSEWHERE:
             if value not in ({"enabled": False}, {"device": "none"}):
                 yield f"{name} cannot be set here: drop it, and use {ELSEWHERE[name]}"
