@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
+from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint, require_own_folder
 from megatron_nexus.config.command_line import build, from_saved, given_flags, over
@@ -69,7 +70,7 @@ def main() -> NoReturn:
     _train(config, world, checkpoint, argv)
 
 
-def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
+def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
     """The configuration of a command line, and the checkpoint it starts from.
 
     A run that starts from a checkpoint goes on as that was configured where no flag says otherwise.
@@ -84,7 +85,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
     load = str(given.get("load", ""))
     checkpoint = None
     if load:
-        checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(Path(load))
+        checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(location(load))
     grow = str(given.get("grow", ""))
     if checkpoint is None:
         if grow:
@@ -96,7 +97,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, Path | None]:
     return build(given, saved), checkpoint
 
 
-def saved_config(checkpoint: Path, manifest: Manifest) -> RunConfig:
+def saved_config(checkpoint: Location, manifest: Manifest) -> RunConfig:
     """The configuration that a checkpoint was trained with. Raises CheckpointError where it has none."""
     try:
         return from_saved(manifest.config)
@@ -107,7 +108,7 @@ def saved_config(checkpoint: Path, manifest: Manifest) -> RunConfig:
         ) from error
 
 
-def preflight(config: RunConfig, checkpoint: Path | None, world: World) -> None:
+def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> None:
     """Look at the files that a run will read and the folder it will write, before torch is imported.
 
     Raises:
@@ -119,7 +120,7 @@ def preflight(config: RunConfig, checkpoint: Path | None, world: World) -> None:
     if world.rank == 0 and config.checkpoint.save:
         # A grown model is another run than the checkpoint's.
         continued = None if config.checkpoint.grow else checkpoint
-        require_own_folder(Path(config.checkpoint.save), continued)
+        require_own_folder(location(config.checkpoint.save), continued)
 
 
 def planned_world_size(argv: list[str], world: World, model_parallel_size: int) -> int | None:
@@ -142,10 +143,10 @@ def planned_world_size(argv: list[str], world: World, model_parallel_size: int) 
     return world.size if world.size > 1 else max(1, model_parallel_size)
 
 
-def _newest_run(given: dict[str, Value]) -> Path | None:
+def _newest_run(given: dict[str, Value]) -> Location | None:
     """What --load auto means: the newest checkpoint in --save, or without it of the preset's default runs."""
     if "save" in given:
-        return newest_checkpoint(Path(str(given["save"])))
+        return newest_checkpoint(location(str(given["save"])))
     runs = sorted(Path("runs").glob(f"{given.get('preset', DEFAULT_PRESET)}-*"), reverse=True)
     return next((found for found in map(newest_checkpoint, runs) if found is not None), None)
 
@@ -163,7 +164,7 @@ def _dry_run(config: RunConfig, world_size: int, speaks: bool) -> NoReturn:
     sys.exit(0)
 
 
-def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[str]) -> NoReturn:
+def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: list[str]) -> NoReturn:
     """Train, and end this rank so that of all ranks only the first to fail says why."""
     # Ranks that lose a peer are told of here; c10d would add the frames of its C++ stack.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -177,7 +178,7 @@ def _train(config: RunConfig, world: World, checkpoint: Path | None, argv: list[
         from megatron_nexus.growth.plan import plan_growth
         from megatron_nexus.parallel.mesh import claim_last_word
         from megatron_nexus.training.run import run
-    open_state: Callable[[Path], StateReader] = CheckpointReader
+    open_state: Callable[[Location], StateReader] = CheckpointReader
     try:
         if config.checkpoint.grow and checkpoint is not None:
             saved = saved_config(checkpoint, read_manifest(checkpoint))

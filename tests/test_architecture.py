@@ -32,6 +32,8 @@ SEALED = {
     "apex": {"models/nvidia_apex.py"},
     "sentencepiece": {"data/sentencepiece_tokenizer.py"},
     "mpi4py": {"data/team.py"},
+    "fsspec": {"checkpoint/location.py"},
+    "botocore": {"checkpoint/location.py"},
     "tokenizers": {"data/huggingface_tokenizer.py"},
 }
 

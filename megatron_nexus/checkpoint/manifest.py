@@ -6,9 +6,9 @@ A sealed JSON file, written last: a folder that has one is complete. Needs no to
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
@@ -151,7 +151,7 @@ def manifest_to_json(manifest: Manifest) -> str:
     return seal(record, indent=1)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """The manifest of a checkpoint's folder.
 
     Raises:

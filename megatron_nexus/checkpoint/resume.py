@@ -7,12 +7,12 @@ is the same bit for bit.
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_nexus.checkpoint.agreement import exchange, from_each_stage, together
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -38,12 +38,12 @@ def topology_of(mesh: Mesh) -> Topology:
 
 
 def load_checkpoint(
-    folder: Path,
+    folder: Location,
     engine: Engine,
     parameters: Parameters,
     mesh: Mesh,
     shard: Shard,
-    open_state: Callable[[Path], StateReader] = CheckpointReader,
+    open_state: Callable[[Location], StateReader] = CheckpointReader,
 ) -> Manifest:
     """Put the state of the checkpoint `folder` into the engine; a collective call.
 

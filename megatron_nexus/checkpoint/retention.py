@@ -1,18 +1,12 @@
-"""Retention: which checkpoints of a run are kept once a newer one is complete, and how the others go.
+"""Retention: which checkpoints of a run are kept once a newer one is complete."""
 
-SAVE/.deleted_iter_0000100/  a checkpoint on its way out; nobody takes it for one
-"""
-
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_nexus.checkpoint.hold import unless_held
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.run_folder import checkpoint_name, complete_checkpoints, latest_step
-from megatron_nexus.checkpoint.store import sync_folder
+from megatron_nexus.checkpoint.storage import folder_of
+from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import logger
-
-_DELETED = ".deleted_"
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class Retention:
 KEEP_ALL = Retention()
 
 
-def delete_outdated(root: Path, retention: Retention) -> None:
+def delete_outdated(root: Location, retention: Retention) -> None:
     """Delete the checkpoints in a run's folder that are to be kept no longer.
 
     Only complete ones that `latest` names a newer one than, that nobody reads, and that lie in this folder
@@ -46,19 +40,13 @@ def delete_outdated(root: Path, retention: Retention) -> None:
     if latest is None or not retention.keep_latest:
         return
     try:
-        for dead in root.glob(f"{_DELETED}iter_*"):
-            shutil.rmtree(dead)
+        folder_of(root).clear_deleted()
         checkpoints = complete_checkpoints(root)
         for step in retention.outdated(list(checkpoints), latest):
             folder = checkpoints[step]
             if folder.is_symlink() or folder.name != checkpoint_name(step):
                 continue
-            with unless_held(folder) as free:
-                if not free:
-                    logger.info("%s is being read: it will be deleted later", folder)
-                    continue
-                dying = folder.rename(root / f"{_DELETED}{folder.name}")
-                sync_folder(root)
-            shutil.rmtree(dying)
-    except OSError as error:
-        logger.warning("%s: %s: old checkpoints are left", error.filename or root, error.strerror)
+            if not folder_of(folder).delete():
+                logger.info("%s is being read: it will be deleted later", folder)
+    except (OSError, CheckpointError) as error:
+        logger.warning("old checkpoints are left: %s", error)

@@ -1,25 +1,21 @@
 """The folder of a run's checkpoints: their names, which one is the latest, how a new one gets in place.
 
-SAVE/iter_0000100/       a checkpoint; it gets this name only when it is complete
-SAVE/latest              the name of the one to resume from, replaced atomically
-SAVE/.tmp_iter_0000200/  a save under way, or one that died
-SAVE/.old_iter_0000100/  a checkpoint while another one of the same step takes its place
+SAVE/iter_0000100/  a checkpoint; on a disk it gets this name only when it is complete
+SAVE/latest         the name of the one to resume from, replaced atomically
 """
 
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_nexus.checkpoint.location import Location, Place
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from megatron_nexus.checkpoint.store import rank_files, sync_folder, write_durably
+from megatron_nexus.checkpoint.storage import LATEST_FILE, LocalFolder, folder_of
+from megatron_nexus.checkpoint.store import rank_files
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import logger
 
-LATEST_FILE = "latest"
 _NAME = re.compile(r"iter_(\d+)")
-_TEMPORARY = ".tmp_"
-_REPLACED = ".old_"
 
 
 def checkpoint_name(step: int) -> str:
@@ -27,78 +23,57 @@ def checkpoint_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
-def temporary_folder(root: Path, step: int) -> Path:
-    """Where a step's checkpoint is written before it gets its name."""
-    return root / f"{_TEMPORARY}{checkpoint_name(step)}"
+def temporary_folder(root: Place, step: int) -> Place:
+    """Where a step's checkpoint is written before it is one."""
+    return root / folder_of(root / checkpoint_name(step)).unfinished_name
 
 
-def begin_checkpoint(root: Path, step: int) -> None:
-    """Clear away what dead saves left, and make the temporary folder of a new one. Raises OSError."""
-    root.mkdir(parents=True, exist_ok=True)
-    for folder in root.glob(f"{_REPLACED}iter_*"):
-        place = root / folder.name.removeprefix(_REPLACED)
-        if place.exists():
-            shutil.rmtree(folder)
-        else:  # the save died between its two renames
-            folder.rename(place)
-    for folder in root.glob(f"{_TEMPORARY}iter_*"):
-        shutil.rmtree(folder)
-    temporary_folder(root, step).mkdir()
+def begin_checkpoint(root: Location, step: int) -> None:
+    """Clear away what dead saves left, and make room for a new checkpoint. Raises OSError."""
+    folder_of(root / checkpoint_name(step)).begin()
 
 
-def publish_checkpoint(root: Path, step: int) -> None:
-    """Give a complete temporary folder its final name, and make it the latest. Raises OSError.
-
-    A checkpoint of the same step is replaced: it may be of another run in the same folder. It is set
-    aside first and deleted last, and `find_checkpoint` finds it there should this process die in between.
-    """
-    temporary, name = temporary_folder(root, step), checkpoint_name(step)
-    place, aside = root / name, root / f"{_REPLACED}{name}"
-    sync_folder(temporary)
-    if place.exists():
-        place.rename(aside)
-    temporary.rename(place)
-    sync_folder(root)
-    latest = root / f"{_TEMPORARY}{LATEST_FILE}"
-    write_durably(latest, f"{name}\n")
-    latest.replace(root / LATEST_FILE)
-    sync_folder(root)
-    if aside.exists():
-        shutil.rmtree(aside)
+def publish_checkpoint(root: Location, step: int) -> None:
+    """Give a checkpoint that has all its files its name, and make it the latest. Raises OSError."""
+    folder_of(root / checkpoint_name(step)).publish()
 
 
-def abandon_checkpoint(root: Path, step: int) -> None:
-    """Delete the temporary folder of a save that failed, as far as that is possible."""
-    shutil.rmtree(temporary_folder(root, step), ignore_errors=True)
+def abandon_checkpoint(root: Location, step: int) -> None:
+    """Delete what a save that failed has written, as far as that is possible."""
+    folder_of(root / checkpoint_name(step)).abandon()
 
 
-def _missing(folder: Path) -> list[str]:
+def _missing(folder: Location) -> list[str]:
     """The files that a checkpoint lacks: its manifest, or files of ranks. Not whether they are undamaged."""
-    if not (folder / MANIFEST_FILE).is_file():
+    held = folder_of(folder).sizes()
+    if MANIFEST_FILE not in held:
         return [MANIFEST_FILE]
     ranks = range(read_manifest(folder).topology.world_size)
-    return [path.name for rank in ranks for path in rank_files(folder, rank) if not path.is_file()]
+    return [file.name for rank in ranks for file in rank_files(folder, rank) if file.name not in held]
 
 
-def _checkpoints(root: Path) -> dict[int, Path]:
+def _checkpoints(root: Location) -> dict[int, Location]:
     """All folders of checkpoints in a run's folder, complete or not, by step."""
-    found: dict[int, Path] = {}
-    for prefix in (_REPLACED, ""):
-        for folder in root.glob(f"{prefix}iter_*"):
-            match = _NAME.fullmatch(folder.name.removeprefix(prefix))
+    found: dict[int, Location] = {}
+    if not root.is_dir():
+        return found
+    entries = {folder.name: folder for folder in root.iterdir()}
+    for prefix in (LocalFolder.replaced, ""):
+        for name, folder in entries.items():
+            match = _NAME.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
             if match and folder.is_dir():
                 found[int(match[1])] = folder
     return dict(sorted(found.items()))
 
 
-def latest_step(root: Path) -> int | None:
+def latest_step(root: Location) -> int | None:
     """The step of the checkpoint that `latest` names, whether that is there or not; None if it names none."""
     latest = root / LATEST_FILE
     named = _NAME.fullmatch(latest.read_text(errors="replace").strip()) if latest.is_file() else None
     return int(named[1]) if named else None
 
 
-def complete_checkpoints(root: Path) -> dict[int, Path]:
+def complete_checkpoints(root: Location) -> dict[int, Location]:
     """The folders of the checkpoints that have all their files and a sound manifest, by step."""
     found = {}
     for step, folder in _checkpoints(root).items():
@@ -108,7 +83,7 @@ def complete_checkpoints(root: Path) -> dict[int, Path]:
     return found
 
 
-def newest_checkpoint(root: Path) -> Path | None:
+def newest_checkpoint(root: Location) -> Location | None:
     """The checkpoint that `latest` names; if there is none such, the complete one of the highest step.
 
     None where the folder has no complete checkpoint, or does not exist.
@@ -127,7 +102,7 @@ def newest_checkpoint(root: Path) -> Path | None:
     return newest
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Location) -> Location:
     """The folder of the checkpoint that a user means by `path`: a run's folder or a checkpoint in it.
 
     Raises:
@@ -145,7 +120,7 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def _listing(folder: Path) -> str:
+def _listing(folder: Location) -> str:
     """What is in a folder, or in the nearest one above it that exists."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -160,7 +135,7 @@ def _listing(folder: Path) -> str:
     return f"{folder} holds {shown or 'nothing'}"
 
 
-def require_own_folder(folder: Path, checkpoint: Path | None) -> None:
+def require_own_folder(folder: Location, checkpoint: Location | None) -> None:
     """Raise ConfigError where a run from `checkpoint` cannot save in `folder`.
 
     It is a file, or holds checkpoints that the run does not continue: none is ever overwritten. Only looks.
@@ -177,7 +152,7 @@ def require_own_folder(folder: Path, checkpoint: Path | None) -> None:
         )
 
 
-def claim_run_folder(folder: Path, checkpoint: Path | None) -> None:
+def claim_run_folder(folder: Location, checkpoint: Location | None) -> None:
     """Make `folder` where a run saves that starts from `checkpoint`.
 
     Raises:
@@ -186,8 +161,9 @@ def claim_run_folder(folder: Path, checkpoint: Path | None) -> None:
     """
     require_own_folder(folder, checkpoint)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").write_bytes(bytes(4096))
+        if isinstance(folder, Path):
+            folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").write_text(" " * 4096)
         (folder / ".writable").unlink()
     except OSError as error:
         raise CheckpointError(

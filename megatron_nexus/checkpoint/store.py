@@ -9,7 +9,6 @@ Needs numpy and json only: no torch, no process group, no DeepSpeed.
 
 import base64
 import json
-import mmap
 import os
 import weakref
 import zlib
@@ -18,24 +17,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nexus.checkpoint.hold import hold
+from megatron_nexus.checkpoint.location import Location, Place
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.pieces import are_disjoint, index_within, intersect, whole_box
 from megatron_nexus.checkpoint.sealed_json import seal, unseal
+from megatron_nexus.checkpoint.storage import WRITE_BYTES, Bytes, DataFile, folder_of
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """What is kept of each parameter: the master weights and Adam's two moments."""
-
-WRITE_BYTES = 1 << 20
-"""Bytes written at once: one call with 64 MiB took ten times as long as 64 calls (Linux 6, ext4)."""
 
 BLOCK_BYTES = 1 << 20
 """Bytes of a piece that have one checksum: what must be read, at most, to check a single element."""
@@ -60,39 +56,24 @@ class StoredPiece:
     """A piece in a file: where its bytes begin, and the CRC-32 of each of its blocks."""
 
     piece: Piece
-    path: Path
+    path: Location
     start: int
     checksums: tuple[int, ...]
 
 
-def rank_files(folder: Path, rank: int) -> tuple[Path, Path]:
+def rank_files(folder: Place, rank: int) -> tuple[Place, Place]:
     """The data file and the index file of a rank."""
     return folder / f"rank_{rank:05d}.safetensors", folder / f"rank_{rank:05d}.json"
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Location, text: str) -> None:
     """Write a text file that survives a power cut once this returns. Raises OSError, which names it."""
-    try:
-        with path.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    with folder_of(path.parent).create(path.name) as write:
+        write(text.encode())
 
 
 def write_pieces(
-    folder: Path,
+    folder: Location,
     rank: int,
     pieces: Sequence[Piece],
     arrays: Iterable[Array],
@@ -102,30 +83,17 @@ def write_pieces(
 
     Raises OSError, which names the file.
     """
-    data_path, _ = rank_files(folder, rank)
-    try:
-        checksums = _write_data(data_path, pieces, arrays)
-    except OSError as error:
-        error.filename = error.filename or str(data_path)  # the system does not say where the disk is full
-        raise
-    write_index(folder, rank, pieces, checksums, random_states)
-
-
-def _write_data(data_path: Path, pieces: Sequence[Piece], arrays: Iterable[Array]) -> list[tuple[int, ...]]:
-    """Write the data file of a rank; the checksums of its pieces. Raises OSError."""
     checksums = []
     # The checksum of a piece is computed while the piece is written: both run without the GIL.
-    with data_path.open("wb") as file, ThreadPoolExecutor(1) as beside:
-        file.write(safetensors_header(pieces))
-        file.flush()
-        for piece, start, array in zip(pieces, piece_starts(pieces)[:-1], arrays, strict=True):
+    with folder_of(folder).create(rank_files(folder, rank)[0].name) as write, ThreadPoolExecutor(1) as beside:
+        write(safetensors_header(pieces))
+        for piece, array in zip(pieces, arrays, strict=True):
             assert array.shape == piece.box.sizes, f"{piece}: values of shape {array.shape}"
             contents = np.ascontiguousarray(array, dtype=DTYPE).reshape(-1).view(np.uint8).data
             checksum = beside.submit(block_checksums, contents)
-            write_at(file.fileno(), contents, start)
+            write(contents)
             checksums.append(checksum.result())
-        os.fsync(file.fileno())
-    return checksums
+    write_index(folder, rank, pieces, checksums, random_states)
 
 
 def block_checksums(contents: memoryview) -> tuple[int, ...]:
@@ -151,7 +119,7 @@ def piece_starts(pieces: Sequence[Piece]) -> list[int]:
 
 
 def write_index(
-    folder: Path,
+    folder: Location,
     rank: int,
     pieces: Sequence[Piece],
     checksums: Sequence[Sequence[int]],
@@ -197,7 +165,7 @@ def safetensors_header(pieces: Sequence[Piece]) -> bytes:
 class StateReader(Protocol):
     """What training loads from: a checkpoint's tensors box by box, and what its manifest says of them."""
 
-    folder: Path
+    folder: Location
     manifest: Manifest
 
     def read_box(self, tensor: str, state: str, box: Box) -> Array:
@@ -217,18 +185,18 @@ class CheckpointReader:
     is read. Memory is needed for one piece at a time. While a reader lives no run deletes its checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         """Read the manifest and the indices. Raises CheckpointError."""
         self.folder = folder
         self.manifest = read_manifest(folder)
         try:
-            weakref.finalize(self, os.close, hold(folder))
+            weakref.finalize(self, folder_of(folder).hold())
         except OSError as error:
             raise CheckpointError(f"{error.filename or folder}: {error.strerror}: load another") from error
-        self._checked: set[tuple[Path, int]] = set()
+        self._checked: set[tuple[Location, int]] = set()
         self._stored: dict[tuple[str, str], list[StoredPiece]] = {}
         self._random_states: list[dict[str, str]] = []
-        self._mapped: dict[Path, mmap.mmap] = {}
+        self._files: dict[Location, DataFile] = {}
         problems = []
         for rank in range(self.manifest.topology.world_size):
             try:
@@ -249,8 +217,7 @@ class CheckpointReader:
                 self._stored.setdefault((pieces[-1].tensor, pieces[-1].state), []).append(stored)
             self._random_states.append(raw["random_states"])
             expected_bytes, header = int(raw["bytes"]), safetensors_header(pieces)
-            with data_path.open("rb") as file:
-                found_bytes, found_header = os.fstat(file.fileno()).st_size, file.read(len(header))
+            file = self._files[data_path] = folder_of(self.folder).open(data_path.name)
         except OSError as error:
             raise CheckpointError(
                 f"{error.filename}: {error.strerror}; the checkpoint was written by "
@@ -262,12 +229,14 @@ class CheckpointReader:
                 f"{index_path}: damaged ({type(error).__name__}: {error}): "
                 "copy it again, or load another checkpoint"
             ) from error
-        if found_bytes != expected_bytes:
+        if file.size != expected_bytes:
             raise CheckpointError(
-                f"{data_path}: has {found_bytes:,} bytes, its index says {expected_bytes:,}: "
+                f"{data_path}: has {file.size:,} bytes, its index says {expected_bytes:,}: "
                 "copy it again, or load another checkpoint"
             )
-        if found_header != header:
+        with file.part(0, len(header), 0, len(header)) as found_header:
+            is_sound = found_header.tobytes() == header
+        if not is_sound:
             raise CheckpointError(
                 f"{data_path}: its header is damaged: copy it again, or load another checkpoint"
             )
@@ -277,18 +246,19 @@ class CheckpointReader:
         return {name: base64.b64decode(state) for name, state in self._random_states[rank].items()}
 
     @contextmanager
-    def _bytes_of(self, stored: StoredPiece) -> Iterator[npt.NDArray[np.uint8]]:
-        """The piece's bytes, mapped into memory while the context lasts, and read as they are used."""
-        if stored.path not in self._mapped:
-            with stored.path.open("rb") as file:
-                self._mapped[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped, length = self._mapped[stored.path], stored.piece.box.numel * DTYPE.itemsize
-        yield np.frombuffer(mapped, np.uint8, length, stored.start)
-        # What was read stays in the system's cache, but no longer counts as memory of this process.
-        page = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_DONTNEED, page, stored.start + length - page)
+    def _checked_bytes(self, stored: StoredPiece, start: int, stop: int) -> Iterator[Bytes]:
+        """A piece's bytes, of which those in [start, stop) are there and checked."""
+        length = stored.piece.box.numel * DTYPE.itemsize
+        start = start // BLOCK_BYTES * BLOCK_BYTES
+        stop = min(length, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
+        try:
+            with self._files[stored.path].part(stored.start, length, start, stop) as contents:
+                self._check(stored, contents, start, stop)
+                yield contents
+        except OSError as error:
+            raise CheckpointError(f"{stored.path}: {error.strerror}: load another checkpoint") from error
 
-    def _check(self, stored: StoredPiece, contents: npt.NDArray[np.uint8], start: int, stop: int) -> None:
+    def _check(self, stored: StoredPiece, contents: Bytes, start: int, stop: int) -> None:
         """Check the blocks that hold the bytes [start, stop) of a piece, unless they are checked already."""
         for number in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
             first = number * BLOCK_BYTES
@@ -315,8 +285,7 @@ class CheckpointReader:
     def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
         """As `read_box`, into an array of the caller's."""
         for share, stored in self._shares(tensor, state, box):
-            with self._bytes_of(stored) as contents:
-                self._check(stored, contents, *_extent(share, stored.piece.box))
+            with self._checked_bytes(stored, *_extent(share, stored.piece.box)) as contents:
                 held = contents.view(DTYPE).reshape(stored.piece.box.sizes)
                 values[index_within(share, box)] = held[index_within(share, stored.piece.box)]
 
@@ -335,6 +304,11 @@ class CheckpointReader:
                 "load another checkpoint"
             )
         return shares
+
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """The files of the checkpoint by name, with their bytes."""
+        return folder_of(self.folder).sizes()
 
     @property
     def piece_count(self) -> int:
@@ -357,8 +331,8 @@ class CheckpointReader:
         for pieces in self._stored.values():
             for stored in pieces:
                 try:
-                    with self._bytes_of(stored) as contents:
-                        self._check(stored, contents, 0, len(contents))
+                    with self._checked_bytes(stored, 0, stored.piece.box.numel * DTYPE.itemsize):
+                        pass
                 except CheckpointError as error:
                     problems.append(str(error))
                 advance(stored.piece.box.numel * DTYPE.itemsize)

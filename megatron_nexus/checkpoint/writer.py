@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nexus.checkpoint.agreement import exchange, from_each_stage, together
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
     UNKNOWN_DATA,
@@ -65,7 +65,7 @@ class Moment:
 class Saved:
     """A complete checkpoint: its folder, for how long training stood still, and how long all of it took."""
 
-    folder: Path
+    folder: Location
     stall_s: float
     total_s: float
 
@@ -89,7 +89,7 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        root: Path,
+        root: Location,
         engine: Engine,
         parameters: Parameters,
         mesh: Mesh,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
+from megatron_nexus.checkpoint.location import SCHEME, Location, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.command import saved_config
@@ -106,7 +107,7 @@ def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
 
 def _grow(argv: Sequence[str]) -> None:
     given = make_parser().parse_args(argv)
-    source = find_checkpoint(Path(given.load))
+    source = find_checkpoint(location(given.load))
     manifest = read_manifest(source)
     saved = saved_config(source, manifest)
     sizes = target_sizes(given, saved)
@@ -149,12 +150,14 @@ def _grow(argv: Sequence[str]) -> None:
     told("  continue with  %s", shlex.join(command))
 
 
-def _target_folder(save: str, source: Path, dry_run: bool) -> Path:
+def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
     """The folder to save in. Raises ConfigError: none is given, or it has checkpoints."""
     if dry_run:
         return Path(save)
     if not save:
         raise ConfigError(["--save is missing: give a folder for the new checkpoint, or --dry-run"])
+    if SCHEME in save:
+        raise ConfigError([f"--save {save} is no folder, and growth writes to disks: give one, and copy it"])
     root = Path(save)
     newest = newest_checkpoint(root)
     if newest is not None:

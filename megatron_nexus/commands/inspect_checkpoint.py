@@ -3,10 +3,10 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
+from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -25,7 +25,7 @@ def _run() -> None:
     parser = argparse.ArgumentParser(
         prog="inspect_checkpoint.py", description="Show and check a checkpoint.", allow_abbrev=False
     )
-    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one checkpoint in it")
+    parser.add_argument("checkpoint", type=location, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its logical shape")
     parser.add_argument("--verify", action="store_true", help="read every byte and check it")
     given = parser.parse_args(sys.argv[1:])
@@ -34,12 +34,12 @@ def _run() -> None:
     folder = find_checkpoint(given.checkpoint)
     reader = CheckpointReader(folder)
     manifest = reader.manifest
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    total_bytes = sum(path.stat().st_size for path in files)
+    sizes = reader.file_sizes
+    total_bytes = sum(sizes.values())
     lines = {
         "checkpoint": f"{folder}, format version {manifest.format_version}",
         **_describe(manifest, saved_config(folder, manifest)),
-        "files": f"{len(files):,}, {total_bytes:,} bytes, {reader.piece_count:,} pieces",
+        "files": f"{len(sizes):,}, {total_bytes:,} bytes, {reader.piece_count:,} pieces",
     }
     for name, text in lines.items():
         log.logger.info("%-12s %s", name, text)

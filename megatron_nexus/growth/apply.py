@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, Manifest, Topology, manifest_to_json
 from megatron_nexus.checkpoint.pieces import slabs
 from megatron_nexus.checkpoint.run_folder import (
@@ -159,7 +160,7 @@ def _write(descriptor: int, contents: memoryview, start: int) -> None:
     os.posix_fadvise(descriptor, start, len(contents), os.POSIX_FADV_DONTNEED)
 
 
-def grow_checkpoint(plan: GrowthPlan, source: Path, root: Path, crew: Crew, verify: bool = False) -> Path:
+def grow_checkpoint(plan: GrowthPlan, source: Location, root: Path, crew: Crew, verify: bool = False) -> Path:
     """Write the checkpoint `source`, grown as planned, as the latest in `root`; a collective call.
 
     The topology of `plan.after` shapes the files. `verify` compares the logits of both checkpoints before the
@@ -234,7 +235,7 @@ def _finish(
     write_durably(folder / MANIFEST_FILE, manifest_to_json(manifest))
 
 
-def _verified(plan: GrowthPlan, source: Path, folder: Path, manifest: Manifest) -> Manifest:
+def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manifest) -> Manifest:
     """The manifest with the result of the comparison in the newest entry of its lineage.
 
     Raises CheckpointError where the function has changed; `noise` changes it a little by intent.

@@ -5,10 +5,10 @@ Resharding, growing with the tool and growing while loading are all "read boxes 
 
 from functools import cache
 from math import prod, sqrt
-from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.pieces import index_within, intersect, split_box, whole_box
 from megatron_nexus.checkpoint.store import DTYPE, Array, CheckpointReader
@@ -26,7 +26,7 @@ DEVIATION_ELEMENTS = 1 << 22
 class GrownReader:
     """Reads the checkpoint in `folder` as the model that `plan` makes of it."""
 
-    def __init__(self, folder: Path, plan: GrowthPlan) -> None:
+    def __init__(self, folder: Location, plan: GrowthPlan) -> None:
         """Open the checkpoint.
 
         Raises CheckpointError, also where its tensors are not those of its configuration.

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.pieces import split_box, whole_box
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.run_config import ModelConfig
@@ -42,7 +43,7 @@ class Comparison:
         return self.largest_error <= TOLERANCE * max(1.0, self.largest_logit)
 
 
-def compare(plan: GrowthPlan, source: Path, made: Path, seed: int = 0) -> Comparison:
+def compare(plan: GrowthPlan, source: Location, made: Path, seed: int = 0) -> Comparison:
     """Run the model of both checkpoints on the same tokens. Raises CheckpointError."""
     old, new = plan.before.model, plan.after.model
     generator = torch.Generator().manual_seed(seed)

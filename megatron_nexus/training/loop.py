@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Birth, DataRecord, JsonObject, Manifest, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.retention import Retention
@@ -41,7 +42,7 @@ class Outcome:
     progress: RunProgress
     evaluations: tuple[Validation, ...]
     """The last of each set; none where the run was stopped."""
-    checkpoint: Path
+    checkpoint: Location
     tokens_per_s: float
 
 
@@ -54,7 +55,8 @@ class Trainer:
         mesh: Mesh,
         engine: Engine,
         corpus: Corpus,
-        save: Path,
+        save: Location,
+        notes: Path,
         gemm_flops_per_s: float,
     ) -> None:
         self.config = config
@@ -62,6 +64,7 @@ class Trainer:
         self.engine = engine
         self.corpus = corpus
         self.save_folder = save
+        self.notes_folder = notes
         self.gemm_flops_per_s = gemm_flops_per_s
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_length
@@ -70,7 +73,7 @@ class Trainer:
         self.data = DataRecord(corpus.fingerprint, corpus.description)
         self.lineage: Sequence[JsonObject] = ()
         self.births: Sequence[Birth] = ()
-        self.last_checkpoint: Path | None = None
+        self.last_checkpoint: Location | None = None
         self._writer = CheckpointWriter(
             save,
             engine.deepspeed,
@@ -81,7 +84,7 @@ class Trainer:
         )
 
     def resume(
-        self, checkpoint: Path, open_state: Callable[[Path], StateReader] = CheckpointReader
+        self, checkpoint: Location, open_state: Callable[[Location], StateReader] = CheckpointReader
     ) -> Manifest:
         """Continue from a checkpoint, which `open_state` reads; a collective call.
 
@@ -142,7 +145,7 @@ class Trainer:
         last = config.training.train_iters
         metrics = None
         if self.mesh.rank == 0:
-            metrics = MetricsWriter(self.save_folder, self.progress.step, logging.tensorboard_dir)
+            metrics = MetricsWriter(self.notes_folder, self.progress.step, logging.tensorboard_dir)
         self._announce_epochs()
         batches = self._training_batches()
         trained_s, trained_tokens, told = 0.0, 0, 0.0

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_nexus.checkpoint.agreement import exchange
+from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
 from megatron_nexus.checkpoint.run_folder import claim_run_folder
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
@@ -44,9 +45,9 @@ CONFIG_FILE = "config.yaml"
 def run(
     config: RunConfig,
     world: World,
-    checkpoint: Path | None,
+    checkpoint: Location | None,
     argv: list[str],
-    open_state: Callable[[Path], StateReader] = CheckpointReader,
+    open_state: Callable[[Location], StateReader] = CheckpointReader,
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
@@ -64,12 +65,15 @@ def run(
     _prepare_kernels(config, mesh)
     _require_one_start(mesh, checkpoint)
     save = _save_folder(config, mesh, checkpoint)
-    with _sole_user(save, mesh):
+    notes = _notes_folder(save)
+    if mesh.rank == 0:
+        notes.mkdir(parents=True, exist_ok=True)
+    with _sole_user(notes, mesh):
         corpus = open_corpus(config, mesh, world.local_rank)
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             engine = Engine(config, mesh)
-        trainer = Trainer(config, mesh, engine, corpus, save, rate)
+        trainer = Trainer(config, mesh, engine, corpus, save, notes, rate)
         _announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
             with Progress(f"loading {checkpoint}"):
@@ -80,7 +84,7 @@ def run(
             logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
             _tell_what_is_left(config, manifest, done.step)
         if mesh.rank == 0:
-            (save / CONFIG_FILE).write_text(config_text(config))
+            (notes / CONFIG_FILE).write_text(config_text(config))
         stop = StopRequest()
         dist.barrier(mesh.control)  # from here on a signal is heeded by all ranks or by none
         outcome = trainer.fit(stop)
@@ -144,7 +148,7 @@ def _sole_user(folder: Path, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def _require_one_start(mesh: Mesh, checkpoint: Path | None) -> None:
+def _require_one_start(mesh: Mesh, checkpoint: Location | None) -> None:
     """Raise CheckpointError where ranks found different checkpoints, as on disks that they do not share."""
     found = exchange(mesh, str(checkpoint or "no checkpoint"))
     if len(set(found)) > 1:
@@ -172,10 +176,11 @@ def _prepare_kernels(config: RunConfig, mesh: Mesh) -> None:
         build_deepspeed_adam(mesh)
 
 
-def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path:
+def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Location | None) -> Location:
     """Where this run saves, decided and made by rank 0; a collective call. Raises as `claim_run_folder`."""
+    folder: Location
     if config.checkpoint.save:
-        folder = Path(config.checkpoint.save)
+        folder = location(config.checkpoint.save)
     elif checkpoint is not None and not config.checkpoint.grow:
         folder = checkpoint.parent
     else:
@@ -189,7 +194,12 @@ def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Path | None) -> Path
     return folder
 
 
-def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: Path) -> None:
+def _notes_folder(save: Location) -> Path:
+    """Where a run's configuration, metrics and lock lie: beside its checkpoints, or on this disk."""
+    return save if isinstance(save, Path) else Path("runs") / save.key.replace("/", "-")
+
+
+def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: Location) -> None:
     """What runs, on what, in one screen."""
     training = config.training
     count = parameter_count(decoder_specs(config.model).values())
@@ -243,7 +253,7 @@ def launch_words(world: World, script: str) -> list[str]:
             return ["deepspeed", script] if is_file else program
 
 
-def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder: Path, step: int) -> str:
+def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder: Location, step: int) -> str:
     """The command line that continues a run: as typed, with --load, and more steps where it is finished."""
     finished = step >= config.training.train_iters
     kept: list[str] = []
@@ -271,7 +281,7 @@ def _summarise(
     world: World,
     argv: list[str],
 ) -> None:
-    folder = trainer.save_folder
+    folder, notes = trainer.save_folder, trainer.notes_folder
     finished = outcome.progress.step >= config.training.train_iters
     count = parameter_count(decoder_specs(config.model).values())
     mfu = outcome.tokens_per_s * trainer.flops_per_token / trainer.gemm_flops_per_s
@@ -287,9 +297,9 @@ def _summarise(
         ),
         "unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches",
         "checkpoint": str(outcome.checkpoint),
-        "metrics": str(folder / METRICS_FILE),
+        "metrics": str(notes / METRICS_FILE),
         "loss curve": str(
-            plot_losses(folder, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
+            plot_losses(notes, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
         ),
         "resume with": resume_command(
             config, launch_words(world, sys.argv[0]), argv, folder, outcome.progress.step

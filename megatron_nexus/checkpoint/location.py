@@ -1,0 +1,160 @@
+"""Locations: where checkpoints lie, a path on a disk or a name in an object store such as s3://bucket/run."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from megatron_nexus.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+SCHEME = "://"
+
+
+@cache
+def file_system(protocol: str) -> "AbstractFileSystem":
+    """The object store of a protocol. Raises ConfigError where its library is not installed."""
+    import fsspec  # here: only object stores need it
+
+    try:
+        # What others write and delete is to be seen at once.
+        return fsspec.filesystem(protocol, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            [f"{protocol}{SCHEME} cannot be reached: {error}; for s3 install the extra: megatron-nexus[s3]"]
+        ) from error
+
+
+@cache
+def _foreign_errors(protocol: str) -> tuple[type[Exception], ...]:
+    """Errors of a store's library that are no OSError: a server that cannot be reached, no credentials."""
+    if protocol != "s3":
+        return ()
+    from botocore.exceptions import BotoCoreError
+
+    return (BotoCoreError,)
+
+
+class ObjectPath:
+    """A name in an object store, with those methods of a `Path` by which checkpoints are found and read.
+
+    Folders are what names have in common up to a slash; they need not be made. Raises CheckpointError, or FileNotFoundError as a
+    `Path` does.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.protocol, _, key = url.partition(SCHEME)
+        self.key = key.strip("/")
+
+    def __str__(self) -> str:
+        return f"{self.protocol}{SCHEME}{self.key}"
+
+    def __repr__(self) -> str:
+        return f"ObjectPath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectPath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __truediv__(self, name: str) -> "ObjectPath":
+        return ObjectPath(f"{self}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "ObjectPath":
+        """What it lies in; a bucket lies in itself."""
+        return ObjectPath(f"{self.protocol}{SCHEME}{self.key.rpartition('/')[0] or self.key}")
+
+    @property
+    def store(self) -> "AbstractFileSystem":
+        """The store that it is a name in."""
+        return file_system(self.protocol)
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Make every error of the store a FileNotFoundError or a CheckpointError that names this object."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
+        except (OSError, *_foreign_errors(self.protocol)) as error:
+            raise CheckpointError(
+                f"{self}: {error}: see that the store can be reached, and that its credentials and rights allow it"
+            ) from error
+
+    def _ask(self, question: "Callable[[AbstractFileSystem], object]") -> object:
+        with self.named_in_errors():
+            return question(self.store)
+
+    def resolve(self) -> "ObjectPath":
+        """Itself: there are no links."""
+        return self
+
+    def exists(self) -> bool:
+        """Whether it is an object or a folder."""
+        return bool(self._ask(lambda store: store.exists(self.key)))
+
+    def is_file(self) -> bool:
+        """Whether it is an object."""
+        return bool(self._ask(lambda store: store.isfile(self.key)))
+
+    def is_dir(self) -> bool:
+        """Whether an object lies in it."""
+        return bool(self._ask(lambda store: store.isdir(self.key)))
+
+    def is_symlink(self) -> bool:
+        """Never."""
+        return False
+
+    def iterdir(self) -> "Iterator[ObjectPath]":
+        """What lies in it. Raises FileNotFoundError where nothing does."""
+        with self.named_in_errors():
+            found = self.store.ls(self.key, detail=False)
+        yield from (
+            ObjectPath(f"{self.protocol}{SCHEME}{key}") for key in found if key.strip("/") != self.key
+        )
+
+    def read_bytes(self) -> bytes:
+        """All of an object."""
+        return self.read_range(None, None)
+
+    def read_range(self, start: int | None, stop: int | None) -> bytes:
+        """The bytes [start, stop) of an object."""
+        with self.named_in_errors():
+            contents = self.store.cat_file(self.key, start=start, end=stop)
+        assert isinstance(contents, bytes), "asked for one object"
+        return contents
+
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """All of an object, decoded."""
+        return self.read_bytes().decode(encoding, errors)
+
+    def write_text(self, text: str) -> None:
+        """Make or replace an object, at once."""
+        with self.named_in_errors():
+            self.store.pipe_file(self.key, text.encode())
+
+    def unlink(self) -> None:
+        """Delete an object."""
+        with self.named_in_errors():
+            self.store.rm_file(self.key)
+
+
+Location: TypeAlias = Path | ObjectPath
+Place = TypeVar("Place", Path, ObjectPath, Path | ObjectPath)
+
+
+def location(text: str) -> Location:
+    """What a user means by a path or a URL."""
+    return ObjectPath(text) if SCHEME in text else Path(text)

@@ -1,0 +1,319 @@
+"""Storage: how checkpoints are written, made known and deleted where they lie.
+
+    LocalFolder    has another name until it is complete, then it is renamed; what is written is durable
+    ObjectFolder   is a checkpoint by its manifest, which is written last and deleted first
+
+Names of checkpoints, and which one is the latest: see run_folder.
+"""
+
+import fcntl
+import mmap
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nexus.checkpoint.location import Location, ObjectPath
+from megatron_nexus.checkpoint.manifest import MANIFEST_FILE
+from megatron_nexus.errors import CheckpointError
+
+LATEST_FILE = "latest"
+CHECKPOINT = "iter_"
+WRITE_BYTES = 1 << 20
+"""Bytes written at once: one call with 64 MiB took ten times as long as 64 calls (Linux 6, ext4)."""
+UPLOAD_BYTES = 16 << 20
+"""Bytes of a part of an upload, held in memory."""
+
+Bytes = npt.NDArray[np.uint8]
+Write = Callable[[bytes | memoryview], None]
+
+
+class DataFile(ABC):
+    """A data file that is open for reading."""
+
+    size: int
+
+    @abstractmethod
+    def part(self, first: int, length: int, start: int, stop: int) -> AbstractContextManager[Bytes]:
+        """The `length` bytes from `first` on, of which those within [start, stop) are to be there."""
+
+
+class Folder(ABC):
+    """A checkpoint's folder, or the run's: what a disk and an object store do in ways of their own.
+
+    All methods raise OSError or CheckpointError.
+    """
+
+    @property
+    @abstractmethod
+    def unfinished_name(self) -> str:
+        """The name beside it of the checkpoint that is to become this one."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Clear away what dead saves beside this checkpoint left, and make room for it."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the checkpoint that was written this one, and the latest."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Delete what a save that failed has written, as far as that is possible."""
+
+    @abstractmethod
+    def delete(self) -> bool:
+        """Delete a checkpoint, unless it is being read; no part of it is ever taken for one."""
+
+    @abstractmethod
+    def clear_deleted(self) -> None:
+        """Finish the deletions in a run's folder that a crash cut short."""
+
+    @abstractmethod
+    def hold(self) -> Callable[[], None]:
+        """Keep a checkpoint from being deleted until what is returned is called."""
+
+    @abstractmethod
+    def create(self, name: str) -> AbstractContextManager[Write]:
+        """A new file, to be written from its start to its end; durable when the context is left."""
+
+    @abstractmethod
+    def open(self, name: str) -> DataFile:
+        """A file, to read parts of."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """The files by name, with their bytes; none where there is no such folder."""
+
+
+class _MappedFile(DataFile):
+    """A file mapped into memory, read as it is used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._mapped: mmap.mmap | None = None
+        self.size = path.stat().st_size
+
+    @contextmanager
+    def part(self, first: int, length: int, start: int, stop: int) -> Iterator[Bytes]:
+        if self._mapped is None:
+            with self._path.open("rb") as file:
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        yield np.frombuffer(self._mapped, np.uint8, length, first)
+        # What was read stays in the system's cache, but no longer counts as memory of this process.
+        page = first // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapped.madvise(mmap.MADV_DONTNEED, page, first + length - page)
+
+
+class LocalFolder(Folder):
+    """A disk that all ranks share.
+
+    SAVE/.tmp_iter_0000200/      a save under way, or one that died
+    SAVE/.old_iter_0000100/      a checkpoint while another one of the same step takes its place
+    SAVE/.deleted_iter_0000050/  a checkpoint on its way out; nobody takes it for one
+
+    Whoever reads a checkpoint holds a shared lock on its manifest. On NFS it may reach this machine only.
+    """
+
+    temporary, replaced, deleted = ".tmp_", ".old_", ".deleted_"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def unfinished_name(self) -> str:
+        return f"{self.temporary}{self.path.name}"
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.path.with_name(self.unfinished_name)
+
+    def begin(self) -> None:
+        root = self.path.parent
+        root.mkdir(parents=True, exist_ok=True)
+        for folder in root.glob(f"{self.replaced}{CHECKPOINT}*"):
+            original = root / folder.name.removeprefix(self.replaced)
+            if original.exists():
+                shutil.rmtree(folder)
+            else:  # the save died between its two renames
+                folder.rename(original)
+        for folder in root.glob(f"{self.temporary}{CHECKPOINT}*"):
+            shutil.rmtree(folder)
+        self._unfinished.mkdir()
+
+    def publish(self) -> None:
+        """A checkpoint of the same step is replaced: it may be of another run in the same folder.
+
+        It is set aside first and deleted last, and is found there should this process die in between.
+        """
+        root, written = self.path.parent, self._unfinished
+        aside = root / f"{self.replaced}{self.path.name}"
+        _sync(written)
+        if self.path.exists():
+            self.path.rename(aside)
+        written.rename(self.path)
+        _sync(root)
+        latest = root / f"{self.temporary}{LATEST_FILE}"
+        with _durable(latest) as write:
+            write(f"{self.path.name}\n".encode())
+        latest.replace(root / LATEST_FILE)
+        _sync(root)
+        if aside.exists():
+            shutil.rmtree(aside)
+
+    def abandon(self) -> None:
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def delete(self) -> bool:
+        with (self.path / MANIFEST_FILE).open("r+b") as file:  # NFS grants an exclusive lock to writers only
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            dying = self.path.rename(self.path.with_name(f"{self.deleted}{self.path.name}"))
+            _sync(self.path.parent)
+        shutil.rmtree(dying)
+        return True
+
+    def clear_deleted(self) -> None:
+        for dead in self.path.glob(f"{self.deleted}{CHECKPOINT}*"):
+            shutil.rmtree(dead)
+
+    def hold(self) -> Callable[[], None]:
+        descriptor = os.open(self.path / MANIFEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return partial(os.close, descriptor)
+
+    def create(self, name: str) -> AbstractContextManager[Write]:
+        return _durable(self.path / name)
+
+    def open(self, name: str) -> DataFile:
+        return _MappedFile(self.path / name)
+
+    def sizes(self) -> dict[str, int]:
+        if not self.path.is_dir():
+            return {}
+        return {path.name: path.stat().st_size for path in self.path.iterdir() if path.is_file()}
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[Write]:
+    """A new file that survives a power cut once the context is left. Raises OSError, which names it."""
+    try:
+        with path.open("wb", buffering=0) as file:
+
+            def write(contents: bytes | memoryview) -> None:
+                view = memoryview(contents)
+                while view:
+                    view = view[file.write(view[:WRITE_BYTES]) :]
+
+            yield write
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # the system does not say where the disk is full
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _RangedObject(DataFile):
+    """An object of which the bytes that are asked for are fetched."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self._path = path
+        with path.named_in_errors():
+            self.size = int(path.store.size(path.key))
+
+    @contextmanager
+    def part(self, first: int, length: int, start: int, stop: int) -> Iterator[Bytes]:
+        contents = np.empty(length, np.uint8)  # memory is taken where it is filled
+        fetched = self._path.read_range(first + start, first + stop)
+        if len(fetched) != stop - start:
+            raise OSError(0, f"{stop - start:,} bytes asked for, {len(fetched):,} received", str(self._path))
+        contents[start:stop] = np.frombuffer(fetched, np.uint8)
+        yield contents
+
+
+class ObjectFolder(Folder):
+    """An object store, which knows neither renaming nor locks: readers are not waited for."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self.path = path
+
+    @property
+    def unfinished_name(self) -> str:
+        return self.path.name
+
+    def begin(self) -> None:
+        for folder in _checkpoints(self.path.parent):
+            if folder.path == self.path or MANIFEST_FILE not in folder.sizes():
+                folder.delete()
+
+    def publish(self) -> None:
+        (self.path.parent / LATEST_FILE).write_text(f"{self.path.name}\n")
+
+    def abandon(self) -> None:
+        with suppress(OSError, CheckpointError):
+            self.delete()
+
+    def delete(self) -> bool:
+        for name in sorted(self.sizes(), key=lambda name: name != MANIFEST_FILE):
+            (self.path / name).unlink()
+        return True
+
+    def clear_deleted(self) -> None:
+        for folder in _checkpoints(self.path):
+            if MANIFEST_FILE not in folder.sizes():
+                folder.delete()
+
+    def hold(self) -> Callable[[], None]:
+        return lambda: None
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Write]:
+        path = self.path / name
+        with path.named_in_errors(), path.store.open(path.key, "wb", block_size=UPLOAD_BYTES) as file:
+
+            def write(contents: bytes | memoryview) -> None:
+                view = memoryview(contents)
+                for start in range(0, len(view), UPLOAD_BYTES):
+                    file.write(view[start : start + UPLOAD_BYTES])
+
+            yield write
+
+    def open(self, name: str) -> DataFile:
+        return _RangedObject(self.path / name)
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            with self.path.named_in_errors():
+                found = self.path.store.ls(self.path.key, detail=True)
+        except FileNotFoundError:
+            return {}
+        entries = {entry["name"].rpartition("/")[2]: entry for entry in found if entry["type"] == "file"}
+        return {name: int(entry["size"]) for name, entry in entries.items() if name}
+
+
+def _checkpoints(root: ObjectPath) -> list[ObjectFolder]:
+    try:
+        return [ObjectFolder(path) for path in root.iterdir() if path.name.startswith(CHECKPOINT)]
+    except FileNotFoundError:
+        return []
+
+
+def folder_of(location: Location) -> Folder:
+    """The folder at a location."""
+    return ObjectFolder(location) if isinstance(location, ObjectPath) else LocalFolder(location)
