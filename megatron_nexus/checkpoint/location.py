@@ -43,8 +43,8 @@ def _foreign_errors(protocol: str) -> tuple[type[Exception], ...]:
 class ObjectPath:
     """A name in an object store, with those methods of a `Path` by which checkpoints are found and read.
 
-    Folders are what names have in common up to a slash; they need not be made. Raises CheckpointError, or FileNotFoundError as a
-    `Path` does.
+    Folders are what names have in common up to a slash; they need not be made. Raises FileNotFoundError as a
+    `Path` does, and for all else CheckpointError.
     """
 
     def __init__(self, url: str) -> None:
@@ -84,13 +84,14 @@ class ObjectPath:
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
         """Make every error of the store a FileNotFoundError or a CheckpointError that names this object."""
+        failures: tuple[type[Exception], ...] = (OSError, *_foreign_errors(self.protocol))
         try:
             yield
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
-        except (OSError, *_foreign_errors(self.protocol)) as error:
+        except failures as error:
             raise CheckpointError(
-                f"{self}: {error}: see that the store can be reached, and that its credentials and rights allow it"
+                f"{self}: {error}: check that the store can be reached and its credentials allow it"
             ) from error
 
     def _ask(self, question: "Callable[[AbstractFileSystem], object]") -> object:

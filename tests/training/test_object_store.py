@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import REPOSITORY, wait_for
+from conftest import wait_for
 from programs import ENDLESS, Command, assert_refused, commands, summary
 
-from megatron_nexus.checkpoint import location, store
+from megatron_nexus.checkpoint import location
 from megatron_nexus.checkpoint.location import ObjectPath
 from megatron_nexus.checkpoint.run_folder import complete_checkpoints, find_checkpoint, newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -78,7 +78,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 def killed(command: Command) -> int:
     """A run on two ranks that was killed amid its saves: the last step that it had reported saved."""
     program = command.start(f"{SAVE} --pp 2 --async-save --train-iters {ENDLESS}")
-    wait_for(lambda: program.output().count("\nsaved s3://bucket/runs/a/iter_") > 3, "saves", timeout_s=90.0)
+    wait_for(lambda: program.output().count("\nsaved s3://bucket/runs/a/iter_") > 1, "saves", timeout_s=90.0)
     for pid in program.left():
         os.kill(pid, signal.SIGKILL)
     program.end()
@@ -100,14 +100,7 @@ def test_a_killed_run_resumes_on_another_topology_and_loses_nothing(command: Com
     assert sorted(complete_checkpoints(ROOT)) == [step + 1, step + 2], "older ones are gone"
     # On one rank it is read from another's pieces, and the run's own files lie on this disk.
     assert step + 2 in command.losses("runs/bucket-runs-a")
-    told = subprocess.run(
-        [sys.executable, REPOSITORY / "tools" / "inspect_checkpoint.py", str(ROOT), "--verify"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-    assert told.returncode == 0, told.stderr
-    assert "No damage found" in told.stdout
+    CheckpointReader(newest_checkpoint(ROOT)).verify()
 
 
 def test_only_the_bytes_that_are_needed_are_fetched(
@@ -123,7 +116,6 @@ def test_only_the_bytes_that_are_needed_are_fetched(
         return contents
 
     monkeypatch.setattr(ObjectPath, "read_range", count)
-    monkeypatch.setattr(store, "BLOCK_BYTES", 1 << 20)
     name, spec = next((n, s) for n, s in reader.manifest.specs.items() if len(s.shape) == 2)
     reader.read_box(name, "fp32", Box((0, 0), spec.shape))
     assert sum(fetched) == 4 * spec.shape[0] * spec.shape[1]
@@ -135,12 +127,10 @@ def test_damage_and_absence_are_named(command: Command, killed: int) -> None:
     whole = data.read_bytes()
     with data.named_in_errors():
         data.store.pipe_file(data.key, whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(
-        CheckpointError, match=r"s3://bucket/runs/a/iter_\d+/rank_00000.safetensors: .* is damaged"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{data}: .* is damaged"):
         CheckpointReader(newest).verify()
     data.unlink()
-    with pytest.raises(CheckpointError, match=r"holds? .*|no complete|has the checkpoints"):
+    with pytest.raises(CheckpointError, match=rf"{newest.name} \(without rank_00000.safetensors\)"):
         find_checkpoint(ROOT / "iter_0000000")
     older = newest_checkpoint(ROOT)
     assert older is not None and older != newest
@@ -152,7 +142,11 @@ def test_damage_and_absence_are_named(command: Command, killed: int) -> None:
 @pytest.mark.parametrize(
     ("words", "kind", "told"),
     [
-        ("--load s3://bucket/nowhere", "CheckpointError", ["s3://bucket/nowhere: no complete checkpoint"]),
+        (
+            "--load s3://bucket/nowhere",
+            "CheckpointError",
+            ["s3://bucket/nowhere: no such folder", "s3://bucket holds"],
+        ),
         ("--save s3://no-such-bucket/run", "CheckpointError", ["s3://no-such-bucket/run"]),
         ("--save nope://bucket/run", "ConfigError", ["nope://"]),
     ],
