@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
+from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
 from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
@@ -61,19 +62,24 @@ class Attention(nn.Module):
         else:
             self.output = Linear(parts["output"][0], context)
 
-    def forward(self, x_TBD: Tensor, packing: Packing | None = None) -> Tensor:
-        """[T, B, D] -> [T, B, D]."""
+    def forward(
+        self, x_TBD: Tensor, packing: Packing | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[T, B, D] -> [T, B, D]; with a cache the tokens follow those that it holds, and join them."""
         x_TBD = self.tp.enter(self.norm(x_TBD))
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.tp.scatter_features(*self.qkv(x_TBD)))
-        cos, sin = rotary_tables(q.shape[0], self.rotary_channels, self.rotary_base, q.device, q.dtype)
+        reach = cache.capacity if cache is not None else q.shape[0]
+        cos, sin = rotary_tables(reach, self.rotary_channels, self.rotary_base, q.device, q.dtype)
         if packing is not None and packing.positions_TB is not None:
             cos, sin = cos[packing.positions_TB, 0], sin[packing.positions_TB, 0]  # [T, B, 1, H / 2]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.permute(1, 2, 0, 3)
+        if cache is not None:
+            k, v = cache.extend("k", k), cache.extend("v", v)
         mask_B1TT = packing.mask_B1TT if packing is not None else None
         # Kernels of variable lengths (flash-attn, flex) would skip what the mask hides: not used yet.
         mixed_BNTH = F.scaled_dot_product_attention(
-            q, k, v, mask_B1TT, is_causal=mask_B1TT is None, scale=self.score_scale
+            q, k, v, mask_B1TT, is_causal=mask_B1TT is None and q.shape[2] > 1, scale=self.score_scale
         )
         mixed_TBW = mixed_BNTH.permute(2, 0, 1, 3).flatten(2)
         if isinstance(self.output, NexusRank):

@@ -16,6 +16,7 @@ from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.attention import Attention, attention_specs
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.feed_forward import FeedForward, feed_forward_specs
+from megatron_nexus.models.kv_cache import KeyValueCache, LayerCache
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
 from megatron_nexus.models.packing import Packing, Stream, packing_of
@@ -110,19 +111,21 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(model, f"layers.{index}.feed_forward", context)
         self.recompute_all = context.recompute == "full"
 
-    def _run(self, x_TBD: Tensor, packing: Packing | None) -> Tensor:
-        middle_TBD: Tensor = x_TBD + self.attention(x_TBD, packing)
+    def _run(self, x_TBD: Tensor, packing: Packing | None, cache: LayerCache | None = None) -> Tensor:
+        middle_TBD: Tensor = x_TBD + self.attention(x_TBD, packing, cache)
         out_TBD: Tensor = middle_TBD + self.feed_forward(middle_TBD)
         return out_TBD
 
-    def forward(self, x_TBD: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(
+        self, x_TBD: Tensor, packing: Packing | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
         """[T, B, D] -> [T, B, D]; under full recompute only the input is kept for backward."""
         if self.recompute_all and torch.is_grad_enabled():
             result: Tensor = checkpoint(
                 self._run, x_TBD, packing, use_reentrant=False, preserve_rng_state=False
             )
             return result
-        return self._run(x_TBD, packing)
+        return self._run(x_TBD, packing, cache)
 
 
 class Head(nn.Module):
@@ -164,6 +167,20 @@ class DecoderStage(nn.Module):
         for layer in self.layers:
             x = layer(x, packing) if isinstance(layer, Block) else layer(x)
         return x if positions_BT is None or isinstance(self.layers[-1], Head) else (x, positions_BT)
+
+    @torch.no_grad()
+    def decode(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits [B, V] of the token after `tokens_BT`, which follow those in the cache and join them.
+
+        Of a whole decoder, not of a pipeline stage.
+        """
+        embedding, *blocks, head = self.layers
+        packing = cache.advance(tokens_BT.shape[1], tokens_BT.device)
+        x_TBD = embedding(tokens_BT)
+        for block, layer_cache in zip(blocks, cache.layers, strict=True):
+            x_TBD = block(x_TBD, packing, layer_cache)
+        logits_BV: Tensor = head(x_TBD[-1:])[0]
+        return logits_BV
 
 
 class Loss:

@@ -1,0 +1,62 @@
+"""Law: logits of decoding with a cache are those of the whole text at once; float64, to 1e-12."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_decoder import ALL, ALONE, MODEL
+from torch import Tensor
+
+from megatron_nexus.models.decoder import DecoderStage
+from megatron_nexus.models.kv_cache import KeyValueCache
+
+LENGTH = 12
+# Heads that have grown hold channels that do not turn.
+GROWN = {"base_kv_channels": 6, "nexus_output_projection": True}
+
+
+def sample(rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, MODEL.vocab_size, (rows, LENGTH), generator=generator)
+
+
+def assert_equal(made: Tensor, expected: Tensor) -> None:
+    assert torch.allclose(made, expected, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunks", [[1] * LENGTH, [7, 1, 1, 3], [5, 7], [LENGTH]])
+@pytest.mark.parametrize("changes", [{}, GROWN])
+def test_cached_logits_are_those_of_the_whole_text(chunks: list[int], changes: dict[str, object]) -> None:
+    stage, tokens = DecoderStage(dataclasses.replace(MODEL, **changes), ALL, ALONE), sample(2)
+    expected_TBV = stage(tokens)
+    cache = KeyValueCache(MODEL.num_layers, LENGTH)
+    end = 0
+    for chunk in chunks:
+        logits_BV = stage.decode(tokens[:, end : end + chunk], cache)
+        end += chunk
+        assert_equal(logits_BV, expected_TBV[end - 1])
+
+
+def test_prompts_of_different_lengths_are_each_as_alone() -> None:
+    stage, tokens = DecoderStage(MODEL, ALL, ALONE), sample(3)
+    padding = [0, 5, 3]
+    padded = tokens.clone()
+    for row, count in enumerate(padding):
+        padded[row, :count] = 0
+    cache = KeyValueCache(MODEL.num_layers, LENGTH, padding)
+    made = {end: stage.decode(padded[:, start:end], cache) for start, end in [(0, 9), (9, 10), (10, 12)]}
+    for row, count in enumerate(padding):
+        alone_TBV = stage(tokens[row : row + 1, count:])
+        for end, logits_BV in made.items():
+            assert_equal(logits_BV[row], alone_TBV[end - count - 1, 0])
+
+
+def test_a_rewound_cache_goes_on_in_another_way() -> None:
+    stage, tokens = DecoderStage(MODEL, ALL, ALONE), sample(2)
+    cache = KeyValueCache(MODEL.num_layers, LENGTH)
+    first = stage.decode(tokens[:1, :6], cache)
+    stage.decode(tokens[1:, 6:], cache)
+    cache.rewind(6)
+    assert cache.length == 6
+    assert_equal(first, stage(tokens[:1, :6])[-1])
+    assert_equal(stage.decode(tokens[:1, 6:], cache), stage(tokens[:1])[-1])
