@@ -56,6 +56,14 @@ class DefaultCorpus:
     """Tokens of all documents, end-of-document tokens included."""
 
 
+def cache_folder(data_cache_path: str) -> Path:
+    """Where the built-in corpus is kept: as given, or in the user's cache folder (XDG)."""
+    if data_cache_path:
+        return Path(data_cache_path)
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "megatron_nexus"
+
+
 def prepare_default_corpus(
     cache_root: Path, vocab_size: int, collect: Callable[[], Iterable[str]] = standard_library_documents
 ) -> DefaultCorpus:

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
@@ -15,7 +13,7 @@ from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
-from megatron_nexus.data.default_corpus import DefaultCorpus, prepare_default_corpus
+from megatron_nexus.data.default_corpus import DefaultCorpus, cache_folder, prepare_default_corpus
 from megatron_nexus.data.library import Library, tokenizer_path, training_sources
 from megatron_nexus.data.statistics import COUNTED_TOKENS, entropy, unigram_frequencies
 from megatron_nexus.data.tokenizer import Tokenizer
@@ -64,14 +62,6 @@ class Corpus:
                     f"samples of its {part.window_count:,}, each epoch in an order of its own"
                 )
         return lines
-
-
-def cache_folder(data_cache_path: str) -> Path:
-    """Where the built-in corpus is kept: as given, or in the user's cache folder (XDG)."""
-    if data_cache_path:
-        return Path(data_cache_path)
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "megatron_nexus"
 
 
 def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:

@@ -18,10 +18,10 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
 from megatron_nexus.checkpoint.agreement import exchange
+from megatron_nexus.data.default_corpus import cache_folder
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import Progress
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.training.corpus import cache_folder
 
 
 def build_deepspeed_adam(mesh: Mesh) -> None:

@@ -1,0 +1,51 @@
+"""The tokenizer of a checkpoint: the one that its run's settings name, or that of the built-in corpus.
+
+A checkpoint keeps the fingerprint of its tokenizer, not the tokenizer.
+"""
+
+from pathlib import Path
+
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.default_corpus import cache_folder, prepare_default_corpus
+from megatron_nexus.data.library import tokenizer_path, training_sources
+from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_nexus.errors import DataError
+
+
+def find_tokenizer(config: RunConfig, fingerprint: str, given: Path | None = None) -> Tokenizer | None:
+    """The tokenizer that a checkpoint's tokens mean something in; None where its run knew none.
+
+    Args:
+        config: of the run.
+        fingerprint: what the checkpoint keeps of its tokenizer; empty: its run knew none.
+        given: the user's word on where it lies, in place of the run's settings.
+
+    Raises:
+        DataError: the one found is another, cannot be read, or has more tokens than the model.
+    """
+    data, vocab_size = config.data, config.model.vocab_size
+    path = given or tokenizer_path(data)
+    if path is None and (training_sources(data) or not fingerprint):
+        return None
+    if path is None:
+        path = prepare_default_corpus(cache_folder(data.data_cache_path), vocab_size).tokenizer_path
+    try:
+        tokenizer = open_tokenizer(path)
+    except DataError as error:
+        if given:
+            raise
+        raise DataError(
+            f"{error}; the checkpoint's run read it there: name where it is now with --tokenizer-model"
+        ) from error
+    if fingerprint and tokenizer.fingerprint != fingerprint:
+        raise DataError(
+            f"the tokenizer {path} (sha256 {tokenizer.fingerprint[:12]}) is not the one that the checkpoint "
+            f"was trained with ({fingerprint[:12]}): name that with --tokenizer-model; the built-in corpus "
+            "keeps its own, tokenizer.model, in the cache of the machine that trained"
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, the model {vocab_size}: name the "
+            "model's own with --tokenizer-model"
+        )
+    return tokenizer

@@ -1,0 +1,42 @@
+"""The tokenizer of a checkpoint is the one that its run had, or an error, or none."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_nexus.config.command_line import build
+from megatron_nexus.data.run_tokenizer import find_tokenizer
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
+from megatron_nexus.errors import DataError
+
+TEXTS = ["for i in range(3):\n    print(i)\n", "The quick brown fox jumps over the lazy dog.\n"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for vocab_size in (310, 312):
+        train_sentencepiece_bpe(TEXTS, folder / f"{vocab_size}.model", vocab_size)
+    return [folder / "310.model", folder / "312.model"]
+
+
+def test_the_settings_name_it_and_the_user_may_say_where_it_is_now(models: list[Path]) -> None:
+    first = SentencePieceTokenizer(models[0])
+    named = build({"vocab_size": 311, "data_path": ("corpus",), "tokenizer_model": str(models[0])})
+    moved = build({"vocab_size": 311, "data_path": ("corpus",), "tokenizer_model": "gone.model"})
+    nameless = build({"vocab_size": 311, "data_path": ("corpus",)})
+    for config, given in ((named, None), (moved, models[0]), (nameless, models[0])):
+        found = find_tokenizer(config, first.fingerprint, given)
+        assert found is not None and found.fingerprint == first.fingerprint
+    assert find_tokenizer(nameless, "") is None
+    assert find_tokenizer(build({}), "") is None, "no run on the built-in corpus is without one"
+    with pytest.raises(DataError, match=r"gone\.model.*--tokenizer-model"):
+        find_tokenizer(moved, first.fingerprint)
+
+
+def test_another_one_is_refused(models: list[Path]) -> None:
+    config = build({"vocab_size": 311, "data_path": ("corpus",), "tokenizer_model": str(models[0])})
+    with pytest.raises(DataError, match=r"is not the one that the checkpoint was trained with"):
+        find_tokenizer(config, "0" * 64)
+    with pytest.raises(DataError, match="has 312 tokens, the model 311"):
+        find_tokenizer(config, "", models[1])
