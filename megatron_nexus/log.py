@@ -9,15 +9,19 @@ import sys
 import threading
 import time
 from types import TracebackType
+from typing import TextIO
 
 logger = logging.getLogger("megatron_nexus")
 
 HEARTBEAT_S = 5.0
 
 
-def configure(speaks: bool) -> None:
-    """Send the package's messages to stdout; a process that does not speak shows warnings only."""
-    handler = logging.StreamHandler(sys.stdout)
+def configure(speaks: bool, stream: TextIO | None = None) -> None:
+    """Send the package's messages to stdout, or to `stream` where stdout is for something else.
+
+    A process that does not speak shows warnings only.
+    """
+    handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if speaks else logging.WARNING)

@@ -13,6 +13,8 @@ import pytest
 
 from megatron_nexus.log import logger
 
+pytest_plugins = ["judged"]  # fixtures of evaluation; a second conftest.py would take this one's name
+
 REPOSITORY = Path(__file__).parents[1]
 MARK = "NEXUS_TEST_PROGRAM"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -43,6 +43,27 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
     return parse
 
 
+def not_negative(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A number that is not below 0."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not 0 <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is below 0 or infinite")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 def count(text: str) -> int:
     """A number that is not below 0."""
     value = int(text)

@@ -1,5 +1,6 @@
 """How a tool ends: a mistake of the user is one message and exit code 2, Ctrl-C is exit code 130."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -19,4 +20,7 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(EXIT_CODE_INTERRUPTED)
+    except BrokenPipeError:
+        # Who reads the output has enough, as `head` does; the interpreter would complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)

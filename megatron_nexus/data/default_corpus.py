@@ -35,6 +35,7 @@ FORMAT_VERSION = 2
 
 SHUFFLE_SEED = b"nexus"
 DOCUMENTS_PER_BATCH = 64
+TOKENIZER_FILE = "tokenizer.model"
 MEGABYTE = 1e6
 
 
@@ -134,7 +135,7 @@ def _complete(folder: Path, fingerprint: str) -> DefaultCorpus | None:
         return None
     return DefaultCorpus(
         folder / "corpus",
-        folder / "tokenizer.model",
+        folder / TOKENIZER_FILE,
         fingerprint,
         manifest["documents"],
         manifest["bytes"],
@@ -181,7 +182,7 @@ def _prepare(folder: Path, fingerprint: str, documents: list[str], vocab_size: i
 
 def _write(folder: Path, documents: list[str], vocab_size: int) -> dict[str, int]:
     """Train the tokenizer and tokenize the documents into `folder`; count what was written."""
-    tokenizer_path = folder / "tokenizer.model"
+    tokenizer_path = folder / TOKENIZER_FILE
     with Progress(f"Training a tokenizer of {vocab_size} pieces on the default corpus"):
         train_sentencepiece_bpe(documents, tokenizer_path, vocab_size)
     tokenizer = SentencePieceTokenizer(tokenizer_path)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.pieces import split_box, whole_box
 from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.checkpoint.whole_tensors import read_whole
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.growth.plan import GrowthPlan
 from megatron_nexus.log import Progress
@@ -25,7 +25,6 @@ from megatron_nexus.spec.shard import Shard
 TOLERANCE = 1e-12
 """Of logits, relative to the largest where that is above one: rounding of longer sums in float64."""
 SAMPLES, TOKENS = 2, 64
-READ_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,8 @@ def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progre
     x = tokens
     for index in range(model.num_layers + 2):
         stage = _layer(model, index)
-        for name, (spec, parameter) in logical_parameters(stage).items():
-            for box in split_box(whole_box(spec.shape), READ_ELEMENTS):
-                part = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
-                parameter[part] = torch.from_numpy(reader.read_box(name, "fp32", box)).double()
+        for name, (_, parameter) in logical_parameters(stage).items():
+            read_whole(reader, name, parameter)
         x = stage(x)
         progress.advance(1)
     return x
@@ -77,5 +74,5 @@ def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progre
 
 def _layer(model: ModelConfig, index: int) -> DecoderStage:
     """One layer of a decoder in float64, its weights not yet anything."""
-    context = Context(TensorParallel(None), Shard(0, 1), seed=0, dtype=torch.float64)
+    context = Context(TensorParallel(None), Shard(0, 1), seed=None, dtype=torch.float64)
     return DecoderStage(model, range(index, index + 1), context)

@@ -16,14 +16,14 @@ from megatron_nexus.spec.shard import Shard
 @dataclass(frozen=True)
 class Context:
     """The tensor-parallel ranks, this rank's share, the seed and type of new weights, what is recomputed,
-    and whose kernels compute the norms.
+    and whose kernels compute the norms. Without a seed weights are zeros, to be filled from a checkpoint.
 
     The last two keep the documents of a packed sample apart: see `packing`.
     """
 
     tp: TensorParallel
     shard: Shard
-    seed: int
+    seed: int | None
     dtype: torch.dtype = torch.float32
     recompute: Recompute = "none"
     norm_impl: NormImpl = "torch"

@@ -15,11 +15,17 @@ class SpecModule(nn.Module):
     forward uses them, as ZeRO-3 asks: it gathers a module's own parameters before its forward.
     """
 
-    def __init__(self, specs: dict[str, ParamSpec], shard: Shard, seed: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, specs: dict[str, ParamSpec], shard: Shard, seed: int | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.specs = specs
         for attribute, spec in specs.items():
-            parameter = nn.Parameter(local_values(spec, shard, seed).to(dtype))
+            if seed is None:
+                values = torch.zeros(shard.local_shape(spec), dtype=dtype)
+            else:
+                values = local_values(spec, shard, seed).to(dtype)
+            parameter = nn.Parameter(values)
             # Read by DeepSpeed: without it the gradient norm counts only one rank's part.
             parameter.tensor_model_parallel = spec.is_sharded  # type: ignore[attr-defined]
             self.register_parameter(attribute, parameter)

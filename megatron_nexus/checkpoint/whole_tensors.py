@@ -1,0 +1,18 @@
+"""Whole tensors: a checkpoint's logical tensors in the memory of one process, from any topology."""
+
+import torch
+from torch import Tensor
+
+from megatron_nexus.checkpoint.pieces import split_box, whole_box
+from megatron_nexus.checkpoint.store import StateReader
+
+READ_ELEMENTS = 1 << 22
+"""Elements read at a time, as float32, beside the tensor that they go to."""
+
+
+@torch.no_grad()
+def read_whole(reader: StateReader, name: str, values: Tensor) -> None:
+    """Fill `values`, of the logical shape and any type, with the weights `name`. Raises CheckpointError."""
+    for box in split_box(whole_box(tuple(values.shape)), READ_ELEMENTS):
+        part = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
+        values[part] = torch.from_numpy(reader.read_box(name, "fp32", box)).to(values.dtype)

@@ -1,0 +1,119 @@
+"""The command `generate.py`: a trained model goes on with a text, shown token by token.
+
+    python tools/generate.py --load runs/x --prompt "def main(" --temperature 0.8 --top-p 0.95
+
+The text goes to stdout, everything else to stderr.
+"""
+
+import argparse
+import sys
+import time
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.commands.arguments import count, not_negative, positive, share
+from megatron_nexus.commands.model_arguments import OpenedModel, add_model_arguments, open_model
+from megatron_nexus.commands.outcome import run_tool
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    run_tool(_run)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="generate.py", description="Let a trained model go on with a text.", allow_abbrev=False
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to go on with (default: stdin)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive(int), default=128, metavar="INT", help="(default: 128)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=not_negative(float),
+        default=1.0,
+        metavar="FLOAT",
+        help="divides the logits; 0 takes the likeliest token (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=count,
+        default=0,
+        metavar="INT",
+        help="draw from this many likeliest tokens; 0: from all",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=share,
+        default=1.0,
+        metavar="FLOAT",
+        help="draw from the likeliest tokens that have this probability together (default: 1)",
+    )
+    parser.add_argument("--num-samples", type=positive(int), default=1, metavar="INT", help="(default: 1)")
+    parser.add_argument(
+        "--seed", type=count, default=1234, metavar="INT", help="of the first sample, then counting up"
+    )
+    return parser
+
+
+def _run() -> None:
+    given = make_parser().parse_args(sys.argv[1:])
+    log.configure(speaks=True, stream=sys.stderr)
+    prompt = given.prompt if given.prompt is not None else _read_prompt()
+    opened = open_model(given)
+    _generate(opened, prompt, given)
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        log.logger.info("type the text to go on with, and end it with Ctrl-D")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _generate(opened: OpenedModel, prompt: str, given: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_nexus.evaluation.decoding import Decoding
+    from megatron_nexus.evaluation.sampling import Sampling, draw
+    from megatron_nexus.evaluation.text_stream import TextStream
+
+    tokenizer, loaded = opened.tokenizer, opened.loaded
+    sampling = Sampling(given.temperature, given.top_k, given.top_p)
+    # Nothing to go on from is the beginning of a document, which follows the end of another.
+    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    if len(ids) + given.max_new_tokens > loaded.seq_length:
+        log.logger.warning(
+            "%d tokens of prompt and %d new ones are more than the %d of a training sample: the model has "
+            "never seen such positions",
+            len(ids),
+            given.max_new_tokens,
+            loaded.seq_length,
+        )
+    decoding = Decoding(loaded, [ids], given.max_new_tokens, tokenizer.vocab_size)
+    for number in range(given.num_samples):
+        if given.num_samples > 1:
+            _show(f"--- sample {number + 1} of {given.num_samples}, seed {given.seed + number}\n")
+        generator = torch.Generator().manual_seed(given.seed + number)
+        stream = TextStream(tokenizer, ids)
+        _show(prompt)
+        began, made, logits_BV = time.perf_counter(), 0, decoding.first_logits_BV
+        while made < given.max_new_tokens:
+            token = draw(logits_BV[0], sampling, generator)
+            made += 1
+            if token == tokenizer.eod_id:
+                break
+            _show(stream.push(token))
+            if made < given.max_new_tokens:
+                logits_BV = decoding.extend([token])
+        _show(stream.finish() + "\n")
+        taken_s = time.perf_counter() - began
+        log.logger.info("%d tokens, %.1f tokens/s", made, made / taken_s)
+        decoding.restart()
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

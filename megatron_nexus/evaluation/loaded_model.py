@@ -1,0 +1,62 @@
+"""A decoder in one process, its weights from a checkpoint of any topology."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.checkpoint.whole_tensors import read_whole
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.errors import CheckpointError, ConfigError
+from megatron_nexus.models.context import Context
+from megatron_nexus.models.decoder import DecoderStage, decoder_specs
+from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.spec.shard import Shard
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A whole decoder, for evaluation only, and where it lies."""
+
+    model: ModelConfig
+    decoder: DecoderStage
+    device: torch.device
+    seq_length: int
+    """Tokens of a training sample: how far the model has learnt to look back."""
+
+
+def load_model(
+    checkpoint: Location, model: ModelConfig, seq_length: int, device: torch.device, dtype: torch.dtype
+) -> LoadedModel:
+    """Read the weights of a checkpoint, one after the other; memory for the model and 16 MB more.
+
+    Raises:
+        CheckpointError: it is damaged, or holds other tensors than the model of its configuration.
+    """
+    reader = CheckpointReader(checkpoint)
+    needed = {name: spec.shape for name, spec in decoder_specs(model).items()}
+    if {name: spec.shape for name, spec in reader.manifest.specs.items()} != needed:
+        raise CheckpointError(
+            f"{checkpoint}: its tensors are not those of its configuration: load it with the version of "
+            "megatron_nexus that wrote it"
+        )
+    context = Context(TensorParallel(None), Shard(0, 1), seed=None, dtype=dtype)
+    decoder = DecoderStage(model, range(model.num_layers + 2), context).requires_grad_(False).eval()
+    for name, (_, parameter) in logical_parameters(decoder).items():
+        read_whole(reader, name, parameter)
+    return LoadedModel(model, decoder.to(device), device, seq_length)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device `cpu` or `cuda`; "" takes an accelerator where there is one.
+
+    Raises ConfigError where CUDA is asked for and not to be had.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError(["--device cuda: torch finds no CUDA device here: use --device cpu"])
+    return torch.device(name or ("cuda" if has_cuda else "cpu"))

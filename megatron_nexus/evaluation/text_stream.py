@@ -1,0 +1,41 @@
+"""Text stream: tokens to text as they come, never half a character."""
+
+from collections.abc import Sequence
+
+from megatron_nexus.data.tokenizer import Tokenizer
+
+CUT_OFF = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes cut-off characters to."""
+OPEN_BYTES = 3
+"""Of a UTF-8 character's four bytes: as many tokens, at most, may still wait for the next."""
+CONTEXT_TOKENS = 16
+"""How many tokens are decoded anew with each new one, which may look different alone."""
+
+
+class TextStream:
+    """The text of tokens that follow a prompt, in parts that add up to all of it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-CONTEXT_TOKENS:])
+        self._shown = len(tokenizer.decode(self._ids))
+
+    def push(self, token: int) -> str:
+        """What is certain of the text after one more token, as far as it has not been told."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        open_characters = min(OPEN_BYTES, len(text) - len(text.rstrip(CUT_OFF)))
+        told = self._tell(text[: len(text) - open_characters])
+        if open_characters == 0 and len(self._ids) > 2 * CONTEXT_TOKENS:
+            del self._ids[:-CONTEXT_TOKENS]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return told
+
+    def finish(self) -> str:
+        """The rest, with what was cut off."""
+        return self._tell(self._tokenizer.decode(self._ids))
+
+    def _tell(self, text: str) -> str:
+        part = text[self._shown :]
+        self._shown += len(part)
+        return part

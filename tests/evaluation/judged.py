@@ -1,0 +1,59 @@
+"""A small model with a tokenizer, for the tests of evaluation: random weights, written as two ranks would."""
+
+from pathlib import Path
+
+import grown
+import pytest
+import torch
+
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
+from megatron_nexus.evaluation.loaded_model import LoadedModel, load_model
+
+SEQ_LENGTH = 48
+TEXTS = [
+    f"{who} {does} the {what} {where}. Question: why? Answer: \U0001f600 it was {what}, na\u00efve {who}!\n"
+    for who in ("She", "A boy", "The old man", "Nobody")
+    for does in ("opens", "sees", "paints", "forgets")
+    for what in ("door", "river", "green house", "answer")
+    for where in ("at night", "in the garden", "with a knife", "before lunch")
+]
+
+
+def write_tokenizer(folder: Path) -> Path:
+    path = folder / "tokenizer.model"
+    train_sentencepiece_bpe(TEXTS, path, vocab_size=400)
+    return path
+
+
+def write_run(root: Path, tokenizer: Path, **options: object) -> tuple[Path, RunConfig]:
+    """A run's folder with one checkpoint, and its configuration."""
+    config = grown.configure(
+        vocab_size=416,  # more than the tokenizer has
+        seq_length=SEQ_LENGTH,
+        data_path=("corpus",),
+        tokenizer_model=str(tokenizer),
+        **options,
+    )
+    return grown.write_checkpoint(root, config, tp=2), config
+
+
+def load(checkpoint: Path, config: RunConfig, dtype: torch.dtype = torch.float64) -> LoadedModel:
+    return load_model(checkpoint, config.model, config.training.seq_length, torch.device("cpu"), dtype)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="session")
+def run(
+    tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, RunConfig]:
+    return write_run(tmp_path_factory.mktemp("judged") / "run", tokenizer.model_path)
+
+
+@pytest.fixture(scope="session")
+def loaded(run: tuple[Path, RunConfig]) -> LoadedModel:
+    return load(*run)
