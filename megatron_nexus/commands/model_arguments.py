@@ -3,6 +3,7 @@
 import argparse
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nexus.checkpoint.location import Location, location
@@ -10,8 +11,9 @@ from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.command import saved_config
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
-from megatron_nexus.data.trained_tokenizer import open_trained_tokenizer
+from megatron_nexus.errors import DataError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.spec.cost import parameter_count
 
@@ -38,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokenizer-model",
-        default="",
+        type=Path,
         metavar="FILE",
         help="where the tokenizer of the checkpoint is now (default: where the training run had it)",
     )
@@ -61,7 +63,11 @@ def open_model(given: argparse.Namespace) -> OpenedModel:
     checkpoint = find_checkpoint(location(given.load))
     manifest = read_manifest(checkpoint)
     config = saved_config(checkpoint, manifest)
-    tokenizer = open_trained_tokenizer(config, manifest.tokenizer_fingerprint, given.tokenizer_model)
+    tokenizer = find_tokenizer(config, manifest.tokenizer_fingerprint, given.tokenizer_model)
+    if tokenizer is None:
+        raise DataError(
+            f"{checkpoint} was trained on token files without a tokenizer: name theirs with --tokenizer-model"
+        )
     precision = given.precision or config.training.precision
     with Progress(f"loading {checkpoint}"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

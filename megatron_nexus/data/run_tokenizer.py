@@ -3,10 +3,16 @@
 A checkpoint keeps the fingerprint of its tokenizer, not the tokenizer.
 """
 
+import hashlib
 from pathlib import Path
 
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.data.default_corpus import cache_folder, prepare_default_corpus
+from megatron_nexus.data.default_corpus import (
+    NAME,
+    TOKENIZER_FILE,
+    cache_folder,
+    prepare_default_corpus,
+)
 from megatron_nexus.data.library import tokenizer_path, training_sources
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import DataError
@@ -28,7 +34,7 @@ def find_tokenizer(config: RunConfig, fingerprint: str, given: Path | None = Non
     if path is None and (training_sources(data) or not fingerprint):
         return None
     if path is None:
-        path = prepare_default_corpus(cache_folder(data.data_cache_path), vocab_size).tokenizer_path
+        path = _built_in(cache_folder(data.data_cache_path), vocab_size, fingerprint)
     try:
         tokenizer = open_tokenizer(path)
     except DataError as error:
@@ -49,3 +55,11 @@ def find_tokenizer(config: RunConfig, fingerprint: str, given: Path | None = Non
             "model's own with --tokenizer-model"
         )
     return tokenizer
+
+
+def _built_in(cache: Path, vocab_size: int, fingerprint: str) -> Path:
+    """The tokenizer of the built-in corpus: the checkpoint's, of whatever Python, or that of this Python."""
+    for path in sorted(cache.glob(f"{NAME}-*/{TOKENIZER_FILE}")):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == fingerprint:
+            return path
+    return prepare_default_corpus(cache, vocab_size).tokenizer_path

@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint is the one that its run had, or an error, or none."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,15 @@ def test_another_one_is_refused(models: list[Path]) -> None:
         find_tokenizer(config, "0" * 64)
     with pytest.raises(DataError, match="has 312 tokens, the model 311"):
         find_tokenizer(config, "", models[1])
+
+
+def test_that_of_the_built_in_corpus_is_found_by_its_fingerprint(models: list[Path], tmp_path: Path) -> None:
+    for number, model in enumerate(models):
+        folder = tmp_path / f"python-stdlib-{number}"
+        folder.mkdir()
+        shutil.copy(model, folder / "tokenizer.model")
+    config = build({"vocab_size": 312, "data_cache_path": str(tmp_path)})
+    for model in models:
+        fingerprint = SentencePieceTokenizer(model).fingerprint
+        found = find_tokenizer(config, fingerprint)
+        assert found is not None and found.fingerprint == fingerprint
