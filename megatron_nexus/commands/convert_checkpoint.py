@@ -1,0 +1,192 @@
+"""The command `tools/convert_checkpoint.py`: a checkpoint in the formats of others.
+
+    python tools/convert_checkpoint.py --load runs/240m --save out --dtype bf16          out/model.safetensors
+    python tools/convert_checkpoint.py --load runs/240m --save out --format universal    DeepSpeed's layout
+
+One process, no accelerator, no model: tensors are read box by box from whatever topology wrote them.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.checkpoint.location import SCHEME, location
+from megatron_nexus.checkpoint.manifest import Manifest
+from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.store import STATES, CheckpointReader
+from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.errors import ConfigError
+
+MODEL_FILE = "model.safetensors"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags."""
+    parser = FlagParser(
+        prog="convert_checkpoint.py",
+        description="Write a checkpoint in the format of others. The source is never touched.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
+    parser.add_argument("--save", required=True, help="folder that is made for the result")
+    parser.add_argument(
+        "--format",
+        choices=("safetensors", "universal"),
+        default="safetensors",
+        help=f"safetensors: one plain {MODEL_FILE}; universal: DeepSpeed's universal checkpoint "
+        "(default: safetensors)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help=f"of {MODEL_FILE} (default: fp32)"
+    )
+    parser.add_argument(
+        "--moments",
+        action="store_true",
+        help="Adam's moments too, in exp_avg.safetensors and exp_avg_sq.safetensors, fp32",
+    )
+    parser.add_argument(
+        "--names",
+        default="",
+        metavar="FILE",
+        help="JSON object with the names that another program has for parameters, by their names here",
+    )
+    return parser
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    log.configure(speaks=True)
+    signal.signal(signal.SIGTERM, _interrupted)
+    run_tool(lambda: _convert(sys.argv[1:]))
+
+
+def _interrupted(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _convert(argv: Sequence[str]) -> None:
+    given = make_parser().parse_args(argv)
+    is_universal = given.format == "universal"
+    if is_universal and (given.moments or given.dtype != "fp32"):
+        raise ConfigError(
+            ["--format universal holds fp32 weights and both moments, always: drop --dtype and --moments"]
+        )
+    if SCHEME in given.save:
+        raise ConfigError([f"--save {given.save} is no folder: give one on a disk, and copy it"])
+    source = find_checkpoint(location(given.load))
+    reader = CheckpointReader(source)
+    manifest = reader.manifest
+    names = read_names(given.names, manifest)
+    save = Path(given.save)
+    _require_outside(save, source)
+    # torch is imported only now: wrong flags are answered at once.
+    from megatron_nexus.interchange.new_folder import new_folder
+    from megatron_nexus.interchange.plain_tensors import Precision, plain_bytes, write_plain_tensors
+    from megatron_nexus.interchange.universal_checkpoint import universal_bytes, write_universal
+
+    files: dict[str, Precision] = {"fp32": given.dtype}
+    if given.moments:
+        files |= dict.fromkeys(STATES[1:], "fp32")
+    if is_universal:
+        total = universal_bytes(manifest.specs)
+    else:
+        total = sum(plain_bytes(manifest.specs, precision) for precision in files.values())
+    with (
+        new_folder(save, total) as folder,
+        log.Progress(f"converting {source}", total / 1e6, "MB") as progress,
+    ):
+
+        def advance(count: int) -> None:
+            progress.advance(count / 1e6)
+
+        if is_universal:
+            write_universal(folder, reader, names, advance)
+        else:
+            metadata = _metadata(manifest)
+            for state, precision in files.items():
+                path = folder / (MODEL_FILE if state == "fp32" else f"{state}.safetensors")
+                write_plain_tensors(path, reader, state, precision, names, metadata, advance)
+    log.logger.info("wrote %s: %s bytes of tensors", save, f"{total:,}")
+    if is_universal:
+        _tell_how_to_load(save, manifest)
+
+
+def read_names(file: str, manifest: Manifest) -> dict[str, str]:
+    """The name that each parameter is written under, by its logical one.
+
+    Raises ConfigError: the file is no such object, or two parameters get one name.
+    """
+    names = {name: name for name in manifest.specs}
+    if not file:
+        return names
+    try:
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"--names {file}: {error.strerror}: give a JSON file"]) from error
+    except ValueError as error:
+        raise ConfigError([f"--names {file} is no JSON ({error}): correct it"]) from error
+    if not isinstance(given, dict):
+        raise ConfigError([f'--names {file} is no JSON object: write {{"logical": "theirs", ...}}'])
+    problems = [
+        f"--names {file} has {name!r}, which is no parameter of the checkpoint: "
+        "inspect_checkpoint.py --tensors lists them"
+        for name in given
+        if name not in names
+    ]
+    problems += [
+        f"--names {file} calls {name} {theirs!r}: give a name without slashes"
+        for name, theirs in given.items()
+        if not isinstance(theirs, str) or theirs in ("", ".", "..") or "/" in theirs or "\0" in theirs
+    ]
+    if problems:
+        raise ConfigError(problems)
+    names |= given
+    taken: dict[str, str] = {}
+    for name, theirs in names.items():
+        if theirs in taken:
+            problems.append(
+                f"--names {file} calls both {taken[theirs]} and {name} {theirs!r}: give each its own"
+            )
+        taken[theirs] = name
+    if problems:
+        raise ConfigError(problems)
+    return names
+
+
+def _require_outside(save: Path, source: object) -> None:
+    """Raise ConfigError where the result would lie in the checkpoint that it is made of."""
+    if isinstance(source, Path) and source.resolve() in [save.resolve(), *save.resolve().parents]:
+        raise ConfigError(
+            [f"--save {save} lies in the source {source}, which is never touched: give another"]
+        )
+
+
+def _metadata(manifest: Manifest) -> dict[str, str]:
+    """What the header of a plain file says of the model; all values are text there."""
+    return {
+        "producer": "megatron_nexus",
+        "step": str(manifest.progress.step),
+        "tokens": str(manifest.progress.tokens),
+        "tokenizer": manifest.tokenizer_fingerprint,
+        "model": json.dumps(manifest.config["model"]),
+    }
+
+
+def _tell_how_to_load(save: Path, manifest: Manifest) -> None:
+    told = log.logger.info
+    told('  DeepSpeed loads it with "checkpoint": {"load_universal": true} and')
+    told("  engine.load_checkpoint(%r, load_lr_scheduler_states=False)", str(save))
+    groups = ", ".join(manifest.optimizer.groups)
+    told("  its optimizer must have the groups %s, in this order", groups)
+    if manifest.optimizer.births:
+        log.logger.warning(
+            "note: %d parts of tensors that growth added count their own steps of Adam; DeepSpeed has one "
+            "count for all, under which their first updates are biased",
+            len(manifest.optimizer.births),
+        )

@@ -1,0 +1,80 @@
+"""One plain safetensors file of all logical tensors, for whoever reads such files.
+
+Tensors stand in the order of the model and are written from their first element to their last, in blocks:
+memory is needed for one block, whatever the size of the model.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_nexus.checkpoint.pieces import split_box, whole_box
+from megatron_nexus.checkpoint.storage import LocalFolder
+from megatron_nexus.checkpoint.store import StateReader
+from megatron_nexus.spec.param import ParamSpec
+
+Precision = Literal["fp32", "bf16"]
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements read at once: 16 MiB of float32."""
+ITEM_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+SAFETENSORS_DTYPE: dict[Precision, str] = {"fp32": "F32", "bf16": "BF16"}
+
+
+def plain_bytes(specs: Mapping[str, ParamSpec], precision: Precision) -> int:
+    """The bytes of a file's tensors."""
+    return sum(spec.numel for spec in specs.values()) * ITEM_BYTES[precision]
+
+
+def write_plain_tensors(
+    path: Path,
+    reader: StateReader,
+    state: str,
+    precision: Precision,
+    names: Mapping[str, str],
+    metadata: Mapping[str, str],
+    advance: Callable[[int], None],
+) -> None:
+    """Write one state of all tensors, each under the name that `names` has for its logical one, durably.
+
+    `metadata` goes into the header; `advance` is told the bytes written.
+
+    Raises:
+        CheckpointError: an element is not stored exactly once, or is damaged.
+        OSError: the file cannot be written.
+    """
+    specs = reader.manifest.specs
+    with LocalFolder(path.parent).create(path.name) as write:
+        write(_header(specs, precision, names, metadata))
+        for name, spec in specs.items():
+            for box in split_box(whole_box(spec.shape), BLOCK_ELEMENTS):
+                values = torch.from_numpy(reader.read_box(name, state, box)).reshape(-1)
+                if precision == "bf16":
+                    values = values.to(torch.bfloat16).view(torch.int16)
+                contents = values.numpy().data.cast("B")
+                write(contents)
+                advance(len(contents))
+
+
+def _header(
+    specs: Mapping[str, ParamSpec],
+    precision: Precision,
+    names: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """The length and the JSON that the file begins with, padded so that data starts aligned."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.numel * ITEM_BYTES[precision]
+        header[names[name]] = {
+            "dtype": SAFETENSORS_DTYPE[precision],
+            "shape": spec.shape,
+            "data_offsets": (begin, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
