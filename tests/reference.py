@@ -43,14 +43,31 @@ def rotary(x: Tensor, base: float) -> Tensor:
     return torch.cat([z.real, z.imag], dim=-1)
 
 
+def head_norm(x: Tensor, gain: Tensor, model: dict) -> Tensor:
+    """x [..., size]; the mean is over the channels that a head was born with."""
+    born = model["base_kv_channels"] or model["kv_channels"]
+    mean = (x[..., :born] ** 2).sum(-1, keepdim=True) / born
+    return x / torch.sqrt(mean + model["norm_epsilon"]) * gain
+
+
+def project(y: Tensor, w: dict[str, Tensor], name: str, model: dict, scale: float | None) -> Tensor:
+    if model["projection"] == "linear":
+        return y @ w[f"{name}.weight"].T
+    return nexus_rank(y, w, name, scale)
+
+
 def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float | None) -> Tensor:
     """Normed input [batch, tokens, D] -> the attention's output [batch, tokens, D]."""
     batch, length = y.shape[:2]
     heads, size = model["num_attention_heads"], model["kv_channels"]
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     q, k, v = (
-        nexus_rank(y, w, f"{a}.{p}", scale).view(batch, length, heads, size).transpose(1, 2) for p in "qkv"
+        project(y, w, f"{a}.{p}", model, scale).view(batch, length, -1, size).transpose(1, 2) for p in "qkv"
     )
+    if model["qk_layernorm"]:
+        q, k = (head_norm(x, w[f"{a}.{p}_norm.gain"], model) for x, p in ((q, "q"), (k, "k")))
+    # Neighbours share a head of keys and values.
+    k, v = (torch.stack([x[:, i * x.shape[1] // heads] for i in range(heads)], 1) for x in (k, v))
     turning = model["base_kv_channels"] or size
     q, k = (
         torch.cat([rotary(x[..., :turning], model["rotary_base"]), x[..., turning:]], dim=-1) for x in (q, k)

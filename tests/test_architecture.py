@@ -126,7 +126,7 @@ def test_every_field_of_the_configuration_is_read() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
     # These are read by properties of the section itself.
-    inside = {"num_attention_heads", "base_hidden_size", "base_kv_channels"}
+    inside = {"num_query_groups", "base_hidden_size", "base_kv_channels"}
     assert {("self", name) for name in inside} <= read
     assert declared - read == {("model", name) for name in inside}
 

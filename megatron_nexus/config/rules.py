@@ -34,7 +34,7 @@ def check(config: RunConfig, world_size: int) -> None:
 def notes(config: RunConfig) -> list[str]:
     """What is allowed and probably not meant."""
     model, said = config.model, []
-    if not model.hidden_size < model.nexus_m < model.nexus_a:
+    if model.projection == "nexus" and not model.hidden_size < model.nexus_m < model.nexus_a:
         said.append(
             f"D < M < A does not hold: --hidden-size {model.hidden_size}, --nexus-m {model.nexus_m}, "
             f"--nexus-a {model.nexus_a}; a Nexus-Rank projection is meant to widen"
@@ -56,8 +56,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--num-attention-heads": model.num_attention_heads,
         "--kv-channels": model.kv_channels,
         "--ffn-hidden-size": model.ffn_hidden_size,
-        "--nexus-m": model.nexus_m,
-        "--nexus-a": model.nexus_a,
+        **({"--nexus-m": model.nexus_m, "--nexus-a": model.nexus_a} if model.projection == "nexus" else {}),
         "--micro-batch-size": training.micro_batch_size,
         "--global-batch-size": training.global_batch_size,
         "--seq-length": training.seq_length,
@@ -88,6 +87,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--keep-every": config.checkpoint.keep_every,
         "--eval-interval": config.logging.eval_interval,
         "--padding-multiple": config.parallel.padding_multiple,
+        "--num-query-groups": model.num_query_groups,
         "--base-hidden-size": model.base_hidden_size,
         "--base-kv-channels": model.base_kv_channels,
         "--seed": training.seed,
@@ -98,6 +98,18 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
     for flag, beta in {"--adam-beta1": optimizer.adam_beta1, "--adam-beta2": optimizer.adam_beta2}.items():
         if not 0 <= beta < 1:
             yield f"{flag} {beta} must lie in [0, 1): give a number such as 0.9"
+    if model.projection != "nexus":
+        for flag, given in {
+            "--nexus-inner-norm": model.nexus_inner_norm,
+            "--nexus-output-projection": model.nexus_output_projection,
+        }.items():
+            if given:
+                yield f"{flag} belongs to --projection nexus, and this is {model.projection}: drop the flag"
+    if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
+        yield (
+            f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads "
+            f"{model.num_attention_heads}: use {divisors(model.num_attention_heads)}"
+        )
     if model.rotary_channels > 0 and model.rotary_channels % 2:
         flag = "--base-kv-channels" if model.base_kv_channels else "--kv-channels"
         yield (
@@ -129,6 +141,11 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
         yield (
             f"--tp {tp} does not divide --num-attention-heads {model.num_attention_heads}: "
             f"use {divisors(model.num_attention_heads)}"
+        )
+    elif model.query_groups > 0 and model.query_groups % tp:
+        yield (
+            f"--tp {tp} does not divide --num-query-groups {model.query_groups}: "
+            f"use {divisors(model.query_groups)}"
         )
     if pp > model.num_layers:
         yield (

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar, get_type_hints
 
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
+Projection = Literal["nexus", "linear"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
@@ -32,8 +33,15 @@ class ModelConfig:
     num_layers: int = option(4, "decoder blocks")
     hidden_size: int = option(128, "width D of the residual stream")
     num_attention_heads: int = option(4, "attention heads")
+    num_query_groups: int = option(
+        0, "groups of heads that share keys and values (grouped-query attention); 0: each head has its own"
+    )
     kv_channels: int = option(32, "size of one head; heads x this is the attention width", "--head-dim")
     ffn_hidden_size: int = option(344, "width of the SwiGLU feed-forward")
+    projection: Projection = option(
+        "nexus", "what computes Q, K and V: nexus (Nexus-Rank), or linear (a matrix each)"
+    )
+    qk_layernorm: bool = option(False, "RMSNorm of each head's query and key before the rotary embedding")
     nexus_m: int = option(160, "first width M of each Nexus-Rank projection, D < M < A")
     nexus_a: int = option(192, "second width A of each Nexus-Rank projection")
     nexus_inner_norm: bool = option(False, "gain-free norm before each GELU of a Nexus-Rank projection")
@@ -52,6 +60,16 @@ class ModelConfig:
     def attention_width(self) -> int:
         """Heads x head size: the width of Q, K, V and of the attention's output."""
         return self.num_attention_heads * self.kv_channels
+
+    @property
+    def query_groups(self) -> int:
+        """Heads of keys and values."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def key_width(self) -> int:
+        """Heads of keys and values x head size: the width of K and of V."""
+        return self.query_groups * self.kv_channels
 
     @property
     def norm_size(self) -> int:

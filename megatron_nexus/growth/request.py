@@ -18,6 +18,7 @@ GROWING = (
     "num_layers",
     "hidden_size",
     "num_attention_heads",
+    "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
     "nexus_m",
@@ -74,6 +75,13 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             problems.append(
                 f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
             )
+    if old.projection != "nexus":
+        problems += [
+            f"--{name.replace('_', '-')} {sizes[name]} is a width of Nexus-Rank projections, and this "
+            f"model's are {old.projection}: drop the flag"
+            for name in ("nexus_m", "nexus_a")
+            if sizes.get(name, getattr(old, name)) != getattr(old, name)
+        ]
     if growth.init == "in_rand" and old.nexus_inner_norm:
         grows = [name for name in ("nexus_m", "nexus_a") if sizes.get(name, 0) > getattr(old, name)]
         if grows:
@@ -90,6 +98,15 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     if problems:
         raise ConfigError(problems)
     new = ModelConfig(**{**asdict(old), **sizes})
+    if new.num_attention_heads * old.query_groups != old.num_attention_heads * new.query_groups:
+        share = old.num_attention_heads // old.query_groups
+        raise ConfigError(
+            [
+                f"{new.num_attention_heads} heads in {new.query_groups} query groups: old heads would have "
+                f"other keys, as the checkpoint's {old.num_attention_heads} heads share theirs by {share}: "
+                f"give --num-attention-heads as {share} times --num-query-groups"
+            ]
+        )
     if new.hidden_size > old.hidden_size:
         new = replace(new, base_hidden_size=old.norm_size)
     if new.kv_channels > old.kv_channels:
@@ -132,8 +149,9 @@ def _name(old_name: str, old: ModelConfig, new: ModelConfig) -> str:
     if new == old:
         return old_name
     for name, values in PRESETS.items():
-        sizes = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
-        if set(GROWING) <= sizes.keys() and sizes.items() <= vars(new).items():
+        unsaid = {name: getattr(ModelConfig, name) for name in GROWING}
+        sizes = unsaid | {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
+        if sizes.items() <= vars(new).items():
             return name
     return old_name if old_name.endswith("-grown") else f"{old_name}-grown"
 

@@ -1,6 +1,8 @@
-"""Nexus-Attention: causal multi-head attention whose Q, K and V are Nexus-Rank projections.
+"""Causal multi-head attention over Q, K and V of any kind of projection; with Nexus-Rank: Nexus-Attention.
 
     attention = softmax(Q K^T / sqrt(H)) V        (Nexusformer, equations 6 to 9), rotary positions
+
+Several heads may share one of keys and values (grouped-query attention, Ainslie et al., 2023): neighbours do.
 
 T tokens, B batch, D hidden, N heads of this rank, H head size, W = all heads x H the attention width. Where
 heads have grown, the root is that of their size at birth.
@@ -17,24 +19,29 @@ from megatron_nexus.models.context import Context
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
-from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
+from megatron_nexus.models.norm import HeadNorm, RMSNorm, rms_norm_spec
 from megatron_nexus.models.packing import Packing
+from megatron_nexus.models.projections import make_projections, projection_specs
 from megatron_nexus.models.rotary import rotary_tables, rotate
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
 
 def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
-    """Specs of one layer's attention by part: norm, q, k, v, output."""
+    """Specs of one layer's attention by part: norm, q, k, v, with QK norm q_norm and k_norm, output."""
     hidden = Axis("hidden", model.hidden_size, residual=True)
     width = Axis("attention", model.attention_width, group=model.kv_channels)
-    init = Normal(model.init_method_std)
+    keys = Axis("keys", model.key_width, group=model.kv_channels)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
-    widths = (model.nexus_m, model.nexus_a)
     parts: dict[str, tuple[ParamSpec, ...]] = {"norm": (rms_norm_spec(f"{prefix}.norm.gain", hidden),)}
-    for name, flow in {"q": Flow.SCORES, "k": Flow.GATES, "v": Flow.WRITES}.items():
-        w_m, w_a, w_d = nexus_rank_specs(f"{prefix}.{name}", hidden, width, *widths, init, init)
-        parts[name] = (w_m, w_a, replace(w_d, grown=(flow, Flow.READS)))
+    outputs = {"q": (width, Flow.SCORES), "k": (keys, Flow.GATES), "v": (keys, Flow.WRITES)}
+    for name, (axis, flow) in outputs.items():
+        parts[name] = projection_specs(model, f"{prefix}.{name}", hidden, axis, flow)
+    if model.qk_layernorm:
+        channels = Axis("channels", model.kv_channels)
+        for name in ("q_norm", "k_norm"):
+            parts[name] = (rms_norm_spec(f"{prefix}.{name}.gain", channels),)
     if model.nexus_output_projection:
+        init, widths = Normal(model.init_method_std), (model.nexus_m, model.nexus_a)
         parts["output"] = nexus_rank_specs(f"{prefix}.output", width, hidden, *widths, init, writer)
     else:
         heads = replace(width, layout=Layout.EXACT)
@@ -48,16 +55,23 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, prefix: str, context: Context) -> None:
         super().__init__()
         parts = attention_specs(model, prefix)
-        scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
         self.tp = context.tp
+        self.shares_keys = model.query_groups < model.num_attention_heads
         self.head_size = model.kv_channels
         self.rotary_channels = model.rotary_channels
         self.score_scale = 1.0 / math.sqrt(model.rotary_channels)
         self.rotary_base = model.rotary_base
         self.norm = RMSNorm(parts["norm"][0], model, context)
-        self.qkv = NexusRank({name: parts[name] for name in ("q", "k", "v")}, scale, context)
+        self.qkv = make_projections(model, {name: parts[name] for name in ("q", "k", "v")}, context)
+        self.q_norm: HeadNorm | None = None
+        self.k_norm: HeadNorm | None = None
+        if model.qk_layernorm:
+            self.q_norm, self.k_norm = (
+                HeadNorm(parts[name][0], model, context) for name in ("q_norm", "k_norm")
+            )
         self.output: Linear | NexusRank
         if model.nexus_output_projection:
+            scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
             self.output = NexusRank({"output": parts["output"]}, scale, context)
         else:
             self.output = Linear(parts["output"][0], context)
@@ -67,7 +81,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[T, B, D] -> [T, B, D]; with a cache the tokens follow those that it holds, and join them."""
         x_TBD = self.tp.enter(self.norm(x_TBD))
-        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.tp.scatter_features(*self.qkv(x_TBD)))
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.qkv(x_TBD))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         reach = cache.capacity if cache is not None else q.shape[0]
         cos, sin = rotary_tables(reach, self.rotary_channels, self.rotary_base, q.device, q.dtype)
         if packing is not None and packing.positions_TB is not None:
@@ -79,7 +95,13 @@ class Attention(nn.Module):
         mask_B1TT = packing.mask_B1TT if packing is not None else None
         # Kernels of variable lengths (flash-attn, flex) would skip what the mask hides: not used yet.
         mixed_BNTH = F.scaled_dot_product_attention(
-            q, k, v, mask_B1TT, is_causal=mask_B1TT is None and q.shape[2] > 1, scale=self.score_scale
+            q,
+            k,
+            v,
+            mask_B1TT,
+            is_causal=mask_B1TT is None and q.shape[2] > 1,
+            scale=self.score_scale,
+            enable_gqa=self.shares_keys,
         )
         mixed_TBW = mixed_BNTH.permute(2, 0, 1, 3).flatten(2)
         if isinstance(self.output, NexusRank):

@@ -1,6 +1,7 @@
-"""Norms: RMSNorm with a gain before attention, feed-forward and head; a gain-free norm inside Nexus-Rank.
+"""Norms: RMSNorm with a gain before attention, feed-forward and head, and of each head's queries and keys; a
+gain-free norm inside Nexus-Rank.
 
-T tokens, B batch, D hidden.
+T tokens, B batch, D hidden, N heads of this rank, H head size, R head size at birth.
 """
 
 import math
@@ -43,6 +44,30 @@ class RMSNorm(SpecModule):
         if self.gain_scale != 1.0:
             gain_D = gain_D * self.gain_scale
         return self.normalise(x_TBD, gain_D.shape, gain_D, self.epsilon)
+
+
+class HeadNorm(SpecModule):
+    """y = x / sqrt(mean of the first R channels' squares + eps) * gain for each head alone: Qwen3's QK norm.
+
+    Channels that a head has grown later are scaled alike but not counted: they would change the function.
+    """
+
+    def __init__(self, gain: ParamSpec, model: ModelConfig, context: Context) -> None:
+        super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
+        self.epsilon = model.norm_epsilon
+        self.counted = model.rotary_channels
+        self.tp = context.tp
+        self.normalise = fused_rms_norm() if context.norm_impl == "apex" else F.rms_norm
+
+    def forward(self, x_TBNH: Tensor) -> Tensor:
+        """[T, B, N, H] -> [T, B, N, H]."""
+        # One gain for all heads, of which each rank has its own.
+        gain_H = self.tp.shared(self.get_parameter("gain"))
+        if self.counted == x_TBNH.shape[-1]:
+            return self.normalise(x_TBNH, gain_H.shape, gain_H, self.epsilon)
+        wide = x_TBNH.to(torch.promote_types(x_TBNH.dtype, torch.float32))
+        mean = wide[..., : self.counted].square().mean(dim=-1, keepdim=True)
+        return (wide * (mean + self.epsilon).rsqrt()).to(x_TBNH.dtype) * gain_H
 
 
 def inner_norm(h: Tensor, scale: float, tp: TensorParallel) -> Tensor:

@@ -214,6 +214,12 @@ class TensorParallel:
             return weight
         return cast(Tensor, _Copy.apply(weight, self._group))
 
+    def shared(self, weight: Tensor) -> Tensor:
+        """A weight that each rank applies to its own columns: its gradient is summed over ranks."""
+        if self._group is None:
+            return weight
+        return cast(Tensor, _Copy.apply(weight, self._group))
+
     def maximum(self, x: Tensor) -> Tensor:
         """Elementwise maximum over ranks; no gradient."""
         if self._group is not None:

@@ -29,6 +29,9 @@ REFUSED = [
     ("--tp 3", 3, ["--tp 3", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--tp 8", 8, ["--tp 8", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--pp 5", 5, ["--pp 5", "--num-layers 4", "use at most 4"]),
+    ("--num-query-groups 3", 1, ["--num-query-groups 3", "--num-attention-heads 4", "use 1, 2, 4"]),
+    ("--num-query-groups 2 --tp 4", 4, ["--tp 4", "divide --num-query-groups 2", "use 1, 2"]),
+    ("--projection linear --nexus-inner-norm", 1, ["--nexus-inner-norm", "this is linear", "drop the flag"]),
     ("--base-hidden-size 200", 1, ["--base-hidden-size 200", "above --hidden-size 128", "use at most 128"]),
     ("--base-kv-channels 34", 1, ["--base-kv-channels 34", "above --kv-channels 32", "use at most 32"]),
     ("--base-kv-channels 7", 1, ["--base-kv-channels 7 must be even", "use 8"]),
@@ -92,6 +95,7 @@ NOT_NEGATIVE = [
     "seed",
     "min-lr",
     "base-hidden-size",
+    "num-query-groups",
     "base-kv-channels",
 ]
 

@@ -73,6 +73,17 @@ AXES: dict[str, dict[str, int]] = {
 }
 
 
+def sizes_for(config: RunConfig, axes: str) -> dict[str, int]:
+    """The sizes of `AXES` for a model of any kind: M and A where it has them, heads with their keys."""
+    sizes = dict(AXES[axes])
+    if config.model.projection != "nexus":
+        sizes = {name: size for name, size in sizes.items() if not name.startswith("nexus")}
+    if config.model.num_query_groups and "num_attention_heads" in sizes:
+        share = config.model.num_attention_heads // config.model.num_query_groups
+        sizes |= {"num_attention_heads": 4, "num_query_groups": 4 // share}
+    return sizes
+
+
 def configure(**options: object) -> RunConfig:
     return build({**SIZES, "micro_batch_size": 1, "global_batch_size": 4, **options})
 

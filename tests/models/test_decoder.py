@@ -36,15 +36,22 @@ MODEL = ModelConfig(
     init_method_std=0.2,
 )
 ALL = range(MODEL.num_layers + 2)
+MODELS = {
+    "nexus": {},
+    "nexus output": {"nexus_output_projection": True},
+    "linear": {"projection": "linear"},
+    "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
+}
+each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 
 
 def _tokens(batch: int = 2, length: int = 16) -> torch.Tensor:
     return torch.randint(0, MODEL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("output_projection", [False, True])
-def test_specs_describe_exactly_the_parameters_that_are_built(output_projection: bool) -> None:
-    model = dataclasses.replace(MODEL, nexus_output_projection=output_projection)
+@each_model
+def test_specs_describe_exactly_the_parameters_that_are_built(fields: dict[str, object]) -> None:
+    model = dataclasses.replace(MODEL, **fields)
     stage = DecoderStage(model, ALL, ALONE)
     built = logical_parameters(stage)
     assert {name: spec for name, (spec, _) in built.items()} == decoder_specs(model)
@@ -52,9 +59,9 @@ def test_specs_describe_exactly_the_parameters_that_are_built(output_projection:
     assert sum(p.numel() for p in stage.parameters()) == parameter_count(decoder_specs(model).values())
 
 
-@pytest.mark.parametrize("output_projection", [False, True])
-def test_training_flops_are_those_that_torch_counts(output_projection: bool) -> None:
-    model = dataclasses.replace(MODEL, nexus_output_projection=output_projection)
+@each_model
+def test_training_flops_are_those_that_torch_counts(fields: dict[str, object]) -> None:
+    model = dataclasses.replace(MODEL, **fields)
     stage, tokens = DecoderStage(model, ALL, ALONE), _tokens()
     # The counter does not know the fused attention of the CPU; that of plain products it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -99,8 +106,10 @@ def test_the_loss_is_cross_entropy_and_starts_at_the_logarithm_of_the_vocabulary
 
 
 @pytest.mark.parametrize("born", [{}, {"base_hidden_size": 17, "base_kv_channels": 6}])
-def test_logits_equal_the_reference(born: dict[str, int]) -> None:
-    model = dataclasses.replace(MODEL, nexus_inner_norm=True, **born)
+@each_model
+def test_logits_equal_the_reference(fields: dict[str, object], born: dict[str, int]) -> None:
+    inner_norm = fields.get("projection", "nexus") == "nexus"
+    model = dataclasses.replace(MODEL, nexus_inner_norm=inner_norm, **fields, **born)
     stage, tokens = DecoderStage(model, ALL, ALONE), _tokens()
     weights = {name: parameter.detach() for name, (_, parameter) in logical_parameters(stage).items()}
     expected = reference.logits(weights, tokens, dataclasses.asdict(model))

@@ -109,13 +109,11 @@ def decoder(model: ModelConfig, context: Context) -> float:
 
 
 def run_case(mesh: Mesh, case: dict) -> float:
-    model = ModelConfig(
-        **SIZES, **WIDTHS, nexus_inner_norm=case["options"], nexus_output_projection=case["options"]
-    )
+    model = ModelConfig(**SIZES, **WIDTHS, **case["model"])
     tp = TensorParallel(mesh.tensor_group, case["sequence_parallel"])
     shard = Shard(mesh.tensor, mesh.tensor_size, case["multiple"])
     context = Context(tp, shard, SEED, torch.float64, case["recompute"])
-    scale = math.sqrt(model.hidden_size) if case["options"] else None
+    scale = math.sqrt(model.hidden_size) if model.nexus_inner_norm else None
 
     def attention(x: Tensor, w: dict[str, Tensor]) -> Tensor:
         return reference.attention(

@@ -11,18 +11,31 @@ from processes import TESTS, run_ranks
 TOLERANCE = 1e-12
 
 
+def _models(ranks: int) -> dict[str, dict]:
+    """Fields of the model by name: each kind of projection, and its options."""
+    groups = max(2, ranks)
+    return {
+        "nexus": {},
+        "options": {"nexus_inner_norm": True, "nexus_output_projection": True},
+        "qwen3": {"projection": "linear", "num_query_groups": groups, "qk_layernorm": True},
+    }
+
+
 def _cases(ranks: int) -> list[dict]:
     made = []
-    for layer, options, sequence in itertools.product(
-        ("attention", "feed_forward", "decoder"), (False, True), (False, True) if ranks > 1 else (False,)
+    for layer, (name, model), sequence in itertools.product(
+        ("attention", "feed_forward", "decoder"),
+        _models(ranks).items(),
+        (False, True) if ranks > 1 else (False,),
     ):
+        if layer == "feed_forward" and name in ("options", "qwen3"):
+            continue  # the same as without
         for recompute, multiple in (("none", 1), ("selective", 4), ("full", 1)):
-            name = f"{layer}-{options}-{sequence}-{recompute}-{multiple}"
             made.append(
                 {
-                    "name": name,
+                    "name": f"{layer}-{name}-{sequence}-{recompute}-{multiple}",
                     "layer": layer,
-                    "options": options,
+                    "model": model,
                     "sequence_parallel": sequence,
                     "recompute": recompute,
                     "multiple": multiple,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.command_line import build
-from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.initialise import local_values
 from megatron_nexus.spec.shard import Box, Shard
@@ -50,6 +50,7 @@ FLAGS = {
 }
 PACKED = {"reset_position_ids": True, "reset_attention_mask": True}
 OPTIONS = {"nexus_inner_norm": True, "nexus_output_projection": True}
+FAMILIES = {"qwen3": {"projection": "linear", "num_query_groups": 2, "qk_layernorm": True}}
 
 # float32: sums of up to a few hundred terms in another order differ by about 1e-6 of the largest; Adam
 # divides by the root of the second moment, which lifts it in elements whose gradient is nearly zero.
@@ -80,6 +81,9 @@ def _cases(world: int) -> dict[str, dict]:
         top = 3 if pp == 1 else 1
         full = {"recompute_granularity": "full", "zero_stage": top, "padding_multiple": 4}
         made[f"{name}-full-zero{top}"] = {**FLAGS, **topology, **full}
+        for family, fields in FAMILIES.items():
+            layout = {**topology, "zero_stage": top, "sequence_parallel": tp > 1}
+            made[f"{name}-{family}"] = {**FLAGS, **fields, **layout}
         if tp > 1:
             made[f"{name}-sequence"] = {**FLAGS, **OPTIONS, **topology, "sequence_parallel": True}
             made[f"{name}-packed-sequence"] = {**FLAGS, **PACKED, **topology, "sequence_parallel": True}
@@ -97,8 +101,8 @@ def _positions(packed: bool) -> Tensor | None:
 
 
 @cache
-def _reference(options: bool, packed: bool) -> dict:
-    config = build({**FLAGS, **(OPTIONS if options else {})})
+def _reference(model: ModelConfig, packed: bool) -> dict:
+    config = dataclasses.replace(build(FLAGS), model=model)
     batches = global_batches(config.model.vocab_size, config.training.global_batch_size, FLAGS["seq_length"])
     return reference.train(_whole(config), batches, dataclasses.asdict(config), _positions(packed))
 
@@ -110,7 +114,7 @@ def _tensor(reader: CheckpointReader, name: str, state: str) -> Tensor:
 
 def _check(folder: Path, flags: dict, world: int) -> None:
     packed = "reset_attention_mask" in flags
-    expected = _reference("nexus_inner_norm" in flags, packed)
+    expected = _reference(build(flags).model, packed)
     records = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world)]
     bf16 = flags["precision"] == "bf16"
     loss_tolerance = BF16_TOLERANCE if bf16 else LOSS_TOLERANCE

@@ -1,0 +1,73 @@
+"""Projections: the maps from one input X to queries, keys and values, by the model's kind.
+
+    nexus    Y = gelu(gelu(X W_M) W_A) W_D
+    linear   Y = X W
+
+X [T, B, D] -> for each projection this rank's columns [T, B, w]: whole heads. No biases.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.models.context import Context
+from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
+from megatron_nexus.models.parameters import SpecModule
+from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
+
+
+def projection_specs(
+    model: ModelConfig, name: str, inputs: Axis, outputs: Axis, flow: Flow
+) -> tuple[ParamSpec, ...]:
+    """The parameters of the projection `name`. `flow` is what its products do with the units of `outputs`."""
+    init, grown = Normal(model.init_method_std), (flow, Flow.READS)
+    match model.projection:
+        case "nexus":
+            widths = (model.nexus_m, model.nexus_a)
+            w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, *widths, init, init)
+            return w_m, w_a, replace(w_d, grown=grown)
+        case "linear":
+            heads = replace(outputs, layout=Layout.EXACT)
+            return (ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, grown),)
+
+
+class NexusProjections(nn.Module):
+    """Nexus-Ranks of the same input, whose partial sums one reduce-scatter turns into heads."""
+
+    def __init__(
+        self, model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
+    ) -> None:
+        super().__init__()
+        scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
+        self.rank = NexusRank(dict(specs), scale, context)
+        self.tp = context.tp
+
+    def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
+        """X of all tokens -> this rank's columns of each projection."""
+        return self.tp.scatter_features(*self.rank(x_TBD))
+
+
+class LinearProjections(SpecModule):
+    """A matrix for each projection, split by columns: no collective."""
+
+    def __init__(self, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context) -> None:
+        weights = {name: weight for name, (weight,) in specs.items()}
+        super().__init__(weights, context.shard, context.seed, context.dtype)
+
+    def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
+        """X of all tokens -> this rank's columns of each projection."""
+        return tuple(F.linear(x_TBD, self.get_parameter(name)) for name in self.specs)
+
+
+def make_projections(
+    model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
+) -> nn.Module:
+    """The projections of one input, whose `specs` are those of `projection_specs` by short name ("q")."""
+    match model.projection:
+        case "nexus":
+            return NexusProjections(model, specs, context)
+        case "linear":
+            return LinearProjections(specs, context)
