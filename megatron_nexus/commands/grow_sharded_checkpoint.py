@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from megatron_nexus.checkpoint.location import SCHEME, Location, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.command import saved_config
-from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
 from megatron_nexus.config.command_line import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
@@ -75,12 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> NoReturn:
     """Run the command line of this process."""
     log.configure(speaks=True)
-    signal.signal(signal.SIGTERM, _interrupted)
+    end_on_sigterm()
     run_tool(lambda: _grow(sys.argv[1:]))
-
-
-def _interrupted(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """How a tool ends: a mistake of the user is one message and exit code 2, Ctrl-C is exit code 130."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,3 +25,12 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
         # Who reads the output has enough, as `head` does; the interpreter would complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process as Ctrl-C does, so that what is half written is cleared away."""
+    signal.signal(signal.SIGTERM, _interrupted)
+
+
+def _interrupted(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -22,7 +22,7 @@ def require_new(folder: Path) -> None:
         return
     if folder.exists() or folder.is_symlink():
         held = "is a file" if not folder.is_dir() else "holds files"
-        raise ConfigError([f"--save {folder} {held}, and nothing is ever overwritten: give another folder"])
+        raise ConfigError([f"{folder} {held}, and nothing is ever overwritten: give another folder"])
 
 
 @contextmanager
@@ -39,16 +39,14 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
         temporary.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise CheckpointError(
-            f"--save {folder}: {error.strerror}: give a folder that can be written"
-        ) from error
+        raise CheckpointError(f"{folder}: {error.strerror}: give a folder that can be written") from error
     try:
         _claim(folder, temporary, descriptor)
         free = shutil.disk_usage(temporary).free
         if needed_bytes > free:
             raise CheckpointError(
-                f"--save {folder} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: "
-                "make room, or save elsewhere"
+                f"{folder} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: "
+                "make room, or write elsewhere"
             )
         yield temporary
         for below, _, _ in os.walk(temporary):
@@ -57,7 +55,7 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
         _sync(folder.parent)
     except BlockingIOError as error:
         raise ConfigError(
-            [f"--save {folder} is being written by another process: wait for it, or give another folder"]
+            [f"{folder} is being written by another process: wait for it, or give another folder"]
         ) from error
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""One plain safetensors file of all logical tensors, for whoever reads such files.
+"""Plain safetensors files of logical tensors, for whoever reads such files.
 
-Tensors stand in the order of the model and are written from their first element to their last, in blocks:
-memory is needed for one block, whatever the size of the model.
+Tensors stand in the order that is asked for and are written from first element to last, in blocks: memory is
+needed for one block, whatever the size of the model.
 """
 
 import json
@@ -38,7 +38,9 @@ def write_plain_tensors(
     metadata: Mapping[str, str],
     advance: Callable[[int], None],
 ) -> None:
-    """Write one state of all tensors, each under the name that `names` has for its logical one, durably.
+    """Write one state of the tensors in `names`, each under the name that this has for its logical one.
+
+    What is written is durable.
 
     `metadata` goes into the header; `advance` is told the bytes written.
 
@@ -46,7 +48,7 @@ def write_plain_tensors(
         CheckpointError: an element is not stored exactly once, or is damaged.
         OSError: the file cannot be written.
     """
-    specs = reader.manifest.specs
+    specs = {name: reader.manifest.specs[name] for name in names}
     with LocalFolder(path.parent).create(path.name) as write:
         write(_header(specs, precision, names, metadata))
         for name, spec in specs.items():

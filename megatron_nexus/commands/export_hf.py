@@ -1,0 +1,94 @@
+"""The command `tools/export_hf.py`: a checkpoint becomes a folder that Hugging Face's transformers loads.
+
+    python tools/export_hf.py --load runs/240m --output hf/240m
+
+Weights are streamed piece by piece; the tokenizer goes along where it is known.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.checkpoint.location import SCHEME, location
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.command import saved_config
+from megatron_nexus.commands.arguments import positive
+from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
+from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.data.run_tokenizer import find_tokenizer
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.interchange.new_folder import require_new
+
+NO_TOKENIZER = "none"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags."""
+    parser = FlagParser(
+        prog="export_hf.py",
+        description=(
+            "Write a checkpoint as a folder that transformers loads: configuration, safetensors, tokenizer, "
+            "and the model's code where transformers has none. The source is never touched."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="must not exist yet")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)"
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        default="",
+        metavar="PATH",
+        help=f"where the run's tokenizer is now, if not where its settings say; {NO_TOKENIZER}: export none",
+    )
+    parser.add_argument(
+        "--shard-gb", type=positive(float), default=5.0, metavar="GB", help="largest weight file (default: 5)"
+    )
+    return parser
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    log.configure(speaks=True)
+    end_on_sigterm()
+    run_tool(_run)
+
+
+def _run() -> None:
+    given = make_parser().parse_args(sys.argv[1:])
+    source = find_checkpoint(location(given.load))
+    manifest = read_manifest(source)
+    config = saved_config(source, manifest)
+    if SCHEME in given.output:
+        raise ConfigError([f"--output {given.output} is no folder on this disk: give one, and copy it"])
+    target = Path(given.output)
+    require_new(target)
+    if source.resolve() in target.resolve().parents:
+        raise ConfigError([f"--output {target} lies in the source {source}, which is never touched"])
+    told = log.logger.info
+    path = Path(given.tokenizer_model) if given.tokenizer_model else None
+    tokenizer = None
+    if given.tokenizer_model != NO_TOKENIZER:
+        tokenizer = find_tokenizer(config, manifest.tokenizer_fingerprint, path)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megatron_nexus.interchange.export import export_checkpoint
+
+    made = export_checkpoint(source, target, config, tokenizer, given.dtype, int(given.shard_gb * 1e9))
+    remote = ", trust_remote_code=True" if made.architecture.files else ""
+    told("wrote %s: %s in %s, %d weight files", target, config.preset, given.dtype, len(made.files))
+    if tokenizer is not None:
+        told("tokenizer: %s", made.tokenizer)
+    elif given.tokenizer_model == NO_TOKENIZER:
+        told("tokenizer: none, as asked")
+    else:
+        told(
+            "tokenizer: none is known, for the run read token files without one; give it with "
+            "--tokenizer-model to export it too"
+        )
+    told('load with  AutoModelForCausalLM.from_pretrained("%s"%s)', target, remote)

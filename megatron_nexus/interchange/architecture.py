@@ -1,0 +1,90 @@
+"""Which class of transformers computes a model, and what its `config.json` says.
+
+Models of the shape of Llama and Qwen3 are told in transformers' own classes; all others, and those that have
+grown in a way that these know nothing of, in `modeling_nexusformer.py`, which goes with the files.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nexus.config.run_config import ModelConfig
+
+JsonObject = dict[str, object]
+REMOTE_CODE = tuple(
+    Path(__file__).with_name("remote_code") / name
+    for name in ("configuration_nexusformer.py", "modeling_nexusformer.py")
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A class of transformers: the name of its kind, its own, and the files that define it."""
+
+    model_type: str
+    class_name: str
+    files: tuple[Path, ...] = ()
+
+
+NEXUSFORMER = Architecture("nexusformer", "NexusformerForCausalLM", REMOTE_CODE)
+LLAMA = Architecture("llama", "LlamaForCausalLM")
+QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM")
+
+
+def architecture_of(model: ModelConfig) -> Architecture:
+    """The class that computes `model`."""
+    if model.projection != "linear" or model.base_hidden_size or model.base_kv_channels:
+        return NEXUSFORMER
+    if model.qk_layernorm:
+        return QWEN3
+    # transformers refuses a Llama whose hidden size is no multiple of its heads.
+    return NEXUSFORMER if model.hidden_size % model.num_attention_heads else LLAMA
+
+
+def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: int | None) -> JsonObject:
+    """The contents of `config.json`.
+
+    Args:
+        model: its sizes.
+        max_positions: tokens of the longest text that it was trained on.
+        dtype: of the weights in the files, "float32" or "bfloat16".
+        end_token: the id that ends a document, where the tokenizer is known.
+    """
+    kind = architecture_of(model)
+    record: JsonObject = {
+        "architectures": [kind.class_name],
+        "model_type": kind.model_type,
+        "dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": end_token,
+        "pad_token_id": end_token,
+    }
+    if kind is NEXUSFORMER:
+        record |= {
+            "auto_map": {
+                "AutoConfig": "configuration_nexusformer.NexusformerConfig",
+                "AutoModel": "modeling_nexusformer.NexusformerModel",
+                "AutoModelForCausalLM": "modeling_nexusformer.NexusformerForCausalLM",
+            },
+            "projection": model.projection,
+            "qk_norm": model.qk_layernorm,
+            "nexus_m": model.nexus_m,
+            "nexus_a": model.nexus_a,
+            "nexus_inner_norm": model.nexus_inner_norm,
+            "nexus_output_projection": model.nexus_output_projection,
+            "base_hidden_size": model.base_hidden_size,
+            "base_head_dim": model.base_kv_channels,
+        }
+    return record

@@ -1,0 +1,124 @@
+"""Export: a checkpoint becomes a folder that transformers loads, written piece by piece in bounded memory.
+
+    config.json  generation_config.json  model.safetensors, or several and their index
+    tokenizer.json  tokenizer_config.json            where the tokenizer is known
+    configuration_nexusformer.py  modeling_nexusformer.py      where transformers has no class of its own
+
+The folder gets its name when it is complete: an interrupted export leaves nothing.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.interchange.architecture import Architecture, architecture_of, config_json
+from megatron_nexus.interchange.names import huggingface_name
+from megatron_nexus.interchange.new_folder import new_folder
+from megatron_nexus.interchange.plain_tensors import Precision, plain_bytes, write_plain_tensors
+from megatron_nexus.interchange.tokenizer_files import write_tokenizer
+from megatron_nexus.log import Progress
+from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.spec.param import ParamSpec
+
+DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16"}
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was made: the class that loads it, its weight files, and what became of the tokenizer."""
+
+    architecture: Architecture
+    files: tuple[str, ...]
+    tokenizer: str
+
+
+def export_checkpoint(
+    source: Location,
+    target: Path,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    precision: Precision,
+    shard_bytes: int,
+) -> Exported:
+    """Write the checkpoint `source` of a run that was configured so as the folder `target`.
+
+    `precision` is that of the weights, of which a file has at most `shard_bytes`. The source is only read.
+
+    Raises:
+        ConfigError: `target` exists.
+        CheckpointError: the checkpoint is damaged, or the folder cannot be written.
+        DataError: the tokenizer cannot be exported.
+    """
+    model, length = config.model, config.training.seq_length
+    architecture = architecture_of(model)
+    reader = CheckpointReader(source)
+    specs = decoder_specs(model)
+    if {name: spec.shape for name, spec in reader.manifest.specs.items()} != {
+        name: spec.shape for name, spec in specs.items()
+    }:
+        raise CheckpointError(
+            f"{source}: its tensors are not those of its configuration: it was written by another version; "
+            "export it with that one"
+        )
+    needed = plain_bytes(specs, precision)
+    end_token = tokenizer.eod_id if tokenizer is not None else None
+    shards = _shards(specs, precision, shard_bytes)
+    names = _file_names(len(shards))
+    with new_folder(target, needed) as folder:
+        record = config_json(model, length, DTYPES[precision], end_token)
+        _write_json(folder / "config.json", record)
+        _write_json(folder / "generation_config.json", {"eos_token_id": end_token, "pad_token_id": end_token})
+        for path in architecture.files:
+            shutil.copyfile(path, folder / path.name)
+        told = write_tokenizer(tokenizer, folder, length) if tokenizer is not None else ""
+        with Progress("writing weights", needed / MEGABYTE, "MB") as progress:
+            for name, shard in zip(names, shards, strict=True):
+                write_plain_tensors(
+                    folder / name,
+                    reader,
+                    "fp32",
+                    precision,
+                    shard,
+                    {},
+                    lambda count: progress.advance(count / MEGABYTE),
+                )
+        if len(shards) > 1:
+            _write_json(folder / "model.safetensors.index.json", _index(names, shards, needed))
+    return Exported(architecture, names, told)
+
+
+def _shards(specs: Mapping[str, ParamSpec], precision: Precision, most_bytes: int) -> list[dict[str, str]]:
+    """The tensors of each file, their names here and there: `most_bytes` at most, or a larger one alone."""
+    shards: list[dict[str, str]] = []
+    held = 0
+    for name, spec in specs.items():
+        size = plain_bytes({name: spec}, precision)
+        if not shards or held + size > most_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = huggingface_name(name)
+        held += size
+    return shards
+
+
+def _file_names(count: int) -> tuple[str, ...]:
+    if count == 1:
+        return ("model.safetensors",)
+    return tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
+
+
+def _index(names: Sequence[str], shards: Sequence[Mapping[str, str]], total_bytes: int) -> dict[str, object]:
+    places = {held: name for name, shard in zip(names, shards, strict=True) for held in shard.values()}
+    return {"metadata": {"total_size": total_bytes}, "weight_map": places}
+
+
+def _write_json(path: Path, record: dict[str, object]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

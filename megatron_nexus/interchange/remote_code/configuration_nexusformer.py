@@ -1,0 +1,89 @@
+# Copyright 2025 The megatron_nexus authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of a Nexusformer: a decoder whose queries, keys and values are Nexus-Rank projections."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+
+class NexusformerConfig(PreTrainedConfig):
+    """Sizes and options; `modeling_nexusformer.py` has the equations.
+
+    Fields that transformers' own decoders have mean here what they mean there. The others:
+
+    projection: what computes queries, keys and values: "nexus" (Nexus-Rank) or "linear" (a matrix each).
+    nexus_m, nexus_a: the two inner widths of a Nexus-Rank projection.
+    nexus_inner_norm: a norm without gain before each GELU of a Nexus-Rank projection.
+    nexus_output_projection: Nexus-Rank for the attention's output projection too.
+    qk_norm: RMSNorm of each head's query and key before the rotary embedding.
+    base_hidden_size: hidden size before the model grew, which the norms keep to; 0: it has not grown.
+    base_head_dim: head size before the heads grew: as many channels turn, and scores are scaled by its root;
+        0: they have not grown.
+    """
+
+    model_type = "nexusformer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int = 64
+    projection: str = "nexus"
+    nexus_m: int = 780
+    nexus_a: int = 960
+    nexus_inner_norm: bool = False
+    nexus_output_projection: bool = False
+    qk_norm: bool = False
+    base_hidden_size: int = 0
+    base_head_dim: int = 0
+    rope_parameters: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what follows from other fields. Raises ValueError where the model does not exist."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+        if self.projection not in ("nexus", "linear"):
+            raise ValueError(f"projection {self.projection!r} is neither 'nexus' nor 'linear'")
+        if self.rope_parameters["rope_type"] != "default":
+            raise ValueError(f"rope_type {self.rope_parameters['rope_type']!r} is not 'default'")
+        if self.tie_word_embeddings:
+            raise ValueError("a Nexusformer's head is a matrix of its own: tie_word_embeddings must be false")
+
+    @property
+    def norm_size(self) -> int:
+        """The number that a norm's mean divides by: the hidden size at birth."""
+        return self.base_hidden_size or self.hidden_size
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of each head that turn, the first ones: the head size at birth."""
+        return self.base_head_dim or self.head_dim
+
+
+__all__ = ["NexusformerConfig"]

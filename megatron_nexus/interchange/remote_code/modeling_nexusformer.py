@@ -1,0 +1,374 @@
+# Copyright 2025 The megatron_nexus authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Nexusformer: a causal decoder whose queries, keys and values are nonlinear maps of three stages.
+
+    nexus_rank(x) = gelu(gelu(x W_M) W_A) W_D                          (Nexusformer, equations 3 to 5)
+    attention     = softmax(Q K^T / sqrt(H)) V, rotary positions       (equations 6 to 9)
+    feed_forward  = (silu(x W_gate) * (x W_up)) W_down
+    block         = x + attention(norm(x)), then x + feed_forward(norm(x))
+
+B batch, T tokens, S tokens with those of the cache, D hidden, N heads, G heads of keys and values, H head
+size, R <= H the channels of a head that turn. No biases. Sizes that have grown after birth leave the function
+as it was: norms divide by the hidden size at birth, scores by the root of the head size at birth.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nexusformer import NexusformerConfig
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class NexusformerRMSNorm(nn.Module):
+    """y = x / sqrt(sum(x^2) / S + eps) * gain over a last axis of D, where S is what D was at birth."""
+
+    def __init__(self, size: int, birth_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        # As a mean over D: 1 / sqrt(sum / S + eps) = r / sqrt(sum / D + eps r^2) with r^2 = S / D.
+        self.scale = math.sqrt(birth_size / size)
+        self.epsilon = epsilon * birth_size / size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        gain = self.weight * self.scale if self.scale != 1.0 else self.weight
+        return F.rms_norm(x, gain.shape, gain, self.epsilon)
+
+
+class NexusformerHeadRMSNorm(nn.Module):
+    """y = x / sqrt(mean of the first R channels' squares + eps) * gain over the H channels of each head."""
+
+    def __init__(self, size: int, counted: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.counted = counted
+        self.epsilon = epsilon
+
+    def forward(self, x_BTNH: Tensor) -> Tensor:
+        """[B, T, N, H] -> [B, T, N, H]."""
+        if self.counted == x_BTNH.shape[-1]:
+            return F.rms_norm(x_BTNH, self.weight.shape, self.weight, self.epsilon)
+        mean = wide(x_BTNH[..., : self.counted]).square().mean(-1, keepdim=True)
+        return (wide(x_BTNH) * (mean + self.epsilon).rsqrt()).to(x_BTNH.dtype) * self.weight
+
+
+class NexusRank(nn.Module):
+    """Y = gelu(gelu(X W_M) W_A) W_D with the exact GELU."""
+
+    def __init__(self, config: NexusformerConfig, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.w_m = nn.Linear(inputs, config.nexus_m, bias=False)
+        self.w_a = nn.Linear(config.nexus_m, config.nexus_a, bias=False)
+        self.w_d = nn.Linear(config.nexus_a, outputs, bias=False)
+        # It does not follow the width of what it scales, which may grow.
+        self.inner_scale = math.sqrt(config.norm_size) if config.nexus_inner_norm else None
+
+    def activation(self, h: Tensor) -> Tensor:
+        """gelu(h), or gelu(h / (||h||_2 + 1e-5) * sqrt(D at birth)) with an inner norm."""
+        if self.inner_scale is not None:
+            length = wide(h).square().sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
+            h = (wide(h) * (self.inner_scale / (length + 1e-5))).to(h.dtype)
+        return F.gelu(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        y: Tensor = self.w_d(self.activation(self.w_a(self.activation(self.w_m(x)))))
+        return y
+
+
+def make_projection(config: NexusformerConfig, inputs: int, outputs: int) -> nn.Module:
+    """What computes queries, keys or values."""
+    if config.projection == "nexus":
+        return NexusRank(config, inputs, outputs)
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def rotary_tables(
+    config: NexusformerConfig, positions_BT: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, T, R / 2] of the angles t * base^(-2 i / R), rounded once to `dtype`."""
+    assert config.rope_parameters is not None, "filled in by the configuration"
+    # Apple's devices know no float64.
+    exact = torch.float32 if positions_BT.device.type == "mps" else torch.float64
+    size = config.rotary_channels
+    exponents = torch.arange(0, size, 2, dtype=exact, device=positions_BT.device) / size
+    frequencies = config.rope_parameters["rope_theta"] ** -exponents
+    angles = positions_BT[:, None, :, None].to(exact) * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + R / 2) of each head's first R channels."""
+    half = cos.shape[-1]
+    first, second, rest = x_BNTH.split((half, half, x_BNTH.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Q [B, N, T, H], K and V [B, G, S, H], additive mask -> [B, T, N, H] and the weights [B, N, T, S]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(wide(scores).softmax(-1).to(query.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class NexusformerAttention(nn.Module):
+    """x -> attention(x), without norm and residual."""
+
+    def __init__(self, config: NexusformerConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.num_key_value_heads is not None, "filled in by the configuration"
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = 1.0 / math.sqrt(config.rotary_channels)
+        self.is_causal = True
+        hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = make_projection(config, hidden, width)
+        self.k_proj = make_projection(config, hidden, key_width)
+        self.v_proj = make_projection(config, hidden, key_width)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            sizes = (config.head_dim, config.rotary_channels, config.rms_norm_eps)
+            self.q_norm, self.k_norm = NexusformerHeadRMSNorm(*sizes), NexusformerHeadRMSNorm(*sizes)
+        self.o_proj: nn.Module
+        if config.nexus_output_projection:
+            self.o_proj = NexusRank(config, width, hidden)
+        else:
+            self.o_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        tables: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] -> [B, T, D], and the weights where the implementation gives them."""
+        q, k, v = (
+            projection(x_BTD).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), *tables), rotate(k.transpose(1, 2), *tables)
+        v = v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed_BTNH, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(mixed_BTNH.flatten(2)), weights
+
+
+class NexusformerMLP(nn.Module):
+    """SwiGLU: x -> (silu(x W_gate) * (x W_up)) W_down."""
+
+    def __init__(self, config: NexusformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return y
+
+
+def make_norm(config: NexusformerConfig) -> NexusformerRMSNorm:
+    """A norm of the residual stream."""
+    return NexusformerRMSNorm(config.hidden_size, config.norm_size, config.rms_norm_eps)
+
+
+class NexusformerDecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: NexusformerConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = NexusformerAttention(config, layer_idx)
+        self.mlp = NexusformerMLP(config)
+        self.input_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config)
+
+    def forward(self, x_BTD: Tensor, **kwargs: Any) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), **kwargs)[0]
+        y_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return y_BTD
+
+
+class NexusformerPreTrainedModel(PreTrainedModel):
+    """What transformers is to know of the model."""
+
+    config: NexusformerConfig
+    config_class = NexusformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NexusformerDecoderLayer"]  # noqa: RUF012 - transformers reads it so
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": NexusformerDecoderLayer,
+        "attentions": NexusformerAttention,
+    }
+
+
+class NexusformerModel(NexusformerPreTrainedModel):
+    """Token ids -> the last hidden state, normed."""
+
+    def __init__(self, config: NexusformerConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            NexusformerDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Token ids [B, T], or their embeddings [B, T, D] -> hidden states [B, T, D].
+
+        `attention_mask` [B, S] is 0 where a token is padding, on whichever side. Positions that are not given
+        count the tokens that are none.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        batch, tokens = x_BTD.shape[:2]
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if attention_mask is not None and attention_mask.shape == (batch, seen + tokens):
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
+            else:
+                position_ids = torch.arange(seen, seen + tokens, device=x_BTD.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BTD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        tables = rotary_tables(self.config, position_ids, x_BTD.dtype)
+        for layer in self.layers:
+            x_BTD = layer(
+                x_BTD,
+                tables=tables,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values)
+
+
+class NexusformerForCausalLM(NexusformerPreTrainedModel, GenerationMixin):
+    """Token ids -> logits of the next token."""
+
+    def __init__(self, config: NexusformerConfig) -> None:
+        super().__init__(config)
+        self.model = NexusformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocabulary], of the last `logits_to_keep` tokens only where that is not 0.
+
+        With `labels` [B, T], the ids again with -100 where none counts, the loss too, in nats per token.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["NexusformerForCausalLM", "NexusformerModel", "NexusformerPreTrainedModel"]

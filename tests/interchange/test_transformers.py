@@ -1,0 +1,202 @@
+"""What transformers makes of an exported checkpoint is the model that was trained.
+
+The reference computes from the equations and shares no code with the package or the exported files. One
+file for all that needs transformers: its import takes longer than the tests.
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+# Before the import: what it keeps of the code of a model goes nowhere else.
+os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}
+
+import grown
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
+from megatron_nexus.data.standard_library import standard_library_documents
+from megatron_nexus.interchange.architecture import NEXUSFORMER, Architecture
+from megatron_nexus.interchange.export import export_checkpoint
+from megatron_nexus.interchange.tokenizer_files import real_lines
+
+# Rounding of float64 in sums of at most a hundred terms, over a few layers.
+EXACT = 1e-10
+KINDS: dict[str, dict[str, object]] = {
+    "nexusformer": {},
+    "inner-norm": {"nexus_inner_norm": True},
+    "nexus-output": {"nexus_output_projection": True, "nexus_inner_norm": True},
+    "nexus-shared-keys": {"num_query_groups": 1, "qk_layernorm": True},
+    "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True, "rotary_base": 1e6},
+    "transformer++": {"projection": "linear"},
+}
+STOCK = {"qwen3-born": "Qwen3ForCausalLM", "transformer++-born": "LlamaForCausalLM"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """An exported checkpoint: its folder, and what it was made of."""
+
+    folder: Path
+    config: RunConfig
+    weights: dict[str, Tensor]
+    architecture: Architecture
+
+    def load(self, dtype: torch.dtype = torch.float64, **options: object) -> PreTrainedModel:
+        """The model as transformers loads it, by code of its own where it has that."""
+        kind = {"trust_remote_code": bool(self.architecture.files), "dtype": dtype, **options}
+        return AutoModelForCausalLM.from_pretrained(self.folder, **kind).eval()
+
+    def reference_logits(self, tokens: Tensor) -> Tensor:
+        """Logits from the equations, float64."""
+        return reference.logits(self.weights, tokens, dataclasses.asdict(self.config.model))
+
+
+def export(root: Path, grows: bool, **options: object) -> Export:
+    config = grown.configure(**options)
+    source = grown.write_checkpoint(root / "run", config)
+    if grows:
+        source, config = grown.grow(source, root / "grown", config, grown.sizes_for(config, "all"))
+    made = export_checkpoint(source, root / "hf", config, None, "fp32", 10**9)
+    return Export(root / "hf", config, grown.weights(source), made.architecture)
+
+
+@pytest.fixture(scope="module", params=[f"{kind}-{age}" for kind in KINDS for age in ("born", "grown")])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    kind, _, age = request.param.rpartition("-")
+    made = export(tmp_path_factory.mktemp("export"), age == "grown", **KINDS[kind])
+    assert made.architecture.class_name == STOCK.get(request.param, NEXUSFORMER.class_name)
+    return made
+
+
+@pytest.fixture
+def exact_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own norms and angles in float64 where the model is: they come rounded to float32."""
+
+    def norm(self: nn.Module, x: Tensor) -> Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    def angles(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.config.head_dim
+        exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
+        turns = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
+        return tuple(torch.cat((f, f), dim=-1).to(x.dtype) for f in (turns.cos(), turns.sin()))
+
+    for module, name in ((modeling_llama, "Llama"), (modeling_qwen3, "Qwen3")):
+        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", norm)
+        monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", angles)
+
+
+@pytest.mark.usefixtures("exact_stock")
+def test_logits_are_those_of_the_equations(exported: Export) -> None:
+    tokens = grown.sample(exported.config.model)
+    expected = exported.reference_logits(tokens)
+    # The eager attention of transformers' own classes takes the softmax in float32.
+    implementations = ("sdpa", "eager") if exported.architecture.files else ("sdpa",)
+    with torch.no_grad():
+        for implementation in implementations:
+            model = exported.load(attn_implementation=implementation)
+            error = (model(tokens).logits - expected).abs().max()
+            assert error < EXACT, implementation
+
+
+@torch.no_grad()
+def test_in_float32_they_are_those_of_transformers_as_it_is(exported: Export) -> None:
+    tokens = grown.sample(exported.config.model)
+    expected = exported.reference_logits(tokens)
+    found = exported.load(torch.float32)(tokens).logits
+    # Some hundred roundings of 6e-8, of which few add up.
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.usefixtures("exact_stock")
+def test_a_cache_and_padding_change_nothing(exported: Export) -> None:
+    model, tokens = exported.load(), grown.sample(exported.config.model)
+    expected = exported.reference_logits(tokens)
+    with torch.no_grad():
+        begun = model(tokens[:, :4], use_cache=True)
+        rest = model(tokens[:, 4:], past_key_values=begun.past_key_values, use_cache=True)
+        assert (torch.cat([begun.logits, rest.logits], 1) - expected).abs().max() < EXACT
+        for padding in ((3, 0), (0, 3)):  # on the left, on the right
+            padded = torch.nn.functional.pad(tokens, padding)
+            mask = torch.nn.functional.pad(torch.ones_like(tokens), padding)
+            begin, length = padding[0], tokens.shape[1]
+            found = model(padded, attention_mask=mask).logits[:, begin : begin + length]
+            assert (found - expected).abs().max() < EXACT, f"padding {padding}"
+
+
+@pytest.mark.usefixtures("exact_stock")
+def test_generation_is_greedy_decoding_of_the_equations(exported: Export) -> None:
+    model = exported.load()
+    prompts = grown.sample(exported.config.model)[:, :5]
+    expected = prompts
+    for _ in range(6):
+        last = exported.reference_logits(expected)[:, -1]
+        expected = torch.cat([expected, last.argmax(-1, keepdim=True)], dim=1)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    ones = torch.ones_like(prompts)
+    assert torch.equal(model.generate(prompts, attention_mask=ones, **settings), expected)
+    # The first prompt again in a batch with a shorter one, which is padded on the left.
+    short = torch.stack([prompts[0], torch.nn.functional.pad(prompts[1, :3], (2, 0))])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    together = model.generate(short, attention_mask=mask, **settings)
+    alone = model.generate(prompts[1:, :3], attention_mask=ones[1:, :3], **settings)
+    assert torch.equal(together[0], expected[0])
+    assert torch.equal(together[1, 5:], alone[0, 3:])
+
+
+@pytest.mark.usefixtures("exact_stock")
+def test_it_trains_and_tells_its_loss(exported: Export) -> None:
+    model, tokens = exported.load(), grown.sample(exported.config.model)
+    model.activation_checkpointing_enable()
+    loss = model.train()(tokens, labels=tokens, use_cache=False).loss
+    shifted = reference.loss(
+        exported.weights, tokens[:, :-1], tokens[:, 1:], dataclasses.asdict(exported.config.model)
+    )
+    assert abs(loss.item() - shifted.item()) < 1e-6, "transformers takes the loss in float32"
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_what_transformers_saves_again_is_the_same(exported: Export, tmp_path: Path) -> None:
+    exported.load(torch.float32).save_pretrained(tmp_path / "again")
+    again = dataclasses.replace(exported, folder=tmp_path / "again")
+    states = [found.load(torch.float32).state_dict() for found in (exported, again)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_parts_and_lower_precision_load_alike(tmp_path: Path) -> None:
+    whole = export(tmp_path / "whole", grows=False)
+    source = tmp_path / "whole" / "run" / "iter_0000040"
+    made = export_checkpoint(source, tmp_path / "parts", whole.config, None, "bf16", 3000)
+    assert len(made.files) > 3 and (tmp_path / "parts" / "model.safetensors.index.json").is_file()
+    parts = dataclasses.replace(whole, folder=tmp_path / "parts").load("auto")
+    assert parts.dtype is torch.bfloat16
+    rounded = {name: value.bfloat16() for name, value in whole.load(torch.float32).state_dict().items()}
+    assert all(torch.equal(value, rounded[name]) for name, value in parts.state_dict().items())
+
+
+def test_its_tokenizer_gives_the_ids_of_training(tmp_path: Path) -> None:
+    documents = [text for text, _ in zip(standard_library_documents(), range(120), strict=False)]
+    train_sentencepiece_bpe(documents, tmp_path / "spm.model", 700)
+    trained = SentencePieceTokenizer(tmp_path / "spm.model")
+    config = grown.configure(vocab_size=700)
+    source = grown.write_checkpoint(tmp_path / "run", config)
+    made = export_checkpoint(source, tmp_path / "hf", config, trained, "fp32", 10**9)
+    assert "20,000 lines the same ids" in made.tokenizer
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    lines = list(real_lines(documents, 2000))
+    texts = ["", "▁ x", "a </s> <unk> <0x0A>\t\r\n\0", "  é \U0001f600  ", "\n\n\n\n    x\n", *lines]
+    assert loaded(texts)["input_ids"] == [trained.encode(text) for text in texts]
+    assert [loaded.decode(loaded(text)["input_ids"]) for text in texts] == texts
+    assert loaded.eos_token_id == loaded.pad_token_id == trained.eod_id
+    assert NEXUSFORMER.class_name in (tmp_path / "hf" / "config.json").read_text()
