@@ -36,6 +36,8 @@ SEALED = {
     "mpi4py": {"data/team.py"},
     "fsspec": {"checkpoint/location.py"},
     "botocore": {"checkpoint/location.py"},
+    "lm_eval": {"evaluation/harness.py", "evaluation/tasks.py"},
+    "datasets": {"evaluation/tasks.py"},
     "tokenizers": {"data/huggingface_tokenizer.py"},
 }
 

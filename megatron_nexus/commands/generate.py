@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.commands.arguments import count, not_negative, positive, share
-from megatron_nexus.commands.model_arguments import OpenedModel, add_model_arguments, open_model
+from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.commands.outcome import run_tool
 
 
@@ -63,8 +63,7 @@ def _run() -> None:
     given = make_parser().parse_args(sys.argv[1:])
     log.configure(speaks=True, stream=sys.stderr)
     prompt = given.prompt if given.prompt is not None else _read_prompt()
-    opened = open_model(given)
-    _generate(opened, prompt, given)
+    _generate(find_model(given), prompt, given)
 
 
 def _read_prompt() -> str:
@@ -73,14 +72,14 @@ def _read_prompt() -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def _generate(opened: OpenedModel, prompt: str, given: argparse.Namespace) -> None:
+def _generate(trained: TrainedModel, prompt: str, given: argparse.Namespace) -> None:
     import torch
 
     from megatron_nexus.evaluation.decoding import Decoding
     from megatron_nexus.evaluation.sampling import Sampling, draw
     from megatron_nexus.evaluation.text_stream import TextStream
 
-    tokenizer, loaded = opened.tokenizer, opened.loaded
+    tokenizer, loaded = trained.tokenizer, trained.load()
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
     # Nothing to go on from is the beginning of a document, which follows the end of another.
     ids = tokenizer.encode(prompt) or [tokenizer.eod_id]

@@ -22,15 +22,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OpenedModel:
-    """A checkpoint, what it says of itself, its tokenizer and its decoder."""
+class TrainedModel:
+    """A checkpoint, what it says of itself, its tokenizer, and how it is to be run."""
 
     checkpoint: Location
     manifest: Manifest
     config: RunConfig
-    precision: str
     tokenizer: Tokenizer
-    loaded: "LoadedModel"
+    precision: str
+    device: str
+    """"" takes an accelerator where there is one."""
+
+    def load(self) -> "LoadedModel":
+        """Its decoder in memory; imports torch. Raises ConfigError where the device is not to be had."""
+        with Progress(f"loading {self.checkpoint}"):
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            from megatron_nexus.evaluation.loaded_model import DTYPES, choose_device, load_model
+
+            device, length = choose_device(self.device), self.config.training.seq_length
+            loaded = load_model(self.checkpoint, self.config.model, length, device, DTYPES[self.precision])
+        logger.info(
+            "%s: %s parameters, step %s, %s on %s",
+            self.config.preset,
+            f"{parameter_count(self.manifest.specs.values()):,}",
+            f"{self.manifest.progress.step:,}",
+            self.precision,
+            device,
+        )
+        return loaded
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +73,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(given: argparse.Namespace) -> OpenedModel:
-    """What the flags name; wrong ones are answered before torch is imported.
+def find_model(given: argparse.Namespace) -> TrainedModel:
+    """What the flags name; nothing heavy is imported or read.
 
     Raises:
-        CheckpointError, ConfigError, DataError: there is no such checkpoint, device or tokenizer.
+        CheckpointError, DataError: there is no such checkpoint or tokenizer.
     """
     checkpoint = find_checkpoint(location(given.load))
     manifest = read_manifest(checkpoint)
@@ -69,18 +88,4 @@ def open_model(given: argparse.Namespace) -> OpenedModel:
             f"{checkpoint} was trained on token files without a tokenizer: name theirs with --tokenizer-model"
         )
     precision = given.precision or config.training.precision
-    with Progress(f"loading {checkpoint}"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from megatron_nexus.evaluation.loaded_model import DTYPES, choose_device, load_model
-
-        device = choose_device(given.device or "")
-        loaded = load_model(checkpoint, config.model, config.training.seq_length, device, DTYPES[precision])
-    logger.info(
-        "%s: %s parameters, step %s, %s on %s",
-        config.preset,
-        f"{parameter_count(manifest.specs.values()):,}",
-        f"{manifest.progress.step:,}",
-        precision,
-        device,
-    )
-    return OpenedModel(checkpoint, manifest, config, precision, tokenizer, loaded)
+    return TrainedModel(checkpoint, manifest, config, tokenizer, precision, given.device or "")

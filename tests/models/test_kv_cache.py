@@ -12,7 +12,11 @@ from megatron_nexus.models.kv_cache import KeyValueCache
 
 LENGTH = 12
 # Heads that have grown hold channels that do not turn.
-GROWN = {"base_kv_channels": 6, "nexus_output_projection": True}
+KINDS: list[dict[str, object]] = [
+    {},
+    {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
+    {"base_kv_channels": 6, "nexus_output_projection": True},
+]
 
 
 def sample(rows: int) -> Tensor:
@@ -25,7 +29,7 @@ def assert_equal(made: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [7, 1, 1, 3], [5, 7], [LENGTH]])
-@pytest.mark.parametrize("changes", [{}, GROWN])
+@pytest.mark.parametrize("changes", KINDS)
 def test_cached_logits_are_those_of_the_whole_text(chunks: list[int], changes: dict[str, object]) -> None:
     stage, tokens = DecoderStage(dataclasses.replace(MODEL, **changes), ALL, ALONE), sample(2)
     expected_TBV = stage(tokens)

@@ -1,0 +1,171 @@
+"""The command `evaluate.py`: what a trained model reaches in tasks and on held-out texts.
+
+python tools/evaluate.py --load runs/x --tasks piqa,openbookqa,hellaswag,arc_easy,arc_challenge
+python tools/evaluate.py --load runs/x --perplexity held_out.txt
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.commands.arguments import positive
+from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
+from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.evaluation.task_files import (
+    PAPER_TASKS,
+    read_task_file,
+    require_harness,
+    require_task_files,
+    task_file,
+)
+from megatron_nexus.spec.cost import parameter_count
+
+if TYPE_CHECKING:
+    from megatron_nexus.evaluation.perplexity import Perplexity
+    from megatron_nexus.evaluation.results import TaskResult
+    from megatron_nexus.evaluation.tasks import Tasks
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    run_tool(_run)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Evaluate a trained model on tasks of lm-evaluation-harness and on held-out texts.",
+        allow_abbrev=False,
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--tasks",
+        type=_names,
+        default=(),
+        metavar="NAMES",
+        help=f"tasks of lm-evaluation-harness, with commas between them, such as {','.join(PAPER_TASKS)}",
+    )
+    parser.add_argument(
+        "--task-path",
+        type=Path,
+        metavar="FOLDER",
+        help="read the tasks' records from its files, such as piqa.jsonl (default: fetch the published ones)",
+    )
+    parser.add_argument(
+        "--limit", type=positive(int), metavar="INT", help="items of each task (default: all)"
+    )
+    parser.add_argument(
+        "--perplexity",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="held-out texts, each a document: perplexity per token, word and byte",
+    )
+    parser.add_argument(
+        "--perplexity-stride",
+        type=positive(int),
+        default=0,
+        metavar="INT",
+        help="tokens that each window predicts (default: a whole sample; fewer see more context, cost more)",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results there as JSON, too")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names between commas, each once."""
+    return tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
+
+
+def _run() -> None:
+    given = make_parser().parse_args(sys.argv[1:])
+    log.configure(speaks=True)
+    texts = _look_ahead(given)
+    trained = find_model(given)
+    # Data that cannot be fetched is told before a model is loaded.
+    tasks = _open_tasks(given.tasks, given.task_path) if given.tasks else None
+    loaded = trained.load()
+    from megatron_nexus.evaluation.local_scorer import LocalScorer
+    from megatron_nexus.evaluation.perplexity import measure_perplexity
+    from megatron_nexus.evaluation.results import perplexity_line, task_table
+
+    scorer = LocalScorer(loaded)
+    results: Mapping[str, TaskResult] = {}
+    if tasks is not None:
+        from megatron_nexus.evaluation.harness import NexusLM, judge
+
+        results = judge(NexusLM(scorer, trained.tokenizer, loaded), tasks, given.limit)
+        for line in task_table(results):
+            log.logger.info("%s", line)
+    perplexities = {}
+    for path, text in texts.items():
+        perplexities[path] = measure_perplexity(scorer, trained.tokenizer, text, given.perplexity_stride)
+        log.logger.info("%s: %s", path, perplexity_line(perplexities[path]))
+    if given.output is not None:
+        record = _record(trained, str(loaded.device), results, perplexities)
+        given.output.write_text(json.dumps(record, indent=2) + "\n")
+        log.logger.info("wrote %s", given.output)
+
+
+def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
+    """Read the texts and look at all that can be wrong before a model is loaded.
+
+    Raises ConfigError or DataError.
+    """
+    if not given.tasks and not given.perplexity:
+        raise ConfigError(["nothing to evaluate: give --tasks, --perplexity, or both"])
+    if given.task_path is not None and not given.tasks:
+        raise ConfigError([f"--task-path {given.task_path} belongs to --tasks: give both, or neither"])
+    if given.output is not None and not given.output.resolve().parent.is_dir():
+        raise ConfigError([f"--output {given.output}: its folder does not exist: make it, or give another"])
+    if given.task_path is not None:
+        require_task_files(given.task_path, given.tasks)
+        for name in given.tasks:
+            read_task_file(task_file(given.task_path, name), name)
+    if given.tasks:
+        require_harness()
+    texts = {}
+    for path in given.perplexity:
+        try:
+            texts[path] = path.read_bytes().decode()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}: give a text file that can be read") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is no UTF-8 text ({error}): convert it, or give another") from error
+    return texts
+
+
+def _open_tasks(names: Sequence[str], folder: Path | None) -> "Tasks":
+    with log.Progress("importing lm-evaluation-harness"):
+        from megatron_nexus.evaluation.tasks import open_tasks
+    return open_tasks(names, folder)
+
+
+def _record(
+    trained: TrainedModel,
+    device: str,
+    results: "Mapping[str, TaskResult]",
+    perplexities: "Mapping[Path, Perplexity]",
+) -> dict[str, object]:
+    """All of it for JSON, with what it was measured on."""
+    from megatron_nexus.evaluation.results import perplexity_record
+
+    return {
+        "checkpoint": str(trained.checkpoint),
+        "preset": trained.config.preset,
+        "parameters": parameter_count(trained.manifest.specs.values()),
+        "step": trained.manifest.progress.step,
+        "tokens": trained.manifest.progress.tokens,
+        "precision": trained.precision,
+        "device": device,
+        "tasks": {name: dataclasses.asdict(result) for name, result in results.items()},
+        "perplexity": {str(path): perplexity_record(found) for path, found in perplexities.items()},
+    }

@@ -1,0 +1,138 @@
+"""The harness: a model of ours judged by lm-evaluation-harness; sealed for `lm_eval`."""
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.evaluation.batch_generation import Stop, generate_texts
+from megatron_nexus.evaluation.loaded_model import LoadedModel
+from megatron_nexus.evaluation.perplexity import windows
+from megatron_nexus.evaluation.results import TaskResult
+from megatron_nexus.evaluation.sampling import Sampling
+from megatron_nexus.evaluation.scores import Request, Scorer
+from megatron_nexus.evaluation.tasks import Tasks
+
+BOOTSTRAPS = 1000
+"""Of metrics whose standard error has no formula; accuracy has one."""
+
+TokenizedPair = tuple[tuple[str, str], list[int], list[int]]
+
+
+class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
+    """Answers the three questions of the harness: how likely is a continuation, a text; what comes next."""
+
+    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, loaded: LoadedModel | None = None) -> None:
+        """Without a loaded model it does not generate."""
+        super().__init__()
+        self._scorer = scorer
+        self._tokenizer = tokenizer
+        self._loaded = loaded
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands between documents, and before a text without context."""
+        return self._tokenizer.eod_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None
+    ) -> list[int]:
+        """Token ids; nothing is ever added: documents of the training data begin with their text."""
+        ids = self._tokenizer.encode(string)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood of each (context, continuation), and whether it is the likeliest."""
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return scores
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenizedPair], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        return [(score.log_likelihood, score.greedy) for score in self._scorer.score(asked)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of each text, in windows of the model's length."""
+        length = self._scorer.seq_length
+        asked = [
+            windows(self.tok_encode(request.args[0]), self.eot_token_id, length, length)
+            for request in requests
+        ]
+        scores = iter(self._scorer.score([window for of_text in asked for window in of_text]))
+        return [sum(next(scores).log_likelihood for _ in of_text) for of_text in asked]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """The text that follows each prompt, as its settings ask."""
+        assert self._loaded is not None, "require_scoring lets no such task through"
+        by_settings: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            by_settings.setdefault(repr(request.args[1]), []).append(number)
+        texts: dict[int, str] = {}
+        for numbers in by_settings.values():
+            settings = normalize_gen_kwargs(requests[numbers[0]].args[1])
+            sampling = Sampling(
+                float(settings["temperature"]) if settings["do_sample"] else 0.0,
+                int(settings.get("top_k", 0)),
+                float(settings.get("top_p", 1.0)),
+            )
+            stop = Stop(tuple(settings["until"]), int(settings["max_gen_toks"]))
+            prompts = [requests[number].args[0] for number in numbers]
+            made = generate_texts(self._loaded, self._tokenizer, prompts, sampling, stop)
+            texts |= dict(zip(numbers, made, strict=True))
+        return [texts[number] for number in range(len(requests))]
+
+
+def require_scoring(tasks: Tasks) -> None:
+    """Raise ConfigError where a task wants text generated, which a model in training does not do."""
+    wrong = [
+        f"the task {name} has the model generate text, which --eval-tasks does not: evaluate a "
+        "checkpoint with tools/evaluate.py instead"
+        for name, task in tasks.items()
+        if task.OUTPUT_TYPE == "generate_until"
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+
+
+def judge(model: NexusLM, tasks: Tasks, limit: int | None = None) -> dict[str, TaskResult]:
+    """What a model reaches in each task, over its first `limit` items. Touches no random state."""
+    # Its bars would stand in the way of ours.
+    with contextlib.redirect_stderr(io.StringIO()):
+        results = lm_eval.evaluate(
+            lm=model,
+            task_dict={"tasks": dict(tasks)},
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+        )
+    counts = results["n-samples"]
+    return {
+        name: TaskResult(
+            int(counts[name]["effective"]),
+            _named_numbers(of_task, errors=False),
+            _named_numbers(of_task, errors=True),
+        )
+        for name, of_task in results["results"].items()
+        if name in tasks
+    }
+
+
+def _named_numbers(of_task: Mapping[str, object], errors: bool) -> dict[str, float]:
+    """The metrics of a task, or their standard errors, by metric.
+
+    The harness writes both as "metric,filter" and "metric_stderr,filter", the usual filter being "none".
+    """
+    found = {}
+    for key, value in of_task.items():
+        metric, comma, chain = key.partition(",")
+        name = metric.removesuffix("_stderr")
+        if comma and isinstance(value, float | int) and errors == (name != metric):
+            found[name if chain == "none" else f"{name} ({chain})"] = float(value)
+    return found

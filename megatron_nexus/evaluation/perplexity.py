@@ -1,0 +1,81 @@
+"""Perplexity of a held-out text, per token, word and byte.
+
+A text longer than the model's samples is read in windows. Each window predicts the next `stride` tokens and
+sees as much of what comes before them as fits; the first one begins behind an end-of-document token. With
+the largest stride, a whole sample, windows lie side by side but for the last, which reaches back to be a
+whole one: this is what lm-evaluation-harness calls rolling log-likelihood. A smaller stride gives each
+token more context, costs seq_length / stride times as much, and gives a lower perplexity.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.errors import DataError
+from megatron_nexus.evaluation.scores import Request, Scorer
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a model makes of a text: its log-likelihood in nats, and what it is a sum over."""
+
+    log_likelihood: float
+    tokens: int
+    words: int
+    """Stretches between white space, as lm-evaluation-harness counts them."""
+    bytes: int
+
+    @property
+    def per_token(self) -> float:
+        """exp of the mean loss of a token; comparable between models of one tokenizer only."""
+        return math.exp(-self.log_likelihood / self.tokens)
+
+    @property
+    def per_word(self) -> float:
+        """exp of the loss of a word, infinite where that is beyond a float."""
+        loss = -self.log_likelihood / self.words
+        return math.exp(loss) if loss < 700.0 else math.inf
+
+    @property
+    def per_byte(self) -> float:
+        """exp of the mean loss of a byte."""
+        return math.exp(-self.log_likelihood / self.bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The mean loss of a byte, in bits."""
+        return -self.log_likelihood / self.bytes / math.log(2.0)
+
+
+def windows(tokens: Sequence[int], first: int, seq_length: int, stride: int) -> list[Request]:
+    """The windows of a text: each token is scored once, none without context; `first` stands before all."""
+    row = [first, *tokens]
+    made = []
+    begin = 1
+    while begin < len(row):
+        # Nothing has been seen before the first window: it predicts all that it holds.
+        end = min(len(row), begin + (seq_length if begin == 1 else stride))
+        made.append(Request(tuple(row[max(0, end - 1 - seq_length) : begin]), tuple(row[begin:end])))
+        begin = end
+    return made
+
+
+def measure_perplexity(scorer: Scorer, tokenizer: Tokenizer, text: str, stride: int = 0) -> Perplexity:
+    """Perplexity of a text, one document. `stride` 0: a whole sample.
+
+    Raises:
+        DataError: the text is empty, or the stride longer than a sample.
+    """
+    if not text:
+        raise DataError("the text to measure perplexity on is empty: give a file with text")
+    if stride > scorer.seq_length:
+        raise DataError(
+            f"--perplexity-stride {stride} is more than the {scorer.seq_length} tokens that the model sees "
+            f"at once: use at most {scorer.seq_length}"
+        )
+    tokens = tokenizer.encode(text)
+    requests = windows(tokens, tokenizer.eod_id, scorer.seq_length, stride or scorer.seq_length)
+    total = sum(score.log_likelihood for score in scorer.score(requests))
+    return Perplexity(total, len(tokens), len(re.split(r"\s+", text)), len(text.encode()))

@@ -1,0 +1,51 @@
+"""Scores: how likely a model finds a continuation of a context, in tokens, and who can tell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_nexus.errors import DataError
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to be scored; neither part is empty."""
+
+    context: Tokens
+    continuation: Tokens
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-likelihood of a continuation in nats, and whether each of its tokens is the likeliest there."""
+
+    log_likelihood: float
+    greedy: bool
+
+
+class Scorer(Protocol):
+    """A model that scores, wherever it runs."""
+
+    seq_length: int
+    """Tokens that it sees at once, at most."""
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """The score of each request. Raises DataError on one that does not fit."""
+        ...
+
+
+def fit(request: Request, seq_length: int) -> Request:
+    """A request cut on the left to what a model sees: all but the last token, which it need not read.
+
+    Raises DataError where the continuation alone is longer.
+    """
+    assert request.context and request.continuation, f"an empty part: {request}"
+    length = len(request.continuation)
+    if length > seq_length:
+        raise DataError(
+            f"a continuation of {length} tokens cannot be scored by a model that sees {seq_length}: leave "
+            "its item out, or choose a model of longer samples"
+        )
+    return Request(request.context[-(seq_length + 1 - length) :], request.continuation)

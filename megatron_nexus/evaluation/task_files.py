@@ -1,0 +1,114 @@
+"""Task files: the data of the paper's five tasks as local JSON lines, in the columns of the published sets.
+
+    piqa.jsonl           goal, sol1, sol2, label
+    openbookqa.jsonl     question_stem, choices {text, label}, answerKey
+    hellaswag.jsonl      activity_label, ctx_a, ctx_b, endings, label
+    arc_easy.jsonl, arc_challenge.jsonl     question, choices {text, label}, answerKey
+
+Needs no lm-evaluation-harness: wrong files are answered before it is imported.
+"""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from megatron_nexus.errors import ConfigError, DataError
+
+PAPER_TASKS = ("piqa", "openbookqa", "hellaswag", "arc_easy", "arc_challenge")
+"""The tasks of the paper's Table 1."""
+
+# The text fields of each task's records; beside them stand the choices and the answer.
+_TEXTS = {
+    "piqa": ("goal", "sol1", "sol2"),
+    "openbookqa": ("question_stem",),
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b"),
+    "arc_easy": ("question",),
+    "arc_challenge": ("question",),
+}
+
+Record = dict[str, Any]
+
+
+def require_harness() -> None:
+    """Raise ConfigError where lm-evaluation-harness is not installed."""
+    missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            [f"tasks need {' and '.join(missing)}, not installed here: pip install megatron-nexus[eval]"]
+        )
+
+
+def task_file(folder: Path, task: str) -> Path:
+    """Where the records of a task lie."""
+    return folder / f"{task}.jsonl"
+
+
+def require_task_files(folder: Path, tasks: Sequence[str]) -> None:
+    """Raise ConfigError where a task has no local format or its file is missing."""
+    problems = [
+        f"--task-path has no format for the task {task!r}: it has {', '.join(PAPER_TASKS)}"
+        for task in tasks
+        if task not in PAPER_TASKS
+    ]
+    problems += [
+        f"--task-path {folder} has no file {task}.jsonl: put one there, or leave {task} out"
+        for task in tasks
+        if task in PAPER_TASKS and not task_file(folder, task).is_file()
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def read_task_file(path: Path, task: str) -> list[Record]:
+    """The records of a task. Raises DataError, which names the first line that is no record of it."""
+    records = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}: give a file that can be read") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            problem = _problem(record, task)
+        except ValueError as error:
+            problem = f"is not JSON ({error})"
+        if problem:
+            raise DataError(f"{path}:{number} {problem}: mend the line, or leave it out")
+        records.append(record)
+    if not records:
+        raise DataError(f"{path} has no records: put one JSON object on each line")
+    return records
+
+
+def _problem(record: object, task: str) -> str:
+    """What keeps a record from being one of the task; "" if nothing does."""
+    if not isinstance(record, dict):
+        return "is not a JSON object"
+    for name in _TEXTS[task]:
+        if not isinstance(record.get(name), str):
+            return f"has no text {name!r}"
+    if task == "piqa":
+        return "" if record.get("label") in (0, 1) else f"has the label {record.get('label')!r}, not 0 or 1"
+    if task == "hellaswag":
+        endings = record.get("endings")
+        if not _are_texts(endings):
+            return "has no list of texts 'endings'"
+        numbers = [str(number) for number in range(len(endings))]
+        label = str(record.get("label"))
+        return "" if label in numbers else f"has the label {label!r}, not one of {', '.join(numbers)}"
+    choices = record.get("choices")
+    if not isinstance(choices, dict) or not _are_texts(choices.get("text")):
+        return "has no list of texts 'choices.text'"
+    labels = choices.get("label")
+    if not _are_texts(labels) or len(labels) != len(choices["text"]):
+        return "has no label in 'choices.label' for each of 'choices.text'"
+    answer = record.get("answerKey")
+    return "" if answer in labels else f"has the answerKey {answer!r}, not one of {', '.join(labels)}"
+
+
+def _are_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)

@@ -1,0 +1,120 @@
+"""Tasks of lm-evaluation-harness, fetched or read from local files; sealed for `lm_eval` and `datasets`.
+
+A task read from a local file is the harness' own configuration, included as it is, but for where its
+records come from. The five of the paper are found by the names of their files: listing all tasks of the
+harness takes half a minute.
+"""
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeAlias
+
+import datasets
+import lm_eval.tasks
+import yaml
+from lm_eval.api.task import Task
+
+from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.evaluation.task_files import read_task_file, require_task_files, task_file
+from megatron_nexus.log import Progress
+
+Tasks: TypeAlias = Mapping[str, Task]
+"""Tasks by name."""
+
+LISTED_NAMES = 3
+_CONFIGURATIONS = {
+    "piqa": "piqa/piqa.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+}
+
+
+def open_tasks(names: Sequence[str], folder: Path | None) -> Tasks:
+    """Tasks by name, with their records; those of `folder` are read from its files, others are fetched.
+
+    Raises:
+        ConfigError: a task is unknown, has no file, or is none for a model of text.
+        DataError: a file is no file of its task, or a data set cannot be had.
+    """
+    # It warns of settings that are meant so.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    tasks = _local_tasks(names, folder) if folder is not None else _fetched_tasks(names)
+    for name, task in tasks.items():
+        if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
+            raise ConfigError(
+                [f"the task {name} needs images, or runs code that a model writes: leave it out"]
+            )
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # the harness' own
+    return tasks
+
+
+def read_local(task: str, path: str, **metadata: object) -> dict[str, datasets.Dataset]:
+    """What the harness calls for the records of a local task; it hands over what its metadata holds, too."""
+    return {"test": datasets.Dataset.from_list(read_task_file(Path(path), task))}
+
+
+def _local_tasks(names: Sequence[str], folder: Path) -> Tasks:
+    require_task_files(folder, names)
+    root = Path(lm_eval.tasks.__file__).parent
+    manager = lm_eval.tasks.TaskManager(include_defaults=False)
+    with TemporaryDirectory() as made:
+        files = []
+        for name in dict.fromkeys(names):
+            path = task_file(folder, name)
+            read_task_file(path, name)
+            settings = {
+                "include": str(root / _CONFIGURATIONS[name]),
+                "task": name,
+                "training_split": None,
+                "validation_split": None,
+                "test_split": "test",
+                "dataset_kwargs": {"task": name, "path": str(path.resolve())},
+            }
+            file = Path(made) / f"{name}.yaml"
+            reader = f"custom_dataset: !function {__name__}.{read_local.__name__}\n"
+            file.write_text(yaml.safe_dump(settings) + reader)
+            files.append(str(file))
+        tasks: Tasks = manager.load(files)["tasks"]
+    return tasks
+
+
+def _fetched_tasks(names: Sequence[str]) -> Tasks:
+    root = Path(lm_eval.tasks.__file__).parent
+    if set(names) <= _CONFIGURATIONS.keys():
+        manager = lm_eval.tasks.TaskManager(include_defaults=False)
+        specs = [str(root / _CONFIGURATIONS[name]) for name in dict.fromkeys(names)]
+    else:
+        with Progress("listing the tasks of lm-evaluation-harness"):
+            manager = lm_eval.tasks.TaskManager()
+        known = manager.all_tasks
+        unknown = [
+            f"the task {name!r} is unknown to lm-evaluation-harness {lm_eval.__version__}"
+            f"{_nearest(name, known)}"
+            for name in names
+            if name not in known
+        ]
+        if unknown:
+            raise ConfigError(unknown)
+        specs = list(dict.fromkeys(names))
+    try:
+        with Progress("fetching the data of the tasks"):
+            tasks: Tasks = manager.load(specs)["tasks"]
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the data of {', '.join(names)} cannot be fetched ({error}): fetch it where there is a network "
+            "and bring the cache along (HF_HOME), or give local files with --task-path"
+        ) from error
+    return tasks
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, LISTED_NAMES)
+    return f": did you mean {' or '.join(near)}?" if near else ": see `lm_eval ls tasks`"

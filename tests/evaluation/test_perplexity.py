@@ -1,0 +1,70 @@
+"""Perplexity: every token once, windows as lm-evaluation-harness rolls them, a text without one equal."""
+
+import math
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_nexus.errors import DataError
+from megatron_nexus.evaluation.harness import NexusLM
+from megatron_nexus.evaluation.loaded_model import LoadedModel
+from megatron_nexus.evaluation.local_scorer import LocalScorer
+from megatron_nexus.evaluation.perplexity import measure_perplexity, windows
+
+TEXT = "The old man opens the door at night.  Why?\nNobody knows \U0001f680.\n" * 7
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 17, 30])
+def test_windows_are_those_of_the_harness(count: int) -> None:
+    tokens = list(range(100, 100 + count))
+    theirs = map(make_disjoint_window, get_rolling_token_windows(tokens, 0, max_seq_len=8, context_len=1))
+    assert [(list(w.context), list(w.continuation)) for w in windows(tokens, 0, 8, 8)] == list(theirs)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+def test_each_token_is_predicted_once_from_what_fits_before_it(stride: int) -> None:
+    tokens = list(range(1, 31))
+    made = windows(tokens, 0, 8, stride)
+    assert [token for window in made for token in window.continuation] == tokens
+    row = [0, *tokens]
+    for window in made[1:]:
+        text = [*window.context, *window.continuation]
+        assert len(window.continuation) <= stride
+        assert len(text) == 9, "as much context as fits"
+        assert text == row[row.index(text[0]) :][:9]
+
+
+def test_a_text_is_as_perplexing_as_its_tokens(
+    loaded: LoadedModel, tokenizer: SentencePieceTokenizer
+) -> None:
+    scorer, text = LocalScorer(loaded), "She opens the door."
+    found = measure_perplexity(scorer, tokenizer, text)
+    ids = tokenizer.encode(text)
+    log_p_TV = loaded.decoder(torch.tensor([[tokenizer.eod_id, *ids[:-1]]]))[:, 0].log_softmax(dim=1)
+    loss = -float(log_p_TV.gather(1, torch.tensor(ids)[:, None]).sum())
+    assert found.log_likelihood == pytest.approx(-loss, abs=1e-11)
+    assert (found.tokens, found.words, found.bytes) == (len(ids), 4, len(text))
+    assert found.per_token == pytest.approx(math.exp(loss / len(ids)))
+    assert found.per_word == pytest.approx(math.exp(loss / 4))
+    assert found.bits_per_byte == pytest.approx(loss / len(text) / math.log(2))
+
+
+def test_it_is_the_rolling_log_likelihood_of_the_harness(
+    loaded: LoadedModel, tokenizer: SentencePieceTokenizer
+) -> None:
+    scorer = LocalScorer(loaded)
+    assert len(tokenizer.encode(TEXT)) > 3 * loaded.seq_length
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate((TEXT, "A boy"))]
+    rolled = NexusLM(scorer, tokenizer).loglikelihood_rolling(asked)
+    found = [measure_perplexity(scorer, tokenizer, text).log_likelihood for text in (TEXT, "A boy")]
+    assert found == pytest.approx(rolled, abs=1e-11)
+
+
+def test_what_cannot_be_measured_is_told(loaded: LoadedModel, tokenizer: SentencePieceTokenizer) -> None:
+    with pytest.raises(DataError, match="is empty"):
+        measure_perplexity(LocalScorer(loaded), tokenizer, "")
+    with pytest.raises(DataError, match="use at most 48"):
+        measure_perplexity(LocalScorer(loaded), tokenizer, TEXT, stride=49)
