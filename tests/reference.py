@@ -51,9 +51,12 @@ def head_norm(x: Tensor, gain: Tensor, model: dict) -> Tensor:
 
 
 def project(y: Tensor, w: dict[str, Tensor], name: str, model: dict, scale: float | None) -> Tensor:
-    if model["projection"] == "linear":
-        return y @ w[f"{name}.weight"].T
-    return nexus_rank(y, w, name, scale)
+    out = 0.0
+    if model["projection"] in ("linear", "linear_nexus"):
+        out = out + y @ w[f"{name}.weight"].T
+    if model["projection"] in ("nexus", "linear_nexus"):
+        out = out + nexus_rank(y, w, name, scale)
+    return out
 
 
 def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float | None) -> Tensor:

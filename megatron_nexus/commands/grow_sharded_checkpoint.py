@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,9 +41,16 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    add_writing_flags(parser)
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="grow to the sizes of this preset")
+    add_growth_flags(parser)
+    return parser
+
+
+def add_writing_flags(parser: argparse.ArgumentParser) -> None:
+    """What to read and how to write it: folders, topology, workers, checks."""
     parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--save", default="", help="folder of the new checkpoint")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="grow to the sizes of this preset")
     parser.add_argument(
         "--tp",
         "--tensor-model-parallel-size",
@@ -67,8 +74,6 @@ def make_parser() -> argparse.ArgumentParser:
         default=False,
         help="compare the logits of both models in float64, layer by layer, before the new one is kept",
     )
-    add_growth_flags(parser)
-    return parser
 
 
 def main() -> NoReturn:
@@ -103,9 +108,17 @@ def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
 def _grow(argv: Sequence[str]) -> None:
     given = make_parser().parse_args(argv)
     source = find_checkpoint(location(given.load))
-    manifest = read_manifest(source)
-    saved = saved_config(source, manifest)
-    sizes = target_sizes(given, saved)
+    saved = saved_config(source, read_manifest(source))
+    write_grown(given, source, saved, target_sizes(given, saved))
+
+
+def write_grown(
+    given: argparse.Namespace, source: Location, saved: RunConfig, sizes: Mapping[str, int]
+) -> None:
+    """Grow the checkpoint `source`, whose model is read as that of `saved`, to `sizes`, as the flags say.
+
+    Raises ConfigError, CheckpointError.
+    """
     request = GrowthRequest.from_flags({**vars(given), **sizes})
     parallel = ParallelConfig(tensor_model_parallel_size=given.tp, pipeline_model_parallel_size=given.pp)
     root = _target_folder(given.save, source, given.dry_run)
@@ -139,9 +152,9 @@ def _grow(argv: Sequence[str]) -> None:
     ranks = given.tp * given.pp
     command = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), "pretrain_nexus.py"]
     command += ["--tp", str(given.tp), "--pp", str(given.pp), "--load", str(root)]
-    steps = saved.training.train_iters
-    if manifest.progress.step >= steps:
-        command += ["--train-iters", str(2 * max(steps, manifest.progress.step))]
+    steps, done = saved.training.train_iters, read_manifest(made).progress.step
+    if done >= steps:
+        command += ["--train-iters", str(2 * max(steps, done))]
     told("  continue with  %s", shlex.join(command))
 
 

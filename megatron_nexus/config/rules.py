@@ -34,7 +34,7 @@ def check(config: RunConfig, world_size: int) -> None:
 def notes(config: RunConfig) -> list[str]:
     """What is allowed and probably not meant."""
     model, said = config.model, []
-    if model.projection == "nexus" and not model.hidden_size < model.nexus_m < model.nexus_a:
+    if model.has_nexus and not model.hidden_size < model.nexus_m < model.nexus_a:
         said.append(
             f"D < M < A does not hold: --hidden-size {model.hidden_size}, --nexus-m {model.nexus_m}, "
             f"--nexus-a {model.nexus_a}; a Nexus-Rank projection is meant to widen"
@@ -56,7 +56,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--num-attention-heads": model.num_attention_heads,
         "--kv-channels": model.kv_channels,
         "--ffn-hidden-size": model.ffn_hidden_size,
-        **({"--nexus-m": model.nexus_m, "--nexus-a": model.nexus_a} if model.projection == "nexus" else {}),
+        **({"--nexus-m": model.nexus_m, "--nexus-a": model.nexus_a} if model.has_nexus else {}),
         "--micro-batch-size": training.micro_batch_size,
         "--global-batch-size": training.global_batch_size,
         "--seq-length": training.seq_length,

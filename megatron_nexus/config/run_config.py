@@ -10,7 +10,7 @@ from typing import Literal, TypeVar, get_type_hints
 
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
-Projection = Literal["nexus", "linear"]
+Projection = Literal["nexus", "linear", "linear_nexus"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
@@ -39,7 +39,8 @@ class ModelConfig:
     kv_channels: int = option(32, "size of one head; heads x this is the attention width", "--head-dim")
     ffn_hidden_size: int = option(344, "width of the SwiGLU feed-forward")
     projection: Projection = option(
-        "nexus", "what computes Q, K and V: nexus (Nexus-Rank), or linear (a matrix each)"
+        "nexus",
+        "what computes Q, K and V: nexus (Nexus-Rank), linear (a matrix each), linear_nexus (their sum)",
     )
     qk_layernorm: bool = option(False, "RMSNorm of each head's query and key before the rotary embedding")
     nexus_m: int = option(160, "first width M of each Nexus-Rank projection, D < M < A")
@@ -70,6 +71,11 @@ class ModelConfig:
     def key_width(self) -> int:
         """Heads of keys and values x head size: the width of K and of V."""
         return self.query_groups * self.kv_channels
+
+    @property
+    def has_nexus(self) -> bool:
+        """Whether M and A are widths of this model."""
+        return self.projection in ("nexus", "linear_nexus")
 
     @property
     def norm_size(self) -> int:

@@ -36,7 +36,8 @@ class GrownReader:
         self._plan = plan
         self._generation = generation(self._source.manifest)
         held = {name: spec.shape for name, spec in self._source.manifest.specs.items()}
-        needed = {p.old.name: p.old.shape for p in plan.tensors.values() if p.old is not None}
+        # A tensor without elements is stored nowhere: a Nexus-Rank of no width.
+        needed = {p.old.name: p.old.shape for p in plan.tensors.values() if p.old is not None and p.old.numel}
         if held != needed:
             wrong = sorted(name for name in held.keys() | needed.keys() if held.get(name) != needed.get(name))
             raise CheckpointError(
@@ -92,7 +93,7 @@ class GrownReader:
         settings, init = self._plan.settings, plan.spec.init
         assert isinstance(init, Normal), f"{plan.spec.name} is not drawn"
         if block.fill is Fill.NOISE:
-            old = self._old_deviation(plan.old) if plan.old is not None else init.std
+            old = self._old_deviation(plan.old) if plan.old is not None and plan.old.numel else init.std
             return settings.noise_share * old
         if settings.init_std:
             # Residual writers keep their smaller share.

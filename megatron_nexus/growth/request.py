@@ -75,10 +75,13 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             problems.append(
                 f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
             )
-    if old.projection != "nexus":
+    if not old.has_nexus:
+        remedy = (
+            "give it some with tools/nexify_checkpoint.py" if old.projection == "linear" else "drop the flag"
+        )
         problems += [
             f"--{name.replace('_', '-')} {sizes[name]} is a width of Nexus-Rank projections, and this "
-            f"model's are {old.projection}: drop the flag"
+            f"model's are {old.projection}: {remedy}"
             for name in ("nexus_m", "nexus_a")
             if sizes.get(name, getattr(old, name)) != getattr(old, name)
         ]
@@ -112,6 +115,24 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     if new.kv_channels > old.kv_channels:
         new = replace(new, base_kv_channels=old.rotary_channels)
     return new
+
+
+def with_empty_branch(saved: RunConfig) -> RunConfig:
+    """The configuration of a model of linear projections, read as one with empty Nexus-Ranks beside them.
+
+    The same tensors and the same function; their M and A can grow from 0.
+
+    Raises ConfigError: the projections are of another kind.
+    """
+    if saved.model.projection != "linear":
+        raise ConfigError(
+            [
+                f"the checkpoint's projections are {saved.model.projection}, and only linear ones can be "
+                "given Nexus-Ranks beside them: enlarge those it has with tools/grow_sharded_checkpoint.py"
+            ]
+        )
+    model = replace(saved.model, projection="linear_nexus", nexus_m=0, nexus_a=0)
+    return replace(saved, model=model)
 
 
 @dataclass(frozen=True)
@@ -180,6 +201,11 @@ def add_growth_flags(parser: argparse.ArgumentParser) -> None:
         if entry.name in GROWING:
             flags = ["--" + entry.name.replace("_", "-"), *entry.metadata["aliases"]]
             sizes.add_argument(*flags, type=int, metavar="INT", help=entry.metadata["help"])
+    add_settings_flags(parser)
+
+
+def add_settings_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a parser a flag for each field of GrowthConfig."""
     settings = parser.add_argument_group("new weights", "How they begin.")
     hints = get_type_hints(GrowthConfig)
     for entry in fields(GrowthConfig):

@@ -1,7 +1,11 @@
 """Projections: the maps from one input X to queries, keys and values, by the model's kind.
 
-    nexus    Y = gelu(gelu(X W_M) W_A) W_D
-    linear   Y = X W
+    nexus          Y = gelu(gelu(X W_M) W_A) W_D
+    linear         Y = X W
+    linear_nexus   Y = X W + gelu(gelu(X W_M) W_A) W_D
+
+The last is what a trained linear projection becomes: its branch begins with M = A = 0 and grows, so that
+exactly one factor of each new path is zero, the function stays and every new weight trains (`spec.grow`).
 
 X [T, B, D] -> for each projection this rank's columns [T, B, w]: whole heads. No biases.
 """
@@ -24,14 +28,17 @@ def projection_specs(
 ) -> tuple[ParamSpec, ...]:
     """The parameters of the projection `name`. `flow` is what its products do with the units of `outputs`."""
     init, grown = Normal(model.init_method_std), (flow, Flow.READS)
+    heads = replace(outputs, layout=Layout.EXACT)
+    linear = ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, grown)
+    w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, model.nexus_m, model.nexus_a, init, init)
+    rank = (w_m, w_a, replace(w_d, grown=grown))
     match model.projection:
         case "nexus":
-            widths = (model.nexus_m, model.nexus_a)
-            w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, *widths, init, init)
-            return w_m, w_a, replace(w_d, grown=grown)
+            return rank
         case "linear":
-            heads = replace(outputs, layout=Layout.EXACT)
-            return (ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, grown),)
+            return (linear,)
+        case "linear_nexus":
+            return (linear, *rank)
 
 
 class NexusProjections(nn.Module):
@@ -62,6 +69,21 @@ class LinearProjections(SpecModule):
         return tuple(F.linear(x_TBD, self.get_parameter(name)) for name in self.specs)
 
 
+class BranchedProjections(nn.Module):
+    """A matrix for each projection, and a Nexus-Rank beside it."""
+
+    def __init__(
+        self, model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
+    ) -> None:
+        super().__init__()
+        self.linear = LinearProjections({name: parts[:1] for name, parts in specs.items()}, context)
+        self.branch = NexusProjections(model, {name: parts[1:] for name, parts in specs.items()}, context)
+
+    def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
+        """X of all tokens -> this rank's columns of each projection."""
+        return tuple(a + b for a, b in zip(self.linear(x_TBD), self.branch(x_TBD), strict=True))
+
+
 def make_projections(
     model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
 ) -> nn.Module:
@@ -71,3 +93,5 @@ def make_projections(
             return NexusProjections(model, specs, context)
         case "linear":
             return LinearProjections(specs, context)
+        case "linear_nexus":
+            return BranchedProjections(model, specs, context)

@@ -107,6 +107,8 @@ def grown_blocks(old: ParamSpec, new: ParamSpec, init: Init) -> list[Block]:
     for parts in product(*rows):
         sizes = tuple(part.stop - part.start for part in parts)
         box = Box(tuple(part.start for part in parts), sizes)
+        if not box.numel:
+            continue
         offsets = tuple(part.old for part in parts if part.old is not None)
         kept = Box(offsets, sizes) if len(offsets) == len(parts) else None
         blocks.append(Block(box, _fill(new, parts, init), kept))

@@ -40,6 +40,7 @@ MODELS = {
     "nexus": {},
     "nexus output": {"nexus_output_projection": True},
     "linear": {"projection": "linear"},
+    "linear and nexus": {"projection": "linear_nexus"},
     "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
 }
 each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)

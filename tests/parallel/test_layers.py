@@ -17,6 +17,7 @@ def _models(ranks: int) -> dict[str, dict]:
     return {
         "nexus": {},
         "options": {"nexus_inner_norm": True, "nexus_output_projection": True},
+        "linear_nexus": {"projection": "linear_nexus"},
         "qwen3": {"projection": "linear", "num_query_groups": groups, "qk_layernorm": True},
     }
 
@@ -28,7 +29,7 @@ def _cases(ranks: int) -> list[dict]:
         _models(ranks).items(),
         (False, True) if ranks > 1 else (False,),
     ):
-        if layer == "feed_forward" and name in ("options", "qwen3"):
+        if layer == "feed_forward" and name != "nexus":
             continue  # the same as without
         for recompute, multiple in (("none", 1), ("selective", 4), ("full", 1)):
             made.append(

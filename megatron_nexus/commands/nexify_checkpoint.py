@@ -1,0 +1,67 @@
+"""The command `tools/nexify_checkpoint.py`: linear projections of a trained model get Nexus-Ranks.
+
+    python tools/nexify_checkpoint.py --load runs/llama --save runs/nexified --verify
+
+Q = X W becomes X W + gelu(gelu(X W_M) W_A) W_D, and K and V alike. The new branch is a Nexus-Rank that grows
+from M = A = 0: by the law of growth one factor of each of its paths is zero, so the model computes what it
+did and a gradient reaches every new weight. From then on the branch grows as any other.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.checkpoint.location import location
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.command import saved_config
+from megatron_nexus.commands.grow_sharded_checkpoint import add_writing_flags, write_grown
+from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
+from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.growth.request import add_settings_flags, with_empty_branch
+
+WIDENING = {"nexus_m": 5 / 4, "nexus_a": 3 / 2}
+"""M and A in hidden sizes where no flag says otherwise: D < M < A, as in the small presets."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags; one that is not given leaves no attribute behind."""
+    parser = FlagParser(
+        prog="nexify_checkpoint.py",
+        description=(
+            "Give the linear Q, K and V projections of a trained model Nexus-Ranks beside them, without "
+            "changing its function. The source is never touched."
+        ),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add_writing_flags(parser)
+    for name, share in WIDENING.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=int,
+            metavar="INT",
+            help=f"width of the branch (default: {share:g} of the hidden size)",
+        )
+    add_settings_flags(parser)
+    return parser
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    log.configure(speaks=True)
+    end_on_sigterm()
+    run_tool(lambda: _nexify(sys.argv[1:]))
+
+
+def _nexify(argv: Sequence[str]) -> None:
+    given = make_parser().parse_args(argv)
+    source = find_checkpoint(location(given.load))
+    saved = with_empty_branch(saved_config(source, read_manifest(source)))
+    sizes = {
+        name: vars(given).get(name, round(share * saved.model.hidden_size))
+        for name, share in WIDENING.items()
+    }
+    write_grown(given, source, saved, sizes)

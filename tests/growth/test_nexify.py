@@ -1,0 +1,78 @@
+"""Law: a model of linear projections that is given Nexus-Ranks computes what it did, and all of it trains."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import grown
+import pytest
+import reference
+import torch
+
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.commands.nexify_checkpoint import main
+from megatron_nexus.config.command_line import from_saved
+from megatron_nexus.growth.request import with_empty_branch
+
+QWEN3 = {"projection": "linear", "nexus_m": 0, "nexus_a": 0, "num_query_groups": 1, "qk_layernorm": True}
+WIDTHS = {"nexus_m": 15, "nexus_a": 19}
+TOLERANCE = 1e-12  # float64: sums that end in exact zeros
+
+
+@pytest.mark.parametrize("init", ["out_rand", "in_rand"])
+def test_the_function_stays_every_new_weight_trains_and_the_branch_grows(init: str, tmp_path: Path) -> None:
+    saved = grown.configure(**QWEN3)
+    source = grown.write_checkpoint(tmp_path / "linear", saved, tp=2)
+    tokens = grown.sample(saved.model)
+    before = reference.logits(grown.weights(source), tokens, dataclasses.asdict(saved.model))
+    made, after = grown.grow(
+        source, tmp_path / "nexified", with_empty_branch(saved), WIDTHS, init=init, workers=2
+    )
+    assert (after.model.projection, after.model.nexus_m, after.model.nexus_a) == ("linear_nexus", 15, 19)
+    w = {name: t.requires_grad_() for name, t in grown.weights(made).items()}
+    new = {name for name in w if name.rpartition(".")[2] in ("w_m", "w_a", "w_d")}
+    assert len(new) == 3 * 3 * saved.model.num_layers
+    model = dataclasses.asdict(after.model)
+    with torch.no_grad():
+        assert (reference.logits(w, tokens, model) - before).abs().max() <= TOLERANCE
+    reached = {name: torch.zeros(w[name].shape, dtype=torch.bool) for name in new}
+    for _ in range(3):
+        loss = reference.loss(w, tokens, tokens.roll(-1, 1), model)
+        gradients = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+        with torch.no_grad():
+            for name in new:
+                reached[name] |= gradients[name] != 0
+            for name, t in w.items():
+                t -= 0.1 * gradients[name]
+    assert all(there.all() for there in reached.values())
+    assert {birth.tensor for birth in read_manifest(made).optimizer.births} == new
+
+    larger = {"nexus_m": 20, "nexus_a": 26, "hidden_size": 14}
+    again, last = grown.grow(made, tmp_path / "larger", after, larger, init=init)
+    logits = reference.logits(grown.weights(again), tokens, dataclasses.asdict(last.model))
+    assert (logits - before).abs().max() <= TOLERANCE
+
+
+def test_the_tool_writes_verifies_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megatron_nexus.commands.nexify_checkpoint.end_on_sigterm", lambda: None)
+    grown.write_checkpoint(tmp_path / "linear", grown.configure(**QWEN3))
+
+    def run(words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["nexify_checkpoint.py", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = console.readouterr()
+        return int(ended.value.code or 0), told.out + told.err
+
+    code, told = run("--load linear --save made --verify --workers 2")
+    assert code == 0, told
+    assert "verified in float64" in told
+    config = from_saved(read_manifest(find_checkpoint(tmp_path / "made")).config)
+    assert (config.model.nexus_m, config.model.nexus_a) == (15, 18)
+    code, told = run("--load made --save again")
+    assert code == 2 and "tools/grow_sharded_checkpoint.py" in told, told
+    assert not (tmp_path / "again").exists()
