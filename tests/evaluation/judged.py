@@ -11,6 +11,7 @@ from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, 
 from megatron_nexus.evaluation.loaded_model import LoadedModel, load_model
 
 SEQ_LENGTH = 48
+PIECES = 400
 TEXTS = [
     f"{who} {does} the {what} {where}. Question: why? Answer: \U0001f600 it was {what}, na\u00efve {who}!\n"
     for who in ("She", "A boy", "The old man", "Nobody")
@@ -22,19 +23,14 @@ TEXTS = [
 
 def write_tokenizer(folder: Path) -> Path:
     path = folder / "tokenizer.model"
-    train_sentencepiece_bpe(TEXTS, path, vocab_size=400)
+    train_sentencepiece_bpe(TEXTS, path, vocab_size=PIECES)
     return path
 
 
 def write_run(root: Path, tokenizer: Path, **options: object) -> tuple[Path, RunConfig]:
     """A run's folder with one checkpoint, and its configuration."""
-    config = grown.configure(
-        vocab_size=416,  # more than the tokenizer has
-        seq_length=SEQ_LENGTH,
-        data_path=("corpus",),
-        tokenizer_model=str(tokenizer),
-        **options,
-    )
+    own = {"seq_length": SEQ_LENGTH, "data_path": ("corpus",), "tokenizer_model": str(tokenizer)}
+    config = grown.configure(**{**own, "vocab_size": PIECES + 16, **options})
     return grown.write_checkpoint(root, config, tp=2), config
 
 
