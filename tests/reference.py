@@ -72,11 +72,18 @@ def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float
     # Neighbours share a head of keys and values.
     k, v = (torch.stack([x[:, i * x.shape[1] // heads] for i in range(heads)], 1) for x in (k, v))
     turning = model["base_kv_channels"] or size
-    q, k = (
-        torch.cat([rotary(x[..., :turning], model["rotary_base"]), x[..., turning:]], dim=-1) for x in (q, k)
-    )
-    scores = (q @ k.transpose(-1, -2) / math.sqrt(turning)).masked_fill(~mask, -torch.inf)
-    z = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, heads * size)
+
+    def shares(q: Tensor, k: Tensor) -> Tensor:
+        q, k = (
+            torch.cat([rotary(x[..., :turning], model["rotary_base"]), x[..., turning:]], dim=-1)
+            for x in (q, k)
+        )
+        return (q @ k.transpose(-1, -2) / math.sqrt(turning)).masked_fill(~mask, -torch.inf).softmax(-1)
+
+    a_m = shares(q, k)
+    for _ in range(1, model["attention_order"]):
+        a_m = shares(a_m @ q, a_m @ k)
+    z = (a_m @ v).transpose(1, 2).reshape(batch, length, heads * size)
     if model["nexus_output_projection"]:
         return nexus_rank(z, w, f"{a}.output", scale)
     return z @ w[f"{a}.output.weight"].T

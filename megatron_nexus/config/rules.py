@@ -54,6 +54,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--num-layers": model.num_layers,
         "--hidden-size": model.hidden_size,
         "--num-attention-heads": model.num_attention_heads,
+        "--attention-order": model.attention_order,
         "--kv-channels": model.kv_channels,
         "--ffn-hidden-size": model.ffn_hidden_size,
         **({"--nexus-m": model.nexus_m, "--nexus-a": model.nexus_a} if model.has_nexus else {}),

@@ -36,6 +36,9 @@ class ModelConfig:
     num_query_groups: int = option(
         0, "groups of heads that share keys and values (grouped-query attention); 0: each head has its own"
     )
+    attention_order: int = option(
+        1, "1: standard attention; 2 and above: queries and keys refined by inner attentions, no new weights"
+    )
     kv_channels: int = option(32, "size of one head; heads x this is the attention width", "--head-dim")
     ffn_hidden_size: int = option(344, "width of the SwiGLU feed-forward")
     projection: Projection = option(

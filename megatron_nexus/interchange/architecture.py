@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.errors import ConfigError
 
 JsonObject = dict[str, object]
 REMOTE_CODE = tuple(
@@ -31,7 +32,15 @@ QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM")
 
 
 def architecture_of(model: ModelConfig) -> Architecture:
-    """The class that computes `model`."""
+    """The class that computes `model`. Raises ConfigError: there is none."""
+    if model.attention_order > 1:
+        raise ConfigError(
+            [
+                f"this model's attention has order {model.attention_order}, which needs more of each token than "
+                "the one key and value that the caches of transformers keep: it can be exported at order 1 only; "
+                "tools/generate.py and tools/evaluate.py run it as it is"
+            ]
+        )
     if model.projection != "linear" or model.base_hidden_size or model.base_kv_channels:
         return NEXUSFORMER
     if model.qk_layernorm:

@@ -53,7 +53,7 @@ def export_checkpoint(
     `precision` is that of the weights, of which a file has at most `shard_bytes`. The source is only read.
 
     Raises:
-        ConfigError: `target` exists.
+        ConfigError: `target` exists, or no class of transformers computes the model.
         CheckpointError: the checkpoint is damaged, or the folder cannot be written.
         DataError: the tokenizer cannot be exported.
     """

@@ -3,6 +3,7 @@
     attention = softmax(Q K^T / sqrt(H)) V        (Nexusformer, equations 6 to 9), rotary positions
 
 Several heads may share one of keys and values (grouped-query attention, Ainslie et al., 2023): neighbours do.
+At an order above 1 inner attentions refine queries and keys first: see `higher_order`.
 
 T tokens, B batch, D hidden, N heads of this rank, H head size, W = all heads x H the attention width. Where
 heads have grown, the root is that of their size at birth.
@@ -10,12 +11,14 @@ heads have grown, the root is that of their size at birth.
 
 import math
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
+from megatron_nexus.models.higher_order import each_head, refined
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
@@ -56,7 +59,8 @@ class Attention(nn.Module):
         super().__init__()
         parts = attention_specs(model, prefix)
         self.tp = context.tp
-        self.shares_keys = model.query_groups < model.num_attention_heads
+        self.order = model.attention_order
+        self.share = model.num_attention_heads // model.query_groups
         self.head_size = model.kv_channels
         self.rotary_channels = model.rotary_channels
         self.score_scale = 1.0 / math.sqrt(model.rotary_channels)
@@ -88,25 +92,32 @@ class Attention(nn.Module):
         cos, sin = rotary_tables(reach, self.rotary_channels, self.rotary_base, q.device, q.dtype)
         if packing is not None and packing.positions_TB is not None:
             cos, sin = cos[packing.positions_TB, 0], sin[packing.positions_TB, 0]  # [T, B, 1, H / 2]
+        attend = partial(self._attend, packing.mask_B1TT if packing is not None else None)
+        if self.order > 1:
+            q, k = refined(q, k, self.order, (cos, sin), attend, cache)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.permute(1, 2, 0, 3)
         if cache is not None:
             k, v = cache.extend("k", k), cache.extend("v", v)
-        mask_B1TT = packing.mask_B1TT if packing is not None else None
+        if self.order > 1:
+            v = each_head(v, self.share)
+        mixed_TBW = attend(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        if isinstance(self.output, NexusRank):
+            (mixed_TBW,) = self.tp.gather_features(mixed_TBW)
+            (partial_sum,) = self.output(mixed_TBW)
+        else:
+            partial_sum = self.output(mixed_TBW)
+        return self.tp.leave(partial_sum)
+
+    def _attend(self, mask_B1TT: Tensor | None, q_BNTH: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention [B, N, T, H] of this layer's scale; of all earlier tokens where no mask is."""
         # Kernels of variable lengths (flash-attn, flex) would skip what the mask hides: not used yet.
-        mixed_BNTH = F.scaled_dot_product_attention(
-            q,
+        return F.scaled_dot_product_attention(
+            q_BNTH,
             k,
             v,
             mask_B1TT,
-            is_causal=mask_B1TT is None and q.shape[2] > 1,
+            is_causal=mask_B1TT is None and q_BNTH.shape[2] > 1,
             scale=self.score_scale,
-            enable_gqa=self.shares_keys,
+            enable_gqa=k.shape[1] < q_BNTH.shape[1],
         )
-        mixed_TBW = mixed_BNTH.permute(2, 0, 1, 3).flatten(2)
-        if isinstance(self.output, NexusRank):
-            (mixed_TBW,) = self.tp.gather_features(mixed_TBW)
-            (partial,) = self.output(mixed_TBW)
-        else:
-            partial = self.output(mixed_TBW)
-        return self.tp.leave(partial)

@@ -20,9 +20,12 @@ def weight_flops_per_token(specs: Iterable[ParamSpec]) -> int:
     return sum(2 * spec.numel for spec in specs if spec.role is Role.MATMUL)
 
 
-def attention_flops_per_token(attention_width: int, seq_length: int) -> int:
-    """FLOPs per token of one layer's scores and weighted values, forward: 2 x (2 x width x length)."""
-    return 4 * attention_width * seq_length
+def attention_flops_per_token(attention_width: int, seq_length: int, order: int = 1) -> int:
+    """FLOPs per token of one layer's scores and weighted values, forward: 2 x (2 x width x length).
+
+    Each order above the first has two inner attentions of the same size.
+    """
+    return 4 * attention_width * seq_length * (2 * order - 1)
 
 
 def balanced_cuts(costs: list[int], parts: int) -> list[int]:

@@ -63,6 +63,7 @@ POSITIVE = [
     "num-layers",
     "hidden-size",
     "num-attention-heads",
+    "attention-order",
     "kv-channels",
     "ffn-hidden-size",
     "nexus-m",

@@ -32,6 +32,7 @@ OPTIONS = {
         "num_query_groups": 1,
         "qk_layernorm": True,
     },
+    "order": {"attention_order": 3, "num_query_groups": 1, "qk_layernorm": True},
 }
 CASES = [
     (init, axes, option)

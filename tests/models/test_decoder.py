@@ -42,6 +42,8 @@ MODELS = {
     "linear": {"projection": "linear"},
     "linear and nexus": {"projection": "linear_nexus"},
     "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
+    "order 2": {"attention_order": 2},
+    "order 3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True, "attention_order": 3},
 }
 each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 
@@ -70,8 +72,9 @@ def test_training_flops_are_those_that_torch_counts(fields: dict[str, object]) -
     assert counter.get_total_flops() == training_flops_per_token(model, tokens.shape[1]) * tokens.numel()
 
 
-def test_a_token_sees_nothing_of_the_future() -> None:
-    stage, tokens = DecoderStage(MODEL, ALL, ALONE), _tokens()
+@each_model
+def test_a_token_sees_nothing_of_the_future(fields: dict[str, object]) -> None:
+    stage, tokens = DecoderStage(dataclasses.replace(MODEL, **fields), ALL, ALONE), _tokens()
     changed = tokens.clone()
     changed[:, 9] = (changed[:, 9] + 1) % MODEL.vocab_size
     before, after = stage(tokens), stage(changed)

@@ -11,11 +11,13 @@ from megatron_nexus.models.decoder import DecoderStage
 from megatron_nexus.models.kv_cache import KeyValueCache
 
 LENGTH = 12
+ORDER_3: dict[str, object] = {"attention_order": 3, "num_query_groups": 1}
 # Heads that have grown hold channels that do not turn.
 KINDS: list[dict[str, object]] = [
     {},
     {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
     {"base_kv_channels": 6, "nexus_output_projection": True},
+    ORDER_3,
 ]
 
 
@@ -41,8 +43,9 @@ def test_cached_logits_are_those_of_the_whole_text(chunks: list[int], changes: d
         assert_equal(logits_BV, expected_TBV[end - 1])
 
 
-def test_prompts_of_different_lengths_are_each_as_alone() -> None:
-    stage, tokens = DecoderStage(MODEL, ALL, ALONE), sample(3)
+@pytest.mark.parametrize("changes", [{}, ORDER_3])
+def test_prompts_of_different_lengths_are_each_as_alone(changes: dict[str, object]) -> None:
+    stage, tokens = DecoderStage(dataclasses.replace(MODEL, **changes), ALL, ALONE), sample(3)
     padding = [0, 5, 3]
     padded = tokens.clone()
     for row, count in enumerate(padding):

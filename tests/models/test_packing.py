@@ -24,22 +24,24 @@ def sample() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], positions
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_a_packed_sample_is_its_documents_run_alone(stages: int, recompute: str) -> None:
+def test_a_packed_sample_is_its_documents_run_alone(stages: int, recompute: str, order: int) -> None:
     tokens, labels, positions = sample()
+    model = dataclasses.replace(MODEL, attention_order=order)
     context = dataclasses.replace(APART, recompute=recompute)
-    row = [DecoderStage(MODEL, stage_layers(MODEL, LENGTH, i, stages), context) for i in range(stages)]
+    row = [DecoderStage(model, stage_layers(model, LENGTH, i, stages), context) for i in range(stages)]
     stream: Stream = (tokens, positions)
     for stage in row:
         stream = stage(stream)
     assert isinstance(stream, Tensor)
-    loss = Loss(MODEL, ALONE.tp, ALONE.shard)(stream, labels)
+    loss = Loss(model, ALONE.tp, ALONE.shard)(stream, labels)
     loss.backward()
 
     parameters = {n: p for stage in row for n, (_, p) in logical_parameters(stage).items()}
     weights = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-    expected = reference.loss(weights, tokens, labels, dataclasses.asdict(MODEL), positions)
+    expected = reference.loss(weights, tokens, labels, dataclasses.asdict(model), positions)
     expected.backward()
     assert abs(loss - expected).item() < 1e-10
     for name, parameter in parameters.items():

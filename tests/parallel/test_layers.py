@@ -19,6 +19,7 @@ def _models(ranks: int) -> dict[str, dict]:
         "options": {"nexus_inner_norm": True, "nexus_output_projection": True},
         "linear_nexus": {"projection": "linear_nexus"},
         "qwen3": {"projection": "linear", "num_query_groups": groups, "qk_layernorm": True},
+        "order3": {"attention_order": 3, "num_query_groups": groups, "qk_layernorm": True},
     }
 
 

@@ -50,7 +50,10 @@ FLAGS = {
 }
 PACKED = {"reset_position_ids": True, "reset_attention_mask": True}
 OPTIONS = {"nexus_inner_norm": True, "nexus_output_projection": True}
-FAMILIES = {"qwen3": {"projection": "linear", "num_query_groups": 2, "qk_layernorm": True}}
+FAMILIES = {
+    "qwen3": {"projection": "linear", "num_query_groups": 2, "qk_layernorm": True},
+    "order2": {"attention_order": 2, "num_query_groups": 2},
+}
 
 # float32: sums of up to a few hundred terms in another order differ by about 1e-6 of the largest; Adam
 # divides by the root of the second moment, which lifts it in elements whose gradient is nearly zero.
