@@ -36,9 +36,9 @@ def architecture_of(model: ModelConfig) -> Architecture:
     if model.attention_order > 1:
         raise ConfigError(
             [
-                f"this model's attention has order {model.attention_order}, which needs more of each token than "
-                "the one key and value that the caches of transformers keep: it can be exported at order 1 only; "
-                "tools/generate.py and tools/evaluate.py run it as it is"
+                f"this model's attention has order {model.attention_order}, which needs more of each token "
+                "than the one key and value that the caches of transformers keep: only order 1 can be "
+                "exported; tools/generate.py and tools/evaluate.py run the checkpoint as it is"
             ]
         )
     if model.projection != "linear" or model.base_hidden_size or model.base_kv_channels:
