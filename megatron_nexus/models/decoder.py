@@ -49,16 +49,26 @@ def head_specs(model: ModelConfig) -> dict[str, ParamSpec]:
     }
 
 
-def layer_specs(model: ModelConfig) -> list[list[ParamSpec]]:
-    """The parameters of each layer, in order: embedding, blocks, head."""
+def layer_parts(model: ModelConfig) -> list[dict[str, tuple[ParamSpec, ...]]]:
+    """The parameters of each layer by part, in order: embedding, blocks, head."""
     blocks = [
-        [
-            *(spec for part in attention_specs(model, f"layers.{i}.attention").values() for spec in part),
-            *feed_forward_specs(model, f"layers.{i}.feed_forward").values(),
-        ]
+        {
+            **attention_specs(model, f"layers.{i}.attention"),
+            "feed_forward": tuple(feed_forward_specs(model, f"layers.{i}.feed_forward").values()),
+        }
         for i in range(model.num_layers)
     ]
-    return [[embedding_spec(model)], *blocks, list(head_specs(model).values())]
+    head = head_specs(model)
+    return [
+        {"embedding": (embedding_spec(model),)},
+        *blocks,
+        {"norm": (head["norm"],), "head": (head["weight"],)},
+    ]
+
+
+def layer_specs(model: ModelConfig) -> list[list[ParamSpec]]:
+    """The parameters of each layer, in order: embedding, blocks, head."""
+    return [[spec for part in layer.values() for spec in part] for layer in layer_parts(model)]
 
 
 def decoder_specs(model: ModelConfig) -> dict[str, ParamSpec]:

@@ -65,11 +65,43 @@ def test_specs_describe_exactly_the_parameters_that_are_built(fields: dict[str, 
 @each_model
 def test_training_flops_are_those_that_torch_counts(fields: dict[str, object]) -> None:
     model = dataclasses.replace(MODEL, **fields)
-    stage, tokens = DecoderStage(model, ALL, ALONE), _tokens()
+    tokens = _tokens()
+    assert _counted_flops(model, ALONE) == training_flops_per_token(model, tokens.shape[1]) * tokens.numel()
+
+
+def _counted_flops(model: ModelConfig, context: Context, *positions_BT: torch.Tensor) -> int:
+    """FLOPs of a forward and backward pass as torch counts them; `positions_BT` of packed documents."""
+    stage, tokens = DecoderStage(model, ALL, context), _tokens()
     # The counter does not know the fused attention of the CPU; that of plain products it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        Loss(model, ALONE.tp, ALONE.shard)(stage(tokens), tokens).backward()
-    assert counter.get_total_flops() == training_flops_per_token(model, tokens.shape[1]) * tokens.numel()
+        logits = stage((tokens, *positions_BT) if positions_BT else tokens)
+        Loss(model, context.tp, context.shard)(logits, tokens).backward()
+    return int(counter.get_total_flops())
+
+
+@each_model
+def test_a_mask_of_documents_saves_no_flops_and_selective_recompute_costs_none(
+    fields: dict[str, object],
+) -> None:
+    model = dataclasses.replace(MODEL, **fields)
+    plain = _counted_flops(model, ALONE)
+    positions = torch.arange(16).remainder(5).expand(2, 16)
+    packed = dataclasses.replace(ALONE, reset_position_ids=True, reset_attention_mask=True)
+    assert _counted_flops(model, packed, positions) == plain
+    assert _counted_flops(model, dataclasses.replace(ALONE, recompute="selective")) == plain
+
+
+@each_model
+def test_full_recompute_repeats_the_blocks_which_the_model_s_flops_leave_out(
+    fields: dict[str, object],
+) -> None:
+    model = dataclasses.replace(MODEL, **fields)
+    tokens = _tokens()
+    blocks = sum(layer_flops_per_token(model, tokens.shape[1])[1:-1]) * tokens.numel()
+    # torch stops before each block's last product, of which backward needs the inputs only.
+    last = model.num_layers * 2 * model.ffn_hidden_size * model.hidden_size * tokens.numel()
+    again = _counted_flops(model, dataclasses.replace(ALONE, recompute="full")) - _counted_flops(model, ALONE)
+    assert again == blocks - last
 
 
 @each_model

@@ -1,0 +1,77 @@
+"""The command `count_model.py`: what a model costs, beside what the paper prints of it.
+
+    python tools/count_model.py --preset nexusformer-240m --tp 2 --zero-stage 1 --world-size 8
+    python tools/count_model.py --all
+
+Takes every flag of a run, a checkpoint's model by --load too; starts no process group.
+"""
+
+import argparse
+import json
+import sys
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.command import configure
+from megatron_nexus.commands.arguments import positive
+from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.command_line import given_flags
+from megatron_nexus.config.rules import check
+from megatron_nexus.errors import ConfigError
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    run_tool(_run)
+
+
+def _run() -> None:
+    log.configure(speaks=True)
+    for line in count(sys.argv[1:]):
+        log.logger.info("%s", line)
+
+
+def count(argv: list[str]) -> list[str]:
+    """The lines that the command prints for its arguments.
+
+    Raises:
+        ConfigError, CheckpointError: wrong flags, as of a run; no such checkpoint.
+    """
+    own, flags = make_parser().parse_known_args(argv)
+    if own.all:
+        given = given_flags(flags)
+        named = [f"--{name}" for name in ("preset", "config", "load", "grow") if name in given]
+        if named:
+            raise ConfigError([f"--all counts every preset: drop it, or drop {', '.join(named)}"])
+        from megatron_nexus.training.cost_table import cost_table, preset_rows
+
+        rows = preset_rows(given, own.world_size)
+        return [json.dumps([row.as_json() for row in rows], indent=1)] if own.json else cost_table(rows)
+    config, _ = configure(flags)
+    world_size = own.world_size or config.model_parallel_size
+    check(config, world_size)
+    from megatron_nexus.training.model_cost import cost_lines, model_cost, state_per_rank
+
+    cost = model_cost(config)
+    if own.json:
+        stages = [dict(memory) for memory in state_per_rank(config, world_size)]
+        return [json.dumps({**cost.as_json(), "bytes_per_rank_of_each_stage": stages}, indent=1)]
+    return cost_lines(cost, config, world_size)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's own flags."""
+    parser = argparse.ArgumentParser(
+        prog="count_model.py",
+        description="True parameters, FLOPs per token and bytes per rank of a model, beside what the paper "
+        "prints of it. Takes the flags of nexus-pretrain: --preset, --config or --load name a model; sizes "
+        "such as --nexus-m change it; --tp, --pp, --zero-stage and --precision lay it on ranks; attention is "
+        "counted over --seq-length.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--all", action="store_true", help="a table of all presets, a row each")
+    parser.add_argument(
+        "--world-size", type=positive(int), metavar="INT", help="ranks of the run (default: tp x pp)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser

@@ -1,0 +1,267 @@
+"""What DeepSpeed holds on a rank beside the model's own tensors, read from its optimizers.
+
+One class for each optimizer that it chooses, and the account that they keep. All sizes in bytes.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_nexus.config.deepspeed_config import deepspeed_config
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.training.machine import DTYPES
+
+FP32, BF16 = 4, 2
+START = "start"  # gone when training begins: counted in the peak alone
+# DeepSpeed's defaults, where its configuration sets no other: elements.
+REDUCE_BUCKET, ALL_REDUCE_BUCKET, MAX_LIVE, PERSISTENT = 500_000_000, 500_000_000, 1_000_000_000, 100_000
+
+
+@dataclass
+class Block:
+    """Memory that is held until it is dropped."""
+
+    size: int
+    column: str
+
+
+class Memory:
+    """What is held now and was held at most."""
+
+    def __init__(self) -> None:
+        self.held: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.peak = 0
+
+    def hold(self, column: str, size: int) -> Block:
+        """Allocate `size` bytes under `column`."""
+        block = Block(size, column)
+        self._count(column, size)
+        return block
+
+    def drop(self, *blocks: Block) -> None:
+        """Free blocks."""
+        for block in blocks:
+            self.held[block.column] -= block.size
+
+    def move(self, block: Block, column: str) -> None:
+        """Count a block under another column."""
+        self.held[block.column] -= block.size
+        block.column = column
+        self._count(column, block.size)
+
+    def _count(self, column: str, size: int) -> None:
+        self.held[column] += size
+        self.most[column] = max(self.most[column], self.held[column])
+        self.peak = max(self.peak, self.held.total())
+
+
+class EngineMemory(ABC):
+    """What DeepSpeed holds beside the model's own tensors, in the order in which it allocates it."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        config: RunConfig,
+        world_size: int,
+        parameters: Sequence[tuple[ParamSpec, nn.Parameter]],
+        device: torch.device,
+    ) -> None:
+        self.memory = memory
+        self.copies = config.data_parallel_size(world_size)
+        self.stage = max(1, config.parallel.zero_stage)
+        self.width = DTYPES[config.training.precision].itemsize
+        self.parameters = [parameter for _, parameter in parameters]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        groups = [[p.numel() for spec, p in parameters if spec.decays is decays] for decays in (True, False)]
+        # Each group is padded so that its partitions are equal and aligned to two elements.
+        unit = 2 * self.copies
+        self.flat = [-(-sum(group) // unit) * unit for group in groups if group]
+        zero = deepspeed_config(config, world_size)["zero_optimization"]
+        assert isinstance(zero, dict)
+        bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
+        assert isinstance(bucket, int | float)
+        self.bucket_elements = int(bucket)
+        # A CPU has memory only where something was written.
+        self.whole_bucket = device.type != "cpu"
+        self.moments: list[Block] = []
+
+    @property
+    def elements(self) -> int:
+        return sum(self.flat)
+
+    def bucket(self, width: int) -> int:
+        """Bytes of the buffer that gradients are gathered in."""
+        elements = self.bucket_elements if self.whole_bucket else min(self.bucket_elements, self.elements)
+        return width * elements
+
+    def model(self, width: int) -> list[Block]:
+        """The model as it is built, in fp32, and cast."""
+        built = [self.memory.hold(START, FP32 * size) for size in self.sizes]
+        if width == FP32:
+            return built
+        halves = []
+        for block in built:
+            halves.append(self.memory.hold(START, block.size // 2))
+            self.memory.drop(block)
+        return halves
+
+    def make_moments(self, elements: Sequence[int]) -> None:
+        """Adam's two, made in the first step."""
+        if not self.moments:
+            self.moments = [self.memory.hold("optimizer", FP32 * n) for n in elements for _ in range(2)]
+
+    def passing(self, *sizes: int) -> None:
+        """Buffers that come and go together."""
+        self.memory.drop(*[self.memory.hold("buffers", size) for size in sizes])
+
+    def gradient(self, parameter: Tensor) -> None:  # noqa: B027 - most engines leave it
+        """The gradient of a parameter is complete."""
+
+    def before_backward(self) -> None:  # noqa: B027 - most engines have no part in it
+        """A backward pass begins."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """The engine is made."""
+
+    @abstractmethod
+    def after_backward(self, last: bool) -> None:
+        """The backward pass of a micro-batch is over, of the step's last one where `last`."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """The optimizer steps."""
+
+
+class _Bf16(EngineMemory):
+    """BF16_Optimizer: bf16 weights, fp32 gradients of all of them, a share of the fp32 master weights."""
+
+    def start(self) -> None:
+        model = self.model(BF16)
+        for flat in self.flat:
+            self.memory.hold("weights", BF16 * flat)
+        self.memory.drop(*model)
+        for flat in self.flat:
+            self.memory.hold("optimizer", FP32 * flat // self.copies)
+            self.memory.hold("gradients", FP32 * flat)
+
+    def after_backward(self, last: bool) -> None:
+        # bf16 gradients stay allocated and are added to the fp32 ones, one by one (update_hp_grads).
+        for size in self.sizes:
+            self.passing(FP32 * size)
+        if last:
+            # All-reduced from one copy, cast to the type of communication (buffered_allreduce_fallback).
+            elements = min(self.elements, ALL_REDUCE_BUCKET)
+            copy = FP32 * elements if len(self.flat) > 1 else 0
+            self.passing(copy, BF16 * elements)
+
+    def step(self) -> None:
+        self.make_moments([flat // self.copies for flat in self.flat])
+
+
+class _Stage1And2(EngineMemory):
+    """DeepSpeedZeroOptimizer: fp32 at stage 1, either precision at stage 2, without the pipeline engine."""
+
+    def start(self) -> None:
+        model = self.model(self.width)
+        for flat in self.flat:
+            self.memory.hold("weights", self.width * flat)
+        self.memory.drop(*model)
+        for flat in self.flat:
+            self.memory.hold("optimizer", FP32 * flat // self.copies)
+        self.passing(*[FP32 * flat // self.copies for flat in self.flat])
+        self.gathered: Block | None = None
+        self.kept: list[Block] = []
+
+    @property
+    def shares(self) -> list[int]:
+        return [FP32 * flat // self.copies for flat in self.flat]
+
+    def before_backward(self) -> None:
+        if self.partitioned:
+            self.gathered = self.memory.hold("gradients", self.bucket(self.width))
+
+    @property
+    def partitioned(self) -> bool:
+        return self.stage == 2
+
+    def gradient(self, parameter: Tensor) -> None:
+        if self.partitioned:
+            parameter.grad = None  # copied into the bucket
+
+    def after_backward(self, last: bool) -> None:
+        if self.partitioned:
+            self.passing(self.bucket(self.width))  # the copy that is all-reduced
+            if not self.kept:
+                self.kept = [self.memory.hold("gradients", share) for share in self.shares]
+            elif self.width == FP32:
+                self.passing(*self.shares)  # the next micro-batch's, added to those kept
+            assert self.gathered is not None
+            self.memory.drop(self.gathered)
+        elif last:
+            self.passing(FP32 * min(self.elements, self.bucket_elements))
+
+    def step(self) -> None:
+        # Each group's gradients in one piece: the unpartitioned ones are dropped after that.
+        copied = not (self.partitioned and self.width == BF16)
+        flat = [self.memory.hold("buffers", share) for share in self.shares] if copied else []
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.memory.drop(*self.kept)
+        self.kept = []
+        self.make_moments([flat // self.copies for flat in self.flat])
+        self.memory.drop(*flat)
+
+
+class _Stage3(EngineMemory):
+    """DeepSpeedZeroOptimizer_Stage3: every parameter is cut up, and whole while it is computed with."""
+
+    def start(self) -> None:
+        model = self.model(self.width)
+        own = self.elements // self.copies
+        parts = [self.memory.hold(START, self.width * size // self.copies) for size in self.sizes]
+        self.memory.drop(*model)
+        self.memory.hold("weights", self.width * own)
+        self.memory.drop(*parts)
+        if self.width != FP32:
+            self.passing(FP32 * own)
+            self.memory.hold("optimizer", FP32 * own)
+        self.passing(FP32 * own)
+        self.memory.hold("gradients", self.bucket(self.width))
+        self.memory.hold("gradients", FP32 * own)
+        small = sum(size for size in self.sizes if size < PERSISTENT)
+        self.memory.hold("buffers", self.width * small)  # these stay whole
+        self.large = min(self.elements, MAX_LIVE) - small
+        self.whole: Block | None = None
+
+    def before_backward(self) -> None:
+        # Nothing is let go that is used again within stage3_max_reuse_distance: all of a small model.
+        self.whole = self.memory.hold("buffers", self.width * self.large)
+
+    def gradient(self, parameter: Tensor) -> None:
+        parameter.grad = None  # copied into the bucket
+
+    def after_backward(self, last: bool) -> None:
+        # Reduce-scattered from one copy in the order of ranks (reduce_scatter_coalesced).
+        self.passing(self.bucket(self.width), FP32 * self.elements // self.copies)
+        assert self.whole is not None
+        self.memory.drop(self.whole)
+
+    def step(self) -> None:
+        flat = self.memory.hold("buffers", FP32 * self.elements // self.copies)
+        self.make_moments([self.elements // self.copies])
+        self.memory.drop(flat)
+
+
+def engine_memory_of(config: RunConfig) -> type[EngineMemory]:
+    """The one that DeepSpeed chooses."""
+    stage = max(1, config.parallel.zero_stage)
+    if stage == 3:
+        return _Stage3
+    return _Bf16 if stage == 1 and config.training.precision == "bf16" else _Stage1And2

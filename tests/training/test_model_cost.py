@@ -1,0 +1,103 @@
+"""Costs by part add up to the whole, and the memory of a model's state is that of the whole plan."""
+
+import pytest
+import torch
+
+from megatron_nexus.config.command_line import build
+from megatron_nexus.config.presets import PRESETS, Value
+from megatron_nexus.models.decoder import (
+    decoder_specs,
+    layer_flops_per_token,
+    layer_parts,
+    training_flops_per_token,
+)
+from megatron_nexus.spec.cost import parameter_count
+from megatron_nexus.spec.param import Role
+from megatron_nexus.training.machine import DTYPES
+from megatron_nexus.training.memory_plan import STATE, plan_memory, plan_state
+from megatron_nexus.training.memory_table import memory_table, rank_groups
+from megatron_nexus.training.model_cost import model_cost, parameters_by_part
+
+SMALL: dict[str, Value] = {
+    "vocab_size": 301,
+    "num_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "kv_channels": 10,
+    "ffn_hidden_size": 90,
+    "nexus_m": 45,
+    "nexus_a": 53,
+    "seq_length": 16,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parts_add_up(preset: str) -> None:
+    config = build({"preset": preset})
+    specs, cost = decoder_specs(config.model), model_cost(config)
+    assert cost.parameters == parameter_count(specs.values())
+    norms = parameter_count(spec for spec in specs.values() if spec.role is Role.VECTOR)
+    assert cost.parts.get("norms", 0) == norms
+    assert {"embedding", "q", "k", "v", "output", "feed_forward", "head"} <= cost.parts.keys()
+    vocabulary = config.model.vocab_size * config.model.hidden_size
+    assert cost.parts["embedding"] == cost.parts["head"] == vocabulary
+    assert cost.non_embedding == cost.parameters - 2 * vocabulary
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flops_are_those_that_cut_stages_and_make_the_mfu(preset: str) -> None:
+    config = build({"preset": preset})
+    cost = model_cost(config)
+    assert cost.forward_flops == sum(layer_flops_per_token(config.model, config.training.seq_length))
+    assert cost.training_flops == 3 * cost.forward_flops
+    assert cost.training_flops == training_flops_per_token(config.model, config.training.seq_length)
+    twice = model_cost(build({"preset": preset, "seq_length": 2 * config.training.seq_length}))
+    assert twice.attention_flops == 2 * cost.attention_flops
+    assert twice.forward_flops - twice.attention_flops == cost.forward_flops - cost.attention_flops
+
+
+def test_parts_are_those_of_the_layers() -> None:
+    model = build({"preset": "qwen3-tiny"}).model
+    counts = parameters_by_part(model)
+    by_hand = parameter_count(spec for layer in layer_parts(model)[1:-1] for spec in layer["k"])
+    assert counts["k"] == by_hand == model.num_layers * model.key_width * model.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, {"precision": "bf16"}),
+        (1, {"precision": "fp32"}),
+        (4, {"precision": "bf16", "tensor_model_parallel_size": 2}),
+        (4, {"precision": "fp32", "pipeline_model_parallel_size": 2, "padding_multiple": 8}),
+        (2, {"precision": "bf16", "zero_stage": 2}),
+        (2, {"precision": "fp32", "zero_stage": 2}),
+        (2, {"precision": "bf16", "zero_stage": 3}),
+        (2, {"precision": "fp32", "zero_stage": 3}),
+    ],
+    ids=str,
+)
+def test_the_state_of_a_rank_is_that_of_the_whole_plan(ranks: int, flags: dict[str, Value]) -> None:
+    config = build({**SMALL, **flags})
+    multiple = max(1, config.parallel.padding_multiple)
+    whole = plan_memory(config, ranks, torch.device("cpu"), multiple)
+    state = plan_state(config, ranks, torch.device("cpu"), multiple)
+    expected = [{name: memory.columns[name] for name in STATE} for memory in whole]
+    if config.parallel.zero_stage >= 2:
+        # Of the gradients on their way into the bucket two may live at once: the embedding's is the largest.
+        passing = expected[0].pop("gradients") - (told := dict(state.pop())).pop("gradients")
+        assert 0 <= passing <= 2 * 301 * 32 * DTYPES[config.training.precision].itemsize
+        state = [told]
+    assert state == expected
+
+
+def test_ranks_that_hold_the_same_share_a_row() -> None:
+    plan = [{"weights": 2**20}, {"weights": 2**20}, {"weights": 2**21}]
+    assert [group[:2] for group in rank_groups(plan, 6)] == [(0, 3), (4, 5)]
+    assert [line.split() for line in memory_table(plan, 3)] == [
+        ["ranks", "weights"],
+        ["0-1", "1.0"],
+        ["2", "2.0"],
+    ]
