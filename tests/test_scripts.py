@@ -26,7 +26,7 @@ def test_a_script_is_clean(linter: str, file: Path) -> None:
 
 
 def test_the_scripts_were_found() -> None:
-    assert {"pretrain.sbatch", "preprocess.sbatch", "own_corpus.sh", "pretrain_240m.sh"} <= {
+    assert {"pretrain.sbatch", "preprocess.sbatch", "own_corpus.sh", "pretrain_240m.sh", "baselines.sh"} <= {
         path.name for path in SHELL
     }
 
@@ -60,3 +60,22 @@ def test_a_folder_of_text_becomes_a_trained_model(tmp_path: Path) -> None:
     again = run(5)
     assert "made/corpus: 60 documents" not in again
     assert "resumed made/run/iter_0000003" in again
+
+
+@pytest.mark.slow
+def test_families_are_trained_in_turn_and_told_in_a_table(tmp_path: Path) -> None:
+    sizes = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 --ffn-hidden-size 48"
+    flags = f"{sizes} --seq-length 32 --eval-iters 1 --train-iters 2"
+    done = subprocess.run(
+        ["bash", REPOSITORY / "examples" / "baselines.sh", "out", *flags.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PRESETS": "transformer++-tiny qwen3-tiny"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    assert [row[0].strip() for row in rows] == ["transformer++-tiny", "qwen3-tiny"]
+    # 4,096 x 32 twice, 4 x 32 x 32 of attention, 3 x 32 x 48 of SwiGLU, three norms; 2 steps of 32 x 32.
+    assert rows[0][1].strip() == f"{2 * 4096 * 32 + 4 * 32 * 32 + 3 * 32 * 48 + 3 * 32:,}"
+    assert [row[3].strip() for row in rows] == ["2,048"] * 2

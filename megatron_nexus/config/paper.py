@@ -12,14 +12,10 @@ PRINTED_FLOPS_PER_TOKEN = {
     "qwen3-240m": 422_300_000,
     "qwen3-300m": 603_600_000,
 }
-# Table 7 gives models that have grown from 240M, in M and A or in slots, another hidden size than its 768.
-_D_800: dict[str, Value] = {"hidden_size": 800, "num_attention_heads": 10, "kv_channels": 80}
-_D_1024: dict[str, Value] = {"hidden_size": 1024, "num_attention_heads": 16, "kv_channels": 64}
+# Table 7 gives models that have grown from 240M in M and A another hidden size than its 768.
 PRINTED_SIZES: dict[str, dict[str, Value]] = {
-    "nexusformer-380m": _D_800,
-    "nexusformer-440m": _D_1024,
-    "tokenformer-380m": _D_800,
-    "tokenformer-440m": _D_1024,
+    "nexusformer-380m": {"hidden_size": 800, "num_attention_heads": 10, "kv_channels": 80},
+    "nexusformer-440m": {"hidden_size": 1024, "num_attention_heads": 16, "kv_channels": 64},
 }
 
 

@@ -81,13 +81,13 @@ def deviation(true: int, printed: int | None) -> float | None:
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     """Parameters of embedding, q, k, v, output, feed_forward, head and norms, over all layers."""
     counts: Counter[str] = Counter()
-    norms = 0
+    norms = 0  # told last
     for layer in layer_parts(model):
         for part, specs in layer.items():
             gains = parameter_count(spec for spec in specs if spec.role is Role.VECTOR)
             norms += gains
             counts[part] += parameter_count(specs) - gains
-    return {**{part: count for part, count in counts.items() if count}, "norms": norms}
+    return {part: count for part, count in [*counts.items(), ("norms", norms)] if count}
 
 
 def model_cost(config: RunConfig, paper_name: str = "") -> ModelCost:
