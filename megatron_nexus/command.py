@@ -66,6 +66,10 @@ def main() -> NoReturn:
         # Every rank finds the same: one on each machine says it.
         if speaks:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+        else:
+            # The first to leave has its launcher end the others, perhaps before that one has spoken.
+            time.sleep(LOST_PEER_PATIENCE_S)
         sys.exit(EXIT_CODE_USER_ERROR)
     _train(config, world, checkpoint, argv)
 

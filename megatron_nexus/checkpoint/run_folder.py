@@ -6,10 +6,10 @@ SAVE/latest         the name of the one to resume from, replaced atomically
 
 import re
 from contextlib import suppress
-from pathlib import Path
 
 from megatron_nexus.checkpoint.location import Location, Place
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from megatron_nexus.checkpoint.run_lock import unwritable
 from megatron_nexus.checkpoint.storage import LATEST_FILE, LocalFolder, folder_of
 from megatron_nexus.checkpoint.store import rank_files
 from megatron_nexus.errors import CheckpointError, ConfigError
@@ -153,20 +153,18 @@ def require_own_folder(folder: Location, checkpoint: Location | None) -> None:
 
 
 def claim_run_folder(folder: Location, checkpoint: Location | None) -> None:
-    """Make `folder` where a run saves that starts from `checkpoint`.
+    """Find out whether a run that starts from `checkpoint` can save in `folder`, which exists on a disk.
 
     Raises:
         ConfigError: as `require_own_folder`.
         CheckpointError: it cannot be written.
     """
     require_own_folder(folder, checkpoint)
+    trial = folder / ".writable"
     try:
-        if isinstance(folder, Path):
-            folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").write_text(" " * 4096)
-        (folder / ".writable").unlink()
+        trial.write_text(" " * 4096)
+        trial.unlink()
     except OSError as error:
-        raise CheckpointError(
-            f"--save {folder}: {error.strerror}: give a folder that can be written, on a disk that all "
-            "ranks share"
-        ) from error
+        with suppress(OSError):
+            trial.unlink()
+        raise unwritable(folder, error) from error

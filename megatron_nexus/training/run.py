@@ -1,15 +1,13 @@
 """A run on one rank: prepare, build, train, and say at the end what came of it."""
 
 import dataclasses
-import fcntl
-import os
 import shlex
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
 from megatron_nexus.checkpoint.run_folder import claim_run_folder
+from megatron_nexus.checkpoint.run_lock import sole_user
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.config_file import config_text
@@ -66,10 +65,12 @@ def run(
     _require_one_start(mesh, checkpoint)
     save = _save_folder(config, mesh, checkpoint)
     notes = _notes_folder(save)
-    if mesh.rank == 0:
-        notes.mkdir(parents=True, exist_ok=True)
-    with _sole_user(notes, mesh):
-        corpus = open_corpus(config, mesh, world.local_rank)
+    # Before anything is made: ranks that find their data wrong do not all find it at the same moment.
+    corpus = open_corpus(config, mesh, world.local_rank)
+    with sole_user(notes) if mesh.rank == 0 else nullcontext():
+        if mesh.rank == 0:
+            # A grown model is another run than the checkpoint's.
+            claim_run_folder(save, None if config.checkpoint.grow else checkpoint)
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             engine = Engine(config, mesh)
@@ -123,31 +124,6 @@ def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
     return changes
 
 
-@contextmanager
-def _sole_user(folder: Path, mesh: Mesh) -> Iterator[None]:
-    """Hold a lock on the run's folder, by rank 0: two runs that save there would mix.
-
-    Raises ConfigError where another run holds it. On NFS the lock may reach this machine only.
-    """
-    if mesh.rank != 0:
-        yield
-        return
-    lock = folder / ".lock"
-    with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConfigError(
-                [f"--save {folder} is in use by {file.read().strip()}: wait for it, or give another --save"]
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        # The file stays: one that was removed could be locked by who had opened it before.
-        yield
-
-
 def _require_one_start(mesh: Mesh, checkpoint: Location | None) -> None:
     """Raise CheckpointError where ranks found different checkpoints, as on disks that they do not share."""
     found = exchange(mesh, str(checkpoint or "no checkpoint"))
@@ -177,7 +153,7 @@ def _prepare_kernels(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Location | None) -> Location:
-    """Where this run saves, decided and made by rank 0; a collective call. Raises as `claim_run_folder`."""
+    """Where this run saves, decided by rank 0; a collective call."""
     folder: Location
     if config.checkpoint.save:
         folder = location(config.checkpoint.save)
@@ -187,11 +163,7 @@ def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Location | None) -> 
         folder = Path(f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     chosen = [folder]
     dist.broadcast_object_list(chosen, src=0, group=mesh.control)
-    folder = chosen[0]
-    if mesh.rank == 0:
-        # A grown model is another run than the checkpoint's.
-        claim_run_folder(folder, None if config.checkpoint.grow else checkpoint)
-    return folder
+    return chosen[0]
 
 
 def _notes_folder(save: Location) -> Path:
