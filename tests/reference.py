@@ -19,6 +19,25 @@ def rms_norm(x: Tensor, gain: Tensor, model: dict) -> Tensor:
     return x / torch.sqrt((x * x).sum(-1, keepdim=True) / size + model["norm_epsilon"]) * gain
 
 
+def norm(x: Tensor, w: dict[str, Tensor], name: str, model: dict) -> Tensor:
+    """The norm `name` of the model's kind."""
+    if model["normalization"] == "RMSNorm":
+        return rms_norm(x, w[f"{name}.gain"], model)
+    # Off the direction (1, .., 1) of the units that the model was born with.
+    born = model["base_hidden_size"] or model["hidden_size"]
+    ones = (torch.arange(x.shape[-1]) < born).to(x.dtype) / math.sqrt(born)
+    rest = x - (x @ ones)[..., None] * ones
+    return rest / torch.sqrt((rest * rest).sum(-1, keepdim=True) / born + model["norm_epsilon"])
+
+
+def pattention(x: Tensor, w: dict[str, Tensor], name: str, born: int) -> Tensor:
+    """Slots that have grown later do not move the scale sqrt(born)."""
+    a = x @ w[f"{name}.keys"].T
+    length = a.norm(dim=-1, keepdim=True)
+    unit = torch.where(length == 0, 0.0, a / torch.where(length == 0, 1.0, length))
+    return gelu(unit * math.sqrt(born)) @ w[f"{name}.values"].T
+
+
 def nexus_rank(x: Tensor, w: dict[str, Tensor], name: str, inner_scale: float | None) -> Tensor:
     def act(h: Tensor) -> Tensor:
         if inner_scale is not None:
@@ -51,6 +70,8 @@ def head_norm(x: Tensor, gain: Tensor, model: dict) -> Tensor:
 
 
 def project(y: Tensor, w: dict[str, Tensor], name: str, model: dict, scale: float | None) -> Tensor:
+    if model["projection"] == "pattention":
+        return pattention(y, w, name, model["base_pattention_slots"] or model["pattention_slots"])
     out = 0.0
     if model["projection"] in ("linear", "linear_nexus"):
         out = out + y @ w[f"{name}.weight"].T
@@ -84,12 +105,16 @@ def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float
     for _ in range(1, model["attention_order"]):
         a_m = shares(a_m @ q, a_m @ k)
     z = (a_m @ v).transpose(1, 2).reshape(batch, length, heads * size)
+    if model["projection"] == "pattention":
+        return project(z, w, f"{a}.output", model, scale)
     if model["nexus_output_projection"]:
         return nexus_rank(z, w, f"{a}.output", scale)
     return z @ w[f"{a}.output.weight"].T
 
 
-def feed_forward(y: Tensor, w: dict[str, Tensor], f: str) -> Tensor:
+def feed_forward(y: Tensor, w: dict[str, Tensor], f: str, model: dict) -> Tensor:
+    if model["feed_forward"] == "pattention":
+        return pattention(y, w, f, model["base_ffn_hidden_size"] or model["ffn_hidden_size"])
     gate = y @ w[f"{f}.gate"].T
     return (gate / (1.0 + torch.exp(-gate)) * (y @ w[f"{f}.up"].T)) @ w[f"{f}.down"].T
 
@@ -101,9 +126,9 @@ def logits(w: dict[str, Tensor], tokens: Tensor, model: dict) -> Tensor:
     x = w["embedding.weight"][tokens]
     for i in range(model["num_layers"]):
         a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        x = x + attention(rms_norm(x, w[f"{a}.norm.gain"], model), w, a, model, scale)
-        x = x + feed_forward(rms_norm(x, w[f"{f}.norm.gain"], model), w, f)
-    return rms_norm(x, w["final_norm.gain"], model) @ w["head.weight"].T
+        x = x + attention(norm(x, w, f"{a}.norm", model), w, a, model, scale)
+        x = x + feed_forward(norm(x, w, f"{f}.norm", model), w, f, model)
+    return norm(x, w, "final_norm", model) @ w["head.weight"].T
 
 
 def logits_of_packed(w: dict[str, Tensor], tokens: Tensor, positions: Tensor, model: dict) -> Tensor:

@@ -143,7 +143,7 @@ def test_every_field_of_the_configuration_is_read() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
     # These are read by properties of the section itself.
-    inside = {"num_query_groups"}
+    inside = {"num_query_groups", "base_pattention_slots", "base_ffn_hidden_size"}
     assert {("self", name) for name in inside} <= read
     assert declared - read == {("model", name) for name in inside}
 

@@ -7,7 +7,7 @@ _ALWAYS = "drop it: the decoder always has this"
 _NEVER = "drop it: the decoder never has this"
 _INSTEAD: dict[str, str] = {
     # the model
-    "swiglu": _ALWAYS,
+    "swiglu": "drop it: --feed-forward swiglu is the default",
     "untie-embeddings-and-output-weights": _ALWAYS,
     "disable-bias-linear": _ALWAYS,
     "use-rotary-position-embeddings": _ALWAYS,
@@ -16,7 +16,6 @@ _INSTEAD: dict[str, str] = {
     "transformer-impl": "drop it: there is one implementation",
     "use-mcore-models": "drop it: there is one implementation",
     "spec": "drop it: --preset and the model flags describe the model",
-    "normalization": "drop it: RMSNorm is used; --norm-epsilon sets its epsilon",
     "position-embedding-type": "drop it: rotary positions are used; --rotary-base sets their base",
     "rotary-percent": "drop it: all channels of a head are turned",
     "max-position-embeddings": "use --seq-length: rotary positions have no table",

@@ -43,6 +43,17 @@ _TINY: dict[str, Value] = {
 _LINEAR: dict[str, Value] = {"projection": "linear", "nexus_m": 0, "nexus_a": 0}
 
 
+# Tokenformer, whose LayerNorm has the epsilon of the code that its authors released.
+_SLOTS: dict[str, Value] = {
+    "projection": "pattention",
+    "feed_forward": "pattention",
+    "normalization": "NonParametricLayerNorm",
+    "norm_epsilon": 1e-5,
+    "nexus_m": 0,
+    "nexus_a": 0,
+}
+
+
 def _nexus(m: int, a: int) -> dict[str, Value]:
     return {"projection": "nexus", "nexus_m": m, "nexus_a": a}
 
@@ -60,6 +71,15 @@ def _nexusformer(layers: int, hidden: int, heads: int, ffn: int, m: int, a: int)
 def _transformer(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, Value]:
     """Transformer++: heads as in `_nexusformer`, each with keys and values of its own."""
     return {**_paper(layers, hidden, ffn, heads, hidden // heads), **_LINEAR, "qk_layernorm": False}
+
+
+def _tokenformer(
+    layers: int, hidden: int, heads: int, kv_channels: int, ffn_slots: int, slots: int
+) -> dict[str, Value]:
+    """Tokenformer: heads as in `_nexusformer`, but in 380m, which grows from heads of size 64; the output
+    projection has as many slots as Q, K and V each.
+    """
+    return {**_paper(layers, hidden, ffn_slots, heads, kv_channels), **_SLOTS, "pattention_slots": slots}
 
 
 def _qwen3(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, Value]:
@@ -81,6 +101,7 @@ PRESETS: dict[str, dict[str, Value]] = {
     "nexusformer-tiny": {**_TINY, **_nexus(160, 192)},
     "qwen3-tiny": {**_TINY, **_LINEAR, "num_query_groups": 2, "qk_layernorm": True, "rotary_base": 1e6},
     "transformer++-tiny": {**_TINY, **_LINEAR, "qk_layernorm": False},
+    "tokenformer-tiny": {**_TINY, **_SLOTS, "ffn_hidden_size": 512, "pattention_slots": 192},
     # 23.6M parameters: the size of benchmarks/train_step.py.
     "nexusformer-20m": {
         "vocab_size": 8192,
@@ -112,6 +133,13 @@ PRESETS: dict[str, dict[str, Value]] = {
     "qwen3-440m": _qwen3(12, 1360, 20, 6912),
     "qwen3-480m": _qwen3(24, 1344, 20, 3760),
     "qwen3-640m": _qwen3(24, 1536, 24, 4608),
+    "tokenformer-170m": _tokenformer(12, 768, 12, 64, 4096, 1024),
+    "tokenformer-240m": _tokenformer(12, 768, 12, 64, 3072, 2088),
+    "tokenformer-300m": _tokenformer(12, 768, 12, 64, 3072, 2952),
+    "tokenformer-380m": _tokenformer(12, 800, 12, 64, 3072, 3960),
+    "tokenformer-440m": _tokenformer(12, 1024, 16, 64, 3072, 4824),
+    "tokenformer-480m": _tokenformer(24, 800, 10, 80, 5888, 1472),
+    "tokenformer-640m": _tokenformer(24, 1024, 16, 64, 6144, 1536),
     "transformer++-170m": _transformer(12, 512, 8, 2048),
     "transformer++-240m": _transformer(12, 1024, 16, 2560),
     "transformer++-480m": _transformer(24, 1408, 22, 3648),

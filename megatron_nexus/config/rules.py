@@ -58,6 +58,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--kv-channels": model.kv_channels,
         "--ffn-hidden-size": model.ffn_hidden_size,
         **({"--nexus-m": model.nexus_m, "--nexus-a": model.nexus_a} if model.has_nexus else {}),
+        **({"--pattention-slots": model.pattention_slots} if model.projection == "pattention" else {}),
         "--micro-batch-size": training.micro_batch_size,
         "--global-batch-size": training.global_batch_size,
         "--seq-length": training.seq_length,
@@ -91,6 +92,9 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--num-query-groups": model.num_query_groups,
         "--base-hidden-size": model.base_hidden_size,
         "--base-kv-channels": model.base_kv_channels,
+        "--pattention-slots": model.pattention_slots,
+        "--base-pattention-slots": model.base_pattention_slots,
+        "--base-ffn-hidden-size": model.base_ffn_hidden_size,
         "--seed": training.seed,
     }
     for flag, value in not_negative.items():
@@ -106,6 +110,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         }.items():
             if given:
                 yield f"{flag} belongs to --projection nexus, and this is {model.projection}: drop the flag"
+    yield from _pattention_problems(config)
     if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
         yield (
             f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads "
@@ -120,9 +125,11 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
     bases = {
         "hidden-size": (model.base_hidden_size, model.hidden_size),
         "kv-channels": (model.base_kv_channels, model.kv_channels),
+        "pattention-slots": (model.base_pattention_slots, model.pattention_slots),
+        "ffn-hidden-size": (model.base_ffn_hidden_size, model.ffn_hidden_size),
     }
     for name, (base, size) in bases.items():
-        if base > size:
+        if base > max(size, 0):
             yield f"--base-{name} {base} is above --{name} {size}, models only grow: use at most {size}"
     if config.checkpoint.keep_every > 0 and config.checkpoint.keep_latest == 0:
         yield (
@@ -131,6 +138,25 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         )
     if 0 < optimizer.lr < optimizer.min_lr:
         yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: use at most {optimizer.lr}"
+
+
+def _pattention_problems(config: RunConfig) -> Iterable[str]:
+    model = config.model
+    if model.projection != "pattention" and model.pattention_slots > 0:
+        yield (
+            f"--pattention-slots {model.pattention_slots} belongs to --projection pattention, and this is "
+            f"{model.projection}: give 0, or another --projection"
+        )
+    if model.feed_forward != "pattention" and model.base_ffn_hidden_size > 0:
+        yield (
+            f"--base-ffn-hidden-size {model.base_ffn_hidden_size} belongs to --feed-forward pattention, and "
+            f"this is {model.feed_forward}, which has no scale to keep: drop the flag"
+        )
+    if model.normalization != "RMSNorm" and config.training.norm_impl != "torch":
+        yield (
+            f"--norm-impl {config.training.norm_impl} has RMSNorm, and --normalization is "
+            f"{model.normalization}: use --norm-impl torch"
+        )
 
 
 def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:

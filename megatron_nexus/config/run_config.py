@@ -10,7 +10,9 @@ from typing import Literal, TypeVar, get_type_hints
 
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
-Projection = Literal["nexus", "linear", "linear_nexus"]
+Projection = Literal["nexus", "linear", "linear_nexus", "pattention"]
+FeedForwardKind = Literal["swiglu", "pattention"]
+Normalization = Literal["RMSNorm", "NonParametricLayerNorm"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
@@ -40,10 +42,15 @@ class ModelConfig:
         1, "1: standard attention; 2 and above: queries and keys refined by inner attentions, no new weights"
     )
     kv_channels: int = option(32, "size of one head; heads x this is the attention width", "--head-dim")
-    ffn_hidden_size: int = option(344, "width of the SwiGLU feed-forward")
+    feed_forward: FeedForwardKind = option("swiglu", "swiglu, or pattention (Tokenformer)")
+    ffn_hidden_size: int = option(344, "width of the SwiGLU feed-forward, or slots of the Pattention")
     projection: Projection = option(
         "nexus",
-        "what computes Q, K and V: nexus (Nexus-Rank), linear (a matrix each), linear_nexus (their sum)",
+        "what computes Q, K and V: nexus (Nexus-Rank), linear (a matrix each), linear_nexus (their sum), or "
+        "pattention (Tokenformer), which computes the attention's output as well",
+    )
+    pattention_slots: int = option(
+        0, "parameter tokens of each Pattention of the attention: Q, K, V and output"
     )
     qk_layernorm: bool = option(False, "RMSNorm of each head's query and key before the rotary embedding")
     nexus_m: int = option(160, "first width M of each Nexus-Rank projection, D < M < A")
@@ -53,11 +60,20 @@ class ModelConfig:
     base_hidden_size: int = option(
         0, "hidden size before it grew, which the norms' means keep to; 0: it has not grown"
     )
+    base_pattention_slots: int = option(
+        0, "--pattention-slots before they grew, whose root scales scores; 0: they have not grown"
+    )
+    base_ffn_hidden_size: int = option(
+        0, "slots of a Pattention feed-forward before they grew, whose root scales; 0: they have not grown"
+    )
     base_kv_channels: int = option(
         0, "head size before it grew: these channels turn and its root scales scores; 0: it has not grown"
     )
     rotary_base: float = option(10000.0, "base of the rotary position embedding")
-    norm_epsilon: float = option(1e-6, "epsilon of RMSNorm")
+    normalization: Normalization = option(
+        "RMSNorm", "RMSNorm with a gain, or NonParametricLayerNorm (Tokenformer): without gain and bias"
+    )
+    norm_epsilon: float = option(1e-6, "epsilon of the norms")
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
 
     @property
@@ -84,6 +100,16 @@ class ModelConfig:
     def norm_size(self) -> int:
         """The number that a norm's mean divides by: the hidden size at birth, so that growth keeps it."""
         return self.base_hidden_size or self.hidden_size
+
+    @property
+    def attention_slots_at_birth(self) -> int:
+        """Slots of each Pattention of the attention when its scale was set, so that growth keeps it."""
+        return self.base_pattention_slots or self.pattention_slots
+
+    @property
+    def feed_forward_slots_at_birth(self) -> int:
+        """Slots of a Pattention feed-forward when its scale was set, so that growth keeps it."""
+        return self.base_ffn_hidden_size or self.ffn_hidden_size
 
     @property
     def rotary_channels(self) -> int:

@@ -45,6 +45,7 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.crew import Advance, Crew
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import GrowthPlan
+from megatron_nexus.growth.request import CHANGING
 from megatron_nexus.growth.verify import compare
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import layer_specs, stage_layers
@@ -238,11 +239,11 @@ def _finish(
 def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manifest) -> Manifest:
     """The manifest with the result of the comparison in the newest entry of its lineage.
 
-    Raises CheckpointError where the function has changed; `noise` changes it a little by intent.
+    Raises CheckpointError where the function has changed; `noise` and `random` change it by intent.
     """
     found = compare(plan, source, folder)
     told = f"logits moved by at most {found.largest_error:.1e}, the largest is {found.largest_logit:.3g}"
-    if not found.holds and plan.settings.init != "noise":
+    if not found.holds and plan.settings.init not in CHANGING:
         raise CheckpointError(
             f"{source}: {told}, more than rounding: the growth is withdrawn; please report it"
         )

@@ -23,6 +23,7 @@ GROWING = (
     "ffn_hidden_size",
     "nexus_m",
     "nexus_a",
+    "pattention_slots",
 )
 """The fields of a model that growth can raise; all others stay."""
 
@@ -39,7 +40,8 @@ class GrowthConfig:
     init: Init = option(
         "out_rand",
         "zero factor of each new path: out_rand where units are written, in_rand where they are read, "
-        "zero both (never trains), noise nowhere",
+        "zero both (never trains), noise and random nowhere (random: as at birth, the scale of a Pattention "
+        "with it, as Tokenformer's code grows)",
     )
     init_std: float = option(
         0.0, "deviation of random new weights; 0: --init-method-std of the checkpoint's model"
@@ -62,6 +64,51 @@ def layer_origins(old: int, new: int, placement: Placement) -> list[int | None]:
     return origins
 
 
+CHANGING: tuple[Init, ...] = ("noise", "random")
+"""What leaves no zero factor on new paths, and so changes the function by intent."""
+
+
+def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
+    """What is asked to grow that a model of this kind has none of."""
+    remedy = "give it some with tools/nexify_checkpoint.py" if old.projection == "linear" else "drop the flag"
+    widths = ("a width of Nexus-Rank projections", remedy)
+    foreign: dict[str, tuple[str, str]] = {}
+    if not old.has_nexus:
+        foreign |= {"nexus_m": widths, "nexus_a": widths}
+    if old.projection != "pattention":
+        foreign["pattention_slots"] = ("a number of slots of Pattention projections", "drop the flag")
+    return [
+        f"--{name.replace('_', '-')} {sizes[name]} is {what}, and this model's are {old.projection}: {remedy}"
+        for name, (what, remedy) in foreign.items()
+        if sizes.get(name, getattr(old, name)) != getattr(old, name)
+    ]
+
+
+def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
+    """Why `in_rand` would change the function: a norm over units that it makes active at once."""
+    problems = []
+
+    def grows(*names: str) -> bool:
+        return any(sizes.get(name, 0) > getattr(old, name) for name in names)
+
+    if old.nexus_inner_norm and grows("nexus_m", "nexus_a"):
+        problems.append(
+            "--init in_rand makes new units of M and A active at once, which this model's inner norm "
+            "sees, so the function would change: use --init out_rand"
+        )
+    slots = [
+        f"--{name.replace('_', '-')}"
+        for name, kind in (("pattention_slots", old.projection), ("ffn_hidden_size", old.feed_forward))
+        if kind == "pattention" and grows(name)
+    ]
+    if slots:
+        problems.append(
+            f"--init in_rand gives new slots ({', '.join(slots)}) random keys, which the norm over all slots "
+            "sees at once, so the function would change: use --init out_rand, which begins with keys of zero"
+        )
+    return problems
+
+
 def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
     """The model that `old` becomes with the given sizes of the fields in GROWING.
 
@@ -75,23 +122,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             problems.append(
                 f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
             )
-    if not old.has_nexus:
-        remedy = (
-            "give it some with tools/nexify_checkpoint.py" if old.projection == "linear" else "drop the flag"
-        )
-        problems += [
-            f"--{name.replace('_', '-')} {sizes[name]} is a width of Nexus-Rank projections, and this "
-            f"model's are {old.projection}: {remedy}"
-            for name in ("nexus_m", "nexus_a")
-            if sizes.get(name, getattr(old, name)) != getattr(old, name)
-        ]
-    if growth.init == "in_rand" and old.nexus_inner_norm:
-        grows = [name for name in ("nexus_m", "nexus_a") if sizes.get(name, 0) > getattr(old, name)]
-        if grows:
-            problems.append(
-                "--init in_rand makes new units of M and A active at once, which this model's inner norm "
-                "sees, so the function would change: use --init out_rand"
-            )
+    problems += _foreign_sizes(old, sizes)
+    if growth.init == "in_rand":
+        problems += _active_at_once(old, sizes)
     if growth.init_std < 0:
         problems.append(f"--init-std {growth.init_std} must not be negative: give 0 or above")
     if growth.noise_share <= 0:
@@ -114,6 +147,12 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
         new = replace(new, base_hidden_size=old.norm_size)
     if new.kv_channels > old.kv_channels:
         new = replace(new, base_kv_channels=old.rotary_channels)
+    # The scale of a Pattention stays that of its birth, or is the root of its slots as it is.
+    keeps = growth.init != "random"
+    if new.pattention_slots > old.pattention_slots:
+        new = replace(new, base_pattention_slots=old.attention_slots_at_birth if keeps else 0)
+    if new.feed_forward == "pattention" and new.ffn_hidden_size > old.ffn_hidden_size:
+        new = replace(new, base_ffn_hidden_size=old.feed_forward_slots_at_birth if keeps else 0)
     return new
 
 

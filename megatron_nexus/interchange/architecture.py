@@ -41,6 +41,14 @@ def architecture_of(model: ModelConfig) -> Architecture:
                 "exported; tools/generate.py and tools/evaluate.py run the checkpoint as it is"
             ]
         )
+    if "pattention" in (model.projection, model.feed_forward) or model.normalization != "RMSNorm":
+        raise ConfigError(
+            [
+                f"this model has --projection {model.projection}, --feed-forward {model.feed_forward} and "
+                f"--normalization {model.normalization}: Pattention and LayerNorm cannot be exported yet; "
+                "tools/generate.py and tools/evaluate.py run the checkpoint as it is"
+            ]
+        )
     if model.projection != "linear" or model.base_hidden_size or model.base_kv_channels:
         return NEXUSFORMER
     if model.qk_layernorm:

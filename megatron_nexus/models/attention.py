@@ -22,9 +22,10 @@ from megatron_nexus.models.higher_order import each_head, refined
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
-from megatron_nexus.models.norm import HeadNorm, RMSNorm, rms_norm_spec
+from megatron_nexus.models.norm import HeadNorm, make_norm, norm_specs, rms_norm_spec
 from megatron_nexus.models.packing import Packing
-from megatron_nexus.models.projections import make_projections, projection_specs
+from megatron_nexus.models.pattention import Pattention, pattention_specs
+from megatron_nexus.models.projections import attention_slots, make_projections, projection_specs
 from megatron_nexus.models.rotary import rotary_tables, rotate
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
@@ -35,7 +36,7 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
     width = Axis("attention", model.attention_width, group=model.kv_channels)
     keys = Axis("keys", model.key_width, group=model.kv_channels)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
-    parts: dict[str, tuple[ParamSpec, ...]] = {"norm": (rms_norm_spec(f"{prefix}.norm.gain", hidden),)}
+    parts: dict[str, tuple[ParamSpec, ...]] = {"norm": norm_specs(model, f"{prefix}.norm", hidden)}
     outputs = {"q": (width, Flow.SCORES), "k": (keys, Flow.GATES), "v": (keys, Flow.WRITES)}
     for name, (axis, flow) in outputs.items():
         parts[name] = projection_specs(model, f"{prefix}.{name}", hidden, axis, flow)
@@ -43,8 +44,12 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
         channels = Axis("channels", model.kv_channels)
         for name in ("q_norm", "k_norm"):
             parts[name] = (rms_norm_spec(f"{prefix}.{name}.gain", channels),)
-    if model.nexus_output_projection:
-        init, widths = Normal(model.init_method_std), (model.nexus_m, model.nexus_a)
+    init = Normal(model.init_method_std)
+    if model.projection == "pattention":
+        slots = attention_slots(model)
+        parts["output"] = pattention_specs(f"{prefix}.output", width, hidden, slots, init, writer)
+    elif model.nexus_output_projection:
+        widths = (model.nexus_m, model.nexus_a)
         parts["output"] = nexus_rank_specs(f"{prefix}.output", width, hidden, *widths, init, writer)
     else:
         heads = replace(width, layout=Layout.EXACT)
@@ -65,7 +70,7 @@ class Attention(nn.Module):
         self.rotary_channels = model.rotary_channels
         self.score_scale = 1.0 / math.sqrt(model.rotary_channels)
         self.rotary_base = model.rotary_base
-        self.norm = RMSNorm(parts["norm"][0], model, context)
+        self.norm = make_norm(parts["norm"], model, context)
         self.qkv = make_projections(model, {name: parts[name] for name in ("q", "k", "v")}, context)
         self.q_norm: HeadNorm | None = None
         self.k_norm: HeadNorm | None = None
@@ -73,8 +78,10 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (
                 HeadNorm(parts[name][0], model, context) for name in ("q_norm", "k_norm")
             )
-        self.output: Linear | NexusRank
-        if model.nexus_output_projection:
+        self.output: Linear | NexusRank | Pattention
+        if model.projection == "pattention":
+            self.output = Pattention({"output": parts["output"]}, model.attention_slots_at_birth, context)
+        elif model.nexus_output_projection:
             scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
             self.output = NexusRank({"output": parts["output"]}, scale, context)
         else:
@@ -102,11 +109,11 @@ class Attention(nn.Module):
         if self.order > 1:
             v = each_head(v, self.share)
         mixed_TBW = attend(q, k, v).permute(2, 0, 1, 3).flatten(2)
-        if isinstance(self.output, NexusRank):
+        if isinstance(self.output, Linear):
+            partial_sum = self.output(mixed_TBW)
+        else:
             (mixed_TBW,) = self.tp.gather_features(mixed_TBW)
             (partial_sum,) = self.output(mixed_TBW)
-        else:
-            partial_sum = self.output(mixed_TBW)
         return self.tp.leave(partial_sum)
 
     def _attend(self, mask_B1TT: Tensor | None, q_BNTH: Tensor, k: Tensor, v: Tensor) -> Tensor:

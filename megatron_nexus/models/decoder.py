@@ -7,6 +7,8 @@ a pipeline stage of it.
 T tokens, B batch, D hidden, V the part of the vocabulary on this rank.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +20,7 @@ from megatron_nexus.models.context import Context
 from megatron_nexus.models.feed_forward import FeedForward, feed_forward_specs
 from megatron_nexus.models.kv_cache import KeyValueCache, LayerCache
 from megatron_nexus.models.linear import Linear
-from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
+from megatron_nexus.models.norm import make_norm, norm_specs
 from megatron_nexus.models.packing import Packing, Stream, packing_of
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.parallel.cross_entropy import vocabulary_parallel_cross_entropy
@@ -39,13 +41,13 @@ def embedding_spec(model: ModelConfig) -> ParamSpec:
     return ParamSpec("embedding.weight", axes, Normal(model.init_method_std), Role.LOOKUP, flows)
 
 
-def head_specs(model: ModelConfig) -> dict[str, ParamSpec]:
-    """The final norm and the head [vocabulary, D]."""
+def head_specs(model: ModelConfig) -> dict[str, tuple[ParamSpec, ...]]:
+    """Specs by part: the final norm and the head [vocabulary, D]."""
     axes = (_vocabulary(model), Axis("hidden", model.hidden_size, residual=True))
     init, flows = Normal(model.init_method_std), (Flow.ENDS, Flow.READS)
     return {
-        "norm": rms_norm_spec("final_norm.gain", axes[1]),
-        "weight": ParamSpec("head.weight", axes, init, Role.MATMUL, flows),
+        "norm": norm_specs(model, "final_norm", axes[1]),
+        "weight": (ParamSpec("head.weight", axes, init, Role.MATMUL, flows),),
     }
 
 
@@ -54,7 +56,7 @@ def layer_parts(model: ModelConfig) -> list[dict[str, tuple[ParamSpec, ...]]]:
     blocks = [
         {
             **attention_specs(model, f"layers.{i}.attention"),
-            "feed_forward": tuple(feed_forward_specs(model, f"layers.{i}.feed_forward").values()),
+            "feed_forward": (*chain(*feed_forward_specs(model, f"layers.{i}.feed_forward").values()),),
         }
         for i in range(model.num_layers)
     ]
@@ -62,7 +64,7 @@ def layer_parts(model: ModelConfig) -> list[dict[str, tuple[ParamSpec, ...]]]:
     return [
         {"embedding": (embedding_spec(model),)},
         *blocks,
-        {"norm": (head["norm"],), "head": (head["weight"],)},
+        {"norm": head["norm"], "head": head["weight"]},
     ]
 
 
@@ -145,8 +147,8 @@ class Head(nn.Module):
         super().__init__()
         specs = head_specs(model)
         self.tp = context.tp
-        self.norm = RMSNorm(specs["norm"], model, context)
-        self.projection = Linear(specs["weight"], context)
+        self.norm = make_norm(specs["norm"], model, context)
+        self.projection = Linear(specs["weight"][0], context)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> logits [T, B, V]."""

@@ -1,6 +1,10 @@
-"""SwiGLU feed-forward: y = (silu(x W_gate) * (x W_up)) W_down (Shazeer, 2020). No biases.
+"""Feed-forward, of the model's kind. No biases.
 
-T tokens, B batch, D hidden. W_gate and W_up are split by columns over tensor-parallel ranks, W_down by rows.
+    swiglu       y = (silu(x W_gate) * (x W_up)) W_down        (Shazeer, 2020)
+    pattention   y = gelu(A / ||A||_2 * tau) V, A = x K^T      (Tokenformer)
+
+T tokens, B batch, D hidden. W_gate, W_up and K are split by columns over tensor-parallel ranks, W_down and V
+by rows.
 """
 
 from torch import Tensor, nn
@@ -8,23 +12,30 @@ from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
-from megatron_nexus.models.norm import RMSNorm, rms_norm_spec
+from megatron_nexus.models.norm import make_norm, norm_specs
 from megatron_nexus.models.parameters import SpecModule
+from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
 
-def feed_forward_specs(model: ModelConfig, prefix: str) -> dict[str, ParamSpec]:
-    """Specs of one layer's feed-forward by part: norm, gate, up, down."""
+def feed_forward_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
+    """Specs of one layer's feed-forward by part: norm; gate, up, down, or slots."""
     hidden = Axis("hidden", model.hidden_size, residual=True)
     width = Axis("ffn", model.ffn_hidden_size, Layout.SPLIT)
     init = Normal(model.init_method_std)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
-    return {
-        "norm": rms_norm_spec(f"{prefix}.norm.gain", hidden),
-        "gate": ParamSpec(f"{prefix}.gate", (width, hidden), init, Role.MATMUL, (Flow.GATES, Flow.READS)),
-        "up": ParamSpec(f"{prefix}.up", (width, hidden), init, Role.MATMUL),
-        "down": ParamSpec(f"{prefix}.down", (hidden, width), writer, Role.MATMUL),
-    }
+    norm = norm_specs(model, f"{prefix}.norm", hidden)
+    match model.feed_forward:
+        case "swiglu":
+            gates = (Flow.GATES, Flow.READS)
+            return {
+                "norm": norm,
+                "gate": (ParamSpec(f"{prefix}.gate", (width, hidden), init, Role.MATMUL, gates),),
+                "up": (ParamSpec(f"{prefix}.up", (width, hidden), init, Role.MATMUL),),
+                "down": (ParamSpec(f"{prefix}.down", (hidden, width), writer, Role.MATMUL),),
+            }
+        case "pattention":
+            return {"norm": norm, "slots": pattention_specs(prefix, hidden, hidden, width, init, writer)}
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -35,27 +46,38 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class SwiGLU(SpecModule):
     """The three matrices: x of all tokens -> this rank's partial sum of y."""
 
-    def __init__(self, specs: dict[str, ParamSpec], context: Context) -> None:
+    def __init__(self, parts: dict[str, tuple[ParamSpec, ...]], context: Context) -> None:
+        specs = {name: parts[name][0] for name in ("gate", "up", "down")}
         super().__init__(specs, context.shard, context.seed, context.dtype)
         self.context = context
 
-    def forward(self, x_TBD: Tensor) -> Tensor:
+    def forward(self, x_TBD: Tensor) -> tuple[Tensor]:
         """[T, B, D] -> [T, B, D]."""
         gate = F.linear(x_TBD, self.get_parameter("gate"))
         up = F.linear(x_TBD, self.get_parameter("up"))
-        return self.context.linear_after(swiglu, self.get_parameter("down"), gate, up)
+        return (self.context.linear_after(swiglu, self.get_parameter("down"), gate, up),)
 
 
 class FeedForward(nn.Module):
-    """x -> SwiGLU(norm(x)), without the residual."""
+    """x -> feed_forward(norm(x)), without the residual."""
 
     def __init__(self, model: ModelConfig, prefix: str, context: Context) -> None:
         super().__init__()
-        specs = feed_forward_specs(model, prefix)
+        parts = feed_forward_specs(model, prefix)
         self.tp = context.tp
-        self.norm = RMSNorm(specs.pop("norm"), model, context)
-        self.swiglu = SwiGLU(specs, context)
+        self.norm = make_norm(parts["norm"], model, context)
+        self.inner = make_inner(model, parts, context)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
-        return self.tp.leave(self.swiglu(self.tp.enter(self.norm(x_TBD))))
+        (partial_TBD,) = self.inner(self.tp.enter(self.norm(x_TBD)))
+        return self.tp.leave(partial_TBD)
+
+
+def make_inner(model: ModelConfig, parts: dict[str, tuple[ParamSpec, ...]], context: Context) -> nn.Module:
+    """The map between norm and residual: x of all tokens -> this rank's partial sum of y."""
+    match model.feed_forward:
+        case "swiglu":
+            return SwiGLU(parts, context)
+        case "pattention":
+            return Pattention({"slots": parts["slots"]}, model.feed_forward_slots_at_birth, context)

@@ -1,13 +1,13 @@
-"""Norms: RMSNorm with a gain before attention, feed-forward and head, and of each head's queries and keys; a
-gain-free norm inside Nexus-Rank.
+"""Norms: RMSNorm with a gain, or LayerNorm without one, before attention, feed-forward and head; RMSNorm of
+each head's queries and keys; a gain-free norm inside Nexus-Rank.
 
-T tokens, B batch, D hidden, N heads of this rank, H head size, R head size at birth.
+T tokens, B batch, D hidden, S hidden at birth, N heads of this rank, H head size, R head size at birth.
 """
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
@@ -44,6 +44,51 @@ class RMSNorm(SpecModule):
         if self.gain_scale != 1.0:
             gain_D = gain_D * self.gain_scale
         return self.normalise(x_TBD, gain_D.shape, gain_D, self.epsilon)
+
+
+class NonParametricLayerNorm(nn.Module):
+    """y = (x - m) / sqrt(|x - m|^2 / S + eps), m the mean of the first S units, without gain and bias.
+
+    LayerNorm (Ba et al., 2016) is RMSNorm of what is left of x off the direction (1, .., 1). Growth of D
+    keeps that direction, now (1, .., 1, 0, .., 0): new units are scaled and counted as the others but neither
+    enter m nor have it subtracted. While they are zero nothing changes, since those that read them read
+    zeros, and each of them has a gradient. At D = S it is the common LayerNorm.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.epsilon = model.norm_epsilon
+        self.centred = model.norm_size
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """[T, B, D] -> [T, B, D]."""
+        born, size = self.centred, x_TBD.shape[-1]
+        if born == size:
+            return F.layer_norm(x_TBD, (size,), eps=self.epsilon)
+        wide = x_TBD.to(torch.promote_types(x_TBD.dtype, torch.float32))
+        old, new = wide.split([born, size - born], dim=-1)
+        rest = torch.cat([old - old.mean(dim=-1, keepdim=True), new], dim=-1)
+        # The mean over S by one over D, as in RMSNorm.
+        share = born / size
+        return (F.rms_norm(rest, (size,), eps=self.epsilon * share) * math.sqrt(share)).to(x_TBD.dtype)
+
+
+def norm_specs(model: ModelConfig, name: str, hidden: Axis) -> tuple[ParamSpec, ...]:
+    """The parameters of the norm `name` over `hidden`: a gain, or none."""
+    match model.normalization:
+        case "RMSNorm":
+            return (rms_norm_spec(f"{name}.gain", hidden),)
+        case "NonParametricLayerNorm":
+            return ()
+
+
+def make_norm(specs: tuple[ParamSpec, ...], model: ModelConfig, context: Context) -> nn.Module:
+    """The norm of the model's kind, whose `specs` are those of `norm_specs`."""
+    match model.normalization:
+        case "RMSNorm":
+            return RMSNorm(specs[0], model, context)
+        case "NonParametricLayerNorm":
+            return NonParametricLayerNorm(model)
 
 
 class HeadNorm(SpecModule):

@@ -3,8 +3,9 @@
     nexus          Y = gelu(gelu(X W_M) W_A) W_D
     linear         Y = X W
     linear_nexus   Y = X W + gelu(gelu(X W_M) W_A) W_D
+    pattention     Y = gelu(A / ||A||_2 * tau) V, A = X K^T
 
-The last is what a trained linear projection becomes: its branch begins with M = A = 0 and grows, so that
+A trained linear projection becomes linear_nexus: its branch begins with M = A = 0 and grows, so that
 exactly one factor of each new path is zero, the function stays and every new weight trains (`spec.grow`).
 
 X [T, B, D] -> for each projection this rank's columns [T, B, w]: whole heads. No biases.
@@ -20,6 +21,7 @@ from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
 from megatron_nexus.models.parameters import SpecModule
+from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
 
@@ -39,22 +41,34 @@ def projection_specs(
             return (linear,)
         case "linear_nexus":
             return (linear, *rank)
+        case "pattention":
+            return pattention_specs(name, inputs, outputs, attention_slots(model), init, init, flow)
 
 
-class NexusProjections(nn.Module):
-    """Nexus-Ranks of the same input, whose partial sums one reduce-scatter turns into heads."""
+def attention_slots(model: ModelConfig) -> Axis:
+    """The parameter tokens of each Pattention of the attention."""
+    return Axis("slots", model.pattention_slots, Layout.SPLIT)
 
-    def __init__(
-        self, model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
-    ) -> None:
+
+class SummedProjections(nn.Module):
+    """Nexus-Ranks or Pattentions of one input, whose partial sums one reduce-scatter turns into heads."""
+
+    def __init__(self, maps: NexusRank | Pattention, context: Context) -> None:
         super().__init__()
-        scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
-        self.rank = NexusRank(dict(specs), scale, context)
+        self.maps = maps
         self.tp = context.tp
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
         """X of all tokens -> this rank's columns of each projection."""
-        return self.tp.scatter_features(*self.rank(x_TBD))
+        return self.tp.scatter_features(*self.maps(x_TBD))
+
+
+def nexus_projections(
+    model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
+) -> SummedProjections:
+    """Nexus-Ranks of the same input."""
+    scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
+    return SummedProjections(NexusRank(dict(specs), scale, context), context)
 
 
 class LinearProjections(SpecModule):
@@ -77,7 +91,7 @@ class BranchedProjections(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = LinearProjections({name: parts[:1] for name, parts in specs.items()}, context)
-        self.branch = NexusProjections(model, {name: parts[1:] for name, parts in specs.items()}, context)
+        self.branch = nexus_projections(model, {name: parts[1:] for name, parts in specs.items()}, context)
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
         """X of all tokens -> this rank's columns of each projection."""
@@ -90,8 +104,12 @@ def make_projections(
     """The projections of one input, whose `specs` are those of `projection_specs` by short name ("q")."""
     match model.projection:
         case "nexus":
-            return NexusProjections(model, specs, context)
+            return nexus_projections(model, specs, context)
         case "linear":
             return LinearProjections(specs, context)
         case "linear_nexus":
             return BranchedProjections(model, specs, context)
+        case "pattention":
+            return SummedProjections(
+                Pattention(dict(specs), model.attention_slots_at_birth, context), context
+            )

@@ -8,6 +8,9 @@ never train, none changes the function. So each axis is closed on one side of it
     in_rand    random where they are written, zero where they are read
     zero       zero everywhere: no gradient ever reaches them, because gelu(0) = 0 and silu(0) = 0
 
+Or on neither side, and the function changes: `noise` draws a share of the old deviation, `random` the initial
+values, as the released code of Tokenformer does.
+
 The residual stream is read through norms and so is closed where it is written, whatever the choice.
 A block that is new along several axes is zero only where all of them are closed by this parameter: an
 axis that it leaves open has its zero elsewhere on the same path. Pure arithmetic; needs no torch.
@@ -22,7 +25,7 @@ from typing import Literal
 from megatron_nexus.spec.param import Axis, Constant, Flow, ParamSpec
 from megatron_nexus.spec.shard import Box
 
-Init = Literal["out_rand", "in_rand", "zero", "noise"]
+Init = Literal["out_rand", "in_rand", "zero", "noise", "random"]
 
 
 class Fill(StrEnum):
@@ -96,6 +99,8 @@ def _fill(spec: ParamSpec, parts: tuple[Segment, ...], init: Init) -> Fill:
         return Fill.ZERO
     if init == "noise":
         return Fill.NOISE
+    if init == "random":
+        return Fill.RANDOM
     closed = all(_closes(spec.axes[i], spec.grown[i], parts[i], init) for i in new)
     return Fill.ZERO if closed else Fill.RANDOM
 
@@ -123,7 +128,7 @@ def inserted_blocks(new: ParamSpec, init: Init) -> list[Block]:
         fill = Fill.RANDOM
     elif init == "zero":
         fill = Fill.ZERO
-    elif writes:
+    elif writes and init != "random":
         fill = Fill.NOISE if init == "noise" else Fill.ZERO
     else:
         fill = Fill.RANDOM

@@ -190,7 +190,8 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
         ", sequence parallel" if config.parallel.sequence_parallel else "",
     )
     logger.info(
-        "kernels: RMSNorm of %s, AdamW of %s (%s)",
+        "kernels: %s of %s, AdamW of %s (%s)",
+        config.model.normalization,
         training.norm_impl,
         config.optimizer.optimizer_impl,
         type(engine.optimizer.optimizer).__name__,

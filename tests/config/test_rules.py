@@ -32,6 +32,15 @@ REFUSED = [
     ("--num-query-groups 3", 1, ["--num-query-groups 3", "--num-attention-heads 4", "use 1, 2, 4"]),
     ("--num-query-groups 2 --tp 4", 4, ["--tp 4", "divide --num-query-groups 2", "use 1, 2"]),
     ("--projection linear --nexus-inner-norm", 1, ["--nexus-inner-norm", "this is linear", "drop the flag"]),
+    ("--pattention-slots 9", 1, ["--pattention-slots 9", "this is nexus", "give 0"]),
+    ("--projection pattention", 1, ["--pattention-slots 0 must be positive"]),
+    ("--base-pattention-slots 9", 1, ["--base-pattention-slots 9", "above --pattention-slots 0"]),
+    ("--base-ffn-hidden-size 9", 1, ["--base-ffn-hidden-size 9", "this is swiglu", "drop the flag"]),
+    (
+        "--normalization NonParametricLayerNorm --norm-impl apex",
+        1,
+        ["--norm-impl apex has RMSNorm", "use --norm-impl torch"],
+    ),
     ("--base-hidden-size 200", 1, ["--base-hidden-size 200", "above --hidden-size 128", "use at most 128"]),
     ("--base-kv-channels 34", 1, ["--base-kv-channels 34", "above --kv-channels 32", "use at most 32"]),
     ("--base-kv-channels 7", 1, ["--base-kv-channels 7 must be even", "use 8"]),
@@ -98,6 +107,9 @@ NOT_NEGATIVE = [
     "base-hidden-size",
     "num-query-groups",
     "base-kv-channels",
+    "pattention-slots",
+    "base-pattention-slots",
+    "base-ffn-hidden-size",
 ]
 
 

@@ -74,10 +74,12 @@ AXES: dict[str, dict[str, int]] = {
 
 
 def sizes_for(config: RunConfig, axes: str) -> dict[str, int]:
-    """The sizes of `AXES` for a model of any kind: M and A where it has them, heads with their keys."""
+    """The sizes of `AXES` for a model of any kind: M and A, slots in their place, or none; heads and keys."""
     sizes = dict(AXES[axes])
     if config.model.projection != "nexus":
         sizes = {name: size for name, size in sizes.items() if not name.startswith("nexus")}
+    if config.model.projection == "pattention" and sizes != AXES[axes]:
+        sizes["pattention_slots"] = config.model.pattention_slots + 7
     if config.model.num_query_groups and "num_attention_heads" in sizes:
         share = config.model.num_attention_heads // config.model.num_query_groups
         sizes |= {"num_attention_heads": 4, "num_query_groups": 4 // share}

@@ -33,15 +33,25 @@ OPTIONS = {
         "qk_layernorm": True,
     },
     "order": {"attention_order": 3, "num_query_groups": 1, "qk_layernorm": True},
+    "tokenformer": {
+        "projection": "pattention",
+        "pattention_slots": 26,
+        "feed_forward": "pattention",
+        "normalization": "NonParametricLayerNorm",
+        "nexus_m": 0,
+        "nexus_a": 0,
+    },
 }
 CASES = [
     (init, axes, option)
     for init in ("out_rand", "in_rand", "zero")
     for axes in grown.AXES
     # The options change what M and A, the attention's width and the hidden size lead to.
-    for option in (OPTIONS if axes in ("M-A", "D", "heads-head-dim", "all") else ["plain"])
+    for option in (OPTIONS if axes in ("M-A", "D", "heads-head-dim", "all") else ["plain", "tokenformer"])
     if not (option == "qwen3" and axes == "M-A")
-    if not (init == "in_rand" and option == "options" and axes in ("M-A", "all"))
+    if not (option == "tokenformer" and axes in ("M", "A", "heads", "head-dim", "vocabulary"))  # in "all"
+    # Norms see new units that are active at once: refused.
+    if not (init == "in_rand" and option in ("options", "tokenformer") and axes in ("M-A", "FFN", "all"))
 ]
 
 

@@ -44,6 +44,12 @@ MODELS = {
     "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
     "order 2": {"attention_order": 2},
     "order 3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True, "attention_order": 3},
+    "tokenformer": {
+        "projection": "pattention",
+        "pattention_slots": 33,
+        "feed_forward": "pattention",
+        "normalization": "NonParametricLayerNorm",
+    },
 }
 each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 
@@ -141,9 +147,12 @@ def test_the_loss_is_cross_entropy_and_starts_at_the_logarithm_of_the_vocabulary
     assert loss.item() == pytest.approx(torch.log(torch.tensor(50.0)).item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("born", [{}, {"base_hidden_size": 17, "base_kv_channels": 6}])
+@pytest.mark.parametrize("grown", [False, True])
 @each_model
-def test_logits_equal_the_reference(fields: dict[str, object], born: dict[str, int]) -> None:
+def test_logits_equal_the_reference(fields: dict[str, object], grown: bool) -> None:
+    born = {"base_hidden_size": 17, "base_kv_channels": 6} if grown else {}
+    if grown and fields.get("projection") == "pattention":
+        born |= {"base_pattention_slots": 20, "base_ffn_hidden_size": 31}
     inner_norm = fields.get("projection", "nexus") == "nexus"
     model = dataclasses.replace(MODEL, nexus_inner_norm=inner_norm, **fields, **born)
     stage, tokens = DecoderStage(model, ALL, ALONE), _tokens()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_decoder import ALL, ALONE, MODEL
+from test_decoder import ALL, ALONE, MODEL, MODELS
 from torch import Tensor
 
 from megatron_nexus.models.decoder import DecoderStage
@@ -18,6 +18,7 @@ KINDS: list[dict[str, object]] = [
     {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
     {"base_kv_channels": 6, "nexus_output_projection": True},
     ORDER_3,
+    MODELS["tokenformer"],
 ]
 
 

@@ -116,12 +116,10 @@ def run_case(mesh: Mesh, case: dict) -> float:
     scale = math.sqrt(model.hidden_size) if model.nexus_inner_norm else None
 
     def attention(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        return reference.attention(
-            reference.rms_norm(x, w["a.norm.gain"], vars(model)), w, "a", vars(model), scale
-        )
+        return reference.attention(reference.norm(x, w, "a.norm", vars(model)), w, "a", vars(model), scale)
 
     def feed_forward(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        return reference.feed_forward(reference.rms_norm(x, w["f.norm.gain"], vars(model)), w, "f")
+        return reference.feed_forward(reference.norm(x, w, "f.norm", vars(model)), w, "f", vars(model))
 
     match case["layer"]:
         case "attention":

@@ -20,6 +20,12 @@ def _models(ranks: int) -> dict[str, dict]:
         "linear_nexus": {"projection": "linear_nexus"},
         "qwen3": {"projection": "linear", "num_query_groups": groups, "qk_layernorm": True},
         "order3": {"attention_order": 3, "num_query_groups": groups, "qk_layernorm": True},
+        "tokenformer": {
+            "projection": "pattention",
+            "pattention_slots": 26,
+            "feed_forward": "pattention",
+            "normalization": "NonParametricLayerNorm",
+        },
     }
 
 

@@ -53,6 +53,12 @@ OPTIONS = {"nexus_inner_norm": True, "nexus_output_projection": True}
 FAMILIES = {
     "qwen3": {"projection": "linear", "num_query_groups": 2, "qk_layernorm": True},
     "order2": {"attention_order": 2, "num_query_groups": 2},
+    "tokenformer": {
+        "projection": "pattention",
+        "pattention_slots": 21,
+        "feed_forward": "pattention",
+        "normalization": "NonParametricLayerNorm",
+    },
 }
 
 # float32: sums of up to a few hundred terms in another order differ by about 1e-6 of the largest; Adam
