@@ -24,6 +24,7 @@ from megatron_nexus.config.presets import DEFAULT_PRESET, Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.library import Library, tokenizer_path, training_sources
+from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigError, NexusError
 from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
@@ -121,6 +122,9 @@ def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> N
     sources = training_sources(config.data)
     if sources:
         Library(config, sources, tokenizer_path(config.data))
+    else:
+        # The built-in corpus in the tokens of another tokenizer, where a flag names one.
+        find_tokenizer(config, "", tokenizer_path(config.data))
     if world.rank == 0 and config.checkpoint.save:
         # A grown model is another run than the checkpoint's.
         continued = None if config.checkpoint.grow else checkpoint

@@ -8,7 +8,6 @@ One process, no accelerator, no model: tensors are read box by box from whatever
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
-from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
 from megatron_nexus.config.command_line import FlagParser
 from megatron_nexus.errors import ConfigError
 
@@ -62,12 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> NoReturn:
     """Run the command line of this process."""
     log.configure(speaks=True)
-    signal.signal(signal.SIGTERM, _interrupted)
+    end_on_sigterm()
     run_tool(lambda: _convert(sys.argv[1:]))
-
-
-def _interrupted(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _convert(argv: Sequence[str]) -> None:

@@ -226,7 +226,6 @@ def _data_problems(config: RunConfig) -> Iterable[str]:
         yield "--train-data-path keeps nothing back for validation: give --valid-data-path too"
     given = data.data_path or data.train_data_path
     for flag, value in {
-        "--tokenizer-model": data.tokenizer_model,
         "--valid-data-path": data.valid_data_path,
         "--test-data-path": data.test_data_path,
     }.items():

@@ -9,6 +9,7 @@ The folder gets this name when it is complete and on the disk, so that a kill at
 that could be mistaken for it. Processes that race wait for the first of them.
 """
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -26,6 +27,7 @@ import numpy as np
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
+from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import Progress, logger
 
@@ -66,7 +68,10 @@ def cache_folder(data_cache_path: str) -> Path:
 
 
 def prepare_default_corpus(
-    cache_root: Path, vocab_size: int, collect: Callable[[], Iterable[str]] = standard_library_documents
+    cache_root: Path,
+    vocab_size: int,
+    collect: Callable[[], Iterable[str]] = standard_library_documents,
+    tokenizer: Tokenizer | None = None,
 ) -> DefaultCorpus:
     """The default corpus of this Python, from the cache or prepared now (about 20 s on two cores).
 
@@ -75,15 +80,16 @@ def prepare_default_corpus(
 
     Args:
         cache_root: where prepared corpora are kept.
-        vocab_size: pieces of the tokenizer.
+        vocab_size: pieces of the tokenizer that is trained on it.
         collect: another source of documents in place of `standard_library_documents`.
+        tokenizer: one to use in place of that.
 
     Raises:
         DataError: the cache folder is not writable or full, or the vocabulary does not fit the corpus.
     """
     with Progress("Reading the Python standard library"):
         documents = _shuffled(collect())
-    fingerprint = _fingerprint(documents, vocab_size)
+    fingerprint = _fingerprint(documents, tokenizer.fingerprint if tokenizer else vocab_size)
     folder = cache_root / f"{NAME}-{fingerprint[:12]}"
     try:
         corpus = _complete(folder, fingerprint)
@@ -91,13 +97,15 @@ def prepare_default_corpus(
             cache_root.mkdir(parents=True, exist_ok=True)
             with _locked(cache_root / f"{NAME}.lock"):
                 corpus = _complete(folder, fingerprint) or _prepare(
-                    folder, fingerprint, list(documents.values()), vocab_size
+                    folder, fingerprint, list(documents.values()), vocab_size, tokenizer
                 )
     except OSError as error:
         raise DataError(
             f"the default corpus cannot be kept in {cache_root} ({error.strerror or error}): "
             "free some space (100 MB are enough) or name another local folder with --data-cache-path"
         ) from error
+    if tokenizer is not None:
+        corpus = dataclasses.replace(corpus, tokenizer_path=tokenizer.model_path)
     logger.info(
         "Default corpus: %s documents, %.1f MB, %s tokens, %.2f bytes per token, in %s",
         f"{corpus.documents:,}",
@@ -119,8 +127,9 @@ def _shuffled(documents: Iterable[str]) -> dict[bytes, str]:
     return dict(sorted(by_hash.items()))
 
 
-def _fingerprint(documents: dict[bytes, str], vocab_size: int) -> str:
-    facts = (FORMAT_VERSION, platform.python_version(), version("sentencepiece"), vocab_size)
+def _fingerprint(documents: dict[bytes, str], tokenizer: int | str) -> str:
+    """`tokenizer`: the pieces of the one that is trained, or the fingerprint of another."""
+    facts = (FORMAT_VERSION, platform.python_version(), version("sentencepiece"), tokenizer)
     return hashlib.sha256(repr(facts).encode() + b"".join(documents)).hexdigest()
 
 
@@ -155,7 +164,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(folder: Path, fingerprint: str, documents: list[str], vocab_size: int) -> DefaultCorpus:
+def _prepare(
+    folder: Path, fingerprint: str, documents: list[str], vocab_size: int, tokenizer: Tokenizer | None
+) -> DefaultCorpus:
     """Write a complete corpus to `folder`, under the lock."""
     for stale in folder.parent.glob(f".{NAME}-*.partial"):
         shutil.rmtree(stale)
@@ -165,7 +176,7 @@ def _prepare(folder: Path, fingerprint: str, documents: list[str], vocab_size: i
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir()
     try:
-        facts = _write(partial, documents, vocab_size)
+        facts = _write(partial, documents, tokenizer or _train(partial, documents, vocab_size))
         file_bytes = {file.name: file.stat().st_size for file in partial.iterdir()}
         manifest = {"fingerprint": fingerprint, **facts, "file_bytes": file_bytes}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
@@ -180,17 +191,20 @@ def _prepare(folder: Path, fingerprint: str, documents: list[str], vocab_size: i
     return corpus
 
 
-def _write(folder: Path, documents: list[str], vocab_size: int) -> dict[str, int]:
-    """Train the tokenizer and tokenize the documents into `folder`; count what was written."""
-    tokenizer_path = folder / TOKENIZER_FILE
+def _train(folder: Path, documents: list[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of the documents, kept in `folder`."""
     with Progress(f"Training a tokenizer of {vocab_size} pieces on the default corpus"):
-        train_sentencepiece_bpe(documents, tokenizer_path, vocab_size)
-    tokenizer = SentencePieceTokenizer(tokenizer_path)
+        train_sentencepiece_bpe(documents, folder / TOKENIZER_FILE, vocab_size)
+    return SentencePieceTokenizer(folder / TOKENIZER_FILE)
+
+
+def _write(folder: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokenize the documents into `folder`; count what was written."""
     threads = len(os.sched_getaffinity(0))
     text_bytes, tokens = sum(len(text.encode()) for text in documents), 0
     with (
         Progress("Tokenizing the default corpus", text_bytes / MEGABYTE, "MB") as progress,
-        IndexedDatasetWriter(folder / "corpus", token_dtype(vocab_size)) as writer,
+        IndexedDatasetWriter(folder / "corpus", token_dtype(tokenizer.vocab_size)) as writer,
     ):
         for first in range(0, len(documents), DOCUMENTS_PER_BATCH):
             batch = documents[first : first + DOCUMENTS_PER_BATCH]

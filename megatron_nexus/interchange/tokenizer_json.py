@@ -82,15 +82,20 @@ def _merges(model: SentencePieceModel, texts: Sequence[str]) -> list[tuple[str, 
 def _added_tokens(model: SentencePieceModel, texts: Sequence[str]) -> Iterator[JsonObject]:
     for token, (piece, text) in enumerate(zip(model.pieces, texts, strict=True)):
         if piece.kind in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED):
-            yield {
-                "id": token,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": piece.kind is not Kind.USER_DEFINED,
-            }
+            yield added_token(token, text, special=piece.kind is not Kind.USER_DEFINED)
+
+
+def added_token(token: int, text: str, special: bool) -> JsonObject:
+    """A token that is found in a text before all others; a special one is silent when ids become text."""
+    return {
+        "id": token,
+        "content": text,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    }
 
 
 def _normalizer(model: SentencePieceModel, blank: str) -> JsonObject | None:

@@ -16,7 +16,7 @@ from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.default_corpus import DefaultCorpus, cache_folder, prepare_default_corpus
 from megatron_nexus.data.library import Library, tokenizer_path, training_sources
 from megatron_nexus.data.statistics import COUNTED_TOKENS, entropy, unigram_frequencies
-from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import logger
 from megatron_nexus.parallel.mesh import Mesh
@@ -104,9 +104,15 @@ def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:
 
 
 def _built_in(config: RunConfig, mesh: Mesh, local_rank: int) -> DefaultCorpus:
-    """The built-in corpus of this machine, prepared by one of its ranks; a collective call."""
-    cache = cache_folder(config.data.data_cache_path)
-    made = prepare_default_corpus(cache, config.model.vocab_size) if local_rank == 0 else None
+    """The built-in corpus of this machine, prepared by one of its ranks; a collective call.
+
+    In the tokens of the tokenizer that the flags name, if they do.
+    """
+    cache, path = cache_folder(config.data.data_cache_path), tokenizer_path(config.data)
+    tokenizer = open_tokenizer(path) if path else None
+    made = None
+    if local_rank == 0:
+        made = prepare_default_corpus(cache, config.model.vocab_size, tokenizer=tokenizer)
     offers: list[tuple[str, DefaultCorpus | None]] = [("", None)] * mesh.world_size
     dist.all_gather_object(offers, (socket.gethostname(), made), group=mesh.control)
     return next(offer for host, offer in offers if offer and host == socket.gethostname())

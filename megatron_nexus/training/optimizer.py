@@ -7,25 +7,25 @@ and those of NVIDIA's apex and of DeepSpeed.
 import torch
 from torch import nn
 
+from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY, group_settings
 from megatron_nexus.config.run_config import OptimizerConfig
 from megatron_nexus.models.nvidia_apex import fused_adam
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.training.deepspeed_adam import deepspeed_adam
-
-DECAY, NO_DECAY = "decay", "no_decay"
 
 
 def make_optimizer(
     parameters: dict[str, tuple[ParamSpec, nn.Parameter]], optimizer: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW of `optimizer.optimizer_impl`. A stage without parameters of a group has no such group."""
-    groups = [
+    groups: list[dict[str, object]] = [
         {
             "params": [parameter for spec, parameter in parameters.values() if spec.decays is decays],
             "lr": optimizer.lr,
-            **settings,
+            "name": name,
+            **group_settings(optimizer, name),
         }
-        for decays, settings in ((True, _settings(optimizer, DECAY)), (False, _settings(optimizer, NO_DECAY)))
+        for decays, name in ((True, DECAY), (False, NO_DECAY))
     ]
     filled = [group for group in groups if group["params"]]
     match optimizer.optimizer_impl:
@@ -40,13 +40,4 @@ def make_optimizer(
 def configure_groups(groups: list[dict[str, object]], optimizer: OptimizerConfig) -> None:
     """Set the groups' hyper-parameters as this run has them: loading a checkpoint has put in those saved."""
     for group in groups:
-        group.update(_settings(optimizer, str(group["name"])))
-
-
-def _settings(optimizer: OptimizerConfig, name: str) -> dict[str, object]:
-    return {
-        "name": name,
-        "weight_decay": optimizer.weight_decay if name == DECAY else 0.0,
-        "betas": (optimizer.adam_beta1, optimizer.adam_beta2),
-        "eps": optimizer.adam_eps,
-    }
+        group.update(group_settings(optimizer, str(group["name"])))

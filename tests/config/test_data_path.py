@@ -90,7 +90,6 @@ def test_ranges_that_are_none_are_refused(text: str) -> None:
     [
         ("--data-path a --train-data-path b --valid-data-path c", ["drop one of them"]),
         ("--train-data-path b", ["give --valid-data-path too"]),
-        ("--tokenizer-model m", ["--tokenizer-model belongs to a --data-path"]),
         ("--valid-data-path v", ["--valid-data-path belongs to a --data-path"]),
         ("--data-path 1 a 0 b --data-range 5:1", ["the weight '0' of b", "--data-range '5:1'"]),
     ],

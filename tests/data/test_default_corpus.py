@@ -164,3 +164,17 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path: Path, source:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="--data-cache-path"):
         prepare_default_corpus(tmp_path / "file" / "cache", VOCAB_SIZE, partial(source_documents, source))
+
+
+def test_another_tokenizer_makes_another_corpus_of_the_same_documents(source: Path, tmp_path: Path) -> None:
+    collect = partial(source_documents, source)
+    own = prepare_default_corpus(tmp_path, VOCAB_SIZE, collect)
+    larger = prepare_default_corpus(tmp_path / "elsewhere", VOCAB_SIZE + 100, collect)
+    tokenizer = SentencePieceTokenizer(larger.tokenizer_path)
+    given = prepare_default_corpus(tmp_path, VOCAB_SIZE, collect, tokenizer)
+    assert given.fingerprint not in (own.fingerprint, larger.fingerprint)
+    assert given.tokenizer_path == larger.tokenizer_path
+    assert given == prepare_default_corpus(tmp_path, VOCAB_SIZE, collect, tokenizer), "from the cache"
+    assert (given.documents, given.bytes, given.tokens) == (larger.documents, larger.bytes, larger.tokens)
+    contents = [corpus.prefix.with_suffix(".bin").read_bytes() for corpus in (given, larger)]
+    assert contents[0] == contents[1]

@@ -16,10 +16,9 @@ import grown
 import pytest
 import reference
 import torch
-from torch import Tensor, nn
+from stock import exact_stock  # noqa: F401 - a fixture
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen3 import modeling_qwen3
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
@@ -37,6 +36,7 @@ KINDS: dict[str, dict[str, object]] = {
     "nexus-shared-keys": {"num_query_groups": 1, "qk_layernorm": True},
     "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True, "rotary_base": 1e6},
     "transformer++": {"projection": "linear"},
+    "nexified": {"projection": "linear_nexus", "num_query_groups": 1},
 }
 STOCK = {"qwen3-born": "Qwen3ForCausalLM", "transformer++-born": "LlamaForCausalLM"}
 
@@ -75,24 +75,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     made = export(tmp_path_factory.mktemp("export"), age == "grown", **KINDS[kind])
     assert made.architecture.class_name == STOCK.get(request.param, NEXUSFORMER.class_name)
     return made
-
-
-@pytest.fixture
-def exact_stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' own norms and angles in float64 where the model is: they come rounded to float32."""
-
-    def norm(self: nn.Module, x: Tensor) -> Tensor:
-        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-
-    def angles(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.config.head_dim
-        exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
-        turns = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
-        return tuple(torch.cat((f, f), dim=-1).to(x.dtype) for f in (turns.cos(), turns.sin()))
-
-    for module, name in ((modeling_llama, "Llama"), (modeling_qwen3, "Qwen3")):
-        monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", norm)
-        monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", angles)
 
 
 @pytest.mark.usefixtures("exact_stock")

@@ -23,7 +23,8 @@ class NexusformerConfig(PreTrainedConfig):
 
     Fields that transformers' own decoders have mean here what they mean there. The others:
 
-    projection: what computes queries, keys and values: "nexus" (Nexus-Rank) or "linear" (a matrix each).
+    projection: what computes queries, keys and values: "nexus" (Nexus-Rank), "linear" (a matrix each) or
+        "linear_nexus" (the sum of both).
     nexus_m, nexus_a: the two inner widths of a Nexus-Rank projection.
     nexus_inner_norm: a norm without gain before each GELU of a Nexus-Rank projection.
     nexus_output_projection: Nexus-Rank for the attention's output projection too.
@@ -68,8 +69,8 @@ class NexusformerConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
-        if self.projection not in ("nexus", "linear"):
-            raise ValueError(f"projection {self.projection!r} is neither 'nexus' nor 'linear'")
+        if self.projection not in ("nexus", "linear", "linear_nexus"):
+            raise ValueError(f"projection {self.projection!r} is none of 'nexus', 'linear', 'linear_nexus'")
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(f"rope_type {self.rope_parameters['rope_type']!r} is not 'default'")
         if self.tie_word_embeddings:

@@ -14,6 +14,7 @@
 """Nexusformer: a causal decoder whose queries, keys and values are nonlinear maps of three stages.
 
     nexus_rank(x) = gelu(gelu(x W_M) W_A) W_D                          (Nexusformer, equations 3 to 5)
+                    or beside it, or in its place, a linear map: `projection`
     attention     = softmax(Q K^T / sqrt(H)) V, rotary positions       (equations 6 to 9)
     feed_forward  = (silu(x W_gate) * (x W_up)) W_down
     block         = x + attention(norm(x)), then x + feed_forward(norm(x))
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -102,11 +104,24 @@ class NexusRank(nn.Module):
         return y
 
 
+class LinearNexusRank(NexusRank):
+    """Y = X W + gelu(gelu(X W_M) W_A) W_D: what a trained linear projection becomes."""
+
+    def __init__(self, config: NexusformerConfig, inputs: int, outputs: int) -> None:
+        super().__init__(config, inputs, outputs)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return F.linear(x, self.weight) + super().forward(x)
+
+
 def make_projection(config: NexusformerConfig, inputs: int, outputs: int) -> nn.Module:
     """What computes queries, keys or values."""
-    if config.projection == "nexus":
-        return NexusRank(config, inputs, outputs)
-    return nn.Linear(inputs, outputs, bias=False)
+    if config.projection == "linear":
+        return nn.Linear(inputs, outputs, bias=False)
+    kind = NexusRank if config.projection == "nexus" else LinearNexusRank
+    return kind(config, inputs, outputs)
 
 
 def rotary_tables(
@@ -256,6 +271,12 @@ class NexusformerPreTrainedModel(PreTrainedModel):
         "hidden_states": NexusformerDecoderLayer,
         "attentions": NexusformerAttention,
     }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Random values of a model that is not loaded: transformers knows what is no matrix of its own."""
+        super()._init_weights(module)
+        if isinstance(module, LinearNexusRank):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
 class NexusformerModel(NexusformerPreTrainedModel):

@@ -1,0 +1,124 @@
+"""The command `tools/import_hf.py`: a model of others becomes a checkpoint to train, grow and evaluate.
+
+    python tools/import_hf.py --input Qwen3-0.6B --save runs/qwen3        a folder of Hugging Face's
+    python tools/import_hf.py --input smollm2.gguf --save runs/smollm2    a file of llama.cpp's
+
+Weights are streamed into pieces with zero moments; the tokenizer goes along.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.checkpoint.location import SCHEME
+from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
+from megatron_nexus.config.command_line import FlagParser, build
+from megatron_nexus.config.rules import check
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.interchange.foreign_config import context_length, model_of, ties_head
+from megatron_nexus.interchange.foreign_model import ForeignModel
+from megatron_nexus.interchange.new_folder import require_new
+from megatron_nexus.interchange.safetensors_folder import open_folder
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's flags."""
+    parser = FlagParser(
+        prog="import_hf.py",
+        description=(
+            "Make a checkpoint of a Llama or Qwen3 model, to be trained on, grown and evaluated here. The "
+            "source is never touched."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="a folder with config.json and safetensors, or a .gguf file, which is dequantised",
+    )
+    parser.add_argument("--save", required=True, metavar="FOLDER", help="of the new run; must not exist yet")
+    return parser
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    log.configure(speaks=True)
+    end_on_sigterm()
+    run_tool(_run)
+
+
+def _run() -> None:
+    given = make_parser().parse_args(sys.argv[1:])
+    if SCHEME in given.save:
+        raise ConfigError([f"--save {given.save} is no folder on this disk: give one, and copy it"])
+    root, origin = Path(given.save), Path(given.input)
+    require_new(root)
+    if origin.resolve() in root.resolve().parents:
+        raise ConfigError([f"--save {root} lies in the source {origin}, which is never touched"])
+    source = open_source(origin)
+    config = configuration(source)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megatron_nexus.interchange.import_checkpoint import import_checkpoint
+    from megatron_nexus.models.decoder import decoder_specs
+    from megatron_nexus.spec.cost import parameter_count
+
+    specs = decoder_specs(config.model)
+    told = log.logger.info
+    told(
+        "importing %s: %s, %s parameters",
+        origin,
+        source.config["model_type"],
+        f"{parameter_count(specs.values()):,}",
+    )
+    if ties_head(source.config):
+        told(
+            "its head is its embedding; here the head is a copy of its own, %s parameters more, which "
+            "training moves apart",
+            f"{specs['head.weight'].numel:,}",
+        )
+    made = import_checkpoint(source, origin, root, config)
+    told("wrote %s", made)
+    if source.write_tokenizer is None:
+        told(
+            "tokenizer: the source has no tokenizer.json; give one with --tokenizer-model wherever it counts"
+        )
+    else:
+        told("tokenizer: %s", root / "tokenizer")
+    word = shlex.quote(str(root))
+    told("  continue with  deepspeed pretrain_nexus.py --load %s --seq-length 512", word)
+
+
+def open_source(path: Path) -> ForeignModel:
+    """The model at a path.
+
+    Raises CheckpointError, DataError: there is none, or a package is missing.
+    """
+    if path.suffix != ".gguf":
+        return open_folder(path)
+    try:
+        from megatron_nexus.interchange.gguf_file import open_gguf
+    except ImportError:
+        raise DataError(f"{path} needs the package gguf, which is not installed: pip install gguf") from None
+    with log.Progress(f"reading {path}"):
+        return open_gguf(path)
+
+
+def configuration(source: ForeignModel) -> RunConfig:
+    """What a run that begins with a model is configured as: its sizes, and samples of its context length.
+
+    Raises ConfigError where this decoder does not compute it.
+    """
+    model = model_of(source.config)
+    name = re.sub(r"[^\w.+-]+", "-", source.name).strip("-") or "imported"
+    sizes = {"seq_length": context_length(source.config), "micro_batch_size": 1}
+    config = build({"preset": name, **vars(model), **sizes})
+    check(config, 1)
+    return config

@@ -1,0 +1,127 @@
+"""What the `config.json` of others says, as a configuration of ours; and every reason why there is none."""
+
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+from megatron_nexus.config.run_config import ModelConfig, Projection
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.interchange.architecture import LLAMA, NEXUSFORMER, QWEN3, JsonObject
+
+KINDS = {kind.model_type: kind for kind in (LLAMA, QWEN3, NEXUSFORMER)}
+# What transformers' classes assume where a file says nothing.
+ROPE_THETA, EPSILON, STD = 10000.0, 1e-6, 0.02
+QWEN3_HEAD = 128
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+
+
+def model_of(config: JsonObject) -> ModelConfig:
+    """The model that a `config.json` describes.
+
+    Raises ConfigError with every reason why this decoder does not compute it.
+    """
+    problems = list(_problems(config))
+    if problems:
+        raise ConfigError(problems)
+    heads, kind = _whole(config, "num_attention_heads"), config["model_type"]
+    projection = next(choice for choice in PROJECTIONS if choice == _projection(config))
+    groups = _whole(config, "num_key_value_heads", heads)
+    size = QWEN3_HEAD if kind == "qwen3" else _whole(config, "hidden_size") // heads
+    nexus = kind == NEXUSFORMER.model_type
+    return ModelConfig(
+        vocab_size=_whole(config, "vocab_size"),
+        num_layers=_whole(config, "num_hidden_layers"),
+        hidden_size=_whole(config, "hidden_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups if groups != heads else 0,
+        kv_channels=_whole(config, "head_dim", size),
+        ffn_hidden_size=_whole(config, "intermediate_size"),
+        projection=projection,
+        qk_layernorm=bool(config.get("qk_norm")) if nexus else kind == QWEN3.model_type,
+        nexus_m=_whole(config, "nexus_m", 0),
+        nexus_a=_whole(config, "nexus_a", 0),
+        nexus_inner_norm=bool(config.get("nexus_inner_norm")),
+        nexus_output_projection=bool(config.get("nexus_output_projection")),
+        base_hidden_size=_whole(config, "base_hidden_size", 0),
+        base_kv_channels=_whole(config, "base_head_dim", 0),
+        rotary_base=_number(_rope(config), "rope_theta", ROPE_THETA),
+        norm_epsilon=_number(config, "rms_norm_eps", EPSILON),
+        init_method_std=_number(config, "initializer_range", STD),
+    )
+
+
+def _problems(config: JsonObject) -> Iterator[str]:
+    kind = config.get("model_type")
+    if kind not in KINDS:
+        yield f"model_type {kind!r} cannot be imported: give a model of the types {', '.join(KINDS)}"
+        return
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
+        if not isinstance(config.get(name), int) or _whole(config, name) < 1:
+            yield f"{name} is {config.get(name)!r} in config.json: it must be a whole number above 0"
+    if _projection(config) not in PROJECTIONS:
+        yield f"projection {_projection(config)!r} is not known here: use one of {', '.join(PROJECTIONS)}"
+    rope = _rope(config)
+    for name, expected in {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "quantization_config": None,
+    }.items():
+        found = config.get(name, expected)
+        if found != expected:
+            yield f"{name} is {found!r}, and this decoder knows {expected!r} only: choose another model"
+    if kind == LLAMA.model_type and config.get("sliding_window"):
+        yield f"sliding_window {config['sliding_window']!r}: every token sees all before it here"
+    layers = config.get("layer_types")
+    if isinstance(layers, list) and set(layers) - {"full_attention"}:
+        others = ", ".join(sorted(map(str, set(layers) - {"full_attention"})))
+        yield f"layer_types has {others}: every token sees all before it here"
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        yield f"rope scaling {scaling!r}: positions are never scaled here; choose a model without it"
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        yield "partial_rotary_factor: all channels of a head turn here; choose another model"
+
+
+def _projection(config: JsonObject) -> object:
+    return config.get("projection", "nexus") if config["model_type"] == NEXUSFORMER.model_type else "linear"
+
+
+def _rope(config: JsonObject) -> JsonObject:
+    """The rotary settings: `rope_parameters`, or as transformers 4 wrote them."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope: JsonObject = dict(found) if isinstance(found, dict) else {"rope_type": found}
+    return {"rope_theta": config.get("rope_theta", ROPE_THETA), **rope}
+
+
+def _number(config: JsonObject, name: str, default: float) -> float:
+    return float(_typed(config, name, default, float))
+
+
+def _whole(config: JsonObject, name: str, default: int | None = None) -> int:
+    return int(_typed(config, name, default, int))
+
+
+def _typed(config: JsonObject, name: str, default: float | None, kind: Callable[[float], float]) -> float:
+    """A number of a configuration; null stands for the default. Raises ConfigError where it is none."""
+    found = config.get(name)
+    found = default if found is None else found
+    if isinstance(found, bool) or not isinstance(found, int | float) or kind(found) != found:
+        raise ConfigError([f"{name} is {found!r} in config.json: it must be a number"])
+    return found
+
+
+def context_length(config: JsonObject) -> int:
+    """Tokens of the longest text that the model was made for."""
+    return _whole(config, "max_position_embeddings", 2048)
+
+
+def ties_head(config: JsonObject) -> bool:
+    """Whether the head is the embedding."""
+    return bool(config.get("tie_word_embeddings", False))

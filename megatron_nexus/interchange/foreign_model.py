@@ -1,0 +1,46 @@
+"""A model of others, as the importer sees it: what it is, and its weights, some rows at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nexus.interchange.architecture import JsonObject
+
+Array = npt.NDArray[np.float32]
+
+
+class Weights(Protocol):
+    """Tensors under their names in Hugging Face's files."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read_rows(self, name: str, first: int, last: int) -> Array:
+        """Rows [first, last) of a tensor, the elements of a vector, as float32. Raises CheckpointError."""
+        ...
+
+
+class TokenizerWriter(Protocol):
+    """Writes the model's tokenizer as a `tokenizer.json` and the settings beside it."""
+
+    def __call__(self, folder: Path) -> None:
+        """Into a folder. Raises DataError, OSError."""
+        ...
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model in files of others.
+
+    `config` is what Hugging Face's `config.json` says, or would say. `write_tokenizer` is None where there is
+    no tokenizer.
+    """
+
+    name: str
+    format: str
+    config: JsonObject
+    weights: Weights
+    write_tokenizer: TokenizerWriter | None

@@ -1,0 +1,163 @@
+"""Import: a model of others becomes a checkpoint of a run that has not taken a step.
+
+Weights are read and written a piece at a time, moments are zero: memory is needed for one piece. The run's
+folder gets its name when it is complete: an interrupted import leaves nothing.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nexus.checkpoint.manifest import (
+    MANIFEST_FILE,
+    EngineRecord,
+    Manifest,
+    OptimizerRecord,
+    RunProgress,
+    Topology,
+    manifest_to_json,
+)
+from megatron_nexus.checkpoint.pieces import split_box, whole_box
+from megatron_nexus.checkpoint.run_folder import (
+    begin_checkpoint,
+    checkpoint_name,
+    publish_checkpoint,
+    temporary_folder,
+)
+from megatron_nexus.checkpoint.store import STATES, Array, Piece, piece_starts, write_durably, write_pieces
+from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY, group_settings
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.tokenizer import open_tokenizer
+from megatron_nexus.errors import CheckpointError, DataError
+from megatron_nexus.interchange.foreign_config import ties_head
+from megatron_nexus.interchange.foreign_model import ForeignModel
+from megatron_nexus.interchange.names import ENDS, huggingface_name
+from megatron_nexus.interchange.new_folder import new_folder
+from megatron_nexus.log import Progress
+from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.spec.param import ParamSpec
+
+TOKENIZER_FOLDER = "tokenizer"
+MEGABYTE = 1e6
+PIECE_ELEMENTS = 1 << 22
+EMBEDDING, HEAD = ENDS["embedding.weight"], ENDS["head.weight"]
+SHOWN = 10
+
+
+def import_checkpoint(source: ForeignModel, origin: Path, root: Path, config: RunConfig) -> Path:
+    """Write the weights of `source`, which lies at `origin`, as the only checkpoint of the run `root`.
+
+    `config` is what the run is configured as. The source is only read. Returns the checkpoint's folder.
+
+    Raises:
+        ConfigError: `root` holds files.
+        CheckpointError: a tensor is missing, of another shape or unknown, or something cannot be read or
+            written; nothing is left behind.
+        DataError: the tokenizer is none, or has more tokens than the model.
+    """
+    specs = decoder_specs(config.model)
+    places = _places(source, specs)
+    pieces = [
+        Piece(name, state, box)
+        for name, spec in specs.items()
+        for state in STATES
+        for box in split_box(whole_box(spec.shape), PIECE_ELEMENTS)
+    ]
+    needed = piece_starts(pieces)[-1]
+    with (
+        new_folder(root, needed) as folder,
+        Progress("writing weights and zero moments", needed / MEGABYTE, "MB") as progress,
+    ):
+        fingerprint = ""
+        if source.write_tokenizer is not None:
+            kept = folder / TOKENIZER_FOLDER
+            kept.mkdir()
+            source.write_tokenizer(kept)
+            tokenizer = open_tokenizer(kept)
+            if tokenizer.vocab_size > config.model.vocab_size:
+                raise DataError(
+                    f"the tokenizer of {origin} has {tokenizer.vocab_size} tokens, the model "
+                    f"{config.model.vocab_size}: they do not belong together; import without it"
+                )
+            fingerprint = tokenizer.fingerprint
+            data = dataclasses.replace(config.data, tokenizer_model=str(root / TOKENIZER_FOLDER))
+            config = dataclasses.replace(config, data=data)
+        begin_checkpoint(folder, 0)
+        unfinished = temporary_folder(folder, 0)
+        write_pieces(unfinished, 0, pieces, _values(source, places, pieces, progress), {})
+        manifest = _manifest(source, origin, specs, config, fingerprint)
+        write_durably(unfinished / MANIFEST_FILE, manifest_to_json(manifest))
+        publish_checkpoint(folder, 0)
+    return root / checkpoint_name(0)
+
+
+def _places(source: ForeignModel, specs: dict[str, ParamSpec]) -> dict[str, str]:
+    """What each parameter is called in the files. Raises CheckpointError where they hold another model."""
+    shapes = source.weights.shapes
+    places = {name: huggingface_name(name) for name in specs}
+    # Files of tied models may leave the head out.
+    if ties_head(source.config):
+        places["head.weight"] = EMBEDDING
+    problems = [
+        f"{place}: {_shape(shapes.get(place))} in the files, {_shape(specs[name].shape)} in the model"
+        for name, place in places.items()
+        if shapes.get(place) != specs[name].shape
+    ]
+    # Old files of Llama hold the rotary frequencies, which follow from the configuration.
+    known = {*places.values(), HEAD}
+    problems += [
+        f"{place}: in the files, not in the model"
+        for place in shapes
+        if place not in known and not place.endswith("rotary_emb.inv_freq")
+    ]
+    if problems:
+        shown = problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
+        raise CheckpointError(
+            f"{source.name} does not hold the model that its configuration describes: {'; '.join(shown)}"
+        )
+    return places
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return " x ".join(map(str, shape)) if shape is not None else "nothing"
+
+
+def _values(
+    source: ForeignModel, places: dict[str, str], pieces: list[Piece], progress: Progress
+) -> Iterator[Array]:
+    """The values of all pieces, one at a time."""
+    for piece in pieces:
+        box = piece.box  # whole rows: none is as long as a piece
+        if piece.state == "fp32":
+            first = box.offsets[0]
+            yield source.weights.read_rows(places[piece.tensor], first, first + box.sizes[0])
+        else:
+            yield np.zeros(box.sizes, np.float32)
+        progress.advance(box.numel * 4 / MEGABYTE)
+
+
+def _manifest(
+    source: ForeignModel, origin: Path, specs: dict[str, ParamSpec], config: RunConfig, fingerprint: str
+) -> Manifest:
+    groups = {
+        name: {"lr": config.optimizer.lr, **group_settings(config.optimizer, name)}
+        for name in (DECAY, NO_DECAY)
+    }
+    entry = {
+        "imported": str(origin.resolve()),
+        "format": source.format,
+        "model_type": str(source.config["model_type"]),
+        "head": "a copy of the embedding" if ties_head(source.config) else "its own",
+    }
+    return Manifest(
+        progress=RunProgress(step=0, samples=0, tokens=0, flops=0),
+        specs=specs,
+        optimizer=OptimizerRecord(0, groups),
+        engine=EngineRecord(0, 0, 0),
+        topology=Topology(1, 1, 1, 1),
+        config=dataclasses.asdict(config),
+        tokenizer_fingerprint=fingerprint,
+        lineage=[entry],
+    )

@@ -1,0 +1,142 @@
+"""A folder of Hugging Face's: `config.json`, safetensors in one file or several, a `tokenizer.json`.
+
+8 bytes   length of the header, little-endian
+header    JSON: for each tensor its type, shape, first and last byte in the data
+data      row-major tensors
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_nexus.data.tokenizer import JSON_NAME
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.interchange.architecture import JsonObject
+from megatron_nexus.interchange.foreign_model import Array, ForeignModel
+from megatron_nexus.interchange.tokenizer_files import COMPANIONS
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# bfloat16, of which numpy knows nothing, is the upper half of float32.
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file: its type, its shape, where its bytes begin."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def open_folder(folder: Path) -> ForeignModel:
+    """The model in a folder. Raises CheckpointError where files are missing or damaged."""
+    config = _read_json(folder / CONFIG_FILE)
+    tokenizer = folder / JSON_NAME
+    writer = partial(_copy_tokenizer, folder) if tokenizer.is_file() else None
+    weights = SafetensorsWeights(_weight_files(folder))
+    return ForeignModel(folder.resolve().name, "safetensors", config, weights, writer)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        held = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".gguf"))
+        beside = f", but {', '.join(held)}: pickles are never loaded" if held else ""
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{beside}; give a folder with safetensors, "
+            "or a .gguf file"
+        )
+    places = _read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / INDEX_FILE} maps no weights to files: copy it again")
+    return [folder / Path(name).name for name in sorted(set(places.values()))]
+
+
+def _read_json(path: Path) -> JsonObject:
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}: give a folder as Hugging Face's save_pretrained writes it"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): copy it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is no JSON object: copy it again")
+    return found
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in (JSON_NAME, *COMPANIONS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+class SafetensorsWeights:
+    """The tensors of some files, read where they lie."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        """Read the headers. Raises CheckpointError."""
+        self._stored: dict[str, _Stored] = {}
+        for path in paths:
+            for name, stored in _read_header(path).items():
+                if name in self._stored:
+                    raise CheckpointError(f"{path} and {self._stored[name].path} both hold {name}: keep one")
+                self._stored[name] = stored
+        self.shapes: Mapping[str, tuple[int, ...]] = {n: s.shape for n, s in self._stored.items()}
+
+    def read_rows(self, name: str, first: int, last: int) -> Array:
+        """Rows [first, last) of a tensor, the elements of a vector, as float32. Raises CheckpointError."""
+        stored = self._stored[name]
+        dtype, row = np.dtype(DTYPES[stored.dtype]), prod(stored.shape[1:])
+        try:
+            with stored.path.open("rb") as file:
+                file.seek(stored.start + first * row * dtype.itemsize)
+                values: npt.NDArray[np.generic] = np.fromfile(file, dtype, (last - first) * row)
+        except OSError as error:
+            raise CheckpointError(f"{stored.path}: {error.strerror}") from error
+        if values.size != (last - first) * row:
+            raise CheckpointError(f"{stored.path} ends within {name}: copy it again")
+        if stored.dtype == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False).reshape(last - first, *stored.shape[1:])
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """The tensors of a file by name. Raises CheckpointError."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError(f"its header is said to have {length:,} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{path}: {name} is of the type {dtype}, of which nothing is imported: save the model in "
+                    f"one of {', '.join(DTYPES)}"
+                )
+            if end - begin != prod(shape) * np.dtype(DTYPES[dtype]).itemsize or 8 + length + end > size:
+                raise ValueError(f"{name} does not lie within it")
+            found[name] = _Stored(path, dtype, shape, 8 + length + begin)
+        return found
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}: copy the missing file") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no safetensors file ({error}): copy it again") from error
