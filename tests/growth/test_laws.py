@@ -16,6 +16,7 @@ import torch
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.pieces import index_within, whole_box
 from megatron_nexus.checkpoint.store import STATES
+from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
 from megatron_nexus.spec.grow import Fill
@@ -114,10 +115,10 @@ def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Pat
             assert state == "fp32" or not rest.any()
 
 
-@pytest.mark.parametrize("axes", ["M-A", "all"])
-def test_growth_and_resharding_commute_bit_for_bit(axes: str, tmp_path: Path) -> None:
-    config = grown.configure()
-    sizes = grown.AXES[axes]
+@pytest.mark.parametrize(("axes", "option"), [("M-A", "plain"), ("all", "plain"), ("all", "tokenformer")])
+def test_growth_and_resharding_commute_bit_for_bit(axes: str, option: str, tmp_path: Path) -> None:
+    config = grown.configure(**OPTIONS[option])
+    sizes = grown.sizes_for(config, axes)
     sources = {tp: grown.write_checkpoint(tmp_path / f"source{tp}", config, tp) for tp in (1, 2)}
     moved, same = grown.grow(sources[2], tmp_path / "moved", config, {}, tp=1, pp=2)
     assert same.model == config.model
@@ -153,6 +154,33 @@ def test_a_growth_of_a_growth_keeps_its_function_and_its_lineage(tmp_path: Path)
     assert manifest.lineage[1]["parent"] == str((tmp_path / "1" / "iter_0000040").resolve())
     assert config.model.base_hidden_size == 12
     assert config.model.base_kv_channels == 4
+
+
+def test_a_pattention_keeps_the_scale_of_its_birth_over_growths(tmp_path: Path) -> None:
+    """But by `random`, as in the released code of Tokenformer, where it follows the slots and all changes."""
+    config = grown.configure(**OPTIONS["tokenformer"])
+    folder, tokens = grown.write_checkpoint(tmp_path / "0", config), grown.sample(config.model)
+    expected = reference.logits(grown.weights(folder), tokens, dataclasses.asdict(config.model))
+    slots = {"pattention_slots": 30, "ffn_hidden_size": 20}
+    once, middle = grown.grow(folder, tmp_path / "1", config, slots)
+    twice, after = grown.grow(once, tmp_path / "2", middle, {name: n + 5 for name, n in slots.items()})
+    for made, model in ((once, middle.model), (twice, after.model)):
+        assert (model.base_pattention_slots, model.base_ffn_hidden_size) == (26, 17)
+        logits = reference.logits(grown.weights(made), tokens, dataclasses.asdict(model))
+        assert (logits - expected).abs().max() <= TOLERANCE
+    released, other = grown.grow(folder, tmp_path / "3", config, slots, init="random")
+    assert (other.model.base_pattention_slots, other.model.base_ffn_hidden_size) == (0, 0)
+    logits = reference.logits(grown.weights(released), tokens, dataclasses.asdict(other.model))
+    assert (logits - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["pattention_slots", "ffn_hidden_size"])
+def test_active_new_slots_are_refused(name: str) -> None:
+    """Random keys enter the norm over all slots at once."""
+    config = grown.configure(**OPTIONS["tokenformer"])
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"in_rand gives new slots .{flag}.*use --init out_rand"):
+        plan_growth(config, GrowthRequest({name: 40}, GrowthConfig(init="in_rand")))
 
 
 def test_births_cover_what_is_new_once(tmp_path: Path) -> None:

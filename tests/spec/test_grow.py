@@ -61,6 +61,7 @@ def test_blocks_cover_the_new_tensor_once_and_keep_all_of_the_old() -> None:
         ("in_rand", "random", "zero", "random", "random", "zero"),
         ("zero", "zero", "zero", "zero", "zero", "zero"),
         ("noise", "noise", "noise", "noise", "noise", "noise"),
+        ("random", "random", "random", "random", "random", "random"),
     ],
 )
 def test_nexus_rank_grows_as_the_table_says(
@@ -96,9 +97,11 @@ def test_an_inserted_layer_writes_nothing_at_first() -> None:
     assert inserted_blocks(reads, "in_rand")[0].fill is Fill.RANDOM
     assert inserted_blocks(writes, "in_rand")[0].fill is Fill.ZERO
     assert inserted_blocks(reads, "zero")[0].fill is Fill.ZERO
+    assert inserted_blocks(writes, "noise")[0].fill is Fill.NOISE
+    assert inserted_blocks(writes, "random")[0].fill is Fill.RANDOM
 
 
-@pytest.mark.parametrize("init", ["out_rand", "in_rand", "zero", "noise"])
+@pytest.mark.parametrize("init", ["out_rand", "in_rand", "zero", "noise", "random"])
 def test_gains_and_the_ends_of_the_model_always_begin_as_in_a_new_model(init: Init) -> None:
     gain = [ParamSpec("g", (axis,), Constant(1.0), Role.VECTOR, (Flow.GATES,)) for axis in D]
     assert fills(*gain, init)[(2,)] == Fill.RANDOM

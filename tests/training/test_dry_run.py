@@ -34,7 +34,17 @@ CASES: list[tuple[int, dict[str, Value]]] = [
     (1, {"precision": "fp32", "recompute_granularity": "full", "nexus_inner_norm": True}),
     (2, {"precision": "bf16"}),
     (2, {"precision": "fp32", "tensor_model_parallel_size": 2, "attention_order": 2, "num_query_groups": 2}),
-    (2, {"precision": "bf16", "pipeline_model_parallel_size": 2}),
+    (
+        2,
+        {
+            "precision": "bf16",
+            "pipeline_model_parallel_size": 2,
+            "projection": "pattention",
+            "pattention_slots": 70,
+            "feed_forward": "pattention",
+            "normalization": "NonParametricLayerNorm",
+        },
+    ),
 ]
 
 
