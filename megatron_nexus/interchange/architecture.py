@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_nexus.config.run_config import ModelConfig
-from megatron_nexus.errors import ConfigError
 
 JsonObject = dict[str, object]
 REMOTE_CODE = tuple(
@@ -32,24 +31,10 @@ QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM")
 
 
 def architecture_of(model: ModelConfig) -> Architecture:
-    """The class that computes `model`. Raises ConfigError: there is none."""
-    if model.attention_order > 1:
-        raise ConfigError(
-            [
-                f"this model's attention has order {model.attention_order}, which needs more of each token "
-                "than the one key and value that the caches of transformers keep: only order 1 can be "
-                "exported; tools/generate.py and tools/evaluate.py run the checkpoint as it is"
-            ]
-        )
-    if "pattention" in (model.projection, model.feed_forward) or model.normalization != "RMSNorm":
-        raise ConfigError(
-            [
-                f"this model has --projection {model.projection}, --feed-forward {model.feed_forward} and "
-                f"--normalization {model.normalization}: Pattention and LayerNorm cannot be exported yet; "
-                "tools/generate.py and tools/evaluate.py run the checkpoint as it is"
-            ]
-        )
-    if model.projection != "linear" or model.base_hidden_size or model.base_kv_channels:
+    """The class that computes `model`."""
+    grown = model.base_hidden_size or model.base_kv_channels
+    plain = (model.projection, model.feed_forward, model.normalization) == ("linear", "swiglu", "RMSNorm")
+    if not plain or grown or model.attention_order > 1:
         return NEXUSFORMER
     if model.qk_layernorm:
         return QWEN3
@@ -95,7 +80,11 @@ def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: i
                 "AutoModel": "modeling_nexusformer.NexusformerModel",
                 "AutoModelForCausalLM": "modeling_nexusformer.NexusformerForCausalLM",
             },
+            "attention_order": model.attention_order,
             "projection": model.projection,
+            "pattention_slots": model.pattention_slots,
+            "feed_forward": model.feed_forward,
+            "normalization": model.normalization,
             "qk_norm": model.qk_layernorm,
             "nexus_m": model.nexus_m,
             "nexus_a": model.nexus_a,
@@ -103,5 +92,7 @@ def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: i
             "nexus_output_projection": model.nexus_output_projection,
             "base_hidden_size": model.base_hidden_size,
             "base_head_dim": model.base_kv_channels,
+            "base_pattention_slots": model.base_pattention_slots,
+            "base_intermediate_size": model.base_ffn_hidden_size,
         }
     return record

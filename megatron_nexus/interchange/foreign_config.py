@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import get_args
 
-from megatron_nexus.config.run_config import ModelConfig, Projection
+from megatron_nexus.config.run_config import FeedForwardKind, ModelConfig, Normalization, Projection
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.interchange.architecture import LLAMA, NEXUSFORMER, QWEN3, JsonObject
 
@@ -11,7 +11,22 @@ KINDS = {kind.model_type: kind for kind in (LLAMA, QWEN3, NEXUSFORMER)}
 # What transformers' classes assume where a file says nothing.
 ROPE_THETA, EPSILON, STD = 10000.0, 1e-6, 0.02
 QWEN3_HEAD = 128
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+# What a Nexusformer's file chooses from.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "projection": get_args(Projection),
+    "feed_forward": get_args(FeedForwardKind),
+    "normalization": get_args(Normalization),
+}
+# The names of its sizes here, and there.
+NEXUS_SIZES = {
+    "nexus_m": "nexus_m",
+    "nexus_a": "nexus_a",
+    "pattention_slots": "pattention_slots",
+    "base_hidden_size": "base_hidden_size",
+    "base_kv_channels": "base_head_dim",
+    "base_pattention_slots": "base_pattention_slots",
+    "base_ffn_hidden_size": "base_intermediate_size",
+}
 
 
 def model_of(config: JsonObject) -> ModelConfig:
@@ -23,11 +38,9 @@ def model_of(config: JsonObject) -> ModelConfig:
     if problems:
         raise ConfigError(problems)
     heads, kind = _whole(config, "num_attention_heads"), config["model_type"]
-    projection = next(choice for choice in PROJECTIONS if choice == _projection(config))
     groups = _whole(config, "num_key_value_heads", heads)
-    size = QWEN3_HEAD if kind == "qwen3" else _whole(config, "hidden_size") // heads
-    nexus = kind == NEXUSFORMER.model_type
-    return ModelConfig(
+    size = QWEN3_HEAD if kind == QWEN3.model_type else _whole(config, "hidden_size") // heads
+    model = ModelConfig(
         vocab_size=_whole(config, "vocab_size"),
         num_layers=_whole(config, "num_hidden_layers"),
         hidden_size=_whole(config, "hidden_size"),
@@ -35,17 +48,27 @@ def model_of(config: JsonObject) -> ModelConfig:
         num_query_groups=groups if groups != heads else 0,
         kv_channels=_whole(config, "head_dim", size),
         ffn_hidden_size=_whole(config, "intermediate_size"),
-        projection=projection,
-        qk_layernorm=bool(config.get("qk_norm")) if nexus else kind == QWEN3.model_type,
-        nexus_m=_whole(config, "nexus_m", 0),
-        nexus_a=_whole(config, "nexus_a", 0),
-        nexus_inner_norm=bool(config.get("nexus_inner_norm")),
-        nexus_output_projection=bool(config.get("nexus_output_projection")),
-        base_hidden_size=_whole(config, "base_hidden_size", 0),
-        base_kv_channels=_whole(config, "base_head_dim", 0),
+        projection="linear",
+        qk_layernorm=kind == QWEN3.model_type,
+        nexus_m=0,
+        nexus_a=0,
         rotary_base=_number(_rope(config), "rope_theta", ROPE_THETA),
         norm_epsilon=_number(config, "rms_norm_eps", EPSILON),
         init_method_std=_number(config, "initializer_range", STD),
+    )
+    if kind != NEXUSFORMER.model_type:
+        return model
+    values: dict[str, object] = {ours: _whole(config, theirs, 0) for ours, theirs in NEXUS_SIZES.items()}
+    return ModelConfig(
+        **{
+            **vars(model),
+            **values,
+            **{name: config[name] for name in CHOICES},
+            "attention_order": _whole(config, "attention_order", 1),
+            "qk_layernorm": bool(config.get("qk_norm")),
+            "nexus_inner_norm": bool(config.get("nexus_inner_norm")),
+            "nexus_output_projection": bool(config.get("nexus_output_projection")),
+        }
     )
 
 
@@ -63,8 +86,9 @@ def _problems(config: JsonObject) -> Iterator[str]:
     ):
         if not isinstance(config.get(name), int) or _whole(config, name) < 1:
             yield f"{name} is {config.get(name)!r} in config.json: it must be a whole number above 0"
-    if _projection(config) not in PROJECTIONS:
-        yield f"projection {_projection(config)!r} is not known here: use one of {', '.join(PROJECTIONS)}"
+    for name, choices in CHOICES.items() if kind == NEXUSFORMER.model_type else ():
+        if config.get(name) not in choices:
+            yield f"{name} is {config.get(name)!r}, and known here are {', '.join(choices)}"
     rope = _rope(config)
     for name, expected in {
         "hidden_act": "silu",
@@ -87,10 +111,6 @@ def _problems(config: JsonObject) -> Iterator[str]:
         yield f"rope scaling {scaling!r}: positions are never scaled here; choose a model without it"
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         yield "partial_rotary_factor: all channels of a head turn here; choose another model"
-
-
-def _projection(config: JsonObject) -> object:
-    return config.get("projection", "nexus") if config["model_type"] == NEXUSFORMER.model_type else "linear"
 
 
 def _rope(config: JsonObject) -> JsonObject:

@@ -24,6 +24,8 @@ PARTS = {
     "feed_forward.gate": "mlp.gate_proj",
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
+    "feed_forward.keys": "mlp.keys",
+    "feed_forward.values": "mlp.values",
 }
 
 

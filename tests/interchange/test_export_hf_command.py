@@ -27,7 +27,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = {"data_path": ("corpus",), "tokenizer_model": str(root / "spm.model")}
     grown.write_checkpoint(root / "run", grown.configure(vocab_size=VOCABULARY, **data))
     grown.write_checkpoint(root / "nameless", grown.configure(data_path=("corpus",)))
-    grown.write_checkpoint(root / "order2", grown.configure(data_path=("corpus",), attention_order=2))
     return root
 
 
@@ -102,7 +101,6 @@ def test_a_run_without_a_tokenizer_is_exported_without_one_and_it_is_said(
         ("--load {source}/nameless --output {new} --tokenizer-model {source}/spm.model", "500 tokens, the"),
         ("--load {source}/run --output {new} --tokenizer-model {source}/gone.model", "cannot be read"),
         ("--load {source}/run --output {new} --dtype fp16", "fp16"),
-        ("--load {source}/order2 --output {new}", "order 2, which needs more of each token"),
     ],
 )
 def test_mistakes_are_answered_and_nothing_is_left(

@@ -87,6 +87,18 @@ def logits(checkpoint: Path, config: RunConfig, tokens: Tensor) -> Tensor:
     return reference.logits(grown.weights(checkpoint), tokens, dataclasses.asdict(config.model))
 
 
+COMING_BACK: dict[str, dict[str, object]] = {
+    "nexusformer": {"qk_layernorm": True, "nexus_inner_norm": True, "nexus_output_projection": True},
+    "nexified": {"projection": "linear_nexus", "num_query_groups": 1, "attention_order": 2},
+    "tokenformer": {
+        "projection": "pattention",
+        "pattention_slots": 11,
+        "feed_forward": "pattention",
+        "normalization": "NonParametricLayerNorm",
+        "nexus_m": 0,
+        "nexus_a": 0,
+    },
+}
 TOKENS = torch.randint(0, SIZES["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -140,12 +152,11 @@ def test_what_came_in_goes_out_as_it_was(kind: str, tmp_path: Path, monkeypatch:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("projection", ["nexus", "linear_nexus"])
+@pytest.mark.parametrize("kind", COMING_BACK)
 def test_an_exported_nexusformer_comes_back(
-    projection: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = projection == "nexus"
-    config = grown.configure(projection=projection, qk_layernorm=True, nexus_inner_norm=inner)
+    config = grown.configure(**COMING_BACK[kind])
     source = grown.write_checkpoint(tmp_path / "run", config)
     source, config = grown.grow(source, tmp_path / "grown", config, {"hidden_size": 14, "kv_channels": 6})
     export_checkpoint(source, tmp_path / "hf", config, None, "fp32", 10**9)

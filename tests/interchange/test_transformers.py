@@ -37,6 +37,14 @@ KINDS: dict[str, dict[str, object]] = {
     "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True, "rotary_base": 1e6},
     "transformer++": {"projection": "linear"},
     "nexified": {"projection": "linear_nexus", "num_query_groups": 1},
+    "tokenformer": {
+        "projection": "pattention",
+        "pattention_slots": 11,
+        "feed_forward": "pattention",
+        "normalization": "NonParametricLayerNorm",
+    },
+    "order-2": {"attention_order": 2},
+    "order-3-shared-keys": {"attention_order": 3, "projection": "linear", "num_query_groups": 1},
 }
 STOCK = {"qwen3-born": "Qwen3ForCausalLM", "transformer++-born": "LlamaForCausalLM"}
 

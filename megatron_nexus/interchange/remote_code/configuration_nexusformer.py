@@ -17,19 +17,31 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+CHOICES = {
+    "projection": ("nexus", "linear", "linear_nexus", "pattention"),
+    "feed_forward": ("swiglu", "pattention"),
+    "normalization": ("RMSNorm", "NonParametricLayerNorm"),
+}
+
 
 class NexusformerConfig(PreTrainedConfig):
     """Sizes and options; `modeling_nexusformer.py` has the equations.
 
     Fields that transformers' own decoders have mean here what they mean there. The others:
 
-    projection: what computes queries, keys and values: "nexus" (Nexus-Rank), "linear" (a matrix each) or
-        "linear_nexus" (the sum of both).
+    projection: what computes queries, keys and values: "nexus" (Nexus-Rank), "linear" (a matrix each),
+        "linear_nexus" (the sum of both) or "pattention" (Tokenformer), which computes the output as well.
+    pattention_slots: parameter tokens of each of these Pattentions.
+    feed_forward: "swiglu" or "pattention", whose slots are intermediate_size.
+    normalization: "RMSNorm", or "NonParametricLayerNorm" without gain and bias.
+    attention_order: 1 is standard attention; above, inner attentions refine queries and keys.
     nexus_m, nexus_a: the two inner widths of a Nexus-Rank projection.
     nexus_inner_norm: a norm without gain before each GELU of a Nexus-Rank projection.
     nexus_output_projection: Nexus-Rank for the attention's output projection too.
     qk_norm: RMSNorm of each head's query and key before the rotary embedding.
     base_hidden_size: hidden size before the model grew, which the norms keep to; 0: it has not grown.
+    base_pattention_slots, base_intermediate_size: slots before they grew, whose roots scale; 0: they have
+        not grown.
     base_head_dim: head size before the heads grew: as many channels turn, and scores are scaled by its root;
         0: they have not grown.
     """
@@ -44,7 +56,11 @@ class NexusformerConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     head_dim: int = 64
+    attention_order: int = 1
     projection: str = "nexus"
+    pattention_slots: int = 0
+    feed_forward: str = "swiglu"
+    normalization: str = "RMSNorm"
     nexus_m: int = 780
     nexus_a: int = 960
     nexus_inner_norm: bool = False
@@ -52,6 +68,8 @@ class NexusformerConfig(PreTrainedConfig):
     qk_norm: bool = False
     base_hidden_size: int = 0
     base_head_dim: int = 0
+    base_pattention_slots: int = 0
+    base_intermediate_size: int = 0
     rope_parameters: dict[str, Any] | None = None
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096
@@ -69,8 +87,9 @@ class NexusformerConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
-        if self.projection not in ("nexus", "linear", "linear_nexus"):
-            raise ValueError(f"projection {self.projection!r} is none of 'nexus', 'linear', 'linear_nexus'")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(f"rope_type {self.rope_parameters['rope_type']!r} is not 'default'")
         if self.tie_word_embeddings:

@@ -14,17 +14,22 @@
 """Nexusformer: a causal decoder whose queries, keys and values are nonlinear maps of three stages.
 
     nexus_rank(x) = gelu(gelu(x W_M) W_A) W_D                          (Nexusformer, equations 3 to 5)
-                    or beside it, or in its place, a linear map: `projection`
     attention     = softmax(Q K^T / sqrt(H)) V, rotary positions       (equations 6 to 9)
     feed_forward  = (silu(x W_gate) * (x W_up)) W_down
     block         = x + attention(norm(x)), then x + feed_forward(norm(x))
 
+The configuration may put other maps in their places: a linear one beside or instead of a Nexus-Rank,
+Pattention (Tokenformer), attention of a higher order, LayerNorm without parameters.
+
 B batch, T tokens, S tokens with those of the cache, D hidden, N heads, G heads of keys and values, H head
 size, R <= H the channels of a head that turn. No biases. Sizes that have grown after birth leave the function
-as it was: norms divide by the hidden size at birth, scores by the root of the head size at birth.
+as it was: norms divide by the hidden size at birth, scores by the root of the head size at birth, and the
+slots of a Pattention are scaled by the root of their number at birth.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -61,6 +67,28 @@ class NexusformerRMSNorm(nn.Module):
         """[..., D] -> [..., D]."""
         gain = self.weight * self.scale if self.scale != 1.0 else self.weight
         return F.rms_norm(x, gain.shape, gain, self.epsilon)
+
+
+class NexusformerLayerNorm(nn.Module):
+    """y = (x - m) / sqrt(|x - m|^2 / S + eps), m the mean of the first S of D units: those at birth.
+
+    Later units are scaled and counted as the others, but neither enter m nor have it subtracted.
+    """
+
+    def __init__(self, birth_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.birth_size = birth_size
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        born, size = self.birth_size, x.shape[-1]
+        if born == size:
+            return F.layer_norm(x, (size,), eps=self.epsilon)
+        old, new = wide(x).split([born, size - born], dim=-1)
+        rest = torch.cat([old - old.mean(-1, keepdim=True), new], dim=-1)
+        share = born / size
+        return (F.rms_norm(rest, (size,), eps=self.epsilon * share) * math.sqrt(share)).to(x.dtype)
 
 
 class NexusformerHeadRMSNorm(nn.Module):
@@ -116,10 +144,35 @@ class LinearNexusRank(NexusRank):
         return F.linear(x, self.weight) + super().forward(x)
 
 
+class Pattention(nn.Module):
+    """Y = gelu(A / ||A||_2 * tau) V, A = X K^T: attention over parameter tokens (Tokenformer).
+
+    tau is the root of the number of slots at birth. A scores vector of zeros has no direction: it gives zero.
+    """
+
+    def __init__(self, inputs: int, outputs: int, slots: int, slots_at_birth: int) -> None:
+        super().__init__()
+        self.keys = nn.Linear(inputs, slots, bias=False)
+        self.values = nn.Linear(slots, outputs, bias=False)
+        self.scale = math.sqrt(slots_at_birth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        scores = self.keys(x)
+        squares = wide(scores).square().sum(-1, keepdim=True)
+        empty = squares < 1e-20
+        factor = squares.masked_fill(empty, 1.0).rsqrt().masked_fill(empty, 0.0) * self.scale
+        y: Tensor = self.values(F.gelu((scores * factor).to(x.dtype)))
+        return y
+
+
 def make_projection(config: NexusformerConfig, inputs: int, outputs: int) -> nn.Module:
     """What computes queries, keys or values."""
     if config.projection == "linear":
         return nn.Linear(inputs, outputs, bias=False)
+    if config.projection == "pattention":
+        slots = config.pattention_slots
+        return Pattention(inputs, outputs, slots, config.base_pattention_slots or slots)
     kind = NexusRank if config.projection == "nexus" else LinearNexusRank
     return kind(config, inputs, outputs)
 
@@ -177,6 +230,10 @@ class NexusformerAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = 1.0 / math.sqrt(config.rotary_channels)
         self.is_causal = True
+        self.order = config.attention_order
+        self.num_hidden_layers = config.num_hidden_layers
+        if self.order > 1:
+            self.num_key_value_groups = 1  # each head has keys of its own
         hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         self.q_proj = make_projection(config, hidden, width)
@@ -188,7 +245,9 @@ class NexusformerAttention(nn.Module):
             sizes = (config.head_dim, config.rotary_channels, config.rms_norm_eps)
             self.q_norm, self.k_norm = NexusformerHeadRMSNorm(*sizes), NexusformerHeadRMSNorm(*sizes)
         self.o_proj: nn.Module
-        if config.nexus_output_projection:
+        if config.projection == "pattention":
+            self.o_proj = make_projection(config, width, hidden)
+        elif config.nexus_output_projection:
             self.o_proj = NexusRank(config, width, hidden)
         else:
             self.o_proj = nn.Linear(width, hidden, bias=False)
@@ -206,14 +265,47 @@ class NexusformerAttention(nn.Module):
             projection(x_BTD).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), *tables), rotate(k.transpose(1, 2), *tables)
-        v = v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mixed_BTNH, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+
+        def kept(place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            """With those of earlier tokens, which the cache keeps at this layer's `place`."""
+            if past_key_values is None:
+                return keys, values
+            return past_key_values.update(keys, values, self.layer_idx + place * self.num_hidden_layers)
+
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = partial(interface, self, attention_mask=attention_mask, scaling=self.scaling, **kwargs)
+        share = q.shape[1] // k.shape[1]
+        if self.order > 1:
+            q, k = self.refined(q, k, tables, attend, kept)
+        k, v = kept(0, rotate(k, *tables), v)
+        if self.order > 1:
+            v = v.repeat_interleave(share, dim=1)
+        mixed_BTNH, weights = attend(rotate(q, *tables), k, v)
         return self.o_proj(mixed_BTNH.flatten(2)), weights
+
+    def refined(
+        self,
+        q: Tensor,
+        k: Tensor,
+        tables: tuple[Tensor, Tensor],
+        attend: Callable[..., tuple[Tensor, Tensor | None]],
+        kept: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys of a higher order, both [B, N, T, H]: read from earlier ones by inner attentions.
+
+        A_1 = softmax(Q K^T / sqrt(H))      Q_m = A_(m-1) Q      K_m = A_(m-1) K
+        """
+        heads = q.shape[1]
+        q_values, k_values = kept(1, q, k)
+        k_values = k_values.repeat_interleave(heads // k_values.shape[1], dim=1)
+        for level in range(1, self.order):
+            turned = rotate(k, *tables)
+            keys, _ = kept(level + 1, turned, turned[..., :0])
+            keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
+            queries = rotate(q, *tables)
+            q, k = (attend(queries, keys, y)[0].transpose(1, 2) for y in (q_values, k_values))
+        return q, k
 
 
 class NexusformerMLP(nn.Module):
@@ -231,8 +323,18 @@ class NexusformerMLP(nn.Module):
         return y
 
 
-def make_norm(config: NexusformerConfig) -> NexusformerRMSNorm:
+def make_feed_forward(config: NexusformerConfig) -> nn.Module:
+    """The map between norm and residual."""
+    if config.feed_forward == "swiglu":
+        return NexusformerMLP(config)
+    hidden, slots = config.hidden_size, config.intermediate_size
+    return Pattention(hidden, hidden, slots, config.base_intermediate_size or slots)
+
+
+def make_norm(config: NexusformerConfig) -> nn.Module:
     """A norm of the residual stream."""
+    if config.normalization == "NonParametricLayerNorm":
+        return NexusformerLayerNorm(config.norm_size, config.rms_norm_eps)
     return NexusformerRMSNorm(config.hidden_size, config.norm_size, config.rms_norm_eps)
 
 
@@ -242,7 +344,7 @@ class NexusformerDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NexusformerConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = NexusformerAttention(config, layer_idx)
-        self.mlp = NexusformerMLP(config)
+        self.mlp = make_feed_forward(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
 
@@ -314,6 +416,8 @@ class NexusformerModel(NexusformerPreTrainedModel):
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and self.config.attention_order > 1:
+            self.make_room(past_key_values)
         batch, tokens = x_BTD.shape[:2]
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -339,6 +443,18 @@ class NexusformerModel(NexusformerPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values)
+
+    def make_room(self, cache: Cache) -> None:
+        """Places for what inner attentions read of earlier tokens, as many again as layers for each order.
+
+        Raises ValueError: only a DynamicCache can have them.
+        """
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"attention of a higher order needs a DynamicCache, not a {type(cache).__name__}"
+            )
+        places = (self.config.attention_order + 1) * self.config.num_hidden_layers
+        cache.layers.extend(DynamicLayer() for _ in range(places - len(cache.layers)))
 
 
 class NexusformerForCausalLM(NexusformerPreTrainedModel, GenerationMixin):
