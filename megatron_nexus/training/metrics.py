@@ -12,6 +12,9 @@ from megatron_nexus.log import logger
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
 
+Curve = list[tuple[int, float]]
+"""Losses in nats per token with their steps."""
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -141,6 +144,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def training_curve(records: list[dict[str, Any]]) -> Curve:
+    """The loss of each step."""
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def validation_curves(records: list[dict[str, Any]]) -> dict[str, Curve]:
+    """The losses of each validation or test set, by its name."""
+    curves: dict[str, Curve] = {}
+    for record in records:
+        if "validation_loss" in record:
+            curves.setdefault(record["name"], []).append((record["step"], record["validation_loss"]))
+    return curves
+
+
 def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
     """Draw the run's losses from its metrics file, with the corpus' unigram entropy as the line to beat."""
     import matplotlib  # here: half a second that only the end of a run needs
@@ -149,15 +166,9 @@ def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
     from matplotlib import pyplot
 
     records = read_metrics(folder / METRICS_FILE)
-    steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    validations: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        if "validation_loss" in record:
-            points = validations.setdefault(record["name"], [])
-            points.append((record["step"], record["validation_loss"]))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes.plot(*zip(*steps, strict=True), linewidth=1, label="training")
-    for name, points in validations.items():
+    axes.plot(*zip(*training_curve(records), strict=True), linewidth=1, label="training")
+    for name, points in validation_curves(records).items():
         axes.plot(*zip(*points, strict=True), "o-", label=name)
     axes.axhline(unigram_entropy, linestyle="--", color="grey", label="unigram entropy of the corpus")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)

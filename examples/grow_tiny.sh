@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Train the tiny preset, grow its M and A, train on at other topologies; the losses as a picture and numbers:
+#   bash examples/grow_tiny.sh [OUT] [flags of the first run, such as --train-iters 50]
+# On this machine, in minutes. The run that is not grown reads the same samples: the first losses agree.
+# What is there already is not made again: after an interruption give the same command.
+set -euo pipefail
+
+out=${1:-grown-tiny}
+shift $(($# < 1 ? $# : 1))
+# Optimizer steps before growth and after it.
+steps=${STEPS:-100}
+sizes=${SIZES:---nexus-m 224 --nexus-a 288}
+pretrain=$(command -v nexus-pretrain)
+# A warm-up and a decay of its own, counted from the growth.
+go_on=(--train-iters "$((2 * steps))" --lr-start-iter "$steps" --load auto)
+
+# All four ranks of one copy of the model.
+"$pretrain" --tp 2 --pp 2 --train-iters "$steps" --save "$out/base" --load auto "$@"
+# Resharding is growth without a size.
+# shellcheck disable=SC2086  # sizes holds several words
+{
+    [ -e "$out/ungrown" ] || nexus-grow --load "$out/base" --save "$out/ungrown" --tp 2 --pp 2
+    [ -e "$out/zero1" ] || nexus-grow --load "$out/base" --save "$out/zero1" $sizes --pp 2 --verify
+    [ -e "$out/zero3" ] || nexus-grow --load "$out/base" --save "$out/zero3" $sizes --verify
+}
+"$pretrain" --tp 2 --pp 2 --save "$out/ungrown" "${go_on[@]}"
+deepspeed --num_gpus 4 "$pretrain" --pp 2 --zero-stage 1 --save "$out/zero1" "${go_on[@]}"
+deepspeed --num_gpus 4 "$pretrain" --zero-stage 3 --save "$out/zero3" "${go_on[@]}"
+
+nexus-plot "$out/base" "$out/ungrown" "$out/zero1" "$out/zero3" --output "$out/losses.png" \
+    --title "grown after step $steps: $sizes"

@@ -1,0 +1,35 @@
+"""The command `plot_runs.py`: the losses of several runs in one picture and one table."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nexus import log
+from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.training.comparison import comparison_table, plot_runs, read_runs
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    run_tool(_run)
+
+
+def _run() -> None:
+    parser = argparse.ArgumentParser(
+        prog="plot_runs.py",
+        description="Draw the losses of runs in one picture, and print where each begins and ends.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, in order")
+    parser.add_argument(
+        "--output", type=Path, default=Path("losses.png"), help="the picture (default: losses.png)"
+    )
+    parser.add_argument("--title", default="", help="of the picture")
+    given = parser.parse_args(sys.argv[1:])
+    log.configure(speaks=True)
+    runs = read_runs(given.runs)
+    for line in comparison_table(runs):
+        log.logger.info("%s", line)
+    plot_runs(runs, given.output, given.title)
+    log.logger.info("picture: %s", given.output)

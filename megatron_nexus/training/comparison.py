@@ -1,0 +1,103 @@
+"""Several runs beside each other: their losses in one picture and one table, read from their metrics.
+
+Made for runs that begin where another ended: one that was grown, moved to another topology, or given another
+schedule. Runs that begin from the same checkpoint read the same samples, so that their first losses are
+those of one batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.training.metrics import (
+    METRICS_FILE,
+    Curve,
+    read_metrics,
+    training_curve,
+    validation_curves,
+)
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """The losses of a run: of its steps, and of each of its validation sets by name."""
+
+    name: str
+    training: Curve
+    validations: dict[str, Curve]
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunCurves]:
+    """The curves of the runs in `folders`, each called by the last parts of its path that tell it apart.
+
+    Raises ConfigError: a folder has no metrics, or none of a step.
+    """
+    runs, problems = [], []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        records = read_metrics(folder / METRICS_FILE)
+        if not (folder / METRICS_FILE).is_file():
+            problems.append(f"{folder} has no {METRICS_FILE}: give the folder of a run")
+        elif not training_curve(records):
+            problems.append(f"{folder / METRICS_FILE} has no step: give a run that has trained")
+        runs.append(RunCurves(name, training_curve(records), validation_curves(records)))
+    if problems:
+        raise ConfigError(problems)
+    return runs
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(["a run is given twice: give each folder once"])
+    for parts in range(1, max(len(path.parts) for path in paths)):
+        names = [str(Path(*path.parts[-parts:])) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def comparison_table(runs: Sequence[RunCurves]) -> Iterator[str]:
+    """The lines of a table in Markdown: first and last losses of each run, its last validation."""
+    yield "| run | steps | first loss | second | last loss | validation at its end |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for run in runs:
+        steps, losses = zip(*run.training, strict=True)
+        second = f"{losses[1]:.6f}" if len(losses) > 1 else ""
+        ends = [f"{curve[-1][1]:.4f}" for curve in run.validations.values()]
+        yield (
+            f"| {run.name} | {steps[0]:,} to {steps[-1]:,} | {losses[0]:.6f} | {second} | {losses[-1]:.6f} "
+            f"| {', '.join(ends) or 'none'} |"
+        )
+
+
+def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
+    """Draw the losses of the runs in one picture: steps as lines, validations as dots of the same colour.
+
+    Raises ConfigError where the file cannot be written.
+    """
+    import matplotlib  # here: half a second that the table does not need
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
+    begins = {run.training[0][0] for run in runs}
+    for index, run in enumerate(runs):
+        colour = f"C{index % 10}"
+        axes.plot(*zip(*run.training, strict=True), linewidth=1, alpha=0.8, color=colour, label=run.name)
+        for curve in run.validations.values():
+            axes.plot(*zip(*curve, strict=True), "o", markersize=5, color=colour, markeredgecolor="white")
+    for step in sorted(begins - {min(begins)}):
+        axes.axvline(step - 0.5, linestyle=":", color="grey", linewidth=1)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token; dots: validation", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no format of pictures
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError([f"--output {path}: {reason}: give a file such as losses.png"]) from error
+    finally:
+        pyplot.close(figure)
