@@ -34,7 +34,9 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
     """Specs of one layer's attention by part: norm, q, k, v, with QK norm q_norm and k_norm, output."""
     hidden = Axis("hidden", model.hidden_size, residual=True)
     width = Axis("attention", model.attention_width, group=model.kv_channels)
-    keys = Axis("keys", model.key_width, group=model.kv_channels)
+    keys = width
+    if model.query_groups < model.num_attention_heads:
+        keys = Axis("keys", model.key_width, group=model.kv_channels)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
     parts: dict[str, tuple[ParamSpec, ...]] = {"norm": norm_specs(model, f"{prefix}.norm", hidden)}
     outputs = {"q": (width, Flow.SCORES), "k": (keys, Flow.GATES), "v": (keys, Flow.WRITES)}

@@ -24,8 +24,9 @@ from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 97
-PRETRAIN, PREPROCESS = (
-    REPOSITORY / "examples" / "slurm" / f"{name}.sbatch" for name in ("pretrain", "preprocess")
+PRETRAIN, PREPROCESS, GROW = (
+    REPOSITORY / "examples" / "slurm" / f"{name}.sbatch"
+    for name in ("pretrain", "preprocess", "grow_and_continue")
 )
 BIN = Path(sys.executable).parent
 SMALL = (
@@ -113,11 +114,12 @@ def losses(run: Path) -> dict[int, float]:
     return {int(record["step"]): record["loss"] for record in records if "loss" in record}
 
 
-def go_on(cluster: Slurm, job: str, log: Path) -> None:
-    """Wait until a job that was queued again has resumed and trained on; then cancel it."""
-    resumed = re.compile(r"^resumed \S+/iter_\d+ at iteration \d+.*^iteration ", re.MULTILINE | re.DOTALL)
+def go_on(cluster: Slurm, job: str, log: Path, resumed: int = 1) -> None:
+    """Wait until a job has resumed so many times and trained on after the last; then cancel it."""
+    line = r"^resumed \S+/iter_\d+ at iteration \d+.*"
+    pattern = re.compile(line * resumed + "^iteration ", re.MULTILINE | re.DOTALL)
     deadline = time.monotonic() + 180.0
-    while not resumed.search(log.read_text()):
+    while not pattern.search(log.read_text()):
         known = cluster.job(job)
         told = (
             f"{known['JobState']}, restarts {known['Restarts']}:\n{log.read_text()[-3000:]}\n{cluster.logs()}"
@@ -156,6 +158,35 @@ def test_near_its_time_limit_a_job_saves_and_queues_again(cluster: Slurm, folder
     assert "stop asked for by" in text.read_text()
     steps = losses(folder / "limited")
     assert list(steps) == list(range(1, len(steps) + 1))
+
+
+def test_a_job_pretrains_grows_and_goes_on_and_a_requeue_repeats_nothing(
+    cluster: Slurm, folder: Path
+) -> None:
+    job = cluster.run(
+        *("sbatch", "--parsable", "--nodes=2", str(GROW)),
+        cwd=folder,
+        extra=user(
+            CONFIG_FLAGS=SMALL,
+            MESH_FLAGS="--tp 2",
+            BASE_STEPS="4",
+            TOTAL_STEPS=str(ENDLESS),
+            GROWTH="--nexus-m 24 --nexus-a 30 --verify",
+            SAVE="phases",
+        ),
+    ).strip()
+    text = folder / f"nexus-grow-{job}.log"
+    wait_for_step(cluster, job, text, 7)
+    cluster.run("scontrol", "requeue", job)
+    wait_for(lambda: cluster.job(job).get("Restarts") == "1", "the requeue", timeout_s=120.0)
+    go_on(cluster, job, text, resumed=2)
+    told = text.read_text()
+    assert told.count("finished after iteration 4") == 1
+    assert told.count("verified in float64") == 1
+    assert told.count("resumed phases/grown/iter_0000004 at iteration 4") == 1
+    assert list(losses(folder / "phases" / "base")) == [1, 2, 3, 4]
+    after = list(losses(folder / "phases" / "grown"))
+    assert after == list(range(5, 5 + len(after)))
 
 
 def test_four_launchers_start_the_same_run(cluster: Slurm, folder: Path) -> None:
