@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import Location, location
@@ -25,10 +25,15 @@ from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.library import Library, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
+from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigError, NexusError
+from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
+
+if TYPE_CHECKING:
+    from megatron_nexus.evaluation.training_judge import TrainingJudge
 
 LOST_PEER_PATIENCE_S = 3.0
 
@@ -117,8 +122,11 @@ def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> N
     """Look at the files that a run will read and the folder it will write, before torch is imported.
 
     Raises:
-        ConfigError, DataError: as `Library` and `require_own_folder` do.
+        ConfigError, DataError: as `Library`, `require_own_folder` and `require_tasks` do.
     """
+    if world.rank == 0 and config.logging.eval_tasks:
+        folder = config.logging.eval_task_path
+        require_tasks(config.logging.task_names, Path(folder) if folder else None)
     sources = training_sources(config.data)
     if sources:
         Library(config, sources, tokenizer_path(config.data))
@@ -191,7 +199,7 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
         if config.checkpoint.grow and checkpoint is not None:
             saved = saved_config(checkpoint, read_manifest(checkpoint))
             open_state = partial(GrownReader, plan=plan_growth(saved, read_request(config.checkpoint.grow)))
-        run(config, world, checkpoint, argv, open_state)
+        run(config, world, checkpoint, argv, open_state, _open_judge)
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -204,6 +212,16 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
         sys.stdout.flush()
         os._exit(code)
     sys.exit(0)
+
+
+def _open_judge(config: RunConfig, tokenizer: Tokenizer) -> "TrainingJudge":
+    """Who evaluates --eval-tasks. Raises ConfigError or DataError where a task cannot be had."""
+    logging = config.logging
+    with log.Progress("importing lm-evaluation-harness"):
+        from megatron_nexus.evaluation.training_judge import TrainingJudge
+    folder = Path(logging.eval_task_path) if logging.eval_task_path else None
+    length = config.training.seq_length
+    return TrainingJudge(logging.task_names, folder, logging.eval_tasks_limit, length, tokenizer)
 
 
 def _report(error: BaseException, rank: int) -> None:

@@ -17,13 +17,7 @@ from megatron_nexus.commands.arguments import positive
 from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.errors import ConfigError, DataError
-from megatron_nexus.evaluation.task_files import (
-    PAPER_TASKS,
-    read_task_file,
-    require_harness,
-    require_task_files,
-    task_file,
-)
+from megatron_nexus.evaluation.task_files import PAPER_TASKS, require_tasks
 from megatron_nexus.spec.cost import parameter_count
 
 if TYPE_CHECKING:
@@ -126,12 +120,8 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
         raise ConfigError([f"--task-path {given.task_path} belongs to --tasks: give both, or neither"])
     if given.output is not None and not given.output.resolve().parent.is_dir():
         raise ConfigError([f"--output {given.output}: its folder does not exist: make it, or give another"])
-    if given.task_path is not None:
-        require_task_files(given.task_path, given.tasks)
-        for name in given.tasks:
-            read_task_file(task_file(given.task_path, name), name)
     if given.tasks:
-        require_harness()
+        require_tasks(given.tasks, given.task_path)
     texts = {}
     for path in given.perplexity:
         try:

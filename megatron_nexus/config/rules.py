@@ -24,6 +24,7 @@ def check(config: RunConfig, world_size: int) -> None:
         *_topology_problems(config, world_size),
         *_data_problems(config),
         *_batch_problems(config, world_size),
+        *_task_problems(config),
     ]
     if not problems:
         deepspeed_config(config, world_size)
@@ -88,6 +89,8 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--keep-latest": config.checkpoint.keep_latest,
         "--keep-every": config.checkpoint.keep_every,
         "--eval-interval": config.logging.eval_interval,
+        "--eval-tasks-interval": config.logging.eval_tasks_interval,
+        "--eval-tasks-limit": config.logging.eval_tasks_limit,
         "--padding-multiple": config.parallel.padding_multiple,
         "--num-query-groups": model.num_query_groups,
         "--base-hidden-size": model.base_hidden_size,
@@ -246,4 +249,22 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
         yield (
             f"--global-batch-size {training.global_batch_size} is not a multiple of micro batch "
             f"{training.micro_batch_size} x data parallel {dp} = {per_pass}: use {choices}"
+        )
+
+
+def _task_problems(config: RunConfig) -> Iterable[str]:
+    logging, data = config.logging, config.data
+    for flag, value in {
+        "--eval-tasks-interval": max(0, logging.eval_tasks_interval),
+        "--eval-task-path": logging.eval_task_path,
+        "--eval-tasks-limit": max(0, logging.eval_tasks_limit),
+    }.items():
+        if value and not logging.task_names:
+            yield f"{flag} {value} belongs to --eval-tasks, and there are none: give both, or neither"
+    if logging.eval_tasks and not logging.task_names:
+        yield f"--eval-tasks {logging.eval_tasks!r} names no task: give names, with commas between them"
+    if logging.task_names and (data.data_path or data.train_data_path) and not data.tokenizer_model:
+        yield (
+            f"--eval-tasks {logging.eval_tasks} are texts, and nothing tells the tokens of the data: give "
+            "the tokenizer that it was written with as --tokenizer-model"
         )

@@ -230,7 +230,20 @@ class LoggingConfig:
     log_interval: int = option(10, "steps between lines on the console")
     eval_interval: int = option(100, "steps between validations; 0: only at the end")
     eval_iters: int = option(8, "global batches per validation")
+    eval_tasks: str = option(
+        "", "tasks of lm-evaluation-harness to score, with commas between them; rank 0 needs the extra eval"
+    )
+    eval_tasks_interval: int = option(0, "steps between evaluations of --eval-tasks; 0: only at the end")
+    eval_task_path: str = option(
+        "", "folder of the tasks' records, such as piqa.jsonl; empty: the published ones are fetched"
+    )
+    eval_tasks_limit: int = option(0, "items of each task, the first ones; 0: all")
     tensorboard_dir: str = option("", "folder of TensorBoard event files; empty: none are written")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks of `eval_tasks`, each once."""
+        return tuple(dict.fromkeys(name for part in self.eval_tasks.split(",") if (name := part.strip())))
 
 
 @dataclass(frozen=True)

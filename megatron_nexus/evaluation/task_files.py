@@ -40,6 +40,19 @@ def require_harness() -> None:
         )
 
 
+def require_tasks(tasks: Sequence[str], folder: Path | None) -> None:
+    """Look at all that can be known of tasks without the harness: that it is there, and local files.
+
+    Raises:
+        ConfigError, DataError: the extra or a file is missing, or a file is none of its task.
+    """
+    if folder is not None:
+        require_task_files(folder, tasks)
+        for task in tasks:
+            read_task_file(task_file(folder, task), task)
+    require_harness()
+
+
 def task_file(folder: Path, task: str) -> Path:
     """Where the records of a task lie."""
     return folder / f"{task}.jsonl"
@@ -48,12 +61,12 @@ def task_file(folder: Path, task: str) -> Path:
 def require_task_files(folder: Path, tasks: Sequence[str]) -> None:
     """Raise ConfigError where a task has no local format or its file is missing."""
     problems = [
-        f"--task-path has no format for the task {task!r}: it has {', '.join(PAPER_TASKS)}"
+        f"no local format is known for the task {task!r}: there are those of {', '.join(PAPER_TASKS)}"
         for task in tasks
         if task not in PAPER_TASKS
     ]
     problems += [
-        f"--task-path {folder} has no file {task}.jsonl: put one there, or leave {task} out"
+        f"the folder of tasks {folder} has no file {task}.jsonl: put one there, or leave {task} out"
         for task in tasks
         if task in PAPER_TASKS and not task_file(folder, task).is_file()
     ]

@@ -23,7 +23,10 @@ from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.norm import make_norm, norm_specs
 from megatron_nexus.models.packing import Packing, Stream, packing_of
 from megatron_nexus.models.parameters import SpecModule
-from megatron_nexus.parallel.cross_entropy import vocabulary_parallel_cross_entropy
+from megatron_nexus.parallel.cross_entropy import (
+    vocabulary_parallel_cross_entropy,
+    vocabulary_parallel_scores,
+)
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.cost import attention_flops_per_token, balanced_cuts, weight_flops_per_token
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
@@ -205,3 +208,8 @@ class Loss:
     def __call__(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
         """Nats per token, a scalar, the same on every tensor-parallel rank."""
         return vocabulary_parallel_cross_entropy(logits_TBV, labels_BT.t(), self.vocabulary_range, self.tp)
+
+    def of_each(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
+        """Log-probability of each label, and 1 where it is the likeliest: [2, B, T]; no gradient."""
+        scores_2TB = vocabulary_parallel_scores(logits_TBV, labels_BT.t(), self.vocabulary_range, self.tp)
+        return scores_2TB.transpose(1, 2)

@@ -53,6 +53,36 @@ class _VocabularyParallelCrossEntropy(Function):
         return grad_NV.to(ctx.dtype), None, None, None, None
 
 
+@torch.no_grad()
+def vocabulary_parallel_scores(
+    logits: Tensor, labels: Tensor, vocabulary_range: tuple[int, int], tp: TensorParallel
+) -> Tensor:
+    """Log-probability of each label in nats, and 1 where it is the likeliest token, the first of equals.
+
+    `logits` [..., V_local] and `labels` [...] as for the cross entropy; the result is [2, ...], the same on
+    every tensor-parallel rank. Three all-reduces: maxima, sums with label logits, first places.
+    """
+    start, stop = vocabulary_range
+    z_NV = logits.flatten(0, -2)[:, : stop - start]
+    z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
+    labels_N = labels.flatten()
+    # A rank may hold padding only.
+    mine_N = z_NV.amax(dim=1) if stop > start else z_NV.new_full((len(z_NV),), -torch.inf)
+    largest_N = tp.maximum(mine_N.clone())
+    here_N = (labels_N >= start) & (labels_N < stop)
+    shifted_NV = z_NV - largest_N[:, None]
+    label_N = torch.zeros_like(largest_N)
+    first_N = torch.full_like(labels_N, -torch.iinfo(torch.int64).max)
+    if stop > start:
+        column_N = torch.where(here_N, labels_N - start, 0)
+        label_N = torch.where(here_N, shifted_NV.gather(1, column_N[:, None])[:, 0], 0.0)
+        first_N = torch.where(mine_N == largest_N, -(z_NV.argmax(dim=1) + start), first_N)
+    sum_N, label_N = tp.sum(torch.stack([shifted_NV.exp().sum(dim=1), label_N]))
+    likeliest_N = -tp.maximum(first_N)
+    scores_2N = torch.stack([label_N - sum_N.log(), (likeliest_N == labels_N).to(sum_N.dtype)])
+    return scores_2N.view(2, *labels.shape)
+
+
 def vocabulary_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, vocabulary_range: tuple[int, int], tp: TensorParallel
 ) -> Tensor:

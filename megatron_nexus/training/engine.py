@@ -7,7 +7,7 @@ train the same modules under the same logical names.
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -51,8 +51,9 @@ class _WholeModel(nn.Module):
         self.stage = stage
         self.loss = loss
 
-    def forward(self, stream: Stream, labels_BT: Tensor) -> Tensor:
-        return self.loss(self.stage(stream), labels_BT)
+    def forward(self, stream: Stream, labels_BT: Tensor, of_each: bool = False) -> Tensor:
+        logits_TBV = self.stage(stream)
+        return self.loss.of_each(logits_TBV, labels_BT) if of_each else self.loss(logits_TBV, labels_BT)
 
 
 class Engine:
@@ -75,7 +76,7 @@ class Engine:
             reset_position_ids=config.data.reset_position_ids,
             reset_attention_mask=config.data.reset_attention_mask,
         )
-        loss = Loss(config.model, tp, self.shard)
+        self._loss = loss = Loss(config.model, tp, self.shard)
         stages = [
             stage_layers(config.model, config.training.seq_length, stage, mesh.pipe_size)
             for stage in range(mesh.pipe_size)
@@ -138,6 +139,35 @@ class Engine:
         self.deepspeed.eval()
         losses = [self.deepspeed(*self._to_device(next(batches))) for _ in range(count)]
         return self._mean_over_data(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Of each label its log-probability, and 1 where it is the likeliest: [2, B, T] of each micro-batch.
+
+        A collective call with as many batches of one shape on every rank; only the last stage is answered.
+        """
+        if self._mesh.pipe_size == 1:
+            self.deepspeed.eval()
+            return [self.deepspeed(*self._to_device(batch), of_each=True) for batch in batches]
+        module = self.deepspeed.module
+        self._forget_shapes()
+        module.loss_fn = self._loss.of_each
+        try:
+            scores = self.deepspeed.eval_batch(
+                self._on_device(iter(batches)),
+                reduce_output=None,
+                bcast_loss=False,
+                num_micro_batches=len(batches),
+            )
+        finally:
+            module.loss_fn = self._loss
+            self._forget_shapes()
+        return scores or []
+
+    def _forget_shapes(self) -> None:
+        """Have the pipeline take its buffers anew, and its sum of losses, for another shape of batches."""
+        self.deepspeed.reset_activation_shape()
+        self.deepspeed.total_loss = None
 
     def diagnose(self, batches: Iterator[Batch]) -> str:
         """Repeat a step that broke, and tell what is not finite on this rank first; "" if nothing is."""

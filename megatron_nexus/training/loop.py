@@ -26,9 +26,16 @@ from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.corpus import Corpus
 from megatron_nexus.training.engine import Batch, Engine, StepResult
 from megatron_nexus.training.machine import peak_memory_bytes
-from megatron_nexus.training.metrics import MetricsWriter, StepMetrics, Validation, make_validation
+from megatron_nexus.training.metrics import (
+    MetricsWriter,
+    StepMetrics,
+    TaskScores,
+    Validation,
+    make_validation,
+)
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.schedule import learning_rate
+from megatron_nexus.training.scoring import Judge, Scoring
 from megatron_nexus.training.stop import StopRequest
 from megatron_nexus.training.young_weights import still_young, watch_young_weights
 
@@ -42,6 +49,8 @@ class Outcome:
     progress: RunProgress
     evaluations: tuple[Validation, ...]
     """The last of each set; none where the run was stopped."""
+    task_scores: TaskScores | None
+    """The last, on rank 0; None where there are no tasks, or the run was stopped."""
     checkpoint: Location
     tokens_per_s: float
 
@@ -58,7 +67,9 @@ class Trainer:
         save: Location,
         notes: Path,
         gemm_flops_per_s: float,
+        judge: Judge | None = None,
     ) -> None:
+        """`judge`, on rank 0 and where there are tasks to evaluate, asks for their scores."""
         self.config = config
         self.mesh = mesh
         self.engine = engine
@@ -66,6 +77,8 @@ class Trainer:
         self.save_folder = save
         self.notes_folder = notes
         self.gemm_flops_per_s = gemm_flops_per_s
+        self._judge = judge
+        self._scoring = Scoring(config, mesh, engine) if config.logging.eval_tasks else None
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_length
         self.evaluation_bytes = {name: corpus.evaluation_bytes(name, config) for name in corpus.evaluations}
@@ -150,6 +163,7 @@ class Trainer:
         batches = self._training_batches()
         trained_s, trained_tokens, told = 0.0, 0, 0.0
         evaluations: list[Validation] = []
+        task_scores: TaskScores | None = None
         stopping = False
         while self.progress.step < last and not stopping:
             step = self.progress.step + 1
@@ -169,6 +183,8 @@ class Trainer:
             evaluations = []
             if logging.eval_interval and step % logging.eval_interval == 0:
                 evaluations = self._evaluate("validation", metrics)
+            if logging.eval_tasks_interval and step % logging.eval_tasks_interval == 0 and step != last:
+                self._evaluate_tasks(metrics)
             stopping = stop.agreed(self.mesh)
             interval = config.checkpoint.save_interval
             if self._writer.is_busy:
@@ -185,11 +201,13 @@ class Trainer:
         if not stopping:
             evaluations = evaluations or self._evaluate("validation", metrics)
             evaluations += self._evaluate("test", metrics)
+            task_scores = self._evaluate_tasks(metrics)
         if metrics is not None:
             metrics.close()
         return Outcome(
             progress=self.progress,
             evaluations=tuple(evaluations),
+            task_scores=task_scores,
             checkpoint=self.last_checkpoint,
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
         )
@@ -286,6 +304,18 @@ class Trainer:
             if metrics is not None:
                 metrics.validation(made[-1])
         return made
+
+    def _evaluate_tasks(self, metrics: MetricsWriter | None) -> TaskScores | None:
+        """What the model reaches in --eval-tasks, on rank 0; a collective call."""
+        if self._scoring is None:
+            return None
+        began = time.perf_counter()
+        found = self._scoring.run(self._judge)
+        if metrics is None:
+            return None
+        scores = TaskScores(self.progress.step, found, time.perf_counter() - began)
+        metrics.task_scores(scores)
+        return scores
 
     def _require_finite(self, step: int, result: StepResult) -> None:
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):

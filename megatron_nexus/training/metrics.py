@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ class Validation:
     validation_loss: float
     perplexity: float
     bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What the model reaches in tasks at a step: each metric by task, and the seconds that it took."""
+
+    step: int
+    tasks: Mapping[str, Mapping[str, float]]
+    seconds: float
 
 
 class MetricsWriter:
@@ -106,6 +116,17 @@ class MetricsWriter:
         self._scalars(validation.step, {f"lm loss {validation.name}": validation.validation_loss})
         logger.info("%s at %d | %s", validation.name, validation.step, describe(validation))
 
+    def task_scores(self, scores: TaskScores) -> None:
+        """Record an evaluation of tasks and show it."""
+        self._file.write(json.dumps(asdict(scores)) + "\n")
+        named = {
+            f"{task}/{metric}": value
+            for task, of_task in scores.tasks.items()
+            for metric, value in of_task.items()
+        }
+        self._scalars(scores.step, named)
+        logger.info("tasks at %d | %s | %.1f s", scores.step, describe_tasks(scores), scores.seconds)
+
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self._board is not None:
             for tag, value in values.items():
@@ -124,6 +145,14 @@ def describe(validation: Validation) -> str:
     if validation.bits_per_byte is None:
         return f"{told} | bits per byte unknown without --tokenizer-model"
     return f"{told} | {validation.bits_per_byte:.3f} bits per byte"
+
+
+def describe_tasks(scores: TaskScores) -> str:
+    """Scores of tasks in words."""
+    return " | ".join(
+        f"{task} " + ", ".join(f"{metric} {value:.4f}" for metric, value in of_task.items())
+        for task, of_task in scores.tasks.items()
+    )
 
 
 def make_validation(name: str, step: int, loss: float, targets: int, target_bytes: int | None) -> Validation:

@@ -23,6 +23,7 @@ from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.rules import notes
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
@@ -35,7 +36,8 @@ from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import Outcome, Trainer
 from megatron_nexus.training.machine import gemm_flops_per_s, keep_freed_memory, share_cores
-from megatron_nexus.training.metrics import METRICS_FILE, describe, plot_losses
+from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
+from megatron_nexus.training.scoring import Judge
 from megatron_nexus.training.stop import StopRequest
 
 CONFIG_FILE = "config.yaml"
@@ -47,11 +49,13 @@ def run(
     checkpoint: Location | None,
     argv: list[str],
     open_state: Callable[[Location], StateReader] = CheckpointReader,
+    open_judge: Callable[[RunConfig, Tokenizer], Judge] | None = None,
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
     `argv` is the command line as the user typed it: the summary repeats it to resume. `open_state` reads the
-    checkpoint, as a grown one where the run begins so.
+    checkpoint, as a grown one where the run begins so. `open_judge` makes who asks for the scores of
+    --eval-tasks; only rank 0 calls it.
     """
     # DeepSpeed calls collectives by names that torch has deprecated; its users cannot mend that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
@@ -67,6 +71,10 @@ def run(
     notes = _notes_folder(save)
     # Before anything is made: ranks that find their data wrong do not all find it at the same moment.
     corpus = open_corpus(config, mesh, world.local_rank)
+    judge = None
+    if config.logging.eval_tasks and mesh.rank == 0:
+        assert open_judge is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
+        judge = open_judge(config, corpus.tokenizer)
     with sole_user(notes) if mesh.rank == 0 else nullcontext():
         if mesh.rank == 0:
             # A grown model is another run than the checkpoint's.
@@ -74,7 +82,7 @@ def run(
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             engine = Engine(config, mesh)
-        trainer = Trainer(config, mesh, engine, corpus, save, notes, rate)
+        trainer = Trainer(config, mesh, engine, corpus, save, notes, rate, judge)
         _announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
             with Progress(f"loading {checkpoint}"):
@@ -268,6 +276,7 @@ def _summarise(
             {evaluation.name: describe(evaluation) for evaluation in outcome.evaluations}
             or {"validation": "left out: the run was stopped"}
         ),
+        **({"tasks": describe_tasks(outcome.task_scores)} if outcome.task_scores else {}),
         "unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches",
         "checkpoint": str(outcome.checkpoint),
         "metrics": str(notes / METRICS_FILE),

@@ -65,6 +65,9 @@ REFUSED = [
     ("--lr nan", 1, ["--lr nan", "positive", "give a finite number above 0"]),
     ("--lr inf", 1, ["--lr inf", "positive", "give a finite number above 0"]),
     ("--clip-grad inf", 1, ["--clip-grad inf", "negative", "give a finite number, 0 or above"]),
+    ("--eval-tasks-limit 9", 1, ["--eval-tasks-limit 9", "belongs to --eval-tasks"]),
+    ("--eval-tasks ,", 1, ["--eval-tasks ','", "names no task"]),
+    ("--eval-tasks piqa --data-path a", 1, ["--eval-tasks piqa", "as --tokenizer-model"]),
     ("--keep-every 100", 1, ["--keep-every 100", "give --keep-latest too"]),
 ]
 POSITIVE = [
@@ -101,6 +104,8 @@ NOT_NEGATIVE = [
     "keep-latest",
     "keep-every",
     "eval-interval",
+    "eval-tasks-interval",
+    "eval-tasks-limit",
     "padding-multiple",
     "seed",
     "min-lr",

@@ -1,10 +1,13 @@
 """Law: a score is the sum of log-probabilities of the whole text run alone; float64, to 1e-11."""
 
 import random
+from pathlib import Path
 
+import judged
 import pytest
 import torch
 
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer, make_rows
@@ -35,6 +38,19 @@ def requests(loaded: LoadedModel) -> list[Request]:
     made.append(Request(shared[0][0], (int(best),)))
     rng.shuffle(made)
     return made
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"attention_order": 2}, {"projection": "linear", "num_query_groups": 1}], ids=str
+)
+def test_each_score_is_that_of_the_request_alone_in_every_family(
+    kind: dict[str, object], tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    loaded = judged.load(*judged.write_run(tmp_path, tokenizer.model_path, **kind))
+    asked = requests(loaded)
+    found = LocalScorer(loaded, tokens_per_pass=512).score(asked)
+    for mine, request in zip(found, asked, strict=True):
+        assert mine.log_likelihood == pytest.approx(alone(loaded, request).log_likelihood, abs=1e-11)
 
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 64, 4096])

@@ -24,7 +24,10 @@ def test_unknown_tasks_and_missing_files_are_told_together(tmp_path: Path) -> No
     with pytest.raises(ConfigError) as raised:
         require_task_files(tmp_path, ["piqa", "hellaswag", "winogrande"])
     assert len(raised.value.problems) == 2
-    assert "no format for the task 'winogrande': it has piqa, openbookqa" in raised.value.problems[0]
+    assert (
+        "no local format is known for the task 'winogrande': there are those of piqa, openbookqa"
+        in raised.value.problems[0]
+    )
     assert "has no file hellaswag.jsonl" in raised.value.problems[1]
 
 

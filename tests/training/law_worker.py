@@ -27,6 +27,7 @@ from megatron_nexus.models.packing import Stream
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
+from megatron_nexus.training.scoring import Scoring
 from megatron_nexus.training.young_weights import watch_young_weights
 
 STEPS = 5
@@ -51,6 +52,14 @@ def document_positions(samples: int, seq_length: int) -> Tensor:
     begins[:, 0] = True
     places = torch.arange(seq_length).expand(samples, -1)
     return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+
+def scored_texts(vocab_size: int, seq_length: int) -> list[tuple[list[int], int]]:
+    """Texts of many lengths, and how many of their last tokens are scored; and one with every last token."""
+    generator = torch.Generator().manual_seed(9)
+    lengths = [(seq_length + 1, seq_length), (2, 1), (seq_length, 3), *((n, n // 2) for n in range(4, 11))]
+    texts = [(torch.randint(0, vocab_size, (n,), generator=generator).tolist(), k) for n, k in lengths]
+    return texts + [([*texts[0][0][:5], last], 1) for last in range(vocab_size)]
 
 
 def my_batches(
@@ -109,18 +118,27 @@ def run_case(case: dict, out: Path, index: int) -> None:
     if config.data.reset_attention_mask:
         positions = document_positions(training.global_batch_size, training.seq_length)
     mine = my_batches(batches, training.micro_batch_size, mesh, positions)
-    losses, norms, padding = [], [], 0.0
+    texts = scored_texts(config.model.vocab_size, training.seq_length)
+    losses, norms, padding, scores = [], [], 0.0, {}
     for step in range(1, STEPS + 1):
         result = engine.train_step(mine, config.optimizer.lr)
         losses.append(result.loss)
         norms.append(result.grad_norm)
         padding = max(padding, padding_of(engine))
+        if step in (2, STEPS):  # the law of the steps between says that training does not notice
+            scores = Scoring(config, mesh, engine).run(lambda score: {"all": {"": score(texts)}})
         if step in (1, STEPS):
             moment = Moment(RunProgress(step, 0, 0, 0), dataclasses.asdict(config), "")
             save(engine, mesh, out / case["name"], moment)
     again = my_batches(batches[:1], training.micro_batch_size, mesh, positions)
     evaluation = engine.evaluate(again, config.accumulation_steps(world.size))
-    record = {"losses": losses, "norms": norms, "evaluation": evaluation, "padding": padding}
+    record = {
+        "losses": losses,
+        "norms": norms,
+        "evaluation": evaluation,
+        "padding": padding,
+        "scores": scores,
+    }
     (out / case["name"] / f"rank_{mesh.rank}.json").write_text(json.dumps(record))
     close_mesh()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from law_worker import STEPS, document_positions, global_batches
+from law_worker import STEPS, document_positions, global_batches, scored_texts
 from processes import TESTS, run_ranks
 from torch import Tensor
 
@@ -151,6 +151,20 @@ def _check(folder: Path, flags: dict, world: int) -> None:
     evaluation = reference.loss(w, *batches[0], model, _positions(packed)).item()
     assert records[0]["evaluation"] == pytest.approx(evaluation, abs=loss_tolerance)
     assert math.isfinite(evaluation)
+    _check_scores(records[0]["scores"]["all"][""], w, model, loss_tolerance, greedy=not bf16)
+
+
+def _check_scores(found: list, w: dict[str, Tensor], model: dict, tolerance: float, greedy: bool) -> None:
+    """Log-likelihoods of the ends of texts, to the loss' tolerance for each token, and what is likeliest."""
+    texts = scored_texts(FLAGS["vocab_size"], FLAGS["seq_length"])
+    assert len(found) == len(texts)
+    for (tokens, count), (log_p, is_greedy) in zip(texts, found, strict=True):
+        log_p_KV = reference.logits(w, torch.tensor([tokens[:-1]]), model)[0, -count:].log_softmax(-1)
+        ends = torch.tensor(tokens[-count:])
+        assert log_p == pytest.approx(float(log_p_KV.gather(1, ends[:, None]).sum()), abs=count * tolerance)
+        if greedy:
+            assert is_greedy == bool((log_p_KV.argmax(1) == ends).all())
+    assert sum(is_greedy for _, is_greedy in found[-FLAGS["vocab_size"] :]) == 1
 
 
 @pytest.mark.slow
