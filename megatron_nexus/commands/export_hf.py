@@ -81,7 +81,9 @@ def _run() -> None:
 
     made = export_checkpoint(source, target, config, tokenizer, given.dtype, int(given.shard_gb * 1e9))
     remote = ", trust_remote_code=True" if made.architecture.files else ""
-    told("wrote %s: %s in %s, %d weight files", target, config.preset, given.dtype, len(made.files))
+    count = len(made.files)
+    files = f"{count} file{'s' if count > 1 else ''} of weights"
+    told("wrote %s: %s in %s, %s", target, config.preset, given.dtype, files)
     if tokenizer is not None:
         told("tokenizer: %s", made.tokenizer)
     elif given.tokenizer_model == NO_TOKENIZER:

@@ -197,6 +197,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", SPLITS)
 def test_byte_level_tokenizers_give_the_ids_of_the_original(
     pre: str, documents: list[str], tmp_path: Path

@@ -61,11 +61,13 @@ def assert_same_ids(model: Path, documents: list[str]) -> None:
                 assert theirs.decode(one.tolist()) == text
 
 
+@pytest.mark.slow
 def test_of_our_own_models(documents: list[str], tmp_path: Path) -> None:
     train_sentencepiece_bpe(documents, tmp_path / "spm.model", 1500)
     assert_same_ids(tmp_path / "spm.model", documents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_of_models_with_other_settings(documents: list[str], tmp_path: Path, name: str) -> None:
     assert_same_ids(train(documents, tmp_path / "spm.model", **SETTINGS[name]), documents)

@@ -175,6 +175,7 @@ def test_parts_and_lower_precision_load_alike(tmp_path: Path) -> None:
     assert all(torch.equal(value, rounded[name]) for name, value in parts.state_dict().items())
 
 
+@pytest.mark.slow
 def test_its_tokenizer_gives_the_ids_of_training(tmp_path: Path) -> None:
     documents = [text for text, _ in zip(standard_library_documents(), range(120), strict=False)]
     train_sentencepiece_bpe(documents, tmp_path / "spm.model", 700)
