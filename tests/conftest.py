@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S, REPOSITORY
 
 from megatron_nexus.log import logger
 
 pytest_plugins = ["judged"]  # fixtures of evaluation; a second conftest.py would take this one's name
 
-REPOSITORY = Path(__file__).parents[1]
 MARK = "NEXUS_TEST_PROGRAM"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -28,11 +28,11 @@ def console(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixtur
     logger.handlers[:], logger.level, logger.propagate = before
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str) -> None:
     """Wait until `condition` holds; fails with `what` where it does not come true."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s: {what}"
         time.sleep(0.02)
 
 
@@ -48,12 +48,14 @@ class Program:
         """What all its processes have written so far, stdout and stderr."""
         return self.log.read_text(errors="replace")
 
-    def end(self, timeout_s: float = 120.0) -> int:
+    def end(self) -> int:
         """Wait for the started process and return its exit code."""
         try:
-            return self.process.wait(timeout_s)
+            return self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout_s} s:\n{self.output()[-4000:]}") from None
+            raise AssertionError(
+                f"still running after {PATIENCE_S:.0f} s:\n{self.output()[-4000:]}"
+            ) from None
 
     def interrupt(self) -> None:
         """Ctrl-C in a terminal: SIGINT to every process of the group."""

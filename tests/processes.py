@@ -8,8 +8,16 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 
+PATIENCE_S = 600.0
+"""How long a test waits for other processes: a busy machine fails no test, a run that hangs does."""
 
-def run_ranks(count: int, worker: Path, *arguments: str, timeout_s: float = 600.0) -> None:
+
+def allowed(quiet_s: float) -> float:
+    """What `quiet_s` seconds of a machine with nothing else to do are on this one, by its load."""
+    return quiet_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def run_ranks(count: int, worker: Path, *arguments: str, timeout_s: float = 3 * PATIENCE_S) -> None:
     """Run `worker` on `count` ranks with gloo; fails with its output where a rank fails."""
     program = (
         "import sys; from megatron_nexus import log; from megatron_nexus.parallel.local_ranks import "

@@ -51,8 +51,8 @@ class Command:
         return {int(record["step"]): record["loss"] for record in records if "loss" in record}
 
 
-def ended(program: Program, timeout_s: float = 120.0) -> tuple[int, str]:
-    code = program.end(timeout_s)
+def ended(program: Program) -> tuple[int, str]:
+    code = program.end()
     assert program.left() == {}, program.output()
     return code, program.output()
 

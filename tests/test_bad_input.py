@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from processes import PATIENCE_S
 from programs import Command, assert_refused, commands, ended
 
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
@@ -187,7 +188,7 @@ def tool(folder: Path, name: str, words: str) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     return done.returncode, done.stdout
 

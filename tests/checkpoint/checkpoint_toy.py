@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,6 +37,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.checkpoint.writer import CheckpointWriter, Moment
 from megatron_nexus.checkpoint.zero_pieces import PRIVATE_NAMES, PRIVATE_PARAMETER_NAMES
 from megatron_nexus.errors import CheckpointError
+from megatron_nexus.parallel.local_ranks import free_port
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.spec.initialise import local_values
@@ -339,7 +339,7 @@ def run_rank(plan: str, folder: Path) -> None:
     # TRAPS of CPU runs: DeepSpeed's shared-memory collectives leak 67 MB a rank and need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.manual_seed(int(os.environ["RANK"]))
-    base = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=120.0)
+    base = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=300.0)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     kinds, crossings = STARTS[base.world_size]
     outcome: dict[str, object] = {}
@@ -366,9 +366,7 @@ def run_rank(plan: str, folder: Path) -> None:
 def start(plan: str, world_size: int, folder: Path) -> list[int]:
     """Fork the ranks of a start and wait; their exit codes."""
     (folder / plan).mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     context, ranks = multiprocessing.get_context("fork"), []
     for rank in range(world_size):
         # read by the child, which gets a copy of this environment

@@ -13,6 +13,7 @@ from typing import Any
 
 import checkpoint_kinds as toy
 import pytest
+from processes import PATIENCE_S
 
 from megatron_nexus.checkpoint.pieces import whole_box
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
@@ -21,7 +22,6 @@ from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
-TIMEOUT_S = 300
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, str(Path(__file__).with_name("checkpoint_toy.py")), str(folder)]
     with (folder / "log").open("w") as log:
-        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=TIMEOUT_S, check=False)
+        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=2 * PATIENCE_S, check=False)
     return folder
 
 

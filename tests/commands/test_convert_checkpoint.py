@@ -178,7 +178,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, spawn: Spawn) 
     grown.write_checkpoint(tmp_path / "old", config, piece_elements=1 << 24)
     words = "--load old --save new --format universal"
     converting = spawn([*TOOL, *words.split()], tmp_path)
-    wait_for(lambda: any(tmp_path.glob(".tmp_new/*/zero/*")), "the conversion begins", 60.0)
+    wait_for(lambda: any(tmp_path.glob(".tmp_new/*/zero/*")), "the conversion begins")
     converting.process.terminate()
     code = converting.end()
     names = sorted(path.name for path in tmp_path.iterdir())

@@ -11,6 +11,7 @@ from pathlib import Path
 import grown
 import pytest
 from conftest import REPOSITORY
+from processes import PATIENCE_S
 
 from megatron_nexus.commands.count_model import count
 from megatron_nexus.config.paper import PRINTED_FLOPS_PER_TOKEN, PRINTED_SIZES
@@ -40,7 +41,7 @@ def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
 
 

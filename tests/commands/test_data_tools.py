@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from processes import PATIENCE_S
 
 from megatron_nexus.commands import inspect_data, train_tokenizer
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
@@ -24,7 +25,7 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

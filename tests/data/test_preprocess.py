@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 from conftest import REPOSITORY, Spawn, wait_for
+from processes import PATIENCE_S
 
 from megatron_nexus.data.corpus_description import check_tokenizer, read_description
 from megatron_nexus.data.documents import Reading, cut_into_spans
@@ -120,7 +121,12 @@ def run(command: list[str], folder: Path, output: Path, *flags: str) -> subproce
     arguments += ["--output-prefix", str(output), *flags]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [*command, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
     )
 
 
@@ -153,7 +159,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     prefix, shards = tmp_path / "corpus", tmp_path / "corpus.shards"
     arguments = ["--input", str(folder / "inputs"), "--tokenizer-model", str(folder / "spm.model")]
     program = spawn([*COMMAND, *arguments, "--output-prefix", str(prefix), "--workers", "2"], tmp_path)
-    wait_for(lambda: len(list(shards.glob("*.idx"))) >= 5, "five shards", 60)
+    wait_for(lambda: len(list(shards.glob("*.idx"))) >= 5, "five shards")
     os.kill(program.process.pid, signal.SIGKILL)
     program.end()
     wait_for(lambda: not program.left(), "the workers end with their parent")

@@ -126,7 +126,7 @@ def test_an_interrupted_growth_leaves_nothing(workers: int, folder: Path, spawn:
     # Thousands of new blocks, all drawn: a few seconds.
     words = f"--load old --save new --num-layers 900 --nexus-m 90 --nexus-a 99 --workers {workers}"
     growing = spawn([*TOOL, *words.split()], folder)
-    wait_for(lambda: any((folder / "new").glob(".tmp_*/rank_00000.safetensors")), "the growth begins", 60.0)
+    wait_for(lambda: any((folder / "new").glob(".tmp_*/rank_00000.safetensors")), "the growth begins")
     growing.process.terminate()
     assert growing.end() == 130, growing.output()
     assert "interrupted" in growing.output()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import reference
 import torch
+from processes import PATIENCE_S
 from torch import Tensor, nn
 
 from megatron_nexus.config.run_config import ModelConfig
@@ -133,7 +134,7 @@ def run_case(mesh: Mesh, case: dict) -> float:
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     world = read_world(os.environ)
-    mesh = make_mesh(world, tensor_size=world.size, pipe_size=1, timeout_s=120.0)
+    mesh = make_mesh(world, tensor_size=world.size, pipe_size=1, timeout_s=PATIENCE_S)
     errors = {case["name"]: run_case(mesh, case) for case in cases}
     (out / f"errors_{world.size}_{world.rank}.json").write_text(json.dumps(errors))
     close_mesh()

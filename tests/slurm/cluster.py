@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from processes import PATIENCE_S
+
 from megatron_nexus.parallel.local_ranks import free_port
 
 PACKAGES = ["slurm-wlm", "munge", "libpmix-dev"]
@@ -38,7 +40,11 @@ JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 MpiDefault=none
 ReturnToService=2
-KillWait=20
+KillWait=60
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=600
+UnkillableStepTimeout=660
 MinJobAge=3600
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -68,7 +74,7 @@ def install() -> str:
     for words in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", *PACKAGES]):
         try:
             done = subprocess.run(
-                ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=300
+                ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"apt-get {words[0]}: {error}"
@@ -94,7 +100,7 @@ class Slurm:
         """The output of a SLURM command; fails with what it said."""
         environment = {**self.environment, **(extra or {})}
         done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
         assert done.returncode == 0, (
             f"{' '.join(command)}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -153,9 +159,11 @@ def slurm(folder: Path) -> Iterator[Slurm]:
                     stderr=subprocess.DEVNULL,
                 )
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while _idle(cluster) < len(nodes):
-            assert time.monotonic() < deadline, f"the nodes are not idle after 60 s:\n{cluster.logs()}"
+            assert time.monotonic() < deadline, (
+                f"the nodes are not idle after {PATIENCE_S:.0f} s:\n{cluster.logs()}"
+            )
             time.sleep(0.3)
         yield cluster
     finally:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from cluster import Slurm, install, missing_programs, slurm
 from conftest import REPOSITORY, wait_for
+from processes import PATIENCE_S
 from programs import ENDLESS
 
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
@@ -37,6 +38,9 @@ SMALL = (
 TENSOR = f"{SMALL} --tp 2"
 UNTIL_STOPPED = f"--train-iters {ENDLESS}"
 """So that no signal comes too late, however fast the machine is."""
+
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+"""A job that has not ended, or will begin again."""
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +87,11 @@ def log_of(folder: Path, job: str) -> Path:
     return folder / f"nexus-pretrain-{job}.log"
 
 
-def finish(cluster: Slurm, log: Path, job: str, timeout_s: float = 120.0) -> str:
+def finish(cluster: Slurm, log: Path, job: str) -> str:
     """Wait for the job's end, which must be a success; its log."""
-    deadline = time.monotonic() + timeout_s
-    while (state := cluster.job(job)["JobState"]) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
-        assert time.monotonic() < deadline, f"{state} after {timeout_s} s:\n{log.read_text()[-3000:]}"
+    deadline = time.monotonic() + PATIENCE_S
+    while (state := cluster.job(job)["JobState"]) in ALIVE:
+        assert time.monotonic() < deadline, f"{state} after {PATIENCE_S:.0f} s:\n{log.read_text()[-3000:]}"
         if state == "PENDING" and cluster.job(job)["Restarts"] != "0":
             cluster.start_now(job)
         time.sleep(0.3)
@@ -102,10 +106,10 @@ def wait_for_step(cluster: Slurm, job: str, log: Path, step: int) -> None:
     def told() -> bool:
         text = log.read_text() if log.exists() else ""
         state = cluster.job(job)["JobState"]
-        assert state in ("PENDING", "CONFIGURING", "RUNNING"), f"{state}:\n{text[-3000:]}"
+        assert state in ALIVE, f"{state}:\n{text[-3000:]}"
         return re.search(rf"iteration +{step}/", text) is not None
 
-    wait_for(told, f"step {step} of job {job}", timeout_s=180.0)
+    wait_for(told, f"step {step} of job {job}")
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -118,19 +122,19 @@ def go_on(cluster: Slurm, job: str, log: Path, resumed: int = 1) -> None:
     """Wait until a job has resumed so many times and trained on after the last; then cancel it."""
     line = r"^resumed \S+/iter_\d+ at iteration \d+.*"
     pattern = re.compile(line * resumed + "^iteration ", re.MULTILINE | re.DOTALL)
-    deadline = time.monotonic() + 180.0
+    deadline = time.monotonic() + PATIENCE_S
     while not pattern.search(log.read_text()):
         known = cluster.job(job)
         told = (
             f"{known['JobState']}, restarts {known['Restarts']}:\n{log.read_text()[-3000:]}\n{cluster.logs()}"
         )
-        assert known["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), told
+        assert known["JobState"] in ALIVE, told
         assert time.monotonic() < deadline, told
         if known["JobState"] == "PENDING" and known["Restarts"] != "0":
             cluster.start_now(job)
         time.sleep(0.3)
     cluster.run("scancel", job)
-    wait_for(lambda: cluster.job(job)["JobState"] == "CANCELLED", "the end of the job", timeout_s=60.0)
+    wait_for(lambda: cluster.job(job)["JobState"] == "CANCELLED", "the end of the job")
 
 
 def test_a_job_that_is_requeued_goes_on_as_one_that_never_was(cluster: Slurm, folder: Path) -> None:
@@ -178,7 +182,7 @@ def test_a_job_pretrains_grows_and_goes_on_and_a_requeue_repeats_nothing(
     text = folder / f"nexus-grow-{job}.log"
     wait_for_step(cluster, job, text, 7)
     cluster.run("scontrol", "requeue", job)
-    wait_for(lambda: cluster.job(job).get("Restarts") == "1", "the requeue", timeout_s=120.0)
+    wait_for(lambda: cluster.job(job).get("Restarts") == "1", "the requeue")
     go_on(cluster, job, text, resumed=2)
     told = text.read_text()
     assert told.count("finished after iteration 4") == 1

@@ -13,7 +13,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import sys
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+from processes import PATIENCE_S
 from programs import SMALL
 
 from megatron_nexus import log
@@ -30,6 +30,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.command import configure
 from megatron_nexus.config.rules import check
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
+from megatron_nexus.parallel.local_ranks import free_port
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.metrics import METRICS_FILE
 from megatron_nexus.training.run import run
@@ -37,7 +38,6 @@ from megatron_nexus.training.run import run
 FLAGS = "--train-iters 100000 --save-interval 1 --keep-latest 2 --keep-every 25 --load auto --save"
 MODEL_PARALLEL = {1: [], 2: ["--pp", "2"]}
 SAVED = re.compile(r"^saved (\S+) in", re.MULTILINE)
-PATIENCE_S = 60.0
 
 
 def live(argv: list[str], output: Path) -> None:
@@ -51,9 +51,7 @@ def live(argv: list[str], output: Path) -> None:
 
 
 def begin(root: Path, ranks: int, beside: bool) -> list[BaseProcess]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     argv = [*SMALL, *MODEL_PARALLEL[ranks], *FLAGS.split(), str(root), *(["--async-save"] if beside else [])]
     started = []
     for rank in range(ranks):

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from processes import PATIENCE_S
 from torch import Tensor
 
 from megatron_nexus.checkpoint.manifest import RunProgress, read_manifest
@@ -109,7 +110,9 @@ def run_case(case: dict, out: Path, index: int) -> None:
     world = dataclasses.replace(world, master_port=10_000 + (7 * world.master_port + index) % 20_000)
     check(config, world.size)
     parallel, training = config.parallel, config.training
-    mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, 120.0)
+    mesh = make_mesh(
+        world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, PATIENCE_S
+    )
     engine = Engine(config, mesh)
     if "load" in case:
         begin_from(case, engine, mesh, out)

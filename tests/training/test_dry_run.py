@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAUNCHER_VARIABLES, REPOSITORY
-from processes import run_ranks
+from processes import PATIENCE_S, run_ranks
 
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
@@ -69,7 +69,7 @@ def dry_run(*words: str, env: dict[str, str] | None = None) -> subprocess.Comple
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
 
 
@@ -126,7 +126,7 @@ def test_the_plan_is_what_the_engine_holds(ranks: int, flags: dict[str, Value], 
     gloo frees tensors in threads that the profiler does not see: what a step seems to leave behind may or
     may not have been held at its peak. gloo's own copies of what it sends are not planned: 8 %.
     """
-    run_ranks(ranks, WORKER, json.dumps({**SMALL, **flags}), str(tmp_path), timeout_s=120.0)
+    run_ranks(ranks, WORKER, json.dumps({**SMALL, **flags}), str(tmp_path))
     config = build({**SMALL, **flags})
     tolerance = 0.02 if config.model_parallel_size == 1 else 0.08
     plan = plan_memory(config, ranks, torch.device("cpu"), 1)

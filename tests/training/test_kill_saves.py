@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import REPOSITORY, TESTS
+from processes import PATIENCE_S, REPOSITORY, TESTS
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_a_run_that_is_killed_around_its_saves_loses_nothing(tmp_path: Path) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=2 * PATIENCE_S,
     )
     assert done.returncode == 0, done.stdout[-6000:]
     assert "6 kills: always resumed" in done.stdout

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import wait_for
+from processes import PATIENCE_S
 from programs import ENDLESS, Command, assert_refused, commands, summary
 
 from megatron_nexus.checkpoint import location
@@ -65,7 +66,7 @@ def server() -> Iterator[None]:
         wait_for(bucket_is_made, "the server's bucket")
         yield
         running.send_signal(signal.SIGTERM)
-        running.wait(20)
+        running.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 def killed(command: Command) -> int:
     """A run on two ranks that was killed amid its saves: the last step that it had reported saved."""
     program = command.start(f"{SAVE} --pp 2 --async-save --train-iters {ENDLESS}")
-    wait_for(lambda: program.output().count("\nsaved s3://bucket/runs/a/iter_") > 1, "saves", timeout_s=90.0)
+    wait_for(lambda: program.output().count("\nsaved s3://bucket/runs/a/iter_") > 1, "saves")
     for pid in program.left():
         os.kill(pid, signal.SIGKILL)
     program.end()
