@@ -73,30 +73,46 @@ BF16_TOLERANCE = 2e-2
 BF16_NORM_TOLERANCE = 5e-2
 
 
+def _variants(tp: int, pp: int) -> dict[str, dict]:
+    """The options, families of models and recomputations, at one topology."""
+    top = 3 if pp == 1 else 1
+    full = {"recompute_granularity": "full", "zero_stage": top, "padding_multiple": 4}
+    layout = {"zero_stage": top, "sequence_parallel": tp > 1}
+    made = {
+        "options": OPTIONS,
+        "packed": {**PACKED, "recompute_granularity": "full"},
+        "selective": {"recompute_granularity": "selective"},
+        "bf16": {"precision": "bf16"},
+        f"full-zero{top}": full,
+        **{family: {**fields, **layout} for family, fields in FAMILIES.items()},
+    }
+    if tp > 1:
+        made["sequence"] = {**OPTIONS, "sequence_parallel": True}
+        made["packed-sequence"] = {**PACKED, "sequence_parallel": True}
+        made[f"sequence-full-zero{top}"] = {**full, "sequence_parallel": True}
+    return made
+
+
 def _cases(world: int) -> dict[str, dict]:
-    """Every (tp, pp, dp) in {1, 2}^3 of this world size, every ZeRO stage it allows, and the options."""
+    """Every (tp, pp, dp) in {1, 2}^3 of this world size, every ZeRO stage it allows, and the variants.
+
+    One and two ranks show each variant at no axis and at each axis alone; the topologies of four ranks
+    show half of them each, so that each is shown together with tensor parallelism.
+    """
+    topologies = [t for t in itertools.product((1, 2), repeat=3) if math.prod(t) == world]
     made = {}
-    for tp, pp, dp in itertools.product((1, 2), repeat=3):
-        if tp * pp * dp != world:
-            continue
-        topology = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-        name = f"tp{tp}-pp{pp}-dp{dp}"
-        for stage in (0, 1, 2, 3) if pp == 1 else (0, 1):
-            made[f"{name}-zero{stage}"] = {**FLAGS, **topology, "zero_stage": stage}
-        made[f"{name}-options"] = {**FLAGS, **OPTIONS, **topology}
-        made[f"{name}-packed"] = {**FLAGS, **PACKED, **topology, "recompute_granularity": "full"}
-        made[f"{name}-selective"] = {**FLAGS, **topology, "recompute_granularity": "selective"}
-        made[f"{name}-bf16"] = {**FLAGS, **topology, "precision": "bf16"}
-        top = 3 if pp == 1 else 1
-        full = {"recompute_granularity": "full", "zero_stage": top, "padding_multiple": 4}
-        made[f"{name}-full-zero{top}"] = {**FLAGS, **topology, **full}
-        for family, fields in FAMILIES.items():
-            layout = {**topology, "zero_stage": top, "sequence_parallel": tp > 1}
-            made[f"{name}-{family}"] = {**FLAGS, **fields, **layout}
-        if tp > 1:
-            made[f"{name}-sequence"] = {**FLAGS, **OPTIONS, **topology, "sequence_parallel": True}
-            made[f"{name}-packed-sequence"] = {**FLAGS, **PACKED, **topology, "sequence_parallel": True}
-            made[f"{name}-sequence-full-zero{top}"] = {**FLAGS, **topology, **full, "sequence_parallel": True}
+    for place, (tp, pp, dp) in enumerate(topologies):
+        stages = {f"zero{stage}": {"zero_stage": stage} for stage in ((0, 1, 2, 3) if pp == 1 else (0, 1))}
+        variants = _variants(tp, pp)
+        if world == 4:
+            variants = {
+                name: fields
+                for turn, (name, fields) in enumerate(variants.items())
+                if (turn + place) % 2 == 0
+            }
+        layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+        for name, fields in (stages | variants).items():
+            made[f"tp{tp}-pp{pp}-dp{dp}-{name}"] = {**FLAGS, **layout, **fields}
     return made
 
 
