@@ -113,7 +113,11 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def start_now(self, number: str) -> None:
-        """Do without the two minutes that SLURM waits before it starts a requeued job again."""
+        """Do without most of the two minutes that SLURM waits before it starts a requeued job again.
+
+        But of two seconds: a node refuses a start in the second in which it was told to end the job.
+        """
+        time.sleep(2)
         command = ["scontrol", "update", f"JobId={number}", "StartTime=now"]
         subprocess.run(command, env=self.environment, capture_output=True, check=False)
 
