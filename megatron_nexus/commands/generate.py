@@ -6,6 +6,7 @@ The text goes to stdout, everything else to stderr.
 """
 
 import argparse
+import os
 import sys
 import time
 from typing import NoReturn
@@ -14,6 +15,7 @@ from megatron_nexus import log
 from megatron_nexus.commands.arguments import count, not_negative, positive, share
 from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.errors import DataError
 
 
 def main() -> NoReturn:
@@ -62,14 +64,21 @@ def make_parser() -> argparse.ArgumentParser:
 def _run() -> None:
     given = make_parser().parse_args(sys.argv[1:])
     log.configure(speaks=True, stream=sys.stderr)
-    prompt = given.prompt if given.prompt is not None else _read_prompt()
-    _generate(find_model(given), prompt, given)
+    _generate(find_model(given), _read_prompt(given.prompt), given)
 
 
-def _read_prompt() -> str:
-    if sys.stdin.isatty():
-        log.logger.info("type the text to go on with, and end it with Ctrl-D")
-    return sys.stdin.read().removesuffix("\n")
+def _read_prompt(given: str | None) -> str:
+    """The text to go on with. Raises DataError where it is no UTF-8."""
+    if given is None:
+        if sys.stdin.isatty():
+            log.logger.info("type the text to go on with, and end it with Ctrl-D")
+        contents = sys.stdin.buffer.read().removesuffix(b"\n")
+    else:
+        contents = os.fsencode(given)
+    try:
+        return contents.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the prompt is no UTF-8 text ({error}): convert it") from error
 
 
 def _generate(trained: TrainedModel, prompt: str, given: argparse.Namespace) -> None:

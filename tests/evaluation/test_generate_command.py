@@ -26,7 +26,7 @@ def test_text_goes_to_stdout_and_a_seed_repeats_it(
     assert made[0][1] == made[1][1] != made[2][1]
     assert "12 tokens" in made[0][2] or "tokens/s" in made[0][2]
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("She opens \n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"She opens \n")))
     code, out, _ = call(generate.main, monkeypatch, console, *flags, "--num-samples", 2, "--seed", 5)
     assert code == 0
     samples = out.split("--- sample ")[1:]
@@ -47,6 +47,7 @@ def test_an_empty_prompt_begins_a_document(
     ("words", "told"),
     [
         (("--load", "nowhere"), "CheckpointError: nowhere: no such folder"),
+        (("--prompt", "\udcff"), "DataError: the prompt is no UTF-8 text"),
         (("--top-p", "0"), "argument --top-p: 0 is not above 0"),
         (("--temperature", "-1"), "argument --temperature: -1 is below 0"),
         (("--tokenizer-model", "gone.model"), "DataError: the tokenizer model gone.model cannot be read"),
