@@ -4,8 +4,9 @@
 
 For each seed a small base model is trained on the built-in corpus, then trained on for as long under a second
 warm-up and decay: as it is, and grown along M and A by each init. The grown size is also trained from scratch
-on as many tokens under one decay. Every run of a seed reads the same samples in the same order, and all
-runs are validated on the same ones: differences are taken within a seed.
+on as many tokens, under one decay, which is worth something of itself: so is the small one. All runs of a
+seed read the same samples in the same order, and are validated on the same ones: differences are taken within
+a seed.
 
 What is finished is not done again: after an interruption, or for more seeds, give the same command. At the
 end the table is printed, and the picture written to FOLDER/inits.png. Needs scipy.
@@ -43,8 +44,8 @@ INITS = {
     "noise 10 %": "init=noise noise_share=0.1",
     "zero": "init=zero",
 }
-BASE, UNGROWN, SCRATCH = "base", "no growth", "from scratch"
-NAMES = [UNGROWN, *INITS, SCRATCH]
+BASE, UNGROWN, SCRATCH, SMALL_SCRATCH = "base", "no growth", "from scratch", "small from scratch"
+NAMES = [UNGROWN, *INITS, SCRATCH, SMALL_SCRATCH]
 CONFIDENCE = 0.95
 
 Curve = dict[int, float]
@@ -53,8 +54,9 @@ Curve = dict[int, float]
 
 def words_of(name: str, seed: int) -> list[str]:
     """What a run is started with, in the folder of its seed."""
-    if name == BASE:
-        return shlex.split(f"{MODEL} {SIZES} --seed {seed} --train-iters {STEPS}")
+    if name in (BASE, SMALL_SCRATCH):
+        steps = STEPS if name == BASE else 2 * STEPS
+        return shlex.split(f"{MODEL} {SIZES} --seed {seed} --train-iters {steps}")
     if name == SCRATCH:
         larger = " ".join(f"--{size.replace('_', '-').replace('=', ' ')}" for size in LARGER.split())
         return shlex.split(f"{MODEL} {larger} --seed {seed} --train-iters {2 * STEPS}")
@@ -125,7 +127,8 @@ def tell(curves: dict[str, list[Curve]]) -> None:
         print(f"| {name} | {statistics.mean(values):.4f} | {error:.4f} | {cells[0]} | {cells[1]} |")
     print(f"\n* below 0.05 after Bonferroni's correction for {comparisons} comparisons")
     live = [name for name in INITS if name != "zero"]
-    for one, other in [(a, b) for i, a in enumerate(live) for b in live[i + 1 :]]:
+    pairs = [(a, b) for i, a in enumerate(live) for b in live[i + 1 :]]
+    for one, other in [*pairs, (SCRATCH, SMALL_SCRATCH)]:
         mean, half, p = paired(final[one], final[other])
         print(f"{one} minus {other}: {mean:+.4f} ± {half:.4f}, p = {p:.2g}")
 
@@ -142,7 +145,7 @@ def draw(curves: dict[str, list[Curve]], path: Path) -> None:
     steps = sorted(base[0])
     left.plot(steps, [statistics.mean(c[s] for c in base) for s in steps], color="black", label=BASE)
     for index, name in enumerate(NAMES):
-        colour = "black" if name == UNGROWN else f"C{index}"
+        colour = {UNGROWN: "black", SMALL_SCRATCH: "grey"}.get(name, f"C{index}")
         runs, dashes = curves[name], ":" if name in (UNGROWN, "zero") else "-"
         steps = sorted(runs[0])
         left.plot(
@@ -152,7 +155,7 @@ def draw(curves: dict[str, list[Curve]], path: Path) -> None:
         rows = [[c[s] - ungrown[s] for c, ungrown in zip(runs, curves[UNGROWN], strict=True)] for s in steps]
         means = [statistics.mean(row) for row in rows]
         errors = [statistics.stdev(row) / math.sqrt(len(row)) for row in rows]
-        if name != SCRATCH:
+        if name not in (SCRATCH, SMALL_SCRATCH):
             right.errorbar(steps, means, errors, fmt=dashes, color=colour, capsize=2)
     left.axvline(STEPS, color="grey", linewidth=0.5)
     left.set(xlabel="optimizer step", ylabel="validation loss, nats per token", ylim=(None, 5.0))

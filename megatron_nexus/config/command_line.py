@@ -118,11 +118,15 @@ def over(file: Mapping[str, Value], flags: Mapping[str, Value]) -> dict[str, Val
     return {**kept, **flags}
 
 
+INTERVALS = ("save_interval", "log_interval", "eval_interval", "eval_iters")
+"""How often a run saves, tells and validates, and on how much; presets say it, and it outlives a restart."""
+
+
 def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConfig:
     """The configuration of `given` flags over a preset, or over that of the checkpoint a run starts from.
 
-    A checkpoint hands on its model, which flags can only confirm, and its training, optimizer and data,
-    which flags change. Where ranks lie, where checkpoints go and what is told are each run's own.
+    A checkpoint hands on its model, which flags can only confirm, and its training, optimizer, data and
+    intervals, which flags change. Where ranks lie, where checkpoints go and what is told are each run's own.
 
     Raises ConfigError where flags contradict the checkpoint's model.
     """
@@ -141,7 +145,9 @@ def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConf
         if clashes:
             raise ConfigError(clashes)
         kept = (saved.model, saved.training, saved.optimizer, saved.data)
-        values = {name: value for section in kept for name, value in vars(section).items()} | dict(given)
+        values = {name: value for section in kept for name, value in vars(section).items()}
+        often = vars(saved.checkpoint) | vars(saved.logging)
+        values |= {name: often[name] for name in INTERVALS} | dict(given)
     if "train_tokens" in given:
         values["train_iters"] = _iterations(str(given["train_tokens"]), values)
     sections = {

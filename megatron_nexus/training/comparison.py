@@ -74,6 +74,8 @@ def comparison_table(runs: Sequence[RunCurves]) -> Iterator[str]:
 def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
     """Draw the losses of the runs in one picture: steps as lines, validations as dots of the same colour.
 
+    Below them, where runs begin at the same step, how far each lies from the first of these.
+
     Raises ConfigError where the file cannot be written.
     """
     import matplotlib  # here: half a second that the table does not need
@@ -81,18 +83,35 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=100, layout="constrained")
+    colours = {run.name: f"C{index % 10}" for index, run in enumerate(runs)}
+    apart = list(_differences(runs))
+    figure, panels = pyplot.subplots(
+        1 + bool(apart),
+        figsize=(8, 6 if apart else 4.5),
+        dpi=80,
+        layout="constrained",
+        sharex=True,
+        squeeze=False,
+        height_ratios=[2, 1][: 1 + bool(apart)],
+    )
+    axes = panels[0, 0]
     begins = {run.training[0][0] for run in runs}
-    for index, run in enumerate(runs):
-        colour = f"C{index % 10}"
+    for run in runs:
+        colour = colours[run.name]
         axes.plot(*zip(*run.training, strict=True), linewidth=1, alpha=0.8, color=colour, label=run.name)
         for curve in run.validations.values():
             axes.plot(*zip(*curve, strict=True), "o", markersize=5, color=colour, markeredgecolor="white")
-    for step in sorted(begins - {min(begins)}):
-        axes.axvline(step - 0.5, linestyle=":", color="grey", linewidth=1)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token; dots: validation", title=title)
-    axes.grid(alpha=0.3)
+    axes.set(ylabel="loss, nats per token; dots: validation", title=title)
     axes.legend()
+    for name, curve in apart:
+        panels[1, 0].plot(*zip(*curve, strict=True), linewidth=1, color=colours[name])
+    if apart:
+        panels[1, 0].set(ylabel="minus the first that\nbegins with it")
+    for panel in panels[:, 0]:
+        panel.grid(alpha=0.3)
+        for step in sorted(begins - {min(begins)}):
+            panel.axvline(step - 0.5, linestyle=":", color="grey", linewidth=1)
+    panels[-1, 0].set_xlabel("optimizer step")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
@@ -101,3 +120,13 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
         raise ConfigError([f"--output {path}: {reason}: give a file such as losses.png"]) from error
     finally:
         pyplot.close(figure)
+
+
+def _differences(runs: Sequence[RunCurves]) -> Iterator[tuple[str, Curve]]:
+    """How far the losses of runs lie from those of the first run that begins at the same step, by name."""
+    firsts: dict[int, RunCurves] = {}
+    for run in runs:
+        first = firsts.setdefault(run.training[0][0], run)
+        if run is not first:
+            losses = dict(first.training)
+            yield run.name, [(step, loss - losses[step]) for step, loss in run.training if step in losses]

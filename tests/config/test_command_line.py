@@ -158,10 +158,21 @@ def test_a_run_goes_on_as_its_checkpoint_was_configured_where_no_flag_says_other
 
 
 def test_where_ranks_lie_and_what_is_kept_is_each_run_s_own() -> None:
-    saved = build({**given_flags(["--tp", "2", "--save", "a", "--save-interval", "3"])})
+    saved = build(
+        {**given_flags(["--tp", "2", "--save", "a", "--keep-latest", "3", "--tensorboard-dir", "b"])}
+    )
     config = build({}, saved)
     assert config.parallel == ParallelConfig()
     assert config.checkpoint == CheckpointConfig()
+    assert config.logging.tensorboard_dir == ""
+
+
+def test_how_often_a_run_saves_and_on_how_much_it_validates_outlives_a_restart() -> None:
+    words = ["--preset", "nexusformer-240m", "--save", "a", "--load", "auto"]
+    first = build(given_flags([*words, "--eval-iters", "5"]))
+    again = build(given_flags([*words, "--eval-interval", "7"]), first)
+    assert first.checkpoint.save_interval == again.checkpoint.save_interval == 1000
+    assert again.logging == dataclasses.replace(first.logging, eval_interval=7)
 
 
 def test_a_saved_configuration_is_read_back_as_it_was() -> None:

@@ -27,6 +27,8 @@ def test_runs_are_told_apart_tabled_and_drawn(tmp_path: Path) -> None:
         "| b/run | 3 to 4 | 3.000000 | 2.500000 | 2.500000 | 3.0000 |",
     ]
     plot_runs(runs, tmp_path / "pictures" / "losses.png", "two runs")
+    alike = read_runs([*folders, run_of(tmp_path / "c" / "run", 3, [3.0])])
+    plot_runs(alike, tmp_path / "pictures" / "three.png", "three, of which two begin together")
     assert (tmp_path / "pictures" / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
