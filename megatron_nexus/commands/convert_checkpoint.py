@@ -28,7 +28,6 @@ MODEL_FILE = "model.safetensors"
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = FlagParser(
-        prog="convert_checkpoint.py",
         description="Write a checkpoint in the format of others. The source is never touched.",
         allow_abbrev=False,
     )

@@ -62,7 +62,6 @@ def count(argv: list[str]) -> list[str]:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's own flags."""
     parser = argparse.ArgumentParser(
-        prog="count_model.py",
         description="True parameters, FLOPs per token and bytes per rank of a model, beside what the paper "
         "prints of it. Takes the flags of nexus-pretrain: --preset, --config or --load name a model; sizes "
         "such as --nexus-m change it; --tp, --pp, --zero-stage and --precision lay it on ranks; attention is "

@@ -34,7 +34,6 @@ def main() -> NoReturn:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = argparse.ArgumentParser(
-        prog="evaluate.py",
         description="Evaluate a trained model on tasks of lm-evaluation-harness and on held-out texts.",
         allow_abbrev=False,
     )

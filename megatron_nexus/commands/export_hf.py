@@ -29,7 +29,6 @@ NO_TOKENIZER = "none"
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = FlagParser(
-        prog="export_hf.py",
         description=(
             "Write a checkpoint as a folder that transformers loads: configuration, safetensors, tokenizer, "
             "and the model's code where transformers has none. The source is never touched."

@@ -25,9 +25,7 @@ def main() -> NoReturn:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
-    parser = argparse.ArgumentParser(
-        prog="generate.py", description="Let a trained model go on with a text.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Let a trained model go on with a text.", allow_abbrev=False)
     add_model_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to go on with (default: stdin)")
     parser.add_argument(

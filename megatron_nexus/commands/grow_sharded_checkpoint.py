@@ -10,7 +10,6 @@ filled and written, by one process, by --workers of them or by the ranks of mpir
 import argparse
 import dataclasses
 import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from megatron_nexus.checkpoint.location import SCHEME, Location, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.command import saved_config
-from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
+from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool
 from megatron_nexus.config.command_line import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
@@ -33,7 +32,6 @@ from megatron_nexus.growth.request import GROWING, ZERO_WARNING, GrowthRequest, 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags; one that is not given leaves no attribute behind."""
     parser = FlagParser(
-        prog="grow_sharded_checkpoint.py",
         description=(
             "Make a checkpoint a larger model without changing its function, or, without a larger size, "
             "write it for another topology. The source is never touched."
@@ -149,13 +147,11 @@ def write_grown(
         return
     made = grow_checkpoint(plan, source, root, crew, given.verify)
     told("wrote %s", made)
-    ranks = given.tp * given.pp
-    command = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), "pretrain_nexus.py"]
-    command += ["--tp", str(given.tp), "--pp", str(given.pp), "--load", str(root)]
+    flags = ["--tp", str(given.tp), "--pp", str(given.pp), "--load", str(root)]
     steps, done = saved.training.train_iters, read_manifest(made).progress.step
     if done >= steps:
-        command += ["--train-iters", str(2 * max(steps, done))]
-    told("  continue with  %s", shlex.join(command))
+        flags += ["--train-iters", str(2 * max(steps, done))]
+    told("  continue with  %s", pretrain_command(*flags, ranks=given.tp * given.pp))
 
 
 def _target_folder(save: str, source: Location, dry_run: bool) -> Path:

@@ -9,14 +9,13 @@ Weights are streamed into pieces with zero moments; the tokenizer goes along.
 import argparse
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME
-from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
+from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool
 from megatron_nexus.config.command_line import FlagParser, build
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
@@ -30,7 +29,6 @@ from megatron_nexus.interchange.safetensors_folder import open_folder
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = FlagParser(
-        prog="import_hf.py",
         description=(
             "Make a checkpoint of a Llama or Qwen3 model, to be trained on, grown and evaluated here. The "
             "source is never touched."
@@ -92,8 +90,7 @@ def _run() -> None:
         )
     else:
         told("tokenizer: %s", root / "tokenizer")
-    word = shlex.quote(str(root))
-    told("  continue with  deepspeed pretrain_nexus.py --load %s --seq-length 512", word)
+    told("  continue with  %s", pretrain_command("--load", str(root), "--seq-length", "512"))
 
 
 def open_source(path: Path) -> ForeignModel:

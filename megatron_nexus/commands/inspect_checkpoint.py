@@ -22,9 +22,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    parser = argparse.ArgumentParser(
-        prog="inspect_checkpoint.py", description="Show and check a checkpoint.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Show and check a checkpoint.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=location, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its logical shape")
     parser.add_argument("--verify", action="store_true", help="read every byte and check it")

@@ -25,9 +25,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    parser = argparse.ArgumentParser(
-        prog="inspect_data.py", description="Show and check a tokenized corpus.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Show and check a tokenized corpus.", allow_abbrev=False)
     parser.add_argument("prefix", type=prefix, help="of its .bin and .idx files")
     parser.add_argument(
         "--tokenizer-model",

@@ -29,7 +29,6 @@ WIDENING = {"nexus_m": 5 / 4, "nexus_a": 3 / 2}
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags; one that is not given leaves no attribute behind."""
     parser = FlagParser(
-        prog="nexify_checkpoint.py",
         description=(
             "Give the linear Q, K and V projections of a trained model Nexus-Ranks beside them, without "
             "changing its function. The source is never touched."

@@ -1,6 +1,10 @@
-"""How a tool ends: a mistake of the user is one message and exit code 2, Ctrl-C is exit code 130."""
+"""How a tool ends: a mistake of the user is one message and exit code 2, Ctrl-C is exit code 130.
+
+And what comes next: the command that trains on.
+"""
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +29,15 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
         # Who reads the output has enough, as `head` does; the interpreter would complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def pretrain_command(*flags: str, ranks: int = 1) -> str:
+    """The line that trains with `flags`, spelt as this tool was started: by a file or as a command."""
+    if sys.argv[0].endswith(".py"):
+        launch = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), "pretrain_nexus.py"]
+    else:
+        launch = ["nexus-pretrain"]
+    return shlex.join([*launch, *flags])
 
 
 def end_on_sigterm() -> None:

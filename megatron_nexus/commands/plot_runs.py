@@ -17,7 +17,6 @@ def main() -> NoReturn:
 
 def _run() -> None:
     parser = argparse.ArgumentParser(
-        prog="plot_runs.py",
         description="Draw the losses of runs in one picture, and print where each begins and ends.",
         allow_abbrev=False,
     )

@@ -46,7 +46,6 @@ def _run() -> None:
 
 def _parse(argv: list[str]) -> Preprocessing:
     parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
         description="Text files to a corpus: PREFIX.bin, PREFIX.idx (Megatron-LM's format), PREFIX.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -25,7 +25,6 @@ def main() -> NoReturn:
 
 def _run() -> None:
     parser = argparse.ArgumentParser(
-        prog="train_tokenizer.py",
         description="Train a byte-fallback BPE that gives every text back exactly, on a sample of the input.",
         allow_abbrev=False,
     )
