@@ -5,9 +5,9 @@
 
 The checkpoint is exported for transformers; then both backends answer the same tasks in turn, in one process
 with the same threads and precision. A ratio is taken within a round, and its median over the rounds is told:
-above 1, ours is faster. Seconds are those of the whole evaluation, tokens of all texts included. Without
---task-path, records are made up of words of Python's standard library, as many as the published sets have in
-the middle of their items.
+above 1, ours is faster. Seconds are those of the whole evaluation, tokens of all texts included; those of
+CPU beside them are what neighbours on the machine disturb least. Without --task-path, records are made up of
+words of Python's standard library, as many as items of the published sets have in the middle.
 """
 
 import argparse
@@ -78,15 +78,15 @@ def write_records(folder: Path, items: int) -> None:
         (folder / f"{task}.jsonl").write_text("".join(lines))
 
 
-def answers(model: LM, tasks: Tasks) -> tuple[float, list[float]]:
-    """Seconds of an evaluation, and all its log-likelihoods."""
-    began = time.perf_counter()
+def answers(model: LM, tasks: Tasks) -> tuple[float, float, list[float]]:
+    """Seconds of an evaluation, its seconds of CPU, and all its log-likelihoods."""
+    began, began_cpu = time.perf_counter(), time.process_time()
     samples: Mapping[str, list[dict]] = evaluate(
         lm=model, task_dict={"tasks": dict(tasks)}, bootstrap_iters=0
     )["samples"]
-    seconds = time.perf_counter() - began
+    seconds, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     rows = [row for of_task in samples.values() for row in of_task]
-    return seconds, [log_p for row in rows for log_p, _ in row["filtered_resps"]]
+    return seconds, cpu_s, [log_p for row in rows for log_p, _ in row["filtered_resps"]]
 
 
 def main() -> None:
@@ -127,23 +127,25 @@ def main() -> None:
 
 def compare(models: Mapping[str, LM], tasks: Tasks, rounds: int) -> None:
     """Time each task, and all of them, by every model in turn, and print the ratios."""
-    print("| tasks | model | seconds | ratio | from | to | log-likelihoods differ by |")
-    print("|---|---|---:|---:|---:|---:|---:|")
+    print("| tasks | model | seconds | ratio | from | to | CPU ratio | log-likelihoods differ by |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     for label, some in [*((name, {name: task}) for name, task in tasks.items()), ("all five", tasks)]:
-        taken: dict[str, list[float]] = {name: [] for name in models}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         found = {}
         for _ in range(rounds):
             for name, model in models.items():
-                took_s, found[name] = answers(model, some)
-                taken[name].append(took_s)
-        for name, seconds in taken.items():
-            ratios = [theirs / ours for theirs, ours in zip(seconds, taken["ours"], strict=True)]
-            error = max(abs(a - b) for a, b in zip(found[name], found["ours"], strict=True))
-            print(
-                f"| {label} | {name} | {statistics.median(seconds):.2f} | {statistics.median(ratios):.2f} | "
-                f"{min(ratios):.2f} | {max(ratios):.2f} | {error:.1e} |",
-                flush=True,
+                seconds, cpu_s, found[name] = answers(model, some)
+                taken[name].append((seconds, cpu_s))
+        for name, times in taken.items():
+            ratios, cpu_ratios = (
+                [theirs[clock] / ours[clock] for theirs, ours in zip(times, taken["ours"], strict=True)]
+                for clock in (0, 1)
             )
+            cells = [statistics.median(s for s, _ in times), statistics.median(ratios), min(ratios)]
+            cells += [max(ratios), statistics.median(cpu_ratios)]
+            error = max(abs(a - b) for a, b in zip(found[name], found["ours"], strict=True))
+            row = " | ".join(f"{cell:.2f}" for cell in cells)
+            print(f"| {label} | {name} | {row} | {error:.1e} |", flush=True)
 
 
 if __name__ == "__main__":
