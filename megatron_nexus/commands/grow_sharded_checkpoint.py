@@ -163,6 +163,8 @@ def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
     if SCHEME in save:
         raise ConfigError([f"--save {save} is no folder, and growth writes to disks: give one, and copy it"])
     root = Path(save)
+    if root.exists() and not root.is_dir():
+        raise ConfigError([f"--save {root} is a file: give a folder, or a name that does not exist yet"])
     newest = newest_checkpoint(root)
     if newest is not None:
         raise ConfigError(

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -19,15 +20,23 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, Manifest, Topology, manifest_to_json
+from megatron_nexus.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Topology,
+    manifest_to_json,
+    read_manifest,
+)
 from megatron_nexus.checkpoint.pieces import slabs
 from megatron_nexus.checkpoint.run_folder import (
     abandon_checkpoint,
     begin_checkpoint,
     checkpoint_name,
+    newest_checkpoint,
     publish_checkpoint,
     temporary_folder,
 )
+from megatron_nexus.checkpoint.run_lock import sole_user
 from megatron_nexus.checkpoint.store import (
     DTYPE,
     STATES,
@@ -168,9 +177,29 @@ def grow_checkpoint(plan: GrowthPlan, source: Location, root: Path, crew: Crew, 
     new one gets its name, and enters the result in its lineage. Returns the new checkpoint's folder.
 
     Raises:
-        CheckpointError: on every rank, if one cannot read or write, or the logits differ; nothing is left
-            behind.
+        CheckpointError: on every rank, if one cannot read or write, another process saves in `root`, or the
+            logits differ; nothing is left behind.
     """
+    with ExitStack() as held:
+        with crew.together(f"{root}: cannot write the checkpoint"):
+            if crew.rank == 0:
+                held.enter_context(sole_user(root))
+                _require_empty(root)
+        _grow(plan, source, root, crew, verify)
+    return root / checkpoint_name(read_manifest(source).progress.step)
+
+
+def _require_empty(root: Path) -> None:
+    """Raise CheckpointError where checkpoints lie in `root`."""
+    newest = newest_checkpoint(root)
+    if newest is not None:
+        raise CheckpointError(
+            f"--save {root} holds {newest.name}, and checkpoints are never overwritten: give another folder"
+        )
+
+
+def _grow(plan: GrowthPlan, source: Location, root: Path, crew: Crew, verify: bool) -> None:
+    """As `grow_checkpoint`, in a folder that is ours."""
     config = plan.after
     files = target_files(config)
     targets = targets_of(files)
@@ -201,7 +230,6 @@ def grow_checkpoint(plan: GrowthPlan, source: Location, root: Path, crew: Crew, 
         if not isinstance(error, CheckpointError):  # of those every rank knows
             crew.abort()
         raise
-    return root / checkpoint_name(step)
 
 
 def _begin(root: Path, step: int, files: Sequence[Sequence[Piece]]) -> None:

@@ -55,11 +55,13 @@ class Crew:
     def together(self, purpose: str) -> Iterator[None]:
         """Run a block on every rank: all leave it as from a barrier, or all raise.
 
-        Raises CheckpointError: on some rank the block raised OSError or CheckpointError.
+        Raises CheckpointError: on some rank the block raised OSError, ConfigError or CheckpointError.
         """
         problem = ""
         try:
             yield
+        except ConfigError as error:
+            problem = "; ".join(error.problems)
         except (OSError, CheckpointError) as error:
             problem = str(error)
         problems = sorted({text for text in self.gather(problem) if text})
@@ -79,6 +81,7 @@ class Crew:
         """
         shares = cut(self.size * self._workers)
         mine = shares[self.rank * self._workers : (self.rank + 1) * self._workers]
+        mine = [share for share in mine if share] or [[]]  # no process without work
         total = sum(size_of(item) for share in mine for item in share)
         results: list[R] = []
         with self.together(stage):

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_nexus.config.command_line import FlagParser
@@ -125,9 +126,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     problems += _foreign_sizes(old, sizes)
     if growth.init == "in_rand":
         problems += _active_at_once(old, sizes)
-    if growth.init_std < 0:
-        problems.append(f"--init-std {growth.init_std} must not be negative: give 0 or above")
-    if growth.noise_share <= 0:
+    if not 0 <= growth.init_std < inf:
+        problems.append(f"--init-std {growth.init_std} must not be negative: give 0 or a finite number above")
+    if not 0 < growth.noise_share < inf:
         problems.append(f"--noise-share {growth.noise_share} must be positive: give 0.1 or 0.2, as the paper")
     if growth.growth_seed < 0:
         problems.append(f"--growth-seed {growth.growth_seed} must not be negative: give 0 or above")

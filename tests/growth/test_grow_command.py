@@ -14,6 +14,7 @@ from conftest import REPOSITORY, Spawn, wait_for
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_lock import sole_user
 from megatron_nexus.commands.grow_sharded_checkpoint import main
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 
@@ -87,10 +88,17 @@ def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
             ["2 problems", "--init-std -1.0", "--noise-share 0.0"],
         ),
         ("--pattention-slots 9", ["--pattention-slots 9 is a number of slots", "are nexus: drop the flag"]),
+        (
+            "--nexus-a 30 --init-std nan --noise-share nan",
+            ["2 problems", "--init-std nan", "--noise-share nan"],
+        ),
+        ("--nexus-a 30 --init-std inf", ["--init-std inf"]),
         ("--nexus-a many", ["--nexus-a", "'many'"]),
         ("--rotary-base 5", ["--rotary-base"]),
         ("--pp 5", ["--pp 5 is more than --num-layers 2"]),
         ("--workers 0", ["--workers 0 must be positive"]),
+        ("--save old/latest", ["--save old/latest is a file"]),
+        ("--save /proc/new --nexus-m 20", ["--save /proc/new: No such file", "that can be written"]),
         ("--save old", ["--save old holds iter_0000040", "never overwritten"]),
         ("--save old/iter_0000040/new", ["lies in the source"]),
         ("--load nowhere", ["nowhere: no such folder"]),
@@ -108,6 +116,17 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     assert not (folder / "new").exists()
 
 
+def test_two_at_once_are_told_and_neither_harms_the_other(run: Run, folder: Path) -> None:
+    with sole_user(folder / "new"):
+        code, output = run("--load old --save new --nexus-m 20")
+        assert code == 2
+        assert "--save new is in use by process" in output
+        assert [path.name for path in (folder / "new").iterdir()] == [".lock"]
+    code, output = run("--load old --save new --nexus-m 20 --workers 200")
+    assert code == 0, output
+    assert sorted(path.name for path in (folder / "new").iterdir()) == ["iter_0000040", "latest"]
+
+
 def test_a_damaged_source_is_named_and_nothing_is_left(run: Run, folder: Path) -> None:
     data = folder / "old" / "iter_0000040" / "rank_00001.safetensors"
     damaged = bytearray(data.read_bytes())
@@ -117,7 +136,7 @@ def test_a_damaged_source_is_named_and_nothing_is_left(run: Run, folder: Path) -
         code, output = run(f"--load old --save new --nexus-m 20 --workers {workers}")
         assert code == 2
         assert "rank_00001.safetensors" in output and "damaged" in output
-        assert list((folder / "new").iterdir()) == []
+        assert not (folder / "new").exists()
 
 
 @pytest.mark.slow
@@ -131,7 +150,7 @@ def test_an_interrupted_growth_leaves_nothing(workers: int, folder: Path, spawn:
     assert growing.end() == 130, growing.output()
     assert "interrupted" in growing.output()
     wait_for(lambda: not growing.left(), "its workers end")
-    assert list((folder / "new").iterdir()) == []
+    assert not (folder / "new").exists()
 
 
 @pytest.mark.slow
