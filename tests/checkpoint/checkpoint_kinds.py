@@ -37,6 +37,9 @@ TWO_RANK_CROSSINGS = [
     (Kind(3, tensor_size=2), Kind(1, "bf16", pipe_size=2)),
     (Kind(1, "bf16", pipe_size=2), Kind(3, "bf16")),
     (Kind(1, "bf16"), Kind(3, tensor_size=2)),
+    (Kind(1), Kind(3)),
+    (Kind(2, "bf16"), Kind(1, pipe_size=2)),
+    (Kind(3, "bf16"), Kind(1, "bf16_accumulating_bf16")),
 ]
 FOUR_RANKS = [
     Kind(3, tensor_size=2),
@@ -46,6 +49,8 @@ FOUR_RANKS = [
 FOUR_RANK_CROSSINGS = [
     (Kind(3, tensor_size=2), Kind(1, "bf16", pipe_size=2)),
     (Kind(1, "bf16", pipe_size=2, tensor_size=2), Kind(3)),
+    (Kind(1, "bf16", tensor_size=2), Kind(2)),
+    (Kind(1, "bf16", pipe_size=2, tensor_size=2), Kind(1, tensor_size=2)),
 ]
 STARTS = {2: (TWO_RANKS, TWO_RANK_CROSSINGS), 4: (FOUR_RANKS, FOUR_RANK_CROSSINGS)}
 KILLED = Kind(1)
