@@ -97,6 +97,8 @@ def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
     if load:
         checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(location(load))
     grow = str(given.get("grow", ""))
+    if "grow" in given and not grow.strip():
+        raise ConfigError(["--grow is empty: write such as nexus_m=1088, or drop it"])
     if checkpoint is None:
         if grow:
             raise ConfigError([f"--grow {grow!r} needs a checkpoint to grow: give --load"])

@@ -59,6 +59,7 @@ FLAGS = [
     ("--deepspeed_config nowhere.json", ["nowhere.json: No such file"]),
     ("--deepspeed_config ds.json", ["train_batch_size is 7", "make it 4", "--global-batch-size"]),
     ("--grow nexus_m=30", ["--grow 'nexus_m=30' needs a checkpoint to grow: give --load"]),
+    ("--grow=", ["--grow is empty: write such as nexus_m=1088"]),
     ("--load kept --grow nexus_m=1", ["--nexus-m 1 is below the checkpoint's 20", "never shrinks"]),
     ("--load kept --grow init=zero", ["names no size: write such as nexus_m=1088"]),
     ("--load kept --num-layers 3", ["--num-layers 3 is not the checkpoint's 2: drop"]),
