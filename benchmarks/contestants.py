@@ -126,7 +126,7 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
     engine = Engine(config, mesh)
     save = job.folder / "run"
     save.mkdir()
-    trainer = Trainer(config, mesh, engine, corpus, save, rate)
+    trainer = Trainer(config, mesh, engine, corpus, save, save, rate)
     count = sum(parameter.numel() for _, parameter in engine.parameters.values())
     trainer.fit(GatedStop(Gate(connection, facts(config, count, trainer.flops_per_token))))
 

@@ -197,8 +197,10 @@ def report(results: list[Result], threads: int, precision: Precision) -> None:
             f"| {100 * result.gemm_share:.0f} % | {result.real_path_ratio:.2f} |"
         )
     peers = {entry.name for entry in PEERS}
-    fastest = max((r for r in results if r.keeps_memory and r.name in peers), key=lambda r: r.median)
-    print(f"\nfastest peer under the same allocator: {fastest.name}, ratio {fastest.real_path_ratio:.2f}")
+    rivals = [result for result in results if result.keeps_memory and result.name in peers]
+    if rivals:
+        fastest = max(rivals, key=lambda result: result.median)
+        print(f"\nfastest peer under the same allocator: {fastest.name}, ratio {fastest.real_path_ratio:.2f}")
 
 
 def main() -> None:
