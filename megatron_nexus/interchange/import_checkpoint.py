@@ -82,7 +82,9 @@ def import_checkpoint(source: ForeignModel, origin: Path, root: Path, config: Ru
                     f"{config.model.vocab_size}: they do not belong together; import without it"
                 )
             fingerprint = tokenizer.fingerprint
-            data = dataclasses.replace(config.data, tokenizer_model=str(root / TOKENIZER_FOLDER))
+            # Absolute: the run may be continued from any working directory.
+            place = str(root.resolve() / TOKENIZER_FOLDER)
+            data = dataclasses.replace(config.data, tokenizer_model=place)
             config = dataclasses.replace(config, data=data)
         begin_checkpoint(folder, 0)
         unfinished = temporary_folder(folder, 0)
