@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # Before the imports: what transformers keeps of the code of a model goes nowhere else.
 os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
@@ -81,7 +82,7 @@ def write_records(folder: Path, items: int) -> None:
 def answers(model: LM, tasks: Tasks) -> tuple[float, float, list[float]]:
     """Seconds of an evaluation, its seconds of CPU, and all its log-likelihoods."""
     began, began_cpu = time.perf_counter(), time.process_time()
-    samples: Mapping[str, list[dict]] = evaluate(
+    samples: Mapping[str, list[dict[str, Any]]] = evaluate(
         lm=model, task_dict={"tasks": dict(tasks)}, bootstrap_iters=0
     )["samples"]
     seconds, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu

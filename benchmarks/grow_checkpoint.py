@@ -26,6 +26,7 @@ import numpy as np
 
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
+    JsonObject,
     Manifest,
     OptimizerRecord,
     RunProgress,
@@ -101,7 +102,7 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
         file.flush()
         os.fsync(file.fileno())
     write_index(folder, 0, pieces, checksums, {})
-    group = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    group: JsonObject = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     manifest = Manifest(
         progress=RunProgress(1000, 0, 0, 0),
         specs=specs,

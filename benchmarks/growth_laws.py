@@ -18,7 +18,7 @@ import torch
 from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
-from megatron_nexus.spec.grow import Fill
+from megatron_nexus.spec.grow import Fill, Init
 
 QWEN3 = {
     "projection": "linear",
@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, object]] = {"Nexusformer": {}, "Qwen3": QWEN3}
 STEPS, RATE = 3, 0.1
 
 
-def row(folder: Path, model: str, axes: str, init: str) -> str:
+def row(folder: Path, model: str, axes: str, init: Init) -> str:
     """A line of the table: grow, compare logits, take a few steps, and grow after and before resharding."""
     config = grown.configure(**MODELS[model])
     sizes = grown.sizes_for(config, axes)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,13 @@ MODEL: dict[str, Value] = {
     "micro_batch_size": 2,
     "global_batch_size": 4,
 }
-TINY = {"vocab_size": 160, "num_layers": 2, "hidden_size": 16, "num_attention_heads": 8, "kv_channels": 2}
+TINY: dict[str, Any] = {
+    "vocab_size": 160,
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 8,
+    "kv_channels": 2,
+}
 CASES: list[tuple[str, int, dict[str, Value]]] = [
     ("fp32", 1, {"precision": "fp32"}),
     ("bf16", 1, {"precision": "bf16"}),

@@ -110,8 +110,9 @@ class Raw:
 
 def run_tool(source: Path, model: Path, workers: int) -> tuple[float, float]:
     """Seconds of the whole command, and seconds of CPU of all its processes."""
-    command = [sys.executable, TOOL, "--input", source, "--output-prefix", source.with_name("corpus")]
-    command += ["--tokenizer-model", model, "--workers", str(workers), "--overwrite"]
+    command = [sys.executable, str(TOOL), "--input", str(source)]
+    command += ["--output-prefix", str(source.with_name("corpus"))]
+    command += ["--tokenizer-model", str(model), "--workers", str(workers), "--overwrite"]
     began, cpu_began = time.perf_counter(), children_cpu_s()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began, children_cpu_s() - cpu_began
@@ -147,9 +148,9 @@ def main() -> None:
             seconds, cpu_s = run_tool(source, given.tokenizer_model, given.workers)
             description = read_description(Path(folder) / "corpus")
             assert description is not None and description.documents == len(texts)
-            tokens = (
-                description.tokens - description.documents
-            )  # without end tokens, like the tokenizer alone
+            text_bytes = description.text_bytes
+            # Without end tokens, like the tokenizer alone.
+            tokens = description.tokens - description.documents
             whole.append(tokens / seconds / alone)
             without_start.append(tokens / (seconds - start_s) / alone)
             of_cpu.append(tokens / (cpu_s - start_cpu_s) / alone_of_cpu)
@@ -160,7 +161,7 @@ def main() -> None:
             )
         raw.close()
     print(
-        f"{given.workers} workers, {description.text_bytes / 1e6:.0f} MB, {tokens / 1e6:.1f} M tokens: ratio "
+        f"{given.workers} workers, {text_bytes / 1e6:.0f} MB, {tokens / 1e6:.1f} M tokens: ratio "
         f"{statistics.median(whole):.3f} with start-up, {statistics.median(without_start):.3f} without; "
         f"by seconds of CPU, without start-up, {statistics.median(of_cpu):.3f}"
     )

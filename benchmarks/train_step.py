@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from contestants import Job, serve
 
-from megatron_nexus.config.presets import PRESETS
+from megatron_nexus.config.command_line import build
 from megatron_nexus.config.run_config import Precision
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 
@@ -85,7 +86,7 @@ class Contestant:
         self._connection.send(steps)
         return float(self._receive())
 
-    def _receive(self) -> dict[str, float] | float:
+    def _receive(self) -> Any:
         try:
             return self._connection.recv()
         except EOFError:
@@ -178,7 +179,7 @@ def evaluate(gemm: Contestant, contestants: list[Contestant]) -> list[Result]:
 
 def write_corpus(prefix: Path) -> None:
     """Random tokens in the file format of the real path."""
-    vocabulary = int(PRESETS["nexusformer-20m"]["vocab_size"])
+    vocabulary = build({"preset": "nexusformer-20m"}).model.vocab_size
     generator = np.random.default_rng(1234)
     with IndexedDatasetWriter(prefix, token_dtype(vocabulary)) as writer:
         for _ in range(DOCUMENTS):

@@ -201,7 +201,8 @@ def test_its_tokenizer_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     record |= dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(record))
     (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", Path("run"))
     fingerprint = read_manifest(checkpoint).tokenizer_fingerprint
     found = find_tokenizer(config, fingerprint)
     assert found is not None and found.eod_id == 1 and found.encode("c") == [4]
