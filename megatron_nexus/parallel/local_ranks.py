@@ -75,7 +75,7 @@ def free_port() -> int:
     raise ConfigError([f"no port of {PORTS.start} to {PORTS.stop - 1} is free: end what listens on them"])
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent is gone, even by SIGKILL."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -101,7 +101,7 @@ def run_local_ranks(count: int, command: list[str]) -> int:
         subprocess.Popen(
             [sys.executable, "-u", *command],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         for rank in range(count)
     ]
