@@ -17,8 +17,9 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from megatron_nexus.config.deepspeed_config import deepspeed_config
+from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
@@ -28,7 +29,7 @@ from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
-from megatron_nexus.training.machine import padding_multiple
+from megatron_nexus.training.machine import DTYPES, padding_multiple
 from megatron_nexus.training.optimizer import make_optimizer
 
 Batch = tuple[Stream, Tensor]
@@ -56,6 +57,26 @@ class _WholeModel(nn.Module):
         return self.loss.of_each(logits_TBV, labels_BT) if of_each else self.loss(logits_TBV, labels_BT)
 
 
+@contextlib.contextmanager
+def _divided_as_built(config: Json, grid: PipelineParallelGrid) -> Iterator[None]:
+    """Have ZeRO-3 divide the parameters of each module that becomes part of another.
+
+    So no rank ever holds the whole model, which may be larger than its memory.
+    """
+
+    def divide(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        group = (
+            grid.get_data_parallel_group()
+        )  # with mpu alone all ranks would share, tensor-parallel ones too
+        deepspeed.zero.Init(module, data_parallel_group=group, config_dict_or_path=config, mpu=grid)
+
+    hook = register_module_module_registration_hook(divide)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Engine:
     """The model of a run, its optimizer state and its steps."""
 
@@ -71,11 +92,13 @@ class Engine:
             tp,
             self.shard,
             config.training.seed,
+            DTYPES[config.training.precision],
             recompute=config.training.recompute_granularity,
             norm_impl=config.training.norm_impl,
             reset_position_ids=config.data.reset_position_ids,
             reset_attention_mask=config.data.reset_attention_mask,
         )
+        engine_config = deepspeed_config(config, mesh.world_size)
         self._loss = loss = Loss(config.model, tp, self.shard)
         stages = [
             stage_layers(config.model, config.training.seq_length, stage, mesh.pipe_size)
@@ -97,14 +120,17 @@ class Engine:
                 )
                 grid = None
             else:
-                model = _WholeModel(DecoderStage(config.model, stages[0], context), loss).to(mesh.device)
                 grid = PipelineParallelGrid(topology=topology)
+                divided = config.parallel.zero_stage == 3
+                with _divided_as_built(engine_config, grid) if divided else contextlib.nullcontext():
+                    model = _WholeModel(DecoderStage(config.model, stages[0], context), loss)
+                model.to(mesh.device)
             #: Every parameter of this stage with its spec, by logical name.
             self.parameters: dict[str, tuple[ParamSpec, nn.Parameter]] = logical_parameters(model)
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device),
-                config=deepspeed_config(config, mesh.world_size),
+                config=engine_config,
                 mpu=grid,
             )
         self.layers = stages[mesh.pipe]

@@ -100,16 +100,9 @@ class EngineMemory(ABC):
         elements = self.bucket_elements if self.whole_bucket else min(self.bucket_elements, self.elements)
         return width * elements
 
-    def model(self, width: int) -> list[Block]:
-        """The model as it is built, in fp32, and cast."""
-        built = [self.memory.hold(START, FP32 * size) for size in self.sizes]
-        if width == FP32:
-            return built
-        halves = []
-        for block in built:
-            halves.append(self.memory.hold(START, block.size // 2))
-            self.memory.drop(block)
-        return halves
+    def model(self) -> list[Block]:
+        """The model as it is built."""
+        return [self.memory.hold(START, self.width * size) for size in self.sizes]
 
     def make_moments(self, elements: Sequence[int]) -> None:
         """Adam's two, made in the first step."""
@@ -143,7 +136,7 @@ class _Bf16(EngineMemory):
     """BF16_Optimizer: bf16 weights, fp32 gradients of all of them, a share of the fp32 master weights."""
 
     def start(self) -> None:
-        model = self.model(BF16)
+        model = self.model()
         for flat in self.flat:
             self.memory.hold("weights", BF16 * flat)
         self.memory.drop(*model)
@@ -169,7 +162,7 @@ class _Stage1And2(EngineMemory):
     """DeepSpeedZeroOptimizer: fp32 at stage 1, either precision at stage 2, without the pipeline engine."""
 
     def start(self) -> None:
-        model = self.model(self.width)
+        model = self.model()
         for flat in self.flat:
             self.memory.hold("weights", self.width * flat)
         self.memory.drop(*model)
@@ -222,16 +215,22 @@ class _Stage1And2(EngineMemory):
 class _Stage3(EngineMemory):
     """DeepSpeedZeroOptimizer_Stage3: every parameter is cut up, and whole while it is computed with."""
 
+    @property
+    def own(self) -> int:
+        return sum(-(-size // self.copies) for size in self.sizes)
+
     def start(self) -> None:
-        model = self.model(self.width)
-        own = self.elements // self.copies
-        parts = [self.memory.hold(START, self.width * size // self.copies) for size in self.sizes]
-        self.memory.drop(*model)
+        parts = []
+        for size in self.sizes:  # each is divided as soon as it is built
+            whole = self.memory.hold(START, self.width * size)
+            parts.append(self.memory.hold(START, self.width * -(-size // self.copies)))
+            self.memory.drop(whole)
+        own = self.own
         self.memory.hold("weights", self.width * own)
         self.memory.drop(*parts)
         if self.width != FP32:
             self.passing(FP32 * own)
-            self.memory.hold("optimizer", FP32 * own)
+        self.memory.hold("optimizer", FP32 * own)  # of fp32 weights too: _create_fp32_partitions
         self.passing(FP32 * own)
         self.memory.hold("gradients", self.bucket(self.width))
         self.memory.hold("gradients", FP32 * own)
@@ -249,13 +248,13 @@ class _Stage3(EngineMemory):
 
     def after_backward(self, last: bool) -> None:
         # Reduce-scattered from one copy in the order of ranks (reduce_scatter_coalesced).
-        self.passing(self.bucket(self.width), FP32 * self.elements // self.copies)
+        self.passing(self.bucket(self.width), FP32 * self.own)
         assert self.whole is not None
         self.memory.drop(self.whole)
 
     def step(self) -> None:
-        flat = self.memory.hold("buffers", FP32 * self.elements // self.copies)
-        self.make_moments([self.elements // self.copies])
+        flat = self.memory.hold("buffers", FP32 * self.own)
+        self.make_moments([self.own])
         self.memory.drop(flat)
 
 

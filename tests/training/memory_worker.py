@@ -56,7 +56,10 @@ def main() -> None:
     for _ in range(2):
         engine.train_step(batches, 1e-4)
     inner = engine.deepspeed.basic_optimizer
-    masters = [tensor for group in inner.param_groups for tensor in group["params"]]
+    # Stage 3 lends its master weights to the inner optimizer for a step only.
+    masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or [
+        tensor for group in inner.param_groups for tensor in group["params"]
+    ]
     moments = [s[name] for s in inner.state.values() for name in ("exp_avg", "exp_avg_sq")]
     held = storage_bytes(o for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter))
     with torch.profiler.profile(
@@ -65,7 +68,7 @@ def main() -> None:
         engine.train_step(batches, 1e-4)
     peak, end = growth(profile)
     record = {
-        "weights": storage_bytes(parameter for _, parameter in engine.parameters.values()),
+        "weights": storage_bytes(getattr(p, "ds_tensor", p) for _, p in engine.parameters.values()),
         "optimizer": storage_bytes([*masters, *moments]),
         "peak": held + peak,
         "unseen": end,

@@ -16,6 +16,7 @@ from megatron_nexus.config.presets import Value
 from megatron_nexus.training.memory_plan import plan_memory
 
 WORKER = Path(__file__).with_name("memory_worker.py")
+SMALL_BUCKETS = Path(__file__).with_name("small_buckets.json")  # DeepSpeed's are 2 GB and never filled here
 SMALL: dict[str, Value] = {
     "vocab_size": 301,
     "num_layers": 3,
@@ -33,6 +34,7 @@ CASES: list[tuple[int, dict[str, Value]]] = [
     (1, {"precision": "fp32", "recompute_granularity": "selective"}),
     (1, {"precision": "fp32", "recompute_granularity": "full", "nexus_inner_norm": True}),
     (2, {"precision": "bf16"}),
+    (2, {"precision": "fp32", "zero_stage": 3, "deepspeed_config": str(SMALL_BUCKETS)}),
     (2, {"precision": "fp32", "tensor_model_parallel_size": 2, "attention_order": 2, "num_query_groups": 2}),
     (
         2,
