@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,22 @@ from megatron_nexus.data.standard_library import standard_library_documents
 
 TOOL = Path(__file__).parents[1] / "tools" / "preprocess_data.py"
 BATCH_CHARACTERS = 1 << 18
+
+TIMED = """
+import ctypes, os, resource, subprocess, sys, time
+PR_SET_CHILD_SUBREAPER = 36  # the tool's workers outlive it by a moment: they are waited for here
+assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
+began = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+seconds = time.perf_counter() - began
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(seconds, used.ru_utime + used.ru_stime)
+"""
+"""Runs a command and prints its seconds, and the seconds of CPU of all its processes."""
 
 
 def documents(megabytes: float) -> list[str]:
@@ -113,15 +128,9 @@ def run_tool(source: Path, model: Path, workers: int) -> tuple[float, float]:
     command = [sys.executable, str(TOOL), "--input", str(source)]
     command += ["--output-prefix", str(source.with_name("corpus"))]
     command += ["--tokenizer-model", str(model), "--workers", str(workers), "--overwrite"]
-    began, cpu_began = time.perf_counter(), children_cpu_s()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began, children_cpu_s() - cpu_began
-
-
-def children_cpu_s() -> float:
-    """Seconds of CPU of the processes that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    told = subprocess.run([sys.executable, "-c", TIMED, *command], check=True, stdout=subprocess.PIPE)
+    seconds, cpu_s = map(float, told.stdout.split())
+    return seconds, cpu_s
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from megatron_nexus import log
 from megatron_nexus.commands.arguments import add_reading_arguments, positive, prefix
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.data.documents import Reading
-from megatron_nexus.data.preprocess import Preprocessing, preprocess
 from megatron_nexus.data.team import read_team
+from megatron_nexus.data.workers import start_server
 from megatron_nexus.errors import NexusError
 
 EPILOG = """\
@@ -29,7 +29,22 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    job = _parse(sys.argv[1:])
+    given = _parse(sys.argv[1:])
+    start_server()
+    # Takes as long as the server needs to start: both at once.
+    from megatron_nexus.data.preprocess import Preprocessing, preprocess
+
+    job = Preprocessing(
+        inputs=given.input,
+        output_prefix=given.output_prefix,
+        tokenizer_path=given.tokenizer_model,
+        reading=Reading(given.json_keys, given.txt_documents),
+        append_eod=given.append_eod,
+        strict=given.strict,
+        overwrite=given.overwrite,
+        workers=given.workers,
+        log_interval_s=given.log_interval,
+    )
     team = read_team(os.environ)
     log.configure(speaks=team.rank == 0)
     try:
@@ -44,7 +59,7 @@ def _run() -> None:
         raise
 
 
-def _parse(argv: list[str]) -> Preprocessing:
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Text files to a corpus: PREFIX.bin, PREFIX.idx (Megatron-LM's format), PREFIX.json.",
         epilog=EPILOG,
@@ -80,15 +95,4 @@ def _parse(argv: list[str]) -> Preprocessing:
         metavar="S",
         help="seconds between progress lines",
     )
-    given = parser.parse_args(argv)
-    return Preprocessing(
-        inputs=given.input,
-        output_prefix=given.output_prefix,
-        tokenizer_path=given.tokenizer_model,
-        reading=Reading(given.json_keys, given.txt_documents),
-        append_eod=given.append_eod,
-        strict=given.strict,
-        overwrite=given.overwrite,
-        workers=given.workers,
-        log_interval_s=given.log_interval,
-    )
+    return parser.parse_args(argv)

@@ -220,7 +220,7 @@ def _field(line: bytes, key: str, span: Span, number: int) -> Document | Malform
     if not isinstance(text, str):
         return Malformed(span, number, f"{key!r} is no string", _excerpt(line))
     try:
-        return Document(text, len(text.encode()))
+        return Document(text, len(text) if text.isascii() else len(text.encode()))
     except UnicodeEncodeError:
         return Malformed(span, number, "lone surrogate", _excerpt(line))
 

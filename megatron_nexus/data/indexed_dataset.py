@@ -9,6 +9,7 @@ All numbers are little-endian. A document is the sequences between two neighbour
 makes every document one sequence. Source of the layout: Megatron-LM, `core/datasets/indexed_dataset.py`.
 """
 
+import glob
 import hashlib
 import mmap
 import os
@@ -20,7 +21,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_UINT16_VOCABULARY = 65_500
 INDEX_BLOCK = 1 << 20
 """Documents whose pointers are computed at a time."""
-COPY_BYTES = 1 << 24
+COPY_BYTES = 1 << 20
 FINGERPRINT_BLOCK = 512
 
 
@@ -211,26 +211,23 @@ def documents_between(start: int, stop: int, count: int, start_of: Callable[[int
 class IndexedDatasetWriter:
     """Writes a `.bin` / `.idx` pair; use it as a context manager.
 
-    The pair appears only when the block ends without an error: all files are written under temporary
-    names, flushed to the disk and renamed, the `.idx` last. A pair of the same prefix is replaced, its
-    `.idx` first removed, so that no kill can leave a mixture of two corpora.
+    The pair appears only when the block ends without an error: all files are written as drafts, which
+    `publish` then gives their names. Without `publishes` that is left to the caller.
 
     Raises:
         DataError: a document holds an id that `dtype` cannot.
         OSError: the folder is not writable or the disk is full (the caller knows the remedy).
     """
 
-    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike, publishes: bool = True) -> None:
         self.prefix = prefix
+        self.publishes = publishes
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.description = ""
         """Text of the `.json` beside the pair, set within the block; empty: none, an old one is removed."""
         assert self.dtype in CODES and self.dtype.kind != "f", f"{dtype} is no type of token ids"
         self._lengths = array("i")
-        self._temporary = {
-            final: final.with_name(f"{final.name}.{os.getpid()}.partial")
-            for final in (bin_path(prefix), json_path(prefix), idx_path(prefix))
-        }
+        self._bin_draft, self._json_draft, self._idx_draft = _drafts(prefix, os.getpid()).values()
 
     def add_document(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """Append one document; the end-of-document token is the caller's to add."""
@@ -246,7 +243,7 @@ class IndexedDatasetWriter:
                 f"{self.prefix}: document {document} has the id {ids[wrong]}, {self.dtype.name} holds "
                 f"{limits.min} to {limits.max}: use the type that fits the vocabulary"
             )
-        self._bin.write(ids.astype(self.dtype).tobytes())
+        self._bin.write(ids.astype(self.dtype).data)
         self._lengths.extend(lengths)
 
     def append(self, prefix: Path) -> None:
@@ -256,12 +253,16 @@ class IndexedDatasetWriter:
         """
         part = IndexedDataset(prefix)
         assert part.dtype == self.dtype, (part.dtype, self.dtype)
+        start = self._bin.tell()
         with bin_path(prefix).open("rb") as tokens:
             shutil.copyfileobj(tokens, self._bin, COPY_BYTES)
+        self._bin.flush()
+        # The disk begins to write now: at the end there is little to wait for.
+        os.posix_fadvise(self._bin.fileno(), start, 0, os.POSIX_FADV_DONTNEED)
         self._lengths.frombytes(part.document_lengths.astype(np.int32).tobytes())
 
     def __enter__(self) -> "IndexedDatasetWriter":
-        self._bin = self._temporary[bin_path(self.prefix)].open("wb")
+        self._bin = self._bin_draft.open("wb")
         return self
 
     def __exit__(
@@ -270,27 +271,23 @@ class IndexedDatasetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        written = False
         try:
-            try:
-                if error is None:
-                    _to_disk(self._bin)
-            finally:
-                self._bin.close()
+            self._bin.close()
             if error is None:
                 self._write_index()
-                for stale in (idx_path(self.prefix), json_path(self.prefix)):
-                    stale.unlink(missing_ok=True)
-                for final, temporary in self._temporary.items():
-                    if final != json_path(self.prefix) or self.description:
-                        temporary.replace(final)
+                written = True
         finally:
-            for temporary in self._temporary.values():
-                temporary.unlink(missing_ok=True)
+            if not written:
+                for draft in (self._bin_draft, self._json_draft, self._idx_draft):
+                    draft.unlink(missing_ok=True)
+        if written and self.publishes:
+            publish(self.prefix, os.getpid())
 
     def _write_index(self) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         blocks = [lengths[first : first + INDEX_BLOCK] for first in range(0, len(lengths), INDEX_BLOCK)]
-        with self._temporary[idx_path(self.prefix)].open("wb") as index:
+        with self._idx_draft.open("wb") as index:
             index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(lengths) + 1))
             index.write(lengths.astype("<i4").tobytes())
             pointer = 0
@@ -302,10 +299,45 @@ class IndexedDatasetWriter:
                 index.write(
                     np.arange(first, min(first + INDEX_BLOCK, len(lengths) + 1), dtype="<i8").tobytes()
                 )
-            _to_disk(index)
-        with self._temporary[json_path(self.prefix)].open("w") as description:
-            description.write(self.description)
-            _to_disk(description)
+        if self.description:
+            self._json_draft.write_text(self.description)
+
+
+def publish(prefix: Path, writer: int) -> None:
+    """Give a pair that process `writer` has written its names, once it is safe on the disk; the `.idx` last.
+
+    A pair of the same prefix is replaced, its `.idx` first removed, so that no kill can leave a mixture of
+    two corpora. Drafts that cannot be published are removed.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    drafts = _drafts(prefix, writer)
+    try:
+        written = {final: draft for final, draft in drafts.items() if draft.exists()}
+        for draft in written.values():
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+        for stale in (idx_path(prefix), json_path(prefix)):
+            stale.unlink(missing_ok=True)
+        for final, draft in written.items():
+            draft.replace(final)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+
+
+def remove_drafts(prefix: Path) -> None:
+    """Remove what killed writers of a pair have left; the caller makes sure that none is at work."""
+    for final in _drafts(prefix, 0):
+        for draft in final.parent.glob(f"{glob.escape(final.name)}.[0-9]*.partial"):
+            draft.unlink()
+
+
+def _drafts(prefix: Path, writer: int) -> dict[Path, Path]:
+    """The files of a pair in the order they appear, and where process `writer` keeps each till then."""
+    finals = (bin_path(prefix), json_path(prefix), idx_path(prefix))
+    return {final: final.with_name(f"{final.name}.{writer}.partial") for final in finals}
 
 
 def _map(file: Path) -> mmap.mmap:
@@ -314,8 +346,3 @@ def _map(file: Path) -> mmap.mmap:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.madvise(mmap.MADV_RANDOM)
     return mapped
-
-
-def _to_disk(file: IO[str] | IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """Preprocessing: text files become a tokenized corpus.
 
-    find the input files -> cut them into shards -> tokenize those that no earlier run has finished -> merge
+    find the input files -> cut them into shards -> tokenize those that no earlier run has finished
+                                                 -> merge them as they are finished
 
 The corpus does not depend on how it was made: documents stand in the order of the inputs, and workers, ranks,
 shards and restarts change no byte. Shards are kept in `<prefix>.shards` until the corpus is complete.
@@ -11,8 +12,8 @@ import heapq
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,13 @@ import numpy as np
 
 from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.documents import Reading, cut_into_spans
-from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, token_dtype
+from megatron_nexus.data.indexed_dataset import (
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    remove_drafts,
+    token_dtype,
+)
 from megatron_nexus.data.input_files import InputFile, find_input_files
 from megatron_nexus.data.shards import (
     Counts,
@@ -37,8 +44,8 @@ from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import ConfigError, DataError, NexusError
 from megatron_nexus.log import Progress, logger
 
-MEGABYTE = 1e6
-SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 1 << 22, 1 << 28
+MEGABYTE = MILLION = 1e6
+SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 1 << 21, 1 << 28
 SHARDS_OF_LARGE_CORPORA = 1 << 14
 """Enough for every core of a large cluster, few enough for a parallel file system."""
 
@@ -113,11 +120,12 @@ def _follow(job: Preprocessing, team: Team) -> None:
     if not isinstance(share, _Share):
         return
     try:
-        for finished in tokenize_shards(share.shards, _tokenizing(job), job.workers or team.cores):
-            if finished is not None:
-                team.send(0, finished)
-            if any(isinstance(message, _Failure) for message in team.received()):
-                return
+        with closing(tokenize_shards(share.shards, _tokenizing(job), job.workers or team.cores)) as steps:
+            for finished in steps:
+                if finished is not None:
+                    team.send(0, finished)
+                if any(isinstance(message, _Failure) for message in team.received()):
+                    return
         team.send(0, _Done())
     except NexusError as error:
         team.send(0, _Failure(f"rank {team.rank}: {error}"))
@@ -134,6 +142,7 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
     with _locked(tokenizing.folder):
         for stale in tokenizing.folder.glob("*.partial"):
             stale.unlink()
+        remove_drafts(job.output_prefix)
         prefixes = [shard_prefix(shard, tokenizing, tokenizer) for shard in shards]
         # One listing: asking for each would be slow, and an NFS client would remember that it was missing.
         present = {path.name for path in tokenizing.folder.iterdir()}
@@ -158,18 +167,27 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
             team.size,
             job.workers or team.cores,
         )
-        counts |= _tokenize(missing, tokenizing, team, job)
-        ordered = [counts[number] for number in range(len(shards))]
-        total, samples = _sum(ordered), _samples(shards, ordered)
-        if not total.documents:
-            shutil.rmtree(tokenizing.folder)
-            raise DataError(
-                "the inputs hold no document:\n"
-                + "\n".join([f"  {total.empty:,} records without text", *_report_malformed(total, samples)])
-                + "\nsay where the text is with --json-keys or --txt-documents"
-            )
-        description = _describe(job, tokenizer, files, total, samples)
-        _merge(job.output_prefix, dtype, list(zip(prefixes, ordered, strict=True)), description)
+        with _corpus(job.output_prefix, dtype) as corpus:
+            merging = _merge(corpus, prefixes, counts)
+            with closing(_tokenize(missing, counts, tokenizing, team, job)) as steps:
+                merged = sum(next(merging, 0) for _ in steps)
+            ordered = [counts[number] for number in range(len(shards))]
+            total, samples = _sum(ordered), _samples(shards, ordered)
+            if not total.documents:
+                shutil.rmtree(tokenizing.folder)
+                raise DataError(
+                    "the inputs hold no document:\n"
+                    + "\n".join(
+                        [f"  {total.empty:,} records without text", *_report_malformed(total, samples)]
+                    )
+                    + "\nsay where the text is with --json-keys or --txt-documents"
+                )
+            description = _describe(job, tokenizer, files, total, samples)
+            corpus.description = description.to_json()
+            left = (total.tokens - merged) / MILLION
+            with Progress(f"Merging the rest into {job.output_prefix}", left, "M tokens") as progress:
+                for tokens in merging:
+                    progress.advance(tokens / MILLION)
         shutil.rmtree(tokenizing.folder)
     for line in _report_malformed(total, samples):
         logger.warning("%s", line)
@@ -185,28 +203,30 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
     return description
 
 
-def _merge(
-    output_prefix: Path,
-    dtype: np.dtype,
-    shards: list[tuple[Path, Counts]],
-    description: CorpusDescription,
-) -> None:
-    """Put the shards one behind the other, in this order."""
+@contextmanager
+def _corpus(prefix: Path, dtype: np.dtype) -> Iterator[IndexedDatasetWriter]:
+    """The corpus to write, complete at the end of the block."""
     try:
-        with (
-            Progress(f"Merging into {output_prefix}", description.tokens / 1e6, "M tokens") as progress,
-            IndexedDatasetWriter(output_prefix, dtype) as writer,
-        ):
-            for prefix, counts in shards:
-                if counts.documents:
-                    writer.append(prefix)
-                    progress.advance(counts.tokens / 1e6)
-            writer.description = description.to_json()
+        with IndexedDatasetWriter(prefix, dtype) as writer:
+            yield writer
     except OSError as error:
         raise DataError(
-            f"{output_prefix} cannot be written ({error.strerror or error}): free some space; all shards are "
+            f"{prefix} cannot be written ({error.strerror or error}): free some space; all shards are "
             "kept, so run the same command again"
         ) from None
+
+
+def _merge(corpus: IndexedDatasetWriter, prefixes: list[Path], counts: dict[int, Counts]) -> Iterator[int]:
+    """Append shards in their order, one a step; yields its tokens, or 0 while the next one is not finished.
+
+    `counts` holds the finished ones.
+    """
+    for number, prefix in enumerate(prefixes):
+        while number not in counts:
+            yield 0
+        if counts[number].documents:
+            corpus.append(prefix)
+        yield counts[number].tokens
 
 
 def _plan(job: Preprocessing) -> tuple[Tokenizer, list[InputFile], list[Shard]]:
@@ -267,17 +287,23 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _tokenize(
-    shards: dict[int, Shard], tokenizing: Tokenizing, team: Team, job: Preprocessing
-) -> dict[int, Counts]:
-    """Tokenize shards by all ranks; the counts of each."""
+    shards: dict[int, Shard],
+    counts: dict[int, Counts],
+    tokenizing: Tokenizing,
+    team: Team,
+    job: Preprocessing,
+) -> Generator[None, None, None]:
+    """Tokenize shards by all ranks and put the counts of each into `counts`; yields now and then."""
     shares = _shared_out(shards, team.size)
     for rank in range(1, team.size):
         team.send(rank, _Share(shares[rank]))
-    counts: dict[int, Counts] = {}
     working = team.size - 1
     total = sum(shard.size for shard in shards.values()) / MEGABYTE
 
-    with Progress("Tokenizing", total, "MB", job.log_interval_s) as progress:
+    with (
+        Progress("Tokenizing", total, "MB", job.log_interval_s) as progress,
+        closing(tokenize_shards(shares[0], tokenizing, job.workers or team.cores)) as steps,
+    ):
 
         def take(message: object) -> None:
             nonlocal working
@@ -291,14 +317,15 @@ def _tokenize(
             counts[number] = counted
             progress.advance(shards[number].size / MEGABYTE)
 
-        for finished in tokenize_shards(shares[0], tokenizing, job.workers or team.cores):
+        for finished in steps:
             if finished is not None:
                 take(finished)
             for message in team.received():
                 take(message)
+            yield
         while working:
             take(wait_for_message(team))
-    return counts
+            yield
 
 
 def _shared_out(shards: dict[int, Shard], ranks: int) -> list[dict[int, Shard]]:

@@ -92,7 +92,8 @@ class SentencePieceTokenizer:
             DataError: a text holds lone surrogates.
         """
         for text in texts:
-            require_unicode(text)
+            if not text.isascii():
+                require_unicode(text)
         documents: list[npt.NDArray[np.int32]] = self._processor.encode(
             texts, num_threads=threads, return_type="numpy"
         )

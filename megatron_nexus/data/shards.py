@@ -5,21 +5,16 @@ contents: inputs, their sizes and dates, tokenizer, options. The `.idx` appears 
 or absent, and a run finds those of an earlier one that it can use by their names alone.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Generator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_process
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +27,11 @@ from megatron_nexus.data.indexed_dataset import (
     idx_path,
     index_bytes,
     json_path,
+    publish,
     token_dtype,
 )
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_nexus.data.workers import end_workers, start_workers
 from megatron_nexus.errors import DataError
 
 FORMAT_VERSION = 1
@@ -133,7 +130,7 @@ def finished_counts(prefix: Path, itemsize: int) -> Counts | None:
 
 
 def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -> Counts:
-    """Tokenize a shard and keep it.
+    """Tokenize a shard and write it, for `publish` to finish.
 
     Raises:
         DataError: a file cannot be read, or under `strict` a malformed record.
@@ -146,7 +143,7 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
     batch: list[Document] = []
     prefix = shard_prefix(shard, tokenizing, tokenizer)
 
-    with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
+    with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size), publishes=False) as writer:
 
         def write() -> None:
             nonlocal documents, tokens, text_bytes, empty, batch_bytes
@@ -190,7 +187,7 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
 
 def tokenize_shards(
     shards: dict[int, Shard], tokenizing: Tokenizing, workers: int
-) -> Iterator[tuple[int, Counts] | None]:
+) -> Generator[tuple[int, Counts] | None, None, None]:
     """Tokenize shards by `workers` processes and yield each one's number and counts as it is finished.
 
     Yields None when nothing was finished for half a second. A worker ends with its parent, even by SIGKILL.
@@ -200,13 +197,17 @@ def tokenize_shards(
     """
     if not shards:
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(shards)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    )
+    pool = start_workers(min(workers, len(shards)))
+    # Two for each worker: one shard is brought to the disk while the next is tokenized.
+    threads = ThreadPoolExecutor(2 * workers)
+
+    def finish(shard: Shard) -> Counts:
+        prefix, writer, counts = pool.submit(_tokenize, shard, tokenizing).result()
+        publish(prefix, writer)
+        return counts
+
     try:
-        numbers = {pool.submit(_tokenize, shard, tokenizing): number for number, shard in shards.items()}
+        numbers = {threads.submit(finish, shard): number for number, shard in shards.items()}
         pending = set(numbers)
         while pending:
             finished, pending = wait(pending, PATIENCE_S, FIRST_COMPLETED)
@@ -214,7 +215,6 @@ def tokenize_shards(
                 yield numbers[future], future.result()
             if not finished:
                 yield None
-        pool.shutdown()
     except BrokenProcessPool:
         raise DataError(
             "a worker process was killed, most likely because memory ran out: give fewer --workers; what is "
@@ -227,31 +227,17 @@ def tokenize_shards(
         ) from None
     finally:
         # After an error nobody reads what the others would answer: they are not waited for.
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
+        threads.shutdown(wait=False, cancel_futures=True)
+        end_workers(pool)
 
 
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker makes threads for all cores
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _tokenize(shard: Shard, tokenizing: Tokenizing) -> Counts:
-    return tokenize_shard(shard, tokenizing, _opened(tokenizing.tokenizer_path))
+def _tokenize(shard: Shard, tokenizing: Tokenizing) -> tuple[Path, int, Counts]:
+    tokenizer = _opened(tokenizing.tokenizer_path)
+    counts = tokenize_shard(shard, tokenizing, tokenizer)
+    return shard_prefix(shard, tokenizing, tokenizer), os.getpid(), counts
 
 
 @functools.cache
 def _opened(path: Path) -> Tokenizer:
     """The tokenizer of this process."""
     return open_tokenizer(path)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker is started by multiprocessing"
-    with contextlib.suppress(OSError):
-        wait_for_process([parent.sentinel])
-    os._exit(1)

@@ -42,7 +42,7 @@ def call(
 
 
 @pytest.mark.slow
-def test_from_text_to_a_corpus_that_is_sound(tmp_path: Path) -> None:
+def test_from_text_to_a_corpus_that_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = tmp_path / "in.jsonl"
     records.write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS) + "oops\n")
     model, prefix = tmp_path / "spm.model", tmp_path / "out" / "corpus"
@@ -66,6 +66,14 @@ def test_from_text_to_a_corpus_that_is_sound(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
     assert "Traceback" not in again.stderr
+    # Workers take nothing of the working directory for what is installed.
+    (tmp_path / "sentencepiece.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    elsewhere = run_tool(
+        "preprocess_data", "--input", records, "--output-prefix", "elsewhere", "--tokenizer-model", model
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert Path("elsewhere.bin").read_bytes() == prefix.with_name("corpus.bin").read_bytes()
 
 
 def test_the_histogram_counts_every_document_once() -> None:

@@ -19,7 +19,7 @@ from processes import PATIENCE_S
 
 from megatron_nexus.data.corpus_description import check_tokenizer, read_description
 from megatron_nexus.data.documents import Reading, cut_into_spans
-from megatron_nexus.data.indexed_dataset import IndexedDataset
+from megatron_nexus.data.indexed_dataset import IndexedDataset, publish
 from megatron_nexus.data.input_files import find_input_files
 from megatron_nexus.data.preprocess import Preprocessing, preprocess
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
@@ -170,8 +170,10 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     cut.write_bytes(cut.read_bytes()[:-2])
     kept[1].with_suffix(".json").unlink()
     (shards / "torn.bin.1.partial").write_bytes(b"x")
+    assert list(tmp_path.glob("corpus.bin.*.partial")), "what was merged until then"
     done = run(COMMAND, folder, prefix)
     assert f", {len(kept) - 2:,} of them finished by an earlier run" in done.stdout
+    assert not list(tmp_path.rglob("*.partial"))
     assert contents(prefix) == contents(reference)
 
 
@@ -214,7 +216,9 @@ def test_strict_finds_the_line_in_a_shard_that_is_finished(folder: Path, tmp_pat
     tokenizing = Tokenizing(
         tmp_path / "corpus.shards", folder / "spm.model", Reading("text", "file"), True, False
     )
-    tokenize_shard(shard, tokenizing, SentencePieceTokenizer(folder / "spm.model"))
+    tokenizer = SentencePieceTokenizer(folder / "spm.model")
+    tokenize_shard(shard, tokenizing, tokenizer)
+    publish(shard_prefix(shard, tokenizing, tokenizer), os.getpid())
     wanted = job(folder, tmp_path / "corpus", inputs=[str(file)], strict=True)
     with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: '{oops': mend or remove"):
         preprocess(wanted, Alone())
