@@ -4,17 +4,21 @@ Pure arithmetic over the configuration and the world size, so that it runs befor
 """
 
 from collections.abc import Iterable
-from math import inf
+from math import inf, isqrt
 
 from megatron_nexus.config.data_path import parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.deepspeed_config import deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 
+MOST_LAYERS = 10_000
+"""A model is described layer by layer before anything is refused for its size."""
+
 
 def divisors(number: int) -> str:
     """The divisors of `number`, as a remedy to read."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return ", ".join(map(str, sorted({*small, *(number // n for n in small)})))
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -77,6 +81,8 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
     for flag, value in positive.items():
         if not 0 < value < inf:
             yield f"{flag} {value} must be positive: give a finite number above 0"
+    if model.num_layers > MOST_LAYERS:
+        yield f"--num-layers {model.num_layers} is above the {MOST_LAYERS:,} that can be planned: give fewer"
     not_negative = {
         "--min-lr": optimizer.min_lr,
         "--lr-decay-iters": optimizer.lr_decay_iters,

@@ -114,8 +114,8 @@ def test_the_launcher_s_local_rank_is_accepted_and_is_no_field() -> None:
         ("--lr high", ["--lr", "'high'", "float"]),
         ("--num-layers 2.5", ["--num-layers", "'2.5'", "int"]),
         ("--num-layers", ["--num-layers", "expected one argument"]),
-        ("--precision fp16", ["--precision", "'fp16'", "'bf16', 'fp32'"]),
-        ("--preset nexusformer-1t", ["--preset", "'nexusformer-1t'", "'nexusformer-170m'"]),
+        ("--precision fp16", ["--precision", "'fp16'", "bf16", "fp32"]),
+        ("--preset nexusformer-1t", ["--preset", "'nexusformer-1t'", "nexusformer-170m"]),
         ("--nexus-inner-norm=yes", ["--nexus-inner-norm", "'yes'"]),
     ],
 )

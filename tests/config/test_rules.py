@@ -29,6 +29,7 @@ REFUSED = [
     ("--tp 3", 3, ["--tp 3", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--tp 8", 8, ["--tp 8", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--pp 5", 5, ["--pp 5", "--num-layers 4", "use at most 4"]),
+    ("--num-layers 10001", 1, ["--num-layers 10001", "10,000", "give fewer"]),
     ("--num-query-groups 3", 1, ["--num-query-groups 3", "--num-attention-heads 4", "use 1, 2, 4"]),
     ("--num-query-groups 2 --tp 4", 4, ["--tp 4", "divide --num-query-groups 2", "use 1, 2"]),
     ("--projection linear --nexus-inner-norm", 1, ["--nexus-inner-norm", "this is linear", "drop the flag"]),
