@@ -29,6 +29,7 @@ from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigError, NexusError
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.growth.request import grown_config, read_request
+from megatron_nexus.imports import uncollected
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
 
@@ -174,8 +175,8 @@ def _dry_run(config: RunConfig, world_size: int, speaks: bool) -> NoReturn:
     if speaks:
         log.logger.info("%s\n", config_text(config).rstrip())
         with log.Progress("planning the memory of each rank"):
-            from megatron_nexus.training.dry_run import report
-
+            with uncollected():
+                from megatron_nexus.training.dry_run import report
             lines = report(config, world_size)
         for line in lines:
             log.logger.info("%s", line)
@@ -186,11 +187,13 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
     """Train, and end this rank so that of all ranks only the first to fail says why."""
     # Ranks that lose a peer are told of here; c10d would add the frames of its C++ stack.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with log.Progress("importing torch and DeepSpeed"):
+    with log.Progress("importing torch and DeepSpeed"), uncollected():
         import torch
 
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns, on each rank
+        import torch._dynamo  # which torch itself does at the first optimizer
+
         from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
         from megatron_nexus.growth.grown_reader import GrownReader
         from megatron_nexus.growth.plan import plan_growth
@@ -213,7 +216,9 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
         # Not sys.exit: other ranks may never answer again, and the interpreter would wait for them.
         sys.stdout.flush()
         os._exit(code)
-    sys.exit(0)
+    # Nor here: the interpreter would take 0.6 s to clear away what torch and DeepSpeed have made.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _open_judge(config: RunConfig, tokenizer: Tokenizer) -> "TrainingJudge":

@@ -24,11 +24,11 @@ def _normal_range(seed: int, name: str, start: int, stop: int) -> np.ndarray:
     drawn = [
         # The block number sits in the counter's highest word: blocks never meet.
         np.random.Generator(np.random.Philox(key=key, counter=block << 192)).standard_normal(
-            BLOCK, dtype=np.float32
+            min(BLOCK, stop - block * BLOCK), dtype=np.float32
         )
         for block in range(first, last + 1)
     ]
-    return np.concatenate(drawn)[start - first * BLOCK : stop - first * BLOCK]
+    return np.concatenate(drawn)[start - first * BLOCK :]
 
 
 def _row_bands(box: Box, columns: int) -> Iterator[tuple[int, int]]:

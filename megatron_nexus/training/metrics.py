@@ -189,13 +189,11 @@ def validation_curves(records: list[dict[str, Any]]) -> dict[str, Curve]:
 
 def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
     """Draw the run's losses from its metrics file, with the corpus' unigram entropy as the line to beat."""
-    import matplotlib  # here: half a second that only the end of a run needs
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # here: half a second that only the end of a run needs
 
     records = read_metrics(folder / METRICS_FILE)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.plot(*zip(*training_curve(records), strict=True), linewidth=1, label="training")
     for name, points in validation_curves(records).items():
         axes.plot(*zip(*points, strict=True), "o-", label=name)
@@ -204,5 +202,4 @@ def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / PLOT_FILE)
-    pyplot.close(figure)
     return folder / PLOT_FILE

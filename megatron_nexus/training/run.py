@@ -33,6 +33,7 @@ from megatron_nexus.parallel.world import World
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.training.corpus import Corpus, open_corpus
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
+from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import Outcome, Trainer
 from megatron_nexus.training.machine import gemm_flops_per_s, keep_freed_memory, share_cores
@@ -81,6 +82,7 @@ def run(
             claim_run_folder(save, None if config.checkpoint.grow else checkpoint)
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
+            import_muon_uncompiled()
             engine = Engine(config, mesh)
         trainer = Trainer(config, mesh, engine, corpus, save, notes, rate, judge)
         _announce(config, mesh, engine, rate, save)
