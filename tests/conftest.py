@@ -1,10 +1,12 @@
 """Programs that tests start in processes of their own, and the law that none of them is left behind."""
 
+import gc
 import os
 import signal
 import subprocess
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,15 @@ from megatron_nexus.log import logger
 
 pytest_plugins = ["judged"]  # fixtures of evaluation; a second conftest.py would take this one's name
 
+gc.set_threshold(100_000)  # thousands of modules live here, none of them garbage
 MARK = "NEXUS_TEST_PROGRAM"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few tests first: the long tests are theirs, and one that begins last leaves a core idle."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: tests[item.path])
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """What the ranks of tests import, once: a server that has done so forks them (see `processes`)."""
 
-import gc
+from megatron_nexus.imports import uncollected
 
-gc.disable()  # which finds nothing in modules, and would take a third of the time
+with uncollected():
+    import torch._dynamo  # noqa: F401 - torch imports it at the first optimizer
 
-import torch._dynamo  # noqa: E402, F401 - torch imports it at the first optimizer
-from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: E402, F401 - DeepSpeed at the first engine
+    import megatron_nexus.training.run  # noqa: F401
+    from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 
-import megatron_nexus.training.run  # noqa: E402, F401
-
-gc.freeze()  # the collections of the ranks need not look at it again
-gc.enable()
+    import_muon_uncompiled()

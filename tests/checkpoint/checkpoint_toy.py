@@ -24,6 +24,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import warm_rank  # noqa: F401 - what the ranks would import
 from checkpoint_kinds import FOUR_RANKS, KILLED, STARTS, Kind, at_step
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology

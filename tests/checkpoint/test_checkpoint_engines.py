@@ -13,7 +13,7 @@ from typing import Any
 
 import checkpoint_kinds as toy
 import pytest
-from processes import PATIENCE_S
+from processes import PATIENCE_S, REPOSITORY, TESTS
 
 from megatron_nexus.checkpoint.pieces import whole_box
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
@@ -21,14 +21,13 @@ from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the toy left behind."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    paths = os.pathsep.join([str(REPOSITORY), str(TESTS)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, str(Path(__file__).with_name("checkpoint_toy.py")), str(folder)]
     with (folder / "log").open("w") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=2 * PATIENCE_S, check=False)

@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import warm_rank  # noqa: F401 - what the ranks would import
 from processes import PATIENCE_S
 from programs import SMALL
 

@@ -174,8 +174,13 @@ def _check_scores(found: list, w: dict[str, Tensor], model: dict, tolerance: flo
     """Log-likelihoods of the ends of texts, to the loss' tolerance for each token, and what is likeliest."""
     texts = scored_texts(FLAGS["vocab_size"], FLAGS["seq_length"])
     assert len(found) == len(texts)
+
+    @cache
+    def log_p_TV(*context: int) -> Tensor:
+        return reference.logits(w, torch.tensor([context]), model)[0].log_softmax(-1)
+
     for (tokens, count), (log_p, is_greedy) in zip(texts, found, strict=True):
-        log_p_KV = reference.logits(w, torch.tensor([tokens[:-1]]), model)[0, -count:].log_softmax(-1)
+        log_p_KV = log_p_TV(*tokens[:-1])[-count:]
         ends = torch.tensor(tokens[-count:])
         assert log_p == pytest.approx(float(log_p_KV.gather(1, ends[:, None]).sum()), abs=count * tolerance)
         if greedy:
