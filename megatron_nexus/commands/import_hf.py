@@ -25,6 +25,9 @@ from megatron_nexus.interchange.foreign_model import ForeignModel
 from megatron_nexus.interchange.new_folder import require_new
 from megatron_nexus.interchange.safetensors_folder import open_folder
 
+AFFORDABLE_TOKENS = 512
+"""Of a sample, to begin with: the context of a large model may be more than this machine can train on."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
@@ -90,7 +93,8 @@ def _run() -> None:
         )
     else:
         told("tokenizer: %s", root / "tokenizer")
-    told("  continue with  %s", pretrain_command("--load", str(root), "--seq-length", "512"))
+    tokens = min(config.training.seq_length, AFFORDABLE_TOKENS)
+    told("  continue with  %s", pretrain_command("--load", str(root), "--seq-length", str(tokens)))
 
 
 def open_source(path: Path) -> ForeignModel:
