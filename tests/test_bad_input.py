@@ -216,6 +216,16 @@ TOOLS = [
         f"--input malformed.jsonl --strict --output-prefix x {SMALL_MODEL}",
         ["malformed.jsonl:2"],
     ),
+    ("preprocess_data.py", "--input text.jsonl --wrokers 1", ["flag --wrokers: did you mean --workers?"]),
+    (
+        "preprocess_data.py",
+        "--input text.jsonl --output-prefix x --tokenizer-type GPT2BPE --vocab-file v --num-workers 1",
+        ["3 problems", "SentencePiece .model", "--vocab-file: use --tokenizer-model", "use --workers"],
+    ),
+    ("grow_sharded_checkpoint.py", "--load kept --nexus-mm 200", ["--nexus-mm: did you mean --nexus-m?"]),
+    ("inspect_data.py", "mine --bogus", ["unknown flag --bogus: see --help"]),
+    ("inspect_data.py", "mine stray", ["'stray' belongs to no flag"]),
+    ("plot_runs.py", "", ["required: RUN"]),
     ("inspect_data.py", "nowhere", ["nowhere"]),
     ("train_tokenizer.py", "--input nowhere --output x.model --vocab-size 500", ["nowhere"]),
 ]
@@ -226,7 +236,7 @@ def test_tools_answer_alike(command: Command, name: str, words: str, told: list[
     before = contents(command.folder)
     code, output = tool(command.folder, name, words)
     assert code == 2, output
-    assert "Traceback" not in output
+    assert "Traceback" not in output and "usage:" not in output
     assert all(part in output for part in told), output
     assert contents(command.folder) == before
 

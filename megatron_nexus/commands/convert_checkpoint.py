@@ -19,7 +19,7 @@ from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
-from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
 
 MODEL_FILE = "model.safetensors"

@@ -16,6 +16,7 @@ from megatron_nexus.command import configure
 from megatron_nexus.commands.arguments import positive
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.command_line import given_flags
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
 from megatron_nexus.errors import ConfigError
 
@@ -61,7 +62,7 @@ def count(argv: list[str]) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's own flags."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="True parameters, FLOPs per token and bytes per rank of a model, beside what the paper "
         "prints of it. Takes the flags of nexus-pretrain: --preset, --config or --load name a model; sizes "
         "such as --nexus-m change it; --tp, --pp, --zero-stage and --precision lay it on ranks; attention is "

@@ -16,6 +16,7 @@ from megatron_nexus import log
 from megatron_nexus.commands.arguments import positive
 from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.evaluation.task_files import PAPER_TASKS, require_tasks
 from megatron_nexus.spec.cost import parameter_count
@@ -33,7 +34,7 @@ def main() -> NoReturn:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Evaluate a trained model on tasks of lm-evaluation-harness and on held-out texts.",
         allow_abbrev=False,
     )

@@ -18,7 +18,7 @@ from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.command import saved_config
 from megatron_nexus.commands.arguments import positive
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
-from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.interchange.new_folder import require_new

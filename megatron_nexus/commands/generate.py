@@ -15,6 +15,7 @@ from megatron_nexus import log
 from megatron_nexus.commands.arguments import count, not_negative, positive, share
 from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import DataError
 
 
@@ -25,7 +26,7 @@ def main() -> NoReturn:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
-    parser = argparse.ArgumentParser(description="Let a trained model go on with a text.", allow_abbrev=False)
+    parser = FlagParser(description="Let a trained model go on with a text.", allow_abbrev=False)
     add_model_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to go on with (default: stdin)")
     parser.add_argument(

@@ -21,7 +21,7 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.command import saved_config
 from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool
-from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import ParallelConfig, RunConfig

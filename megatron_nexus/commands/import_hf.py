@@ -16,7 +16,8 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME
 from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool
-from megatron_nexus.config.command_line import FlagParser, build
+from megatron_nexus.config.command_line import build
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError, DataError

@@ -1,6 +1,5 @@
 """The command `inspect_checkpoint.py`: what a checkpoint holds, and whether every byte of it is sound."""
 
-import argparse
 import json
 import sys
 from typing import NoReturn
@@ -12,6 +11,7 @@ from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.command import saved_config
 from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.spec.cost import parameter_count
 
@@ -22,7 +22,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    parser = argparse.ArgumentParser(description="Show and check a checkpoint.", allow_abbrev=False)
+    parser = FlagParser(description="Show and check a checkpoint.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=location, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its logical shape")
     parser.add_argument("--verify", action="store_true", help="read every byte and check it")

@@ -1,6 +1,5 @@
 """The command `inspect_data.py`: what a tokenized corpus holds, and whether it is sound."""
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -10,6 +9,7 @@ import numpy as np
 from megatron_nexus import log
 from megatron_nexus.commands.arguments import count, prefix
 from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.corpus_description import CorpusDescription, read_description
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.inspection import find_problems, length_histogram, sample_documents, sample_text
@@ -25,7 +25,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    parser = argparse.ArgumentParser(description="Show and check a tokenized corpus.", allow_abbrev=False)
+    parser = FlagParser(description="Show and check a tokenized corpus.", allow_abbrev=False)
     parser.add_argument("prefix", type=prefix, help="of its .bin and .idx files")
     parser.add_argument(
         "--tokenizer-model",

@@ -19,7 +19,7 @@ from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.command import saved_config
 from megatron_nexus.commands.grow_sharded_checkpoint import add_writing_flags, write_grown
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
-from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.growth.request import add_settings_flags, with_empty_branch
 
 WIDENING = {"nexus_m": 5 / 4, "nexus_a": 3 / 2}

@@ -1,12 +1,12 @@
 """The command `plot_runs.py`: the losses of several runs in one picture and one table."""
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.training.comparison import comparison_table, plot_runs, read_runs
 
 
@@ -16,7 +16,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Draw the losses of runs in one picture, and print where each begins and ends.",
         allow_abbrev=False,
     )

@@ -10,6 +10,8 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.commands.arguments import add_reading_arguments, positive, prefix
 from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.config.megatron_flags import instead_of_preprocessing
 from megatron_nexus.data.documents import Reading
 from megatron_nexus.data.team import read_team
 from megatron_nexus.data.workers import start_server
@@ -60,12 +62,13 @@ def _run() -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Text files to a corpus: PREFIX.bin, PREFIX.idx (Megatron-LM's format), PREFIX.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.instead_of = instead_of_preprocessing
     add_reading_arguments(parser)
     parser.add_argument(
         "--output-prefix", required=True, type=prefix, metavar="PREFIX", help="without ending"

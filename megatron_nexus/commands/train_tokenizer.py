@@ -1,6 +1,5 @@
 """The command `train_tokenizer.py`: a lossless SentencePiece tokenizer for a corpus of text."""
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.commands.arguments import add_reading_arguments, positive
 from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.documents import Document, Reading, cut_into_spans, read_span
 from megatron_nexus.data.input_files import find_input_files
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
@@ -24,7 +24,7 @@ def main() -> NoReturn:
 
 
 def _run() -> None:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Train a byte-fallback BPE that gives every text back exactly, on a sample of the input.",
         allow_abbrev=False,
     )

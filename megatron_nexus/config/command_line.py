@@ -5,12 +5,11 @@ Nothing here asks the machine, so it answers on a login node.
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import NoReturn, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 from megatron_nexus.config.data_path import token_count
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import instead_of
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
 from megatron_nexus.config.run_config import SECTIONS, RunConfig, TrainingConfig
@@ -20,13 +19,6 @@ from megatron_nexus.errors import ConfigError
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
 # What the command itself reads; the rest of the flags are fields, the preset and --train-tokens.
 COMMAND_FLAGS = ("config", "dry_run", "world_size")
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse whose complaints are ours: one error that names the nearest flag."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])
 
 
 def _flag(field_name: str) -> str:
@@ -40,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.instead_of = instead_of
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"named sizes (default: {DEFAULT_PRESET})")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
     parser.add_argument(
@@ -88,21 +81,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
 
     Raises ConfigError on an unknown flag, a wrong type or a wrong choice.
     """
-    parser = make_parser()
-    known, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        problems = []
-        for before, word in pairwise(["", *unknown]):
-            if not word.startswith("-"):
-                if not before.startswith("-"):  # else it is that flag's value
-                    problems.append(f"{word!r} belongs to no flag: drop it, or name its flag; see --help")
-                continue
-            flag = word.split("=")[0]
-            near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
-            remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
-            problems.append(f"unknown flag {word}: {instead_of(flag) or remedy}")
-        raise ConfigError(problems)
+    known = make_parser().parse_args(argv)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(known).items()}
     for flag in LAUNCHER_FLAGS:
         given.pop(flag.strip("-").replace("-", "_"), None)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from megatron_nexus.config.command_line import FlagParser
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.run_config import ModelConfig, RunConfig, option
 from megatron_nexus.errors import ConfigError

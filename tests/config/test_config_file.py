@@ -7,7 +7,7 @@ import pytest
 
 from megatron_nexus.config.command_line import build, given_flags, make_parser, over
 from megatron_nexus.config.config_file import config_text, read_config_file
-from megatron_nexus.config.megatron_flags import _INSTEAD, instead_of
+from megatron_nexus.config.megatron_flags import _INSTEAD, instead_of, instead_of_preprocessing
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import SECTIONS, CheckpointConfig, RunConfig
@@ -130,6 +130,7 @@ def test_flags_of_megatron_are_answered_with_what_to_use() -> None:
         given_flags(["--fp16", "--use-distributed-optimizer", "--num_workers", "3"])
     assert len(caught.value.problems) == 3
     assert instead_of("--zzz") is None
+    assert instead_of("--num-workers") != instead_of_preprocessing("--num-workers") == "use --workers"
 
 
 def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> None:

@@ -1,0 +1,58 @@
+"""A command line whose complaints say what to change: one error, no usage, the nearest flag by name."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import NoReturn
+
+from megatron_nexus.errors import ConfigError
+
+NEAR = 0.7
+"""How alike two names are of which one is the other misspelt: below, advice would be absurd."""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse that raises ConfigError."""
+
+    instead_of: Callable[[str], str | None] = staticmethod(lambda flag: None)
+    """What to do in place of a flag that is known from elsewhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([message])
+
+    def parse_args(  # type: ignore[override]  # no namespace of the caller's
+        self, args: Sequence[str] | None = None
+    ) -> argparse.Namespace:
+        """The values of all flags. Raises ConfigError."""
+        words = sys.argv[1:] if args is None else list(args)
+        # First of all: a required flag that is missing may be one that is misspelt.
+        flags = [word for word in takewhile(lambda word: word != "--", words) if word.startswith("--")]
+        unknown = [word for word in flags if word.split("=")[0] not in self._option_string_actions]
+        if unknown:
+            raise ConfigError([self._unknown(word) for word in unknown])
+        known, strays = self.parse_known_args(words)
+        if strays:
+            raise ConfigError(
+                [
+                    self._unknown(word)
+                    if word.startswith("-")
+                    else f"{word!r} belongs to no flag: drop it, or name its flag; see --help"
+                    for word in strays
+                ]
+            )
+        return known
+
+    def _unknown(self, word: str) -> str:
+        flag = word.split("=")[0]
+        # By their names alone: the dashes would make any two flags alike.
+        names = {
+            flag.lstrip("-"): flag
+            for action in self._actions
+            if action.help != argparse.SUPPRESS
+            for flag in action.option_strings
+        }
+        near = difflib.get_close_matches(flag.strip("-").replace("_", "-"), names, n=1, cutoff=NEAR)
+        remedy = f"did you mean {names[near[0]]}?" if near else "see --help for all flags"
+        return f"unknown flag {word}: {self.instead_of(flag) or remedy}"
