@@ -5,6 +5,7 @@ the package prints.
 """
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -16,12 +17,27 @@ logger = logging.getLogger("megatron_nexus")
 HEARTBEAT_S = 5.0
 
 
+def silence(stream: TextIO) -> None:
+    """Send what else is written to `stream` nowhere: who read it has enough, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """Writes messages, and no more of them where nobody reads: the work goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exception(), BrokenPipeError):
+            silence(self.stream)
+        else:
+            super().handleError(record)
+
+
 def configure(speaks: bool, stream: TextIO | None = None) -> None:
     """Send the package's messages to stdout, or to `stream` where stdout is for something else.
 
     A process that does not speak shows warnings only.
     """
-    handler = logging.StreamHandler(stream or sys.stdout)
+    handler = _Console(stream or sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if speaks else logging.WARNING)

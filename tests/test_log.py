@@ -1,5 +1,6 @@
 """The console: one rank speaks, and work that takes time is never silent."""
 
+import os
 import re
 import time
 
@@ -53,3 +54,15 @@ def test_work_that_fails_is_not_called_done_and_falls_silent(console: pytest.Cap
         raise ValueError("torn")
     time.sleep(0.1)
     assert console.readouterr().out == "reading ...\n"
+
+
+def test_a_reader_that_has_enough_is_no_error_and_the_work_goes_on(
+    console: pytest.CaptureFixture[str],
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        log.configure(speaks=True, stream=stream)
+        with log.Progress("reading"):
+            log.logger.info("told to nobody")
+    assert console.readouterr() == ("", "")

@@ -4,7 +4,6 @@ And what comes next: the command that trains on.
 """
 
 import gc
-import os
 import shlex
 import signal
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError
+from megatron_nexus.log import silence
 
 EXIT_CODE_INTERRUPTED = 130
 
@@ -29,8 +29,7 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
         sys.stderr.write("interrupted\n")
         sys.exit(EXIT_CODE_INTERRUPTED)
     except BrokenPipeError:
-        # Who reads the output has enough, as `head` does; the interpreter would complain of it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)  # the interpreter would complain of it at exit
     sys.exit(0)
 
 
