@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -17,7 +18,12 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint, require_own_folder
+from megatron_nexus.checkpoint.run_folder import (
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    newest_checkpoint,
+    require_own_folder,
+)
 from megatron_nexus.config.command_line import build, from_saved, given_flags, over
 from megatron_nexus.config.config_file import config_text, read_config_file
 from megatron_nexus.config.presets import DEFAULT_PRESET, Value
@@ -113,12 +119,18 @@ def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
 def saved_config(checkpoint: Location, manifest: Manifest) -> RunConfig:
     """The configuration that a checkpoint was trained with. Raises CheckpointError where it has none."""
     try:
-        return from_saved(manifest.config)
+        config = from_saved(manifest.config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint}: its configuration is not one of this version ({error}): load it with the version "
             "that wrote it"
         ) from error
+    named = Path(config.data.tokenizer_model)
+    moved = checkpoint.parent / TOKENIZER_FOLDER
+    if named.name == TOKENIZER_FOLDER and not named.exists() and moved.is_dir():
+        # Imported with the model, it lies beside the checkpoint wherever both are now.
+        config = replace(config, data=replace(config.data, tokenizer_model=str(moved)))
+    return config
 
 
 def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> None:

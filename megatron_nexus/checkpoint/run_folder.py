@@ -15,6 +15,9 @@ from megatron_nexus.checkpoint.store import rank_files
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import logger
 
+TOKENIZER_FOLDER = "tokenizer"
+"""In the folder of a run that was imported with its tokenizer."""
+
 _NAME = re.compile(r"iter_(\d+)")
 
 

@@ -21,6 +21,7 @@ from megatron_nexus.checkpoint.manifest import (
 )
 from megatron_nexus.checkpoint.pieces import split_box, whole_box
 from megatron_nexus.checkpoint.run_folder import (
+    TOKENIZER_FOLDER,
     begin_checkpoint,
     checkpoint_name,
     publish_checkpoint,
@@ -39,7 +40,6 @@ from megatron_nexus.log import Progress
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
 
-TOKENIZER_FOLDER = "tokenizer"
 MEGABYTE = 1e6
 PIECE_ELEMENTS = 1 << 22
 EMBEDDING, HEAD = ENDS["embedding.weight"], ENDS["head.weight"]

@@ -207,6 +207,9 @@ def test_its_tokenizer_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = find_tokenizer(config, fingerprint)
     assert found is not None and found.eod_id == 1 and found.encode("c") == [4]
     assert config.data.tokenizer_model == str(tmp_path / "run" / "tokenizer")
+    moved = (tmp_path / "run").rename(tmp_path / "moved") / checkpoint.name
+    config = saved_config(moved, read_manifest(moved))
+    assert config.data.tokenizer_model == str(tmp_path / "moved" / "tokenizer")
 
 
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
