@@ -25,8 +25,8 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
     except NexusError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(EXIT_CODE_USER_ERROR)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(": ".join(["interrupted", *map(str, interrupt.args)]) + "\n")
         sys.exit(EXIT_CODE_INTERRUPTED)
     except BrokenPipeError:
         silence(sys.stdout)  # the interpreter would complain of it at exit

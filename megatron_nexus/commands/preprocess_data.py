@@ -34,7 +34,7 @@ def _run() -> None:
     given = _parse(sys.argv[1:])
     start_server()
     # Takes as long as the server needs to start: both at once.
-    from megatron_nexus.data.preprocess import Preprocessing, preprocess
+    from megatron_nexus.data.preprocess import Preprocessing, preprocess, work_folder
 
     job = Preprocessing(
         inputs=given.input,
@@ -58,6 +58,10 @@ def _run() -> None:
             # Other ranks wait for messages of this one.
             sys.stderr.write("".join(traceback.format_exception(error)))
             team.abort()
+        shards = work_folder(job.output_prefix)
+        if isinstance(error, KeyboardInterrupt) and shards.exists():
+            kept = f"finished shards are kept in {shards}: the same command goes on from there"
+            raise KeyboardInterrupt(kept) from None
         raise
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.documents import Document, Reading, cut_into_spans, read_span
 from megatron_nexus.data.input_files import find_input_files
+from megatron_nexus.data.malformed import REPORTED, no_document
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.errors import ConfigError, DataError
 
@@ -44,34 +46,62 @@ def _run() -> None:
 
     log.configure(speaks=True)
     output: Path = given.output
+    if output.is_dir():
+        raise ConfigError([f"--output {output} is a folder: add a name, such as {output / 'spm.model'}"])
     if output.exists() and not given.overwrite:
         raise ConfigError([f"--output {output} exists: add --overwrite or choose another name"])
     reading = Reading(given.json_keys, given.txt_documents)
     spans = cut_into_spans(find_input_files(given.input), reading, sys.maxsize)
     left_out: Counter[str] = Counter()
+    samples: list[str] = []
 
     def documents() -> Iterator[str]:
+        texts = empty = 0
         for span in spans:
             for record in read_span(span, reading):
                 if isinstance(record, Document):
-                    yield record.text
+                    if record.text.strip("\n"):
+                        texts += 1
+                        yield record.text
+                    else:
+                        empty += 1
                 elif given.strict:
                     raise DataError(f"{record.describe()}: mend it, or run without --strict to leave it out")
                 else:
                     left_out[record.reason] += 1
+                    if len(samples) < REPORTED:
+                        samples.append(record.describe())
             progress.advance(span.size / MEGABYTE)
+        if not texts:
+            raise no_document(empty, left_out, samples)
 
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with log.Progress(
-            "Reading and training", sum(span.size for span in spans) / MEGABYTE, "MB"
-        ) as progress:
-            train_sentencepiece_bpe(documents(), output, given.vocab_size, int(given.sample_mb * MEGABYTE))
-    except OSError as error:
-        raise ConfigError(
-            [f"--output {output} cannot be written ({error.strerror}): choose a name in another folder"]
-        ) from None
+    megabytes = sum(span.size for span in spans) / MEGABYTE
+    with _writable(output), log.Progress("Reading and training", megabytes, "MB") as progress:
+        train_sentencepiece_bpe(documents(), output, given.vocab_size, int(given.sample_mb * MEGABYTE))
     for reason, times in left_out.items():
         log.logger.warning("%s records left out: %s", f"{times:,}", reason)
     tokenizer = SentencePieceTokenizer(output)
     log.logger.info("%s: %s pieces, sha256 %s", output, f"{tokenizer.vocab_size:,}", tokenizer.fingerprint)
+
+
+@contextmanager
+def _writable(output: Path) -> Iterator[None]:
+    """Try at once whether a file can be written; where none was in the end, nothing new stays behind.
+
+    Raises ConfigError.
+    """
+    made = [place for place in (output.parent, *output.parent.parents) if not place.exists()]
+    draft = output.with_name(f"{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        yield
+    except OSError as error:
+        raise ConfigError(
+            [f"--output {output} cannot be written ({error.strerror}): choose a name in another folder"]
+        ) from None
+    finally:
+        with suppress(OSError):  # a folder that holds the file stays
+            draft.unlink(missing_ok=True)
+            for place in made:
+                place.rmdir()

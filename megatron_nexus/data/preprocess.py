@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron_nexus.data.indexed_dataset import (
     token_dtype,
 )
 from megatron_nexus.data.input_files import InputFile, find_input_files
+from megatron_nexus.data.malformed import REPORTED, no_document, report
 from megatron_nexus.data.shards import (
     Counts,
     Shard,
@@ -48,9 +49,6 @@ MEGABYTE = MILLION = 1e6
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 1 << 21, 1 << 28
 SHARDS_OF_LARGE_CORPORA = 1 << 14
 """Enough for every core of a large cluster, few enough for a parallel file system."""
-
-REPORTED = 10
-"""Malformed records that are shown."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +173,7 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
             total, samples = _sum(ordered), _samples(shards, ordered)
             if not total.documents:
                 shutil.rmtree(tokenizing.folder)
-                raise DataError(
-                    "the inputs hold no document:\n"
-                    + "\n".join(
-                        [f"  {total.empty:,} records without text", *_report_malformed(total, samples)]
-                    )
-                    + "\nsay where the text is with --json-keys or --txt-documents"
-                )
+                raise no_document(total.empty, total.malformed, samples)
             description = _describe(job, tokenizer, files, total, samples)
             corpus.description = description.to_json()
             left = (total.tokens - merged) / MILLION
@@ -189,7 +181,7 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
                 for tokens in merging:
                     progress.advance(tokens / MILLION)
         shutil.rmtree(tokenizing.folder)
-    for line in _report_malformed(total, samples):
+    for line in report(total.malformed, samples):
         logger.warning("%s", line)
     logger.info(
         "%s: %s documents, %s tokens, %.2f bytes per token, %s empty records left out; %.1f s",
@@ -240,6 +232,9 @@ def _plan(job: Preprocessing) -> tuple[Tokenizer, list[InputFile], list[Shard]]:
         shards = make_shards(cut_into_spans(files, job.reading, shard_bytes), shard_bytes)
     except ConfigError as error:
         problems += error.problems
+    if job.output_prefix.suffix in (".bin", ".idx"):
+        bare = job.output_prefix.with_suffix("")
+        problems.append(f"--output-prefix {job.output_prefix}: give it without the ending: {bare}")
     existing = [path for path in (bin_path(job.output_prefix), idx_path(job.output_prefix)) if path.exists()]
     if existing and not job.overwrite:
         names = " and ".join(map(str, existing))
@@ -261,14 +256,23 @@ def _shard_bytes(total_bytes: int) -> int:
     return min(max(wanted, SMALLEST_SHARD_BYTES), LARGEST_SHARD_BYTES)
 
 
+def work_folder(output_prefix: Path) -> Path:
+    """Where the shards of a corpus are kept until it is complete."""
+    return output_prefix.with_name(f"{output_prefix.name}.shards")
+
+
 def _tokenizing(job: Preprocessing) -> Tokenizing:
-    folder = job.output_prefix.with_name(f"{job.output_prefix.name}.shards")
+    folder = work_folder(job.output_prefix)
     return Tokenizing(folder, job.tokenizer_path, job.reading, job.append_eod, job.strict)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the work folder; the system lets go of it when this process ends."""
+    """Hold the work folder; the system lets go of it when this process ends.
+
+    Without a finished shard in it, nothing of it stays.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a")
@@ -283,7 +287,16 @@ def _locked(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 [f"another process is writing {folder}: wait for it, or choose another --output-prefix"]
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # other ranks may still be writing; what is not empty stays
+                if not any(folder.glob("*.idx")):
+                    for draft in (*folder.glob("*.partial"), folder / "lock"):
+                        draft.unlink(missing_ok=True)
+                    for place in made or [folder]:
+                        if place.exists():
+                            place.rmdir()
 
 
 def _tokenize(
@@ -356,17 +369,6 @@ def _samples(shards: list[Shard], counts: list[Counts]) -> list[str]:
     pairs = zip(shards, counts, strict=True)
     records = (record for shard, count in pairs for record in count.sampled(shard))
     return [record.describe() for record in islice(records, REPORTED)]
-
-
-def _report_malformed(total: Counts, samples: list[str]) -> list[str]:
-    """Lines that say how many records were left out and why, and show the first."""
-    if not total.malformed:
-        return []
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in total.malformed.items())
-    left_out = sum(total.malformed.values())
-    lines = [f"  {left_out:,} malformed record{'s' if left_out > 1 else ''} left out: {reasons}"]
-    lines += [f"    {sample}" for sample in samples]
-    return [*lines, "    ..."] if left_out > len(samples) else lines
 
 
 def _describe(

@@ -8,6 +8,7 @@ Only lone surrogates, which UTF-8 cannot hold, are refused.
 import hashlib
 import heapq
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -172,6 +173,13 @@ def train_sentencepiece_bpe(
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or "no text to train on"
+        too_few = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", reason)
+        if too_few:
+            given, needed = too_few.groups()
+            raise DataError(
+                f"--vocab-size {given} is below the {needed} pieces that the characters of this corpus need: "
+                f"give at least {needed}"
+            ) from None
         raise DataError(
             f"no tokenizer of {vocab_size} pieces can be trained on this corpus ({reason}): "
             "choose another --vocab-size or a larger corpus"

@@ -165,6 +165,14 @@ def test_inspection_finds_what_is_wrong(
             ["--output", "spm.model", "--input", "in.txt", "--vocab-size", "9000"],
             "choose another --vocab-size",
         ),
+        (
+            ["--output", "new/er/spm.model", "--input", "in.txt", "--vocab-size", "260"],
+            "is below the 277 pieces that the characters of this corpus need: give at least 277",
+        ),
+        (["--output", "/proc/x/spm.model", "--input", "in.txt"], "cannot be written"),
+        (["--output", ".", "--input", "in.txt"], ". is a folder: add a name, such as spm.model"),
+        (["--output", "new/spm.model", "--input", "latin.txt"], "1 malformed record left out: 1 not UTF-8"),
+        (["--output", "spm.model", "--input", "in.jsonl"], "write one JSON object a line"),
         (["--output", "spm.model", "--input", "in.jsonl", "--strict"], "in.jsonl:1: not JSON"),
         (["--output", "spm.model", "--input", "in.txt", "--vocab-size", "0"], "0 is not above 0"),
     ],
@@ -179,7 +187,8 @@ def test_training_a_tokenizer_that_cannot_work(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.txt").write_text("one two")
     (tmp_path / "in.jsonl").write_text("oops\n")
+    (tmp_path / "latin.txt").write_bytes("ein schöner Text".encode("latin-1"))
     code, _, err = call(train_tokenizer.main, monkeypatch, console, *flags)
     assert code == 2
     assert message in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "in.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "in.txt", "latin.txt"]

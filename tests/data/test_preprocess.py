@@ -279,18 +279,43 @@ def test_all_that_cannot_work_is_said_at_once(folder: Path, reference: Path, tmp
 
 
 def test_outputs_that_cannot_be_written_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"out\.bin: give it without the ending: .*out$"):
+        preprocess(job(folder, tmp_path / "out.bin"), Alone())
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/corpus\.shards cannot be written"):
         preprocess(job(folder, tmp_path / "file" / "corpus"), Alone())
 
 
-def test_inputs_without_documents_are_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text('\n{"body": "a"}\n{"text": ""}\n')
-    with pytest.raises(
-        DataError, match=r"hold no document:\n  2 records without text\n  1 malformed record "
-    ):
-        preprocess(job(folder, tmp_path / "corpus", inputs=[str(tmp_path / "in.jsonl")]), Alone())
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "in.jsonl",
+            b'\n{"body": "a"}\n{"text": ""}\n',
+            ["\n  2 records without text\n  1 malformed record ", "say where the text is with --json-keys"],
+        ),
+        ("in.txt", b"sch\xf6n", ["1 not UTF-8", "convert the inputs to UTF-8"]),
+        ("in.json", b'[\n {\n  "text": "a"\n }\n]\n', ["5 not JSON", "jq -c '.[]'"]),
+        ("in.json", b'[{"text": "a"}]', ["1 no JSON object", "jq -c '.[]'"]),
+    ],
+)
+def test_inputs_without_documents_are_refused(
+    folder: Path, tmp_path: Path, name: str, content: bytes, told: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="hold no document:") as caught:
+        preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(tmp_path / name)]), Alone())
+    assert all(part in str(caught.value) for part in told), caught.value
+    assert ("--json-keys" in str(caught.value)) == (name == "in.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_nothing_stays_of_a_run_that_finished_no_shard(folder: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "in.jsonl.gz"
+    damaged.write_bytes(b"no gzip")
+    with pytest.raises(DataError, match="damaged or incomplete"):
+        preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(damaged)]), Alone())
+    assert list(tmp_path.iterdir()) == [damaged]
 
 
 def test_no_end_tokens_where_none_are_wanted(folder: Path, tmp_path: Path) -> None:

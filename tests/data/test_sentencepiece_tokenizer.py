@@ -85,7 +85,7 @@ def test_the_sample_does_not_depend_on_the_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("documents", "vocab_size", "message"),
     [
-        (["hello"], 100, "smaller than required_chars"),
+        (["hello"], 100, "is below the 275 pieces"),
         (["hello"], 9000, "too high"),
         ([], 500, "no text"),
         (["\n\n"], 500, "no text"),
