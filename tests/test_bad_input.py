@@ -72,7 +72,7 @@ FLAGS = [
 CHECKPOINTS = [
     ("--load nowhere", ["nowhere: no such folder", "give another to load"]),
     ("--load kept/iter_0000009", ["no such checkpoint", "kept has", "iter_0000002"]),
-    ("--load corpus.bin", ["corpus.bin"]),
+    ("--load corpus.bin", ["corpus.bin is a file: give a run's folder"]),
     ("--load stranger", ["stranger: no complete checkpoint"]),
     ("--load future", ["future", "format version", "99"]),
     ("--load garbled", ["garbled", "manifest.json"]),

@@ -24,6 +24,7 @@ def test_every_tool_is_a_command_and_every_command_exists() -> None:
     ("started", "line"),
     [
         ("tools/import_hf.py", "deepspeed --num_gpus 2 pretrain_nexus.py --load 'a b'"),
+        ("../fresh/tools/import_hf.py", "deepspeed --num_gpus 2 ../fresh/pretrain_nexus.py --load 'a b'"),
         ("/usr/bin/nexus-import-hf", "nexus-pretrain --load 'a b'"),
     ],
 )

@@ -118,6 +118,8 @@ def find_checkpoint(path: Location) -> Location:
         raise CheckpointError(f"{path}: {problem}; {_listing(path.parent)}: give another to load")
     found = newest_checkpoint(path)
     if found is None:
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is a file: give a run's folder, or one checkpoint in it")
         problem = "no complete checkpoint" if path.is_dir() else "no such folder"
         raise CheckpointError(f"{path}: {problem}; {_listing(path)}: give another to load")
     return found

@@ -130,6 +130,8 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
             raise DataError(f"{path}: {error.strerror}: give a text file that can be read") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is no UTF-8 text ({error}): convert it, or give another") from error
+        if not texts[path]:
+            raise DataError(f"{path} is empty, and perplexity is of a text: give a file with text")
     return texts
 
 

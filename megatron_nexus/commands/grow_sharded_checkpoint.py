@@ -156,9 +156,9 @@ def write_grown(
 
 def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
     """The folder to save in. Raises ConfigError: none is given, or it has checkpoints."""
-    if dry_run:
-        return Path(save)
     if not save:
+        if dry_run:
+            return Path()
         raise ConfigError(["--save is missing: give a folder for the new checkpoint, or --dry-run"])
     if SCHEME in save:
         raise ConfigError([f"--save {save} is no folder, and growth writes to disks: give one, and copy it"])

@@ -4,10 +4,12 @@ And what comes next: the command that trains on.
 """
 
 import gc
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError
@@ -36,7 +38,8 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
 def pretrain_command(*flags: str, ranks: int = 1) -> str:
     """The line that trains with `flags`, spelt as this tool was started: by a file or as a command."""
     if sys.argv[0].endswith(".py"):
-        launch = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), "pretrain_nexus.py"]
+        script = os.path.normpath(Path(sys.argv[0]) / "../../pretrain_nexus.py")
+        launch = ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), script]
     else:
         launch = ["nexus-pretrain"]
     return shlex.join([*launch, *flags])

@@ -8,11 +8,18 @@ from math import inf, isqrt
 
 from megatron_nexus.config.data_path import parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.deepspeed_config import deepspeed_config
-from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.config.run_config import SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
 MOST_LAYERS = 10_000
 """A model is described layer by layer before anything is refused for its size."""
+
+
+MOST = 2**48
+"""Of every whole number: what is made of a few stays far from where floats and 64-bit integers end."""
+
+MOST_ELEMENTS = 2**59
+"""Of all weights, of a layer's activations: 16 bytes of each are counted in 64 bits."""
 
 
 def divisors(number: int) -> str:
@@ -23,6 +30,9 @@ def divisors(number: int) -> str:
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError with every problem of `config` on `world_size` ranks."""
+    problems = [*_excessive_numbers(config, world_size)] or [*_excessive_products(config)]
+    if problems:  # what follows computes with them
+        raise ConfigError(problems)
     problems = [
         *_size_problems(config),
         *_topology_problems(config, world_size),
@@ -50,6 +60,43 @@ def notes(config: RunConfig) -> list[str]:
             f"{config.training.train_iters} iterations ends"
         )
     return said
+
+
+def _excessive_numbers(config: RunConfig, world_size: int) -> Iterable[str]:
+    numbers = {"world_size": world_size}
+    for section in SECTIONS:
+        numbers |= vars(getattr(config, section))
+    for name, number in numbers.items():
+        if isinstance(number, int) and abs(number) > MOST:
+            flag = f"--{name.replace('_', '-')}"
+            yield f"{flag} {number} is beyond the {MOST:,} that can be counted with: give a smaller number"
+
+
+def _excessive_products(config: RunConfig) -> Iterable[str]:
+    model, training = config.model, config.training
+    *others, widest = sorted(
+        (
+            model.hidden_size,
+            model.attention_width,
+            model.ffn_hidden_size,
+            model.nexus_m,
+            model.nexus_a,
+            model.pattention_slots,
+        )
+    )  # no matrix has the same width twice
+    tokens = training.global_batch_size * training.seq_length
+    products = {
+        "--num-layers x the widths of the model": 2 * model.vocab_size * model.hidden_size
+        + model.num_layers * widest * sum(others),
+        "--micro-batch-size x --seq-length x the widths of the model": training.micro_batch_size
+        * training.seq_length
+        * max(model.vocab_size, widest),
+        "--train-iters x --global-batch-size x --seq-length": training.train_iters * tokens,
+        "--eval-iters x --global-batch-size x --seq-length": config.logging.eval_iters * tokens,
+    }
+    for name, product in products.items():
+        if product > MOST_ELEMENTS:
+            yield f"{name}: {product:.1e} is beyond {MOST_ELEMENTS:.1e}, the most to count with: give less"
 
 
 def _size_problems(config: RunConfig) -> Iterable[str]:

@@ -54,6 +54,7 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.crew import Advance, Crew
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import GrowthPlan
+from megatron_nexus.growth.report import checkpoint_bytes
 from megatron_nexus.growth.request import CHANGING
 from megatron_nexus.growth.verify import compare
 from megatron_nexus.log import logger
@@ -201,8 +202,6 @@ def _require_empty(root: Path) -> None:
 def _grow(plan: GrowthPlan, source: Location, root: Path, crew: Crew, verify: bool) -> None:
     """As `grow_checkpoint`, in a folder that is ours."""
     config = plan.after
-    files = target_files(config)
-    targets = targets_of(files)
     open_reader = partial(GrownReader, source, plan)
     manifest = open_reader().manifest
     parallel = config.parallel
@@ -213,7 +212,12 @@ def _grow(plan: GrowthPlan, source: Location, root: Path, crew: Crew, verify: bo
     try:
         with crew.together(f"{root}: cannot write the checkpoint"):
             if crew.rank == 0:
-                _begin(root, step, files)
+                _begin(root, step, config)
+        files = target_files(config)
+        targets = targets_of(files)
+        with crew.together(f"{root}: cannot write the checkpoint"):
+            if crew.rank == 0:
+                _lay_out(folder, files)
         stage = f"writing {len(targets):,} pieces"
         work = partial(write_share, open_reader, folder)
         shares = crew.share_out(partial(shares_of, targets), work, lambda target: target.bytes, stage)
@@ -232,17 +236,21 @@ def _grow(plan: GrowthPlan, source: Location, root: Path, crew: Crew, verify: bo
         raise
 
 
-def _begin(root: Path, step: int, files: Sequence[Sequence[Piece]]) -> None:
-    """Make the temporary folder and the data files, full length. Raises OSError, CheckpointError."""
+def _begin(root: Path, step: int, config: RunConfig) -> None:
+    """Make the temporary folder, before pieces without end are listed. Raises OSError, CheckpointError."""
     begin_checkpoint(root, step)
-    needed, free = sum(piece_starts(pieces)[-1] for pieces in files), shutil.disk_usage(root).free
+    needed, free = checkpoint_bytes(config.model), shutil.disk_usage(root).free
     if needed > free:
         raise CheckpointError(
             f"the new checkpoint needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: "
             "make room, or save elsewhere"
         )
+
+
+def _lay_out(folder: Path, files: Sequence[Sequence[Piece]]) -> None:
+    """Make the data files, full length. Raises OSError."""
     for rank, pieces in enumerate(files):
-        with rank_files(temporary_folder(root, step), rank)[0].open("wb") as file:
+        with rank_files(folder, rank)[0].open("wb") as file:
             file.write(safetensors_header(pieces))
             file.truncate(piece_starts(pieces)[-1])
 

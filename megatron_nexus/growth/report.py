@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from math import prod
 
 from megatron_nexus.checkpoint.store import DTYPE, STATES
-from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan
 from megatron_nexus.models.decoder import decoder_specs, layer_specs, training_flops_per_token
 from megatron_nexus.spec.cost import parameter_count
@@ -62,6 +62,11 @@ def _filling(tensor: TensorPlan) -> str:
     return ", ".join(f"{fill} {count:,}" for fill, count in counts.items())
 
 
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """Bytes of the weights and moments of a model, in whatever files."""
+    return parameter_count(decoder_specs(model).values()) * DTYPE.itemsize * len(STATES)
+
+
 def size_lines(plan: GrowthPlan) -> Iterator[str]:
     """True parameters, FLOPs and bytes before and after, and which widths are padded in memory."""
     for name, (old, new) in plan.axes.items():
@@ -72,7 +77,7 @@ def size_lines(plan: GrowthPlan) -> Iterator[str]:
     flops = [training_flops_per_token(config.model, length) for config in (before, after)]
     yield f"  {'parameters':<24} {counts[0]:,} -> {counts[1]:,}"
     yield f"  {'training FLOPs per token':<24} {flops[0]:,} -> {flops[1]:,}"
-    yield f"  {'bytes of the checkpoint':<24} {counts[1] * DTYPE.itemsize * len(STATES):,}"
+    yield f"  {'bytes of the checkpoint':<24} {checkpoint_bytes(after.model):,}"
     yield from _padding_lines(after)
 
 

@@ -21,8 +21,10 @@ def rank_groups(
 
 def memory_table(plan: Sequence[Mapping[str, int]], world_size: int) -> list[str]:
     """The lines of the table, in MiB; `plan` has the bytes of a rank of each stage by column."""
-    lines = [f"{'ranks':>11}" + "".join(f"{name:>13}" for name in plan[0])]
+    rows = [["ranks", *plan[0]]]
     for first, last, memory in rank_groups(plan, world_size):
         ranks = f"{first}-{last}" if last > first else f"{first}"
-        lines.append(f"{ranks:>11}" + "".join(f"{size / MIB:>13,.1f}" for size in memory.values()))
-    return lines
+        rows.append([ranks, *(f"{size / MIB:,.1f}" for size in memory.values())])
+    least = [10, *(12 for _ in plan[0])]
+    widths = [max(width, *map(len, cells)) for width, *cells in zip(least, *rows, strict=True)]
+    return ["".join(f" {cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]

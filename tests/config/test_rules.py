@@ -29,6 +29,12 @@ REFUSED = [
     ("--tp 3", 3, ["--tp 3", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--tp 8", 8, ["--tp 8", "divide --num-attention-heads 4", "use 1, 2, 4"]),
     ("--pp 5", 5, ["--pp 5", "--num-layers 4", "use at most 4"]),
+    *(
+        (f"--{flag} {10**26}", 1, [f"--{flag} 1", f"{2**48:,}", "give a smaller number"])
+        for flag in ("train-iters", "hidden-size", "num-attention-heads", "seed", "keep-every")
+    ),
+    ("--hidden-size 100000000000000", 1, ["--num-layers x the widths", "5.8e+17", "give less"]),
+    ("--train-iters 200000000000000", 1, ["--train-iters x --global-batch-size", "8.2e+17", "give less"]),
     ("--num-layers 10001", 1, ["--num-layers 10001", "10,000", "give fewer"]),
     ("--num-query-groups 3", 1, ["--num-query-groups 3", "--num-attention-heads 4", "use 1, 2, 4"]),
     ("--num-query-groups 2 --tp 4", 4, ["--tp 4", "divide --num-query-groups 2", "use 1, 2"]),

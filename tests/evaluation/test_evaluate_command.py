@@ -42,6 +42,7 @@ def test_tasks_and_perplexity_are_told_and_written(
     [
         ((), "nothing to evaluate: give --tasks"),
         (("--perplexity", "gone.txt"), "gone.txt: No such file or directory"),
+        (("--perplexity", "empty.txt"), "empty.txt is empty"),
         (("--perplexity", "bytes.txt"), "bytes.txt is no UTF-8 text"),
         (("--perplexity", "a.txt", "--task-path", "."), "--task-path . belongs to --tasks"),
         (("--perplexity", "a.txt", "--output", "no/such/out.json"), "its folder does not exist"),
@@ -60,6 +61,7 @@ def test_mistakes_are_answered(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "hellaswag.jsonl").write_text("{}")

@@ -36,7 +36,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFi
     monkeypatch.chdir(folder)
 
     def run(words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["grow_sharded_checkpoint.py", *words.split()])
+        monkeypatch.setattr(sys, "argv", ["tools/grow_sharded_checkpoint.py", *words.split()])
         with pytest.raises(SystemExit) as ended:
             main()
         told = console.readouterr()
@@ -99,6 +99,8 @@ def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
         ("--workers 0", ["--workers 0 must be positive"]),
         ("--save old/latest", ["--save old/latest is a file"]),
         ("--save /proc/new --nexus-m 20", ["--save /proc/new: No such file", "that can be written"]),
+        ("--save old --dry-run", ["--save old holds iter_0000040", "never overwritten"]),
+        ("--nexus-m 10000000000", ["the new checkpoint needs", "GB and the disk has", "make room"]),
         ("--save old", ["--save old holds iter_0000040", "never overwritten"]),
         ("--save old/iter_0000040/new", ["lies in the source"]),
         ("--load nowhere", ["nowhere: no such folder"]),
