@@ -13,15 +13,23 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
+SAFE_PATH = "PYTHONSAFEPATH"
 IMPORTED = ["megatron_nexus.data.shards"]
 
 
 def start_server() -> None:
     """Start the server, or do nothing where it runs; does not wait for its imports."""
-    # Or what lies in the working directory could be imported in the place of what is installed.
-    os.environ["PYTHONSAFEPATH"] = "1"
     forkserver.set_forkserver_preload(IMPORTED)
-    forkserver.ensure_running()
+    # Or what lies in the working directory could be imported in the place of what is installed.
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:  # for the server alone
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
 
 
 def start_workers(count: int) -> ProcessPoolExecutor:
