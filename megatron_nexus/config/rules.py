@@ -14,7 +14,6 @@ from megatron_nexus.errors import ConfigError
 MOST_LAYERS = 10_000
 """A model is described layer by layer before anything is refused for its size."""
 
-
 MOST = 2**48
 """Of every whole number: what is made of a few stays far from where floats and 64-bit integers end."""
 
