@@ -3,7 +3,9 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -11,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
-from megatron_nexus.parallel.local_ranks import die_with_parent, free_port
+from megatron_nexus.parallel.local_ranks import die_with_parent
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
@@ -24,6 +26,36 @@ PEERS_PATIENCE_S = 6.0
 RANKS = multiprocessing.get_context("forkserver")
 """Forks the ranks from one process that has imported torch and DeepSpeed: seconds of each rank's start."""
 RANKS.set_forkserver_preload(["warm_rank"])
+
+_PORTS = range(10_000, 20_000)
+"""Below those that a job's ranks meet at (`world.PORTS`) and those that Linux hands out."""
+_CASES = 200
+"""How many cases, one after the other and each at a port of its own, a start of ranks has at most."""
+_next_port = random.SystemRandom().randrange(len(_PORTS))
+
+
+def free_port(count: int = 1) -> int:
+    """A TCP port that nobody listens on and no other test is given meanwhile; the first of `count` in a row.
+
+    Each process of the tests has a share of the ports for itself and its children, and goes round in it.
+    """
+    global _next_port
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = len(_PORTS) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        _next_port = (_next_port + count) % (share - count)
+        ports = _PORTS[worker * share + _next_port :][:count]
+        if all(map(_is_free, ports)):
+            return ports[0]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def allowed(quiet_s: float) -> float:
@@ -41,7 +73,7 @@ def run_ranks(count: int, worker: Path, *arguments: str, timeout_s: float = 3 * 
         "WORLD_SIZE": str(count),
         "LOCAL_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(free_port(_CASES)),
     }
     with tempfile.NamedTemporaryFile() as output:
         started = []

@@ -22,6 +22,7 @@ _NO_RNG = "drop it: nothing here draws random numbers after the start"
 _METRICS = "drop it: step times are in metrics.jsonl"
 _WANDB = "use --tensorboard-dir, which wandb sync reads"
 _BF16 = "use --bf16"
+_GARBAGE = "drop it: what the imports make is kept from Python's collector, which finds little more"
 _INSTEAD: dict[str, str] = {
     # the model
     "swiglu": "drop it: --feed-forward swiglu is the default",
@@ -124,8 +125,12 @@ _INSTEAD: dict[str, str] = {
     "check-for-nan-in-loss-and-grad": "drop it: a loss or gradient that is not finite always ends the run",
     "no-check-for-nan-in-loss-and-grad": "drop it: a loss or gradient that is not finite always ends the run",
     "no-rope-fusion": _NO_KERNEL,
+    "manual-gc": _GARBAGE,
+    "manual-gc-interval": _GARBAGE,
+    "calculate-per-token-loss": "drop it: the loss is always the mean over all tokens of the batch",
     # data
     "data-impl": "drop it: token files are memory-mapped .bin/.idx pairs",
+    "eod-mask-loss": "drop it: every token counts in the loss, the end of a document too",
     "mock-data": "leave --data-path out: the built-in corpus needs no download",
     "no-mmap-bin-files": "drop it: token files are memory-mapped .bin/.idx pairs",
     "no-create-attention-mask-in-dataloader": "drop it: masks are made where they are used",

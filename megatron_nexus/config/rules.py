@@ -127,8 +127,12 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
     for flag, value in positive.items():
         if not 0 < value < inf:
             yield f"{flag} {value} must be positive: give a finite number above 0"
-    if model.num_layers > MOST_LAYERS:
-        yield f"--num-layers {model.num_layers} is above the {MOST_LAYERS:,} that can be planned: give fewer"
+    for flag, count in {
+        "--num-layers": model.num_layers,
+        "--attention-order": model.attention_order,
+    }.items():
+        if count > MOST_LAYERS:
+            yield f"{flag} {count} is above the {MOST_LAYERS:,} that can be planned: give fewer"
     not_negative = {
         "--min-lr": optimizer.min_lr,
         "--lr-decay-iters": optimizer.lr_decay_iters,

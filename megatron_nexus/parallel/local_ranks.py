@@ -5,7 +5,6 @@ It watches them, passes signals on, and when one fails ends the others, so that 
 
 import ctypes
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -14,9 +13,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
-from megatron_nexus.parallel.world import LAUNCHER, PORTS, World
+from megatron_nexus.parallel.world import LAUNCHER, LISTENER, World
 
 PATIENCE_S = 6.0
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -63,18 +61,6 @@ def _script(words: list[str]) -> str:
     return next((word for word in words[2:] if word.endswith(".py")), words[-1])
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now, and that the kernel gives to no connection meanwhile."""
-    for port in random.SystemRandom().sample(PORTS, k=len(PORTS)):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise ConfigError([f"no port of {PORTS.start} to {PORTS.stop - 1} is free: end what listens on them"])
-
-
 def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent is gone, even by SIGKILL."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -86,25 +72,28 @@ def run_local_ranks(count: int, command: list[str]) -> int:
     SIGINT, SIGTERM and SIGUSR1 are passed on. When a rank fails, the others get 6 s to leave by
     themselves, then they are ended. The exit code is that of the rank that failed first.
     """
-    port = free_port()
     threads = max(1, len(os.sched_getaffinity(0)) // count)
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "LOCAL_SIZE": str(count),
-        LAUNCHER: "local",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-u", *command],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            preexec_fn=die_with_parent,
-        )
-        for rank in range(count)
-    ]
+    # Listens from now on, until rank 0 serves it: nothing else on this machine can take the port between.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        environment = {
+            **os.environ,
+            "WORLD_SIZE": str(count),
+            "LOCAL_SIZE": str(count),
+            LAUNCHER: "local",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(listener.getsockname()[1]),
+            LISTENER: str(listener.fileno()),
+        }
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-u", *command],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                pass_fds=[listener.fileno()] if rank == 0 else [],
+                preexec_fn=die_with_parent,
+            )
+            for rank in range(count)
+        ]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in ranks:

@@ -116,7 +116,14 @@ def _connect(world: World, timeout: timedelta) -> PrefixStore:
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        store = TCPStore(world.master_addr, world.master_port, world.size, serves, timeout)
+        store = TCPStore(
+            world.master_addr,
+            world.master_port,
+            world.size,
+            serves,
+            timeout,
+            master_listen_fd=world.listener,
+        )
         # torchrun's store outlives a restart: each attempt has its own names in it.
         return PrefixStore(f"attempt_{attempt}", store)
     except (dist.DistNetworkError, dist.DistStoreError) as error:

@@ -21,10 +21,16 @@ _STEP_STRIDE = 211
 LAUNCHER = "MEGATRON_NEXUS_LAUNCHER"
 """Set to "local" for the ranks that `local_ranks` starts."""
 
+LISTENER = "MEGATRON_NEXUS_LISTENER"
+"""The descriptor of the socket that `local_ranks` hands to rank 0: it listens at MASTER_PORT already."""
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `launcher` is "none" where nothing but a shell started it."""
+    """This process among all: `launcher` is "none" where nothing but a shell started it.
+
+    `listener` is the descriptor of a socket that listens at `master_port` already, for rank 0 to serve.
+    """
 
     launcher: str
     rank: int
@@ -33,6 +39,7 @@ class World:
     local_size: int
     master_addr: str
     master_port: int
+    listener: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ def _world(names: _Names, environment: Mapping[str, str]) -> World:
         local_size=local_sizes[0] if local_sizes else size,
         master_addr=environment.get("MASTER_ADDR") or _master_address(environment, size),
         master_port=port,
+        listener=int(environment[LISTENER]) if LISTENER in environment else None,
     )
 
 

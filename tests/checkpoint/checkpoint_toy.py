@@ -28,6 +28,7 @@ import warm_rank  # noqa: F401 - what the ranks would import
 from checkpoint_kinds import FOUR_RANKS, KILLED, STARTS, Kind, at_step
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from processes import free_port
 from torch import Tensor, nn
 
 from megatron_nexus.checkpoint import writer
@@ -38,7 +39,6 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.checkpoint.writer import CheckpointWriter, Moment
 from megatron_nexus.checkpoint.zero_pieces import PRIVATE_NAMES, PRIVATE_PARAMETER_NAMES
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.parallel.local_ranks import free_port
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.spec.initialise import local_values

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,8 +13,8 @@ import pytest
 from conftest import REPOSITORY, Program, Spawn, wait_for
 from processes import allowed
 
-from megatron_nexus.parallel.local_ranks import free_port, missing_ranks
-from megatron_nexus.parallel.world import PORTS, World
+from megatron_nexus.parallel.local_ranks import missing_ranks
+from megatron_nexus.parallel.world import World
 
 # Runs its arguments as local ranks: `python -c PARENT count script ...`.
 PARENT = """
@@ -164,13 +163,25 @@ def test_ranks_die_with_a_parent_that_is_killed(start: Start) -> None:
     wait_for(lambda: run.program.left() == {}, "the end of the ranks")
 
 
-def test_a_free_port_can_be_listened_on_and_is_no_one_that_the_kernel_hands_out() -> None:
-    with socket.socket() as listener:
-        port = free_port()
-        listener.bind(("127.0.0.1", port))
-        listener.listen()
-    assert port in PORTS
-    assert max(PORTS) < 32_768, "Linux hands out ports from here on, where it is not told otherwise"
+def test_the_ranks_port_is_taken_from_the_start_and_the_first_rank_s_to_serve(start: Start) -> None:
+    run = start(
+        2,
+        "import socket\n"
+        "port = int(os.environ['MASTER_PORT'])\n"
+        "if rank == 0:\n"
+        "    time.sleep(0.5)\n"  # the other calls meanwhile
+        "    line = socket.socket(fileno=int(os.environ['MEGATRON_NEXUS_LISTENER'])).accept()[0]\n"
+        "else:\n"
+        "    line = socket.create_connection(('127.0.0.1', port))\n"
+        "    try:\n"
+        "        socket.create_server(('127.0.0.1', port))\n"
+        "    except OSError:\n"
+        "        os.write(1, b'taken')\n"
+        "with line:\n"
+        "    line.sendall(b'.')\n"
+        "    os.write(1, line.recv(1))",
+    )
+    assert run.end() == (0, "taken..")
 
 
 def world(launcher: str, size: int = 1) -> World:
@@ -204,7 +215,7 @@ def test_on_accelerators_the_launcher_s_count_is_always_meant(monkeypatch: pytes
 COMMAND = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, 'launch.py', *sys.argv[1:]]))"
 SCRIPT = """
 from megatron_nexus.parallel import local_ranks
-from megatron_nexus.parallel.world import PORTS, World
+from megatron_nexus.parallel.world import World
 local_ranks._has_accelerator = lambda: False
 print(local_ranks.missing_ranks(World("deepspeed", 0, 1, 0, 1, "127.0.0.1", 0), 4))
 """

@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import PATIENCE_S
-
-from megatron_nexus.parallel.local_ranks import free_port
+from processes import PATIENCE_S, free_port
 
 PACKAGES = ["slurm-wlm", "munge", "libpmix-dev"]
 """The last is what `srun --mpi=pmix` loads."""

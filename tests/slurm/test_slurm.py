@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from cluster import Slurm, install, missing_programs, slurm
 from conftest import REPOSITORY, wait_for
-from processes import PATIENCE_S
+from processes import PATIENCE_S, free_port
 from programs import ENDLESS
 
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
-from megatron_nexus.parallel.local_ranks import free_port
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import warm_rank  # noqa: F401 - what the ranks would import
-from processes import PATIENCE_S
+from processes import PATIENCE_S, free_port
 from programs import SMALL
 
 from megatron_nexus import log
@@ -31,7 +31,6 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.command import configure
 from megatron_nexus.config.rules import check
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
-from megatron_nexus.parallel.local_ranks import free_port
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.metrics import METRICS_FILE
 from megatron_nexus.training.run import run

@@ -110,9 +110,8 @@ def save(engine: Engine, mesh: Mesh, folder: Path, moment: Moment) -> None:
 def run_case(case: dict, out: Path, index: int) -> None:
     config = build(case["flags"])
     world = read_world(os.environ)
-    # A port of its own for each case: the last one's may not be free again yet. Below those that the
-    # kernel hands out, so that no connection of a case before has taken it.
-    world = dataclasses.replace(world, master_port=10_000 + (7 * world.master_port + index) % 20_000)
+    # A port of its own for each case: the last one's may not be free again yet.
+    world = dataclasses.replace(world, master_port=world.master_port + index)
     check(config, world.size)
     parallel, training = config.parallel, config.training
     mesh = make_mesh(

@@ -23,7 +23,7 @@ def main() -> None:
     run_module.plot_losses = lambda folder, entropy, title: folder
     for index, argv in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         world = read_world(os.environ)
-        world = replace(world, master_port=10_000 + (7 * world.master_port + index) % 20_000)
+        world = replace(world, master_port=world.master_port + index)
         log.configure(speaks=world.rank == 0)
         config, checkpoint = configure(argv)
         check(config, world.size)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Program, wait_for
-from processes import allowed
+from processes import allowed, free_port
 from programs import DEEPSPEED, ENDLESS, TORCHRUN, Command, assert_refused, commands, ended, summary
 
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
-from megatron_nexus.parallel.local_ranks import free_port
 from megatron_nexus.training.metrics import METRICS_FILE, PLOT_FILE
 
 pytestmark = pytest.mark.slow
@@ -63,7 +62,7 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
 @pytest.mark.parametrize(
     "launcher",
     [
-        [*DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())],
+        [*DEEPSPEED, "--num_gpus", "2", "--master_port", "free"],
         [*TORCHRUN, "--standalone", "--nproc-per-node", "2"],
     ],
     ids=["deepspeed", "torchrun"],
@@ -72,6 +71,7 @@ def test_a_launcher_that_was_told_a_count_gives_the_ranks(
     command: Command, kept: str, launcher: list[str]
 ) -> None:
     save = f"told-{Path(launcher[0]).name}"
+    launcher = [str(free_port()) if word == "free" else word for word in launcher]
     code, output = command.run(f"--tp 2 --save {save} --train-iters 4", launcher)
     assert code == 0, output
     assert "starting 2 local ranks" not in output

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import wait_for
-from processes import PATIENCE_S
+from processes import PATIENCE_S, free_port
 from programs import ENDLESS, Command, assert_refused, commands, summary
 
 from megatron_nexus.checkpoint import location
@@ -17,7 +17,6 @@ from megatron_nexus.checkpoint.location import ObjectPath
 from megatron_nexus.checkpoint.run_folder import complete_checkpoints, find_checkpoint, newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.parallel.local_ranks import free_port
 from megatron_nexus.spec.shard import Box
 
 pytest.importorskip("s3fs", reason="requirements-dev.txt has it")

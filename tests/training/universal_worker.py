@@ -27,7 +27,7 @@ derived_config = engine_module.deepspeed_config
 def load(case: dict, how: str, out: Path, index: int) -> dict:
     config = build(case["flags"])
     world = read_world(os.environ)
-    world = dataclasses.replace(world, master_port=10_000 + (7 * world.master_port + index) % 20_000)
+    world = dataclasses.replace(world, master_port=world.master_port + index)
     parallel, training = config.parallel, config.training
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, 120.0)
     universal = {"checkpoint": {"load_universal": how == "deepspeed"}}
