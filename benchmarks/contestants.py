@@ -50,6 +50,7 @@ class Job:
     precision: Precision
     keeps_memory: bool
     compiled: bool
+    fused: bool
     corpus: Path
     folder: Path
 
@@ -134,14 +135,16 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
 # -------------------------------------------------------------------------------------- plain loops
 
 
-def adamw(parameters: list[Tensor], optimizer: OptimizerConfig) -> torch.optim.AdamW:
-    """The real path's optimizer: matrices decay, gains do not."""
+def adamw(parameters: list[Tensor], optimizer: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+    """The real path's optimizer: matrices decay, gains do not; not fused: torch's choice."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optimizer.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (optimizer.adam_beta1, optimizer.adam_beta2)
-    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.adam_eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=optimizer.lr, betas=betas, eps=optimizer.adam_eps, fused=fused or None
+    )
 
 
 def train(
@@ -162,7 +165,7 @@ def train(
         module.to(torch.bfloat16)
     else:
         masters = list(module.parameters())
-    optimizer = adamw(masters, optimizer_config)
+    optimizer = adamw(masters, optimizer_config, job.fused)
     parameters = list(module.parameters())
     for tokens_BT, labels_BT in data:
         loss = loss_of(tokens_BT, labels_BT)
