@@ -84,6 +84,8 @@ CASES: list[tuple[str, int, dict[str, Value]]] = [
     ("dp 2, ZeRO 1, fp32", 2, {"precision": "fp32"}),
     ("dp 2, ZeRO 2, fp32", 2, {"precision": "fp32", "zero_stage": 2}),
     ("dp 2, ZeRO 3, fp32", 2, {"precision": "fp32", "zero_stage": 3}),
+    ("dp 2, ZeRO 2, bf16", 2, {"precision": "bf16", "zero_stage": 2}),
+    ("dp 2, ZeRO 3, bf16", 2, {"precision": "bf16", "zero_stage": 3}),
     ("recompute selective, fp32", 1, {"precision": "fp32", "recompute_granularity": "selective"}),
     ("recompute full, fp32", 1, {"precision": "fp32", "recompute_granularity": "full"}),
 ]

@@ -168,8 +168,10 @@ class _Stage1And2(EngineMemory):
         self.memory.drop(*model)
         for flat in self.flat:
             self.memory.hold("optimizer", FP32 * flat // self.copies)
-        self.passing(*[FP32 * flat // self.copies for flat in self.flat])
+        self.passing(*self.shares)
         self.gathered: Block | None = None
+        self.in_bucket = self.largest = 0
+        self.own: list[Block] = []
         self.kept: list[Block] = []
 
     @property
@@ -187,14 +189,35 @@ class _Stage1And2(EngineMemory):
     def gradient(self, parameter: Tensor) -> None:
         if self.partitioned:
             parameter.grad = None  # copied into the bucket
+            if self.in_bucket + parameter.numel() > self.bucket_elements:
+                self._reduce()
+            self.in_bucket += parameter.numel()
+            self.largest = max(self.largest, parameter.numel())
+
+    def _reduce(self) -> None:
+        """All-reduce a copy of the bucket and keep what is this rank's own.
+
+        This rank is the last: its share comes first, while most activations are there.
+        """
+        copy = self.memory.hold("buffers", self.bucket(self.width))
+        if self.width == FP32:
+            self.memory.drop(copy)
+            self.own = self.own or [self.memory.hold("gradients", share) for share in self.shares]
+        else:
+            # One parameter after the other in fp32, added to a buffer for all micro-batches.
+            self.kept = self.kept or [self.memory.hold("gradients", share) for share in self.shares]
+            self.passing(FP32 * self.largest)
+            self.memory.drop(copy)
+        self.in_bucket = self.largest = 0
 
     def after_backward(self, last: bool) -> None:
         if self.partitioned:
-            self.passing(self.bucket(self.width))  # the copy that is all-reduced
-            if not self.kept:
-                self.kept = [self.memory.hold("gradients", share) for share in self.shares]
-            elif self.width == FP32:
-                self.passing(*self.shares)  # the next micro-batch's, added to those kept
+            self._reduce()
+            if self.kept:
+                self.memory.drop(*self.own)  # added to those of the micro-batches before
+            else:
+                self.kept = self.own
+            self.own = []
             assert self.gathered is not None
             self.memory.drop(self.gathered)
         elif last:

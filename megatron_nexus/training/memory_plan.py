@@ -97,7 +97,7 @@ class _Unfilled(Shard):
 
 
 def plan_memory(config: RunConfig, world_size: int, device: torch.device, multiple: int) -> list[RankMemory]:
-    """The memory of the ranks of each pipeline stage; those that share a stage hold the same.
+    """The memory of each pipeline stage's ranks: of the one that holds most, where they differ (ZeRO 2).
 
     `multiple` is the alignment of split axes, in elements.
     """

@@ -34,6 +34,15 @@ CASES: list[tuple[int, dict[str, Value]]] = [
     (1, {"precision": "fp32", "recompute_granularity": "selective"}),
     (1, {"precision": "fp32", "recompute_granularity": "full", "nexus_inner_norm": True}),
     (2, {"precision": "bf16"}),
+    (
+        2,
+        {
+            "precision": "bf16",
+            "zero_stage": 2,
+            "global_batch_size": 4,
+            "deepspeed_config": str(SMALL_BUCKETS),
+        },
+    ),
     (2, {"precision": "fp32", "zero_stage": 3, "deepspeed_config": str(SMALL_BUCKETS)}),
     (2, {"precision": "fp32", "tensor_model_parallel_size": 2, "attention_order": 2, "num_query_groups": 2}),
     (
@@ -132,10 +141,13 @@ def test_the_plan_is_what_the_engine_holds(ranks: int, flags: dict[str, Value], 
     config = build({**SMALL, **flags})
     tolerance = 0.02 if config.model_parallel_size == 1 else 0.08
     plan = plan_memory(config, ranks, torch.device("cpu"), 1)
-    for rank in range(ranks):
-        seen = json.loads((tmp_path / f"{rank}.json").read_text())
-        memory = plan[rank * len(plan) // ranks]
-        assert memory.columns["weights"] == seen["weights"]
-        assert memory.columns["optimizer"] == seen["optimizer"]
-        assert (seen["peak"] - seen["unseen"]) * (1 - tolerance) <= memory.peak
-        assert memory.peak <= seen["peak"] * (1 + tolerance)
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+    share = ranks // len(plan)
+    for stage, memory in enumerate(plan):
+        of_stage = seen[stage * share : (stage + 1) * share]
+        for record in of_stage:
+            assert memory.columns["weights"] == record["weights"]
+            assert memory.columns["optimizer"] == record["optimizer"]
+        # The plan is of the rank that holds most.
+        assert max(r["peak"] - r["unseen"] for r in of_stage) * (1 - tolerance) <= memory.peak
+        assert memory.peak <= max(r["peak"] for r in of_stage) * (1 + tolerance)
