@@ -1,5 +1,6 @@
 """Scripts pass the linters of their kind, and the example from text to model does what it says."""
 
+import json
 import os
 import subprocess
 import sys
@@ -79,3 +80,31 @@ def test_families_are_trained_in_turn_and_told_in_a_table(tmp_path: Path) -> Non
     # 4,096 x 32 twice, 4 x 32 x 32 of attention, 3 x 32 x 48 of SwiGLU, three norms; 2 steps of 32 x 32.
     assert rows[0][1].strip() == f"{2 * 4096 * 32 + 4 * 32 * 32 + 3 * 32 * 48 + 3 * 32:,}"
     assert [row[3].strip() for row in rows] == ["2,048"] * 2
+
+
+@pytest.mark.slow
+def test_a_grown_run_goes_on_at_other_topologies_from_the_loss_of_one_that_is_not_grown(
+    tmp_path: Path,
+) -> None:
+    sizes = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 --ffn-hidden-size 48"
+    flags = f"{sizes} --nexus-m 40 --nexus-a 48 --seq-length 32 --eval-iters 1 --eval-interval 0"
+    grown = {"STEPS": "2", "SIZES": "--nexus-m 44 --nexus-a 56"}
+    done = subprocess.run(
+        ["bash", REPOSITORY / "examples" / "grow_tiny.sh", "out", *flags.split()],
+        cwd=tmp_path,
+        env={**os.environ, **grown, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("verified in float64") == 2
+    losses = {}
+    for run in ("ungrown", "zero1", "zero3"):
+        records = map(json.loads, (tmp_path / "out" / run / "metrics.jsonl").read_text().splitlines())
+        losses[run] = {record["step"]: record["loss"] for record in records if "loss" in record}
+        assert list(losses[run]) == [3, 4]
+    # Growth keeps the function; the step that follows trains the new weights as well.
+    assert losses["zero1"][3] == pytest.approx(losses["ungrown"][3], abs=1e-5)
+    assert losses["zero1"][4] != losses["ungrown"][4]
+    assert losses["zero3"] == pytest.approx(losses["zero1"], abs=1e-5)
+    assert (tmp_path / "out" / "losses.png").stat().st_size > 10_000
