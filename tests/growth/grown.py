@@ -116,10 +116,13 @@ def write_checkpoint(
             whole[p.tensor, p.state][index_within(p.box, whole_box(specs[p.tensor].shape))] for p in pieces
         )
         write_pieces(folder, rank, pieces, arrays, {"cpu": b"random"})
+    groups = {"decay": GROUP, "no_decay": {**GROUP, "weight_decay": 0.0}}
+    if all(spec.decays for spec in specs.values()):  # a model without gains
+        del groups["no_decay"]
     manifest = Manifest(
         progress=RunProgress(STEP, 4 * STEP, 100 * STEP, 10**9),
         specs=specs,
-        optimizer=OptimizerRecord(STEP, {"decay": GROUP, "no_decay": {**GROUP, "weight_decay": 0.0}}),
+        optimizer=OptimizerRecord(STEP, groups),
         engine=EngineRecord(STEP, 4 * STEP, 0),
         topology=Topology(tp, 1, 1, tp),
         config=dataclasses.asdict(config),

@@ -30,7 +30,15 @@ OLD = {
     "min_lr": 0.0,
     "lr_warmup_iters": 0,
 }
-GROWTH = "vocab_size=41 num_layers=3 hidden_size=14 num_attention_heads=4 kv_channels=6 nexus_m=21 nexus_a=30"
+NEXUSFORMER: dict[str, str | int] = {}
+TOKENFORMER: dict[str, str | int] = {
+    "projection": "pattention",
+    "pattention_slots": 21,
+    "feed_forward": "pattention",
+    "normalization": "NonParametricLayerNorm",
+}
+COMMON = "vocab_size=41 num_layers=3 hidden_size=14 num_attention_heads=4 kv_channels=6"
+SLOTS = f"{COMMON} pattention_slots=30 ffn_hidden_size=33"
 TOPOLOGIES = {
     2: {
         "zero1": {},
@@ -59,18 +67,28 @@ def expected(folder: Path, config: dict) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_training_goes_on_as_plain_adamw_at_every_topology(ranks: int, tmp_path: Path) -> None:
-    config = grown.configure(**OLD)
+@pytest.mark.parametrize(
+    ("ranks", "family", "growth"),
+    [
+        (2, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30"),
+        (4, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30"),
+        (2, TOKENFORMER, SLOTS),
+    ],
+    ids=["nexusformer-2", "nexusformer-4", "tokenformer-2"],
+)
+def test_training_goes_on_as_plain_adamw_at_every_topology(
+    ranks: int, family: dict[str, str | int], growth: str, tmp_path: Path
+) -> None:
+    config = grown.configure(**OLD, **family)
     source = grown.write_checkpoint(tmp_path / "source", config, tp=2)
-    sizes = {name: int(size) for name, size in (word.split("=") for word in GROWTH.split())}
+    sizes = {name: int(size) for name, size in (word.split("=") for word in growth.split())}
     made, after = grown.grow(source, tmp_path / "grown", config, sizes, tp=2)
     flags = {**vars(after.model), **OLD, **sizes, "micro_batch_size": 1, "global_batch_size": 4}
     cases = [
         {"name": name, "flags": {**flags, **topology}, **start}
         for i, (name, topology) in enumerate(TOPOLOGIES[ranks].items())
         # By turns from the tool's checkpoint and growing while loading.
-        for start in ([{"load": str(made)}, {"load": str(source), "grow": GROWTH}][i % 2],)
+        for start in ([{"load": str(made)}, {"load": str(source), "grow": growth}][i % 2],)
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     run_ranks(ranks, TESTS / "training" / "law_worker.py", str(tmp_path / "cases.json"), str(tmp_path))
