@@ -18,7 +18,7 @@ STANDALONE = PACKAGE / "interchange" / "remote_code"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if STANDALONE not in path.parents)
 
 LAYERS: list[set[str]] = [
-    {"errors", "imports", "log"},
+    {"errors", "imports", "log", "open_files"},
     {"config", "spec"},
     {"parallel", "data"},
     {"models", "checkpoint"},

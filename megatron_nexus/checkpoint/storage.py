@@ -93,22 +93,21 @@ class Folder(ABC):
 
 
 class _MappedFile(DataFile):
-    """A file mapped into memory, read as it is used."""
+    """A file of which the part that is asked for is mapped into memory, read as it is used.
+
+    Neither a descriptor nor memory is kept: a checkpoint has as many files as ranks wrote it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._mapped: mmap.mmap | None = None
         self.size = path.stat().st_size
 
     @contextmanager
     def part(self, first: int, length: int, start: int, stop: int) -> Iterator[Bytes]:
-        if self._mapped is None:
-            with self._path.open("rb") as file:
-                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        yield np.frombuffer(self._mapped, np.uint8, length, first)
-        # What was read stays in the system's cache, but no longer counts as memory of this process.
-        page = first // mmap.PAGESIZE * mmap.PAGESIZE
-        self._mapped.madvise(mmap.MADV_DONTNEED, page, first + length - page)
+        before = first % mmap.ALLOCATIONGRANULARITY
+        with self._path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_READ, offset=first - before)
+        yield np.frombuffer(mapped, np.uint8, length, before)
 
 
 class LocalFolder(Folder):

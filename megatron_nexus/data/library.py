@@ -6,6 +6,7 @@ Needs no torch and no process group: a wrong file is answered before anything is
 import hashlib
 import json
 from collections.abc import Sequence
+from errno import EMFILE
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.samples import SplitRange, Splits, TokenWindows, restrict, split_documents
 from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import DataError
+from megatron_nexus.open_files import allow_open_files
 
 
 def training_sources(data: DataConfig) -> tuple[Source, ...]:
@@ -58,7 +60,16 @@ class Library:
 
     def _open(self, prefix: Path) -> IndexedDataset:
         if prefix not in self.datasets:
-            self.datasets[prefix] = IndexedDataset(prefix)
+            allow_open_files(2 * len(self.datasets) + 2)
+            try:
+                self.datasets[prefix] = IndexedDataset(prefix)
+            except OSError as error:
+                remedy = (
+                    "raise the limit (ulimit -n), or merge corpora"
+                    if error.errno == EMFILE
+                    else "make it readable"
+                )
+                raise DataError(f"{prefix} cannot be opened ({error.strerror}): {remedy}") from error
             if self.tokenizer is not None:
                 check_tokenizer(prefix, self.tokenizer)
             description, vocab_size = read_description(prefix), self._config.model.vocab_size

@@ -14,7 +14,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.open_files import allow_open_files
 from megatron_nexus.parallel.world import World
+
+GROUPS = 16
+"""Groups of all ranks that a rank may be in, ours and DeepSpeed's: gloo connects each member to each."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float =
             )
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
+    allow_open_files(GROUPS * world.size)
     # DeepSpeed reads these itself, and looks for MPI where they are missing (srun, mpirun, a plain shell).
     names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": index}
     os.environ.update({name: str(value) for name, value in names.items()})
