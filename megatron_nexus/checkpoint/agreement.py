@@ -6,8 +6,10 @@ Messages go over the mesh's control group as plain bytes: nothing is pickled.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh
@@ -15,7 +17,7 @@ from megatron_nexus.parallel.mesh import Mesh
 
 def exchange(mesh: Mesh, message: str) -> list[str]:
     """The short message of every rank, on every rank; a collective call."""
-    contents = torch.tensor(list(message.encode()), dtype=torch.uint8)
+    contents = _bytes_of(message)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
     dist.all_gather(lengths, torch.tensor([contents.numel()]), group=mesh.control)
     longest = max(int(length) for length in lengths)
@@ -30,9 +32,13 @@ def exchange(mesh: Mesh, message: str) -> list[str]:
     ]
 
 
+def _bytes_of(message: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(message.encode(), np.uint8).copy())
+
+
 def tell(mesh: Mesh, message: str, source: int) -> str:
     """The message of the rank `source`, on every rank; a collective call."""
-    contents = torch.tensor(list(message.encode()), dtype=torch.uint8)
+    contents = _bytes_of(message)
     length = torch.tensor([contents.numel()])
     dist.broadcast(length, source, group=mesh.control)
     if mesh.rank != source:

@@ -129,6 +129,23 @@ def index_within(box: Box, outer: Box) -> tuple[slice, ...]:
     )
 
 
+class Extents:
+    """Where boxes of one tensor begin and end: asked at once which of them a box meets.
+
+    A tensor is stored in up to three boxes for each rank, and each rank asks for its own.
+    """
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._starts = np.array([box.offsets for box in boxes])
+        self._stops = self._starts + np.array([box.sizes for box in boxes])
+
+    def meeting(self, box: Box) -> list[int]:
+        """The numbers of the boxes that share an element with `box`, ascending."""
+        start = np.array(box.offsets)
+        shared = np.minimum(self._stops, start + box.sizes) > np.maximum(self._starts, start)
+        return np.flatnonzero(shared.all(axis=1)).tolist()
+
+
 def are_disjoint(boxes: Sequence[Box]) -> bool:
     """Whether no element lies in two of the boxes."""
     if len(boxes) < 2:

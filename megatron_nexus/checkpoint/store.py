@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from megatron_nexus.checkpoint.location import Location, Place
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
-from megatron_nexus.checkpoint.pieces import are_disjoint, index_within, intersect, whole_box
+from megatron_nexus.checkpoint.pieces import Extents, are_disjoint, index_within, intersect, whole_box
 from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.checkpoint.storage import WRITE_BYTES, Bytes, DataFile, folder_of
 from megatron_nexus.errors import CheckpointError
@@ -195,6 +195,7 @@ class CheckpointReader:
             raise CheckpointError(f"{error.filename or folder}: {error.strerror}: load another") from error
         self._checked: set[tuple[Location, int]] = set()
         self._stored: dict[tuple[str, str], list[StoredPiece]] = {}
+        self._extents: dict[tuple[str, str], Extents] = {}
         self._random_states: list[dict[str, str]] = []
         self._files: dict[Location, DataFile] = {}
         problems = []
@@ -234,8 +235,11 @@ class CheckpointReader:
                 f"{data_path}: has {file.size:,} bytes, its index says {expected_bytes:,}: "
                 "copy it again, or load another checkpoint"
             )
-        with file.part(0, len(header), 0, len(header)) as found_header:
-            is_sound = found_header.tobytes() == header
+        try:
+            with file.part(0, len(header), 0, len(header)) as found_header:
+                is_sound = found_header.tobytes() == header
+        except OSError as error:
+            raise CheckpointError(f"{data_path}: {error.strerror}: load another checkpoint") from error
         if not is_sound:
             raise CheckpointError(
                 f"{data_path}: its header is damaged: copy it again, or load another checkpoint"
@@ -291,10 +295,14 @@ class CheckpointReader:
 
     def _shares(self, tensor: str, state: str, box: Box) -> list[tuple[Box, StoredPiece]]:
         """The stored parts that make up a box, each element once."""
+        key = tensor, state
+        pieces = self._stored.get(key, [])
+        if pieces and key not in self._extents:
+            self._extents[key] = Extents([stored.piece.box for stored in pieces])
         shares = [
-            (share, stored)
-            for stored in self._stored.get((tensor, state), [])
-            if (share := intersect(stored.piece.box, box)) is not None
+            (share, pieces[number])
+            for number in (self._extents[key].meeting(box) if pieces else ())
+            if (share := intersect(pieces[number].piece.box, box)) is not None
         ]
         covered = sum(share.numel for share, _ in shares)
         if covered != box.numel or not are_disjoint([share for share, _ in shares]):

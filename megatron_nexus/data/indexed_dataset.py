@@ -289,7 +289,7 @@ class IndexedDatasetWriter:
         blocks = [lengths[first : first + INDEX_BLOCK] for first in range(0, len(lengths), INDEX_BLOCK)]
         with self._idx_draft.open("wb") as index:
             index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(lengths) + 1))
-            index.write(lengths.astype("<i4").tobytes())
+            index.write(lengths.astype("<i4", copy=False).data)
             pointer = 0
             for block in blocks:
                 ends = pointer + np.cumsum(block, dtype="<i8") * self.dtype.itemsize

@@ -43,8 +43,13 @@ def balanced_cuts(costs: list[int], parts: int) -> list[int]:
     cut = [[0] * (count + 1) for _ in range(parts + 1)]
     best[0][0] = 0
     for k in range(1, parts + 1):
+        meet = k - 1
         for i in range(k, count + 1):
-            for j in range(k - 1, i):
+            # A later last cut makes the runs before it dearer and the last one cheaper: the best is where
+            # they meet, and that moves on with i.
+            while meet < i and best[k - 1][meet] < total[i] - total[meet]:
+                meet += 1
+            for j in range(max(k - 1, meet - 1), min(meet + 1, i)):
                 dearest = max(best[k - 1][j], total[i] - total[j])
                 if dearest < best[k][i]:
                     best[k][i], cut[k][i] = dearest, j

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_nexus.checkpoint.pieces import (
+    Extents,
     are_disjoint,
     flat_boxes,
     index_within,
@@ -81,3 +82,19 @@ def test_intersection_and_disjointness() -> None:
     assert intersect(one, Box((3, 2), (1, 1))) is None
     assert not are_disjoint([one, Box((8, 8), (1, 1)), other])
     assert are_disjoint([one, Box((3, 0), (2, 9)), Box((0, 0), (3, 2))])
+
+
+def test_extents_meet_what_intersects() -> None:
+    rng = np.random.default_rng(5)
+    for shape in SHAPES:
+        boxes = []
+        for _ in range(30):
+            starts = [int(rng.integers(0, size)) for size in shape]
+            sizes = [
+                int(rng.integers(1, size - start + 1)) for start, size in zip(starts, shape, strict=True)
+            ]
+            boxes.append(Box(tuple(starts), tuple(sizes)))
+        extents = Extents(boxes)
+        for box in boxes:
+            expected = [n for n, other in enumerate(boxes) if intersect(other, box) is not None]
+            assert extents.meeting(box) == expected

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,13 @@ import pytest
 from checkpoint_files import BOXES, MANIFEST, SPEC, VALUES, slices, write
 from safetensors.numpy import load_file
 
-from megatron_nexus.checkpoint.manifest import read_manifest, spec_from_json, spec_to_json
+from megatron_nexus.checkpoint.manifest import (
+    Topology,
+    manifest_to_json,
+    read_manifest,
+    spec_from_json,
+    spec_to_json,
+)
 from megatron_nexus.checkpoint.pieces import whole_box
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
@@ -61,6 +68,27 @@ def test_a_rank_may_own_nothing(tmp_path: Path) -> None:
     folder = write(tmp_path, boxes=[[whole_box(SPEC.shape)], []])
     CheckpointReader(folder).verify()
     assert load_file(folder / "rank_00001.safetensors") == {}
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    """Twelve files more than now may be open at once."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(limits[0]) if number not in in_use]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[12], limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_ranks_may_have_written_than_files_may_be_open(tmp_path: Path, few_descriptors: None) -> None:
+    elements = [Box((row, column), (1, 1)) for row in range(5) for column in range(4)]
+    folder = write(tmp_path, boxes=[[box] for box in elements])
+    written_by_all = dataclasses.replace(MANIFEST, topology=Topology(len(elements), 1, len(elements), 1))
+    (folder / "manifest.json").write_text(manifest_to_json(written_by_all))
+    reader = CheckpointReader(folder)
+    reader.verify()
+    assert (reader.read_box("w", "fp32", whole_box(SPEC.shape)) == VALUES["fp32"]).all()
 
 
 def test_reading_needs_neither_torch_nor_deepspeed() -> None:

@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,17 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path, which: int, damag
     with pytest.raises(DataError, match=message) as caught:
         IndexedDataset(prefix)
     assert file.name in str(caught.value)
+
+
+def test_the_index_is_written_without_a_copy_of_its_lengths(tmp_path: Path) -> None:
+    documents = 1 << 24
+    with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
+        writer._lengths.frombytes(bytes(4 * documents))
+        tracemalloc.start()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Blocks of a million documents are computed at a time: 8 bytes for each of them, in a few arrays.
+    assert peak < 4 * documents
 
 
 def test_an_id_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
