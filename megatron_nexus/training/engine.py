@@ -80,7 +80,8 @@ def _divided_as_built(config: Json, grid: PipelineParallelGrid) -> Iterator[None
 class Engine:
     """The model of a run, its optimizer state and its steps."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, draws: bool = True) -> None:
+        """Without `draws` weights are zeros, for a checkpoint to fill: 7B are drawn in two minutes a core."""
         # On a CPU DeepSpeed would build a shared-memory collective that leaves 67 MB per rank in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -91,7 +92,7 @@ class Engine:
         context = Context(
             tp,
             self.shard,
-            config.training.seed,
+            config.training.seed if draws else None,
             DTYPES[config.training.precision],
             recompute=config.training.recompute_granularity,
             norm_impl=config.training.norm_impl,

@@ -83,7 +83,7 @@ def run(
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             import_muon_uncompiled()
-            engine = Engine(config, mesh)
+            engine = Engine(config, mesh, draws=checkpoint is None)
         trainer = Trainer(config, mesh, engine, corpus, save, notes, rate, judge)
         _announce(config, mesh, engine, rate, save)
         if checkpoint is not None:

@@ -8,25 +8,34 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.command import configure
 from megatron_nexus.config.rules import check
+from megatron_nexus.models import parameters
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training import run as run_module
 from megatron_nexus.training.run import run
+
+
+def draw_nothing(*_: object) -> NoReturn:
+    """In the place of initial values, which a checkpoint would overwrite."""
+    raise AssertionError("a run that resumes draws no weights")
 
 
 def main() -> None:
     # What a run measures and draws is in no law here, and takes a third of the time of so small a run.
     run_module.gemm_flops_per_s = lambda mesh, precision: 1.0
     run_module.plot_losses = lambda folder, entropy, title: folder
+    draw = parameters.local_values
     for index, argv in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         world = read_world(os.environ)
         world = replace(world, master_port=world.master_port + index)
         log.configure(speaks=world.rank == 0)
         config, checkpoint = configure(argv)
         check(config, world.size)
+        parameters.local_values = draw if checkpoint is None else draw_nothing
         run(config, world, checkpoint, argv)
 
 
