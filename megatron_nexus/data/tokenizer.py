@@ -9,7 +9,7 @@ import numpy.typing as npt
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.errors import DataError
 
-JSON_NAME = "tokenizer.json"
+JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
 
 
 class Tokenizer(Protocol):
@@ -40,19 +40,22 @@ class Tokenizer(Protocol):
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file: a Hugging Face `tokenizer.json`, a folder with one, or a SentencePiece model.
+    """The tokenizer of a file: a Hugging Face `tokenizer.json`, or a SentencePiece model.
+
+    Of a folder: its `tokenizer.json`, or, where it has none, its `tokenizer.model`.
 
     Raises:
         DataError: the file is missing or of no known kind, no token can end a document, or the package
             `tokenizers` is needed and not installed.
     """
     if path.is_dir():
-        path /= JSON_NAME
-        if not path.is_file():
+        found = [path / name for name in (JSON_NAME, MODEL_NAME) if (path / name).is_file()]
+        if not found:
             raise DataError(
-                f"the folder {path.parent} holds no {JSON_NAME}: name a folder that does, or a SentencePiece "
+                f"the folder {path} holds no {JSON_NAME}: name a folder that does, or a SentencePiece "
                 ".model file"
             )
+        path = found[0]
     if path.suffix != ".json":
         return SentencePieceTokenizer(path)
     try:

@@ -24,7 +24,7 @@ class Weights(Protocol):
 
 
 class TokenizerWriter(Protocol):
-    """Writes the model's tokenizer as a `tokenizer.json` and the settings beside it."""
+    """Writes the model's tokenizer as `open_tokenizer` finds it in a folder."""
 
     def __call__(self, folder: Path) -> None:
         """Into a folder. Raises DataError, OSError."""

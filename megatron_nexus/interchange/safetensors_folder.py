@@ -6,7 +6,6 @@ data      row-major tensors
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from megatron_nexus.data.tokenizer import JSON_NAME
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import JsonObject
 from megatron_nexus.interchange.foreign_model import Array, ForeignModel
-from megatron_nexus.interchange.tokenizer_files import COMPANIONS
+from megatron_nexus.interchange.tokenizer_files import copy_tokenizer
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -42,7 +41,7 @@ def open_folder(folder: Path) -> ForeignModel:
     """The model in a folder. Raises CheckpointError where files are missing or damaged."""
     config = _read_json(folder / CONFIG_FILE)
     tokenizer = folder / JSON_NAME
-    writer = partial(_copy_tokenizer, folder) if tokenizer.is_file() else None
+    writer = partial(copy_tokenizer, folder) if tokenizer.is_file() else None
     weights = SafetensorsWeights(_weight_files(folder))
     return ForeignModel(folder.resolve().name, "safetensors", config, weights, writer)
 
@@ -75,12 +74,6 @@ def _read_json(path: Path) -> JsonObject:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is no JSON object: copy it again")
     return found
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in (JSON_NAME, *COMPANIONS):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 class SafetensorsWeights:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.data.standard_library import standard_library_documents
-from megatron_nexus.data.tokenizer import JSON_NAME, Tokenizer, open_tokenizer
+from megatron_nexus.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, open_tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.sentencepiece_model import Kind, read_sentencepiece_model
 from megatron_nexus.interchange.tokenizer_json import tokenizer_json
@@ -51,7 +51,7 @@ def _convert(tokenizer: SentencePieceTokenizer, folder: Path, max_positions: int
     unknown = next(piece.text for piece in model.pieces if piece.kind is Kind.UNKNOWN)
     tokens = {"eos_token": model.pieces[tokenizer.eod_id].text, "unk_token": unknown}
     _write_config(folder, tokens, max_positions)
-    shutil.copyfile(tokenizer.model_path, folder / "tokenizer.model")
+    shutil.copyfile(tokenizer.model_path, folder / MODEL_NAME)
     made = open_tokenizer(folder)
     compared = 0
     for text in real_lines(standard_library_documents(), COMPARED_LINES):
@@ -63,6 +63,25 @@ def _convert(tokenizer: SentencePieceTokenizer, folder: Path, max_positions: int
             )
         compared += 1
     return f"{tokenizer.model_path}, as a {JSON_NAME} that gives {compared:,} lines the same ids"
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer of a folder that has a `tokenizer.json`: of an export, the model it was made of.
+
+    Corpora that were tokenized by that model know it by its fingerprint. Raises OSError.
+    """
+    made = _is_conversion(source / JSON_NAME, source / MODEL_NAME)
+    for name in (MODEL_NAME,) if made else (JSON_NAME, *COMPANIONS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _is_conversion(record: Path, model: Path) -> bool:
+    """Whether a `tokenizer.json` is what `_convert` makes of a SentencePiece model, to the letter."""
+    try:
+        return record.read_bytes() == tokenizer_json(read_sentencepiece_model(model)).encode()
+    except DataError:  # no such model, or none that could be converted
+        return False
 
 
 def _write_config(folder: Path, tokens: dict[str, str], max_positions: int) -> None:

@@ -8,12 +8,17 @@ from pathlib import Path
 import grown
 import pytest
 
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.run_folder import TOKENIZER_FOLDER
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.commands.export_hf import main
-from megatron_nexus.data.sentencepiece_tokenizer import train_sentencepiece_bpe
+from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
+from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange import plain_tensors
+from megatron_nexus.interchange.import_checkpoint import import_checkpoint
+from megatron_nexus.interchange.safetensors_folder import open_folder
 
 VOCABULARY = 500
 
@@ -89,6 +94,27 @@ def test_a_run_without_a_tokenizer_is_exported_without_one_and_it_is_said(
     words = ("--load", source / "run", "--output", tmp_path / "b", "--tokenizer-model", "none")
     assert export(monkeypatch, *words) == 0
     assert "tokenizer: none, as asked" in console.readouterr().out
+
+
+def test_what_comes_back_knows_the_corpora_of_its_tokenizer(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+) -> None:
+    assert export(monkeypatch, "--load", source / "run", "--output", tmp_path / "hf") == 0
+    tokenizer = SentencePieceTokenizer(source / "spm.model")
+    for folder, same in (("run", True), ("changed", False)):
+        import_checkpoint(
+            open_folder(tmp_path / "hf"),
+            tmp_path / "hf",
+            tmp_path / folder,
+            grown.configure(vocab_size=VOCABULARY),
+        )
+        found = open_tokenizer(tmp_path / folder / TOKENIZER_FOLDER)
+        assert (found.fingerprint == tokenizer.fingerprint) == same
+        manifest = read_manifest(tmp_path / folder / "iter_0000000")
+        assert manifest.tokenizer_fingerprint == found.fingerprint
+        # A tokenizer.json that was changed after the export is another tokenizer.
+        record = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+        (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(record | {"truncation": None}))
 
 
 @pytest.mark.parametrize(
