@@ -53,9 +53,11 @@ def notes(config: RunConfig) -> list[str]:
             f"D < M < A does not hold: --hidden-size {model.hidden_size}, --nexus-m {model.nexus_m}, "
             f"--nexus-a {model.nexus_a}; a Nexus-Rank projection is meant to widen"
         )
-    if config.optimizer.lr_warmup_iters >= config.training.train_iters:
+    optimizer = config.optimizer
+    if optimizer.lr_start_iter + optimizer.lr_warmup_iters >= config.training.train_iters:
+        counted = f", from --lr-start-iter {optimizer.lr_start_iter} on," if optimizer.lr_start_iter else ""
         said.append(
-            f"--lr-warmup-iters {config.optimizer.lr_warmup_iters} is not over when the run of "
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters}{counted} is not over when the run of "
             f"{config.training.train_iters} iterations ends"
         )
     return said

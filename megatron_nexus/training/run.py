@@ -111,7 +111,7 @@ def _tell_what_is_left(config: RunConfig, manifest: Manifest, step: int) -> None
     before = manifest.config["training"]
     assert isinstance(before, Mapping), "a section"
     if step >= last:
-        logger.warning(
+        logger.info(
             "nothing is left to train: the checkpoint is at iteration %d, --train-iters is %d", step, last
         )
     elif last != before["train_iters"] and not config.optimizer.lr_decay_iters:
@@ -216,7 +216,7 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
     logger.info("measured matrix products: %.1f GFLOP/s over all ranks", rate / 1e9)
     logger.info("saving to %s", save)
     for note in notes(config):
-        logger.warning("note: %s", note)
+        logger.info("note: %s", note)
 
 
 def launch_words(world: World, script: str) -> list[str]:

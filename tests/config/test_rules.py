@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_nexus.config.command_line import build, given_flags
-from megatron_nexus.config.rules import check, divisors
+from megatron_nexus.config.rules import check, divisors, notes
 from megatron_nexus.config.run_config import SECTIONS
 from megatron_nexus.errors import ConfigError
 
@@ -186,3 +186,16 @@ def test_what_is_possible_passes(words: str, world_size: int) -> None:
 def test_the_remedy_for_a_count_lists_its_divisors() -> None:
     assert divisors(12) == "1, 2, 3, 4, 6, 12"
     assert divisors(1) == "1"
+
+
+def test_a_warm_up_that_outlasts_the_run_is_noted_wherever_it_begins() -> None:
+    def noted(words: str) -> list[str]:
+        return [note for note in notes(build(given_flags(words.split()))) if "--lr-warmup-iters" in note]
+
+    assert noted("--train-iters 20 --lr-warmup-iters 20") == [
+        "--lr-warmup-iters 20 is not over when the run of 20 iterations ends"
+    ]
+    assert noted("--train-iters 20 --lr-warmup-iters 5 --lr-start-iter 15") == [
+        "--lr-warmup-iters 5, from --lr-start-iter 15 on, is not over when the run of 20 iterations ends"
+    ]
+    assert not noted("--train-iters 20 --lr-warmup-iters 5 --lr-start-iter 14")

@@ -36,8 +36,9 @@ def kept(command: Command) -> str:
 
 
 def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(command: Command) -> None:
-    code, output = command.run("--pp 2 --train-iters 5", DEEPSPEED)
+    code, output = command.run("--pp 2 --train-iters 5 --lr-warmup-iters 5", DEEPSPEED)
     assert code == 0, output
+    assert output.count("note: --lr-warmup-iters 5 is not over") == 1, "one rank speaks"
     assert "one process was started on a machine of CPUs: starting 2 local ranks" in output
     assert "mesh: tensor 1 x pipeline 2 x data 1 on CPU" in output
     assert "finished after iteration 5" in output
