@@ -228,6 +228,20 @@ TOOLS = [
     ("plot_runs.py", "", ["required: RUN"]),
     ("inspect_data.py", "nowhere", ["nowhere"]),
     ("train_tokenizer.py", "--input nowhere --output x.model --vocab-size 500", ["nowhere"]),
+    ("train_tokenizer.py", "--input text.jsonl --output x.json", ["x.json", "name it such as x.model"]),
+    (
+        "train_tokenizer.py",
+        f"--input text.jsonl --output x.model --vocab-size {10**14}",
+        [f"--vocab-size {10**14}", "2,147,483,647", "give fewer"],
+    ),
+    ("generate.py", f"--load kept --prompt x --seed {10**22}", ["--seed", f"{2**48:,}"]),
+    (
+        "evaluate.py",
+        "--load kept --perplexity text.jsonl --output kept",
+        ["--output kept is a folder: add a name"],
+    ),
+    ("plot_runs.py", "kept --output kept", ["--output kept", "give a file such as losses.png"]),
+    ("plot_runs.py", "kept --output losses", ["--output losses", "give a file such as losses.png"]),
 ]
 
 

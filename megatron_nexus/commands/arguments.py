@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_nexus.config.rules import MOST
 from megatron_nexus.data.input_files import ENDINGS
 
 
@@ -69,6 +70,8 @@ def count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is beyond the {MOST:,} that can be counted with")
     return value
 
 

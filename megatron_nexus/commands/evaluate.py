@@ -7,6 +7,7 @@ python tools/evaluate.py --load runs/x --perplexity held_out.txt
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,12 @@ def _run() -> None:
         log.logger.info("%s: %s", path, perplexity_line(perplexities[path]))
     if given.output is not None:
         record = _record(trained, str(loaded.device), results, perplexities)
-        given.output.write_text(json.dumps(record, indent=2) + "\n")
+        try:
+            given.output.write_text(json.dumps(record, indent=2) + "\n")
+        except OSError as error:
+            raise DataError(
+                f"--output {given.output}: {error.strerror}: the results stand above; give another file"
+            ) from error
         log.logger.info("wrote %s", given.output)
 
 
@@ -120,6 +126,10 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
         raise ConfigError([f"--task-path {given.task_path} belongs to --tasks: give both, or neither"])
     if given.output is not None and not given.output.resolve().parent.is_dir():
         raise ConfigError([f"--output {given.output}: its folder does not exist: make it, or give another"])
+    if given.output is not None and given.output.is_dir():
+        raise ConfigError([f"--output {given.output} is a folder: add a name, such as scores.json"])
+    if given.output is not None and not os.access(given.output.resolve().parent, os.W_OK):
+        raise ConfigError([f"--output {given.output}: its folder cannot be written to: give another"])
     if given.tasks:
         require_tasks(given.tasks, given.task_path)
     texts = {}

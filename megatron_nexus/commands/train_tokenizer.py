@@ -48,6 +48,12 @@ def _run() -> None:
     output: Path = given.output
     if output.is_dir():
         raise ConfigError([f"--output {output} is a folder: add a name, such as {output / 'spm.model'}"])
+    if output.suffix == ".json":
+        # Which would be read as a tokenizer.json wherever it is given.
+        wanted = output.with_suffix(".model")
+        raise ConfigError(
+            [f"--output {output} has the ending of another kind of tokenizer: name it such as {wanted}"]
+        )
     if output.exists() and not given.overwrite:
         raise ConfigError([f"--output {output} exists: add --overwrite or choose another name"])
     reading = Reading(given.json_keys, given.txt_documents)

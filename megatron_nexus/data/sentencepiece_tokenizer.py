@@ -32,6 +32,7 @@ TRAINING_THREADS = 4
 
 SILENT = 2
 LONGEST_LINE_BYTES = 16_384
+MOST_PIECES = 2**31 - 1
 
 
 class SentencePieceTokenizer:
@@ -148,6 +149,11 @@ def train_sentencepiece_bpe(
             characters or too large for the text.
         OSError: the file cannot be written.
     """
+    if vocab_size > MOST_PIECES:
+        raise DataError(
+            f"--vocab-size {vocab_size} is beyond the {MOST_PIECES:,} pieces that SentencePiece counts: "
+            "give fewer"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

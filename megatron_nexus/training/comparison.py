@@ -78,6 +78,8 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
 
     Raises ConfigError where the file cannot be written.
     """
+    if path.is_dir() or not path.suffix:  # matplotlib would choose an ending of its own
+        raise ConfigError([f"--output {path} names no kind of picture: give a file such as losses.png"])
     import matplotlib  # here: half a second that the table does not need
 
     matplotlib.use("Agg")
