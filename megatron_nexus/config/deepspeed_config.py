@@ -7,6 +7,7 @@ profilers, monitors) it sets; what a checkpoint of ours could not hold, such as 
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,8 @@ FREE: dict[str, type] = {
     "zero_optimization.stage3_prefetch_bucket_size": int,
     "zero_optimization.stage3_param_persistence_threshold": int,
 }
+# Numbers that DeepSpeed divides by or refuses as 0; no number of a file may be below 0.
+POSITIVE = ("steps_per_print", "gradient_predivide_factor", "zero_optimization.reduce_bucket_size")
 # What scripts made for other codebases hold, and where it is set here.
 ELSEWHERE = {
     "optimizer": "--lr, --weight-decay and the other flags of AdamW",
@@ -127,6 +130,12 @@ def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[
                 continue
             if not isinstance(value, wanted) or (isinstance(value, bool) and FREE[name] is not bool):
                 yield f"{name} is {value!r}: give a value of type {FREE[name].__name__}, or drop it"
+                continue
+            if isinstance(value, float | int) and not (
+                0 < value < inf or (value == 0 and name not in POSITIVE)
+            ):
+                bound = "above 0" if name in POSITIVE else "0 or above"
+                yield f"{name} is {value!r}: give a finite number, {bound}, or drop it"
                 continue
             derived[key] = cast(Any, int(cast(float, value)) if FREE[name] is int else value)
         elif name in ELSEWHERE:
