@@ -162,13 +162,13 @@ def make_validation(name: str, step: int, loss: float, targets: int, target_byte
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that a crash cut short is left out."""
+    """The records of a metrics file; lines that a crash cut short or left as other bytes are left out."""
     records: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:  # no JSON, or no UTF-8
                 continue
     return records
 

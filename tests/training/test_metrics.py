@@ -72,6 +72,14 @@ def test_a_resumed_run_drops_what_it_will_repeat(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
 
 
+def test_what_a_crash_of_the_disk_left_behind_the_records_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, 1, 3)
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(path.read_bytes() + b'{"step": 4, "lo\xbd\x00\xff\n')
+    write(tmp_path, 4, 4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 3, 4, 4]
+
+
 @pytest.mark.parametrize("lost", [1, 10, 60])
 def test_a_last_line_cut_short_by_a_crash_is_left_out(tmp_path: Path, lost: int) -> None:
     writer = MetricsWriter(tmp_path, 0, "")
