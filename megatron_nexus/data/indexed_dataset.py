@@ -147,9 +147,14 @@ class IndexedDataset:
 
     @property
     def document_lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens per document, [D]; computed anew each time, so keep it."""
-        starts = np.append(self._pointers, self._tokens.nbytes)[self._boundaries]
-        lengths: npt.NDArray[np.int64] = np.diff(starts) // self.dtype.itemsize
+        """Tokens per document, [D], 8 bytes each; computed anew each time, so keep it."""
+        lengths = np.empty(self.document_count, dtype=np.int64)
+        for first in range(0, self.document_count, INDEX_BLOCK):
+            sequences = self._boundaries[first : first + INDEX_BLOCK + 1]
+            held = sequences < len(self._pointers)
+            starts = np.full(len(sequences), self._tokens.nbytes, dtype=np.int64)
+            starts[held] = self._pointers[sequences[held]]
+            lengths[first : first + INDEX_BLOCK] = np.diff(starts) // self.dtype.itemsize
         return lengths
 
     def document_start(self, document: int) -> int:

@@ -10,6 +10,7 @@ from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 1 << 24
+BLOCK_DOCUMENTS = 1 << 20
 SAMPLE_TOKENS = 64
 
 
@@ -24,14 +25,14 @@ class Bin:
 
 def length_histogram(lengths: npt.NDArray[np.int64]) -> list[Bin]:
     """How many documents, [D], have 0, 1, 2 to 3, 4 to 7, ... tokens, from the shortest to the longest."""
-    exponents = np.zeros(len(lengths), dtype=np.int64)  # bits of the length: 0, 1, 2, 2, 3, 3, 3, 3, 4 ...
-    positive = lengths > 0
-    exponents[positive] = np.frexp(lengths[positive])[1]
-    counts = np.bincount(exponents)
-    first = int(exponents.min())
+    counts = np.zeros(65, dtype=np.int64)  # by the bits of the length: 0, 1, 2, 2, 3, 3, 3, 3, 4 ...
+    for first in range(0, len(lengths), BLOCK_DOCUMENTS):
+        block = lengths[first : first + BLOCK_DOCUMENTS]
+        counts += np.bincount(np.where(block > 0, np.frexp(block)[1], 0), minlength=len(counts))
+    found = np.flatnonzero(counts)
     return [
         Bin((1 << bits) // 2, max(0, (1 << bits) - 1), int(counts[bits]))
-        for bits in range(first, len(counts))
+        for bits in range(int(found[0]), int(found[-1]) + 1)
     ]
 
 
@@ -105,8 +106,10 @@ def find_problems(
 
 
 def _documents_without_end(dataset: IndexedDataset, lengths: npt.NDArray[np.int64], eod_id: int) -> int:
-    ends = np.cumsum(lengths)[lengths > 0] - 1
-    stream, missing = dataset.tokens(0, dataset.token_count), 0
-    for first in range(0, len(ends), BLOCK_TOKENS):
-        missing += int((stream[ends[first : first + BLOCK_TOKENS]] != eod_id).sum())
+    stream, missing, end = dataset.tokens(0, dataset.token_count), 0, 0
+    for first in range(0, len(lengths), BLOCK_DOCUMENTS):
+        block = lengths[first : first + BLOCK_DOCUMENTS]
+        ends = end + np.cumsum(block)
+        missing += int((stream[ends[block > 0] - 1] != eod_id).sum())
+        end = int(ends[-1])
     return missing

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from conftest import REPOSITORY
 from processes import PATIENCE_S
 
 from megatron_nexus.commands import inspect_data, train_tokenizer
+from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_nexus.data.inspection import Bin, length_histogram, sample_documents
+from megatron_nexus.data.inspection import Bin, find_problems, length_histogram, sample_documents
 
 WORDS = ["one two three", "four five", "six seven eight nine ten eleven"] * 50
 
@@ -83,6 +85,23 @@ def test_the_histogram_counts_every_document_once() -> None:
     assert sum(entry.documents for entry in bins) == len(lengths)
     assert bins[-1].smallest == 1 << 40
     assert length_histogram(np.array([5, 6]))[0] == Bin(4, 7, 2)
+
+
+def test_inspecting_takes_little_more_than_the_lengths_of_the_documents(tmp_path: Path) -> None:
+    documents = 1 << 22
+    with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_documents(np.zeros(documents, dtype=np.int64), [1] * documents)
+    dataset = IndexedDataset(tmp_path / "a")
+    known = CorpusDescription(
+        "t", "f", 7, 0, True, "text", "file", 1, 1, documents, documents, documents, 0, {}, []
+    )
+    tracemalloc.start()
+    assert find_problems(dataset, known, None) == []
+    assert length_histogram(dataset.document_lengths) == [Bin(1, 1, documents)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # 8 bytes a document, and those of a block of a million in several arrays.
+    assert peak < 18 * documents
 
 
 def test_samples_are_spread_over_the_corpus(tmp_path: Path) -> None:
