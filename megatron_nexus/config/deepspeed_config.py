@@ -54,6 +54,7 @@ FREE: dict[str, type] = {
 }
 # Numbers that DeepSpeed divides by or refuses as 0; no number of a file may be below 0.
 POSITIVE = ("steps_per_print", "gradient_predivide_factor", "zero_optimization.reduce_bucket_size")
+COMMUNICATED = ("fp16", "bf16", "fp32")
 # What scripts made for other codebases hold, and where it is set here.
 ELSEWHERE = {
     "optimizer": "--lr, --weight-decay and the other flags of AdamW",
@@ -136,6 +137,9 @@ def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[
             ):
                 bound = "above 0" if name in POSITIVE else "0 or above"
                 yield f"{name} is {value!r}: give a finite number, {bound}, or drop it"
+                continue
+            if name == "communication_data_type" and value not in COMMUNICATED:
+                yield f"{name} is {value!r}: give one of {', '.join(COMMUNICATED)}, or drop it"
                 continue
             derived[key] = cast(Any, int(cast(float, value)) if FREE[name] is int else value)
         elif name in ELSEWHERE:

@@ -100,6 +100,7 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
         ({"zero_optimization": {"reduce_bucket_size": 0}}, ["reduce_bucket_size is 0", "number, above 0"]),
         ({"zero_optimization": {"sub_group_size": -1}}, ["sub_group_size is -1", "number, 0 or above"]),
         ({"gradient_predivide_factor": float("nan")}, ["gradient_predivide_factor is nan", "above 0"]),
+        ({"communication_data_type": "half"}, ["communication_data_type is 'half'", "fp16, bf16, fp32"]),
         ("{", ["is no JSON"]),
         ("[]", ["is no JSON object"]),
     ],
