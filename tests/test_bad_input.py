@@ -58,9 +58,11 @@ FLAGS = [
     ("--config wrong.yaml", ["2 problems", "unknown model.num_layer:", "num_layers", "must be a number"]),
     ("--deepspeed_config nowhere.json", ["nowhere.json: No such file"]),
     ("--deepspeed_config ds.json", ["train_batch_size is 7", "make it 4", "--global-batch-size"]),
+    ("--deepspeed_config monitor.json", ["monitor.json", "tensorboard.output_path", "not 5"]),
     ("--grow nexus_m=30", ["--grow 'nexus_m=30' needs a checkpoint to grow: give --load"]),
     ("--grow=", ["--grow is empty: write such as nexus_m=1088"]),
     ("--load kept --grow nexus_m=1", ["--nexus-m 1 is below the checkpoint's 20", "never shrinks"]),
+    ("--load kept --grow 'nexus_m=30 nexus_m=40'", ["says nexus_m twice: keep one"]),
     ("--load kept --grow init=zero", ["names no size: write such as nexus_m=1088"]),
     ("--load kept --num-layers 3", ["--num-layers 3 is not the checkpoint's 2: drop"]),
     ("--load kept --preset nexusformer-240m", ["--preset", "is not the checkpoint's"]),
@@ -127,6 +129,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
         (folder / "broken.yaml").write_text("model:\n  num_layers: [\n")
         (folder / "wrong.yaml").write_text("model: {num_layer: 2}\noptimizer: {lr: high}\n")
         (folder / "ds.json").write_text('{"train_batch_size": 7}')
+        (folder / "monitor.json").write_text('{"tensorboard": {"enabled": true, "output_path": 5}}')
         yield made
 
 

@@ -224,7 +224,10 @@ def read_request(text: str) -> GrowthRequest:
     """
     parser = FlagParser(prog="--grow", argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
     add_growth_flags(parser)
-    words = (word.lstrip("-").partition("=") for word in text.split())
+    words = [word.lstrip("-").partition("=") for word in text.split()]
+    names = [name for name, _, _ in words]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError([f"--grow {text!r} says {name} twice: keep one" for name in twice])
     given = parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, _, value in words])
     request = GrowthRequest.from_flags(vars(given))
     if not request.sizes:

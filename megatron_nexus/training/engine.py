@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import ConfigError
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
 from megatron_nexus.models.packing import Stream
@@ -77,6 +79,16 @@ def _divided_as_built(config: Json, grid: PipelineParallelGrid) -> Iterator[None
         hook.remove()
 
 
+@contextlib.contextmanager
+def _read_by_deepspeed(file: str) -> Iterator[None]:
+    """What DeepSpeed refuses of the user's own file is an error of the configuration."""
+    try:
+        yield
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
+        raise ConfigError([f"--deepspeed_config {file}: {error.title}: {one}" for one in wrong]) from error
+
+
 class Engine:
     """The model of a run, its optimizer state and its steps."""
 
@@ -128,12 +140,13 @@ class Engine:
                 model.to(mesh.device)
             #: Every parameter of this stage with its spec, by logical name.
             self.parameters: dict[str, tuple[ParamSpec, nn.Parameter]] = logical_parameters(model)
-            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device),
-                config=engine_config,
-                mpu=grid,
-            )
+            with _read_by_deepspeed(config.parallel.deepspeed_config):
+                self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                    model=model,
+                    optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device),
+                    config=engine_config,
+                    mpu=grid,
+                )
         self.layers = stages[mesh.pipe]
 
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:

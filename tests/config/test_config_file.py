@@ -102,6 +102,7 @@ WRONG = [
     ("data: {data_path: 3}", ["data.data_path 3 must be a list of words"]),
     ("model: {num_layers: 2, num_layers: 3}", ["line 1 sets num_layers again"]),
     ("model:\n  a: [", ["run.yaml:", "correct the YAML"]),
+    ("model: " + 2000 * "[" + 2000 * "]", ["nested too deeply"]),
     ("- 3", ["holds no sections"]),
     ("", ["holds no sections"]),
     ("model: {a: 1, b: 2}\ntraining: {seq_length: x}", ["3 problems"]),
