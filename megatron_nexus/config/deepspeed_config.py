@@ -16,6 +16,8 @@ from megatron_nexus.errors import ConfigError
 
 Json = dict[str, "bool | int | float | str | list[Json] | Json | None"]
 
+# ZeRO 2 and 3 refuse the two that say otherwise, or, without reduce_scatter, ZeRO 3 leaves gradients divided.
+_AFTER = "always divided after the sum, which overflows in fp16 alone"
 # What follows from our flags, by its dotted key.
 FLAG_OF = {
     "train_batch_size": "--global-batch-size",
@@ -25,6 +27,8 @@ FLAG_OF = {
     "bf16.enabled": "--precision",
     "zero_optimization.stage": "--zero-stage",
     "data_types.grad_accum_dtype": "always fp32",
+    "prescale_gradients": _AFTER,
+    "gradient_predivide_factor": _AFTER,
 }
 # What a file may set, with its type; "auto" leaves it at its default.
 FREE: dict[str, type] = {
@@ -38,8 +42,6 @@ FREE: dict[str, type] = {
     "wandb": dict,
     "csv_monitor": dict,
     "communication_data_type": str,
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": float,
     "zero_optimization.overlap_comm": bool,
     "zero_optimization.contiguous_gradients": bool,
     "zero_optimization.reduce_scatter": bool,
@@ -53,7 +55,7 @@ FREE: dict[str, type] = {
     "zero_optimization.stage3_param_persistence_threshold": int,
 }
 # Numbers that DeepSpeed divides by or refuses as 0; no number of a file may be below 0.
-POSITIVE = ("steps_per_print", "gradient_predivide_factor", "zero_optimization.reduce_bucket_size")
+POSITIVE = ("steps_per_print", "zero_optimization.reduce_bucket_size")
 COMMUNICATED = ("fp16", "bf16", "fp32")
 # What scripts made for other codebases hold, and where it is set here.
 ELSEWHERE = {
@@ -87,6 +89,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> Json:
         "gradient_clipping": optimizer.clip_grad,
         "bf16": {"enabled": training.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
         "zero_optimization": zero,
         # Each rank sends whole activations: under sequence parallelism they are already its own share.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
@@ -126,7 +130,7 @@ def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[
                     "drop it from the file, or change the flag"
                 )
         elif name in FREE:
-            wanted = (int, float) if FREE[name] in (int, float) else FREE[name]  # 5e8 is a float
+            wanted = (int, float) if FREE[name] is int else FREE[name]  # 5e8 is a float
             if value == "auto":
                 continue
             if not isinstance(value, wanted) or (isinstance(value, bool) and FREE[name] is not bool):
@@ -137,6 +141,9 @@ def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[
             ):
                 bound = "above 0" if name in POSITIVE else "0 or above"
                 yield f"{name} is {value!r}: give a finite number, {bound}, or drop it"
+                continue
+            if isinstance(value, dict) and not isinstance(value.get("enabled", False), bool):
+                yield f"{name}.enabled is {value['enabled']!r}: give true or false, or drop it"
                 continue
             if name == "communication_data_type" and value not in COMMUNICATED:
                 yield f"{name} is {value!r}: give one of {', '.join(COMMUNICATED)}, or drop it"

@@ -99,7 +99,12 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
         ({"zero_optimization": {"reduce_bucket_size": True}}, ["reduce_bucket_size is True", "of type int"]),
         ({"zero_optimization": {"reduce_bucket_size": 0}}, ["reduce_bucket_size is 0", "number, above 0"]),
         ({"zero_optimization": {"sub_group_size": -1}}, ["sub_group_size is -1", "number, 0 or above"]),
-        ({"gradient_predivide_factor": float("nan")}, ["gradient_predivide_factor is nan", "above 0"]),
+        (
+            {"zero_optimization": {"reduce_bucket_size": float("nan")}},
+            ["reduce_bucket_size is nan", "above 0"],
+        ),
+        ({"gradient_predivide_factor": 2}, ["gradient_predivide_factor is 2", "make it 1.0"]),
+        ({"flops_profiler": {"enabled": "maybe"}}, ["flops_profiler.enabled is 'maybe'", "true or false"]),
         ({"communication_data_type": "half"}, ["communication_data_type is 'half'", "fp16, bf16, fp32"]),
         ("{", ["is no JSON"]),
         ("[]", ["is no JSON object"]),
