@@ -124,12 +124,8 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
         raise ConfigError(["nothing to evaluate: give --tasks, --perplexity, or both"])
     if given.task_path is not None and not given.tasks:
         raise ConfigError([f"--task-path {given.task_path} belongs to --tasks: give both, or neither"])
-    if given.output is not None and not given.output.resolve().parent.is_dir():
-        raise ConfigError([f"--output {given.output}: its folder does not exist: make it, or give another"])
-    if given.output is not None and given.output.is_dir():
-        raise ConfigError([f"--output {given.output} is a folder: add a name, such as scores.json"])
-    if given.output is not None and not os.access(given.output.resolve().parent, os.W_OK):
-        raise ConfigError([f"--output {given.output}: its folder cannot be written to: give another"])
+    if given.output is not None:
+        _require_writable(given.output)
     if given.tasks:
         require_tasks(given.tasks, given.task_path)
     texts = {}
@@ -143,6 +139,15 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
         if not texts[path]:
             raise DataError(f"{path} is empty, and perplexity is of a text: give a file with text")
     return texts
+
+
+def _require_writable(output: Path) -> None:
+    if not output.resolve().parent.is_dir():
+        raise ConfigError([f"--output {output}: its folder does not exist: make it, or give another"])
+    if output.is_dir():
+        raise ConfigError([f"--output {output} is a folder: add a name, such as scores.json"])
+    if not os.access(output.resolve().parent, os.W_OK):
+        raise ConfigError([f"--output {output}: its folder cannot be written to: give another"])
 
 
 def _open_tasks(names: Sequence[str], folder: Path | None) -> "Tasks":

@@ -125,9 +125,10 @@ def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[
         ours = derived.get(key)
         if name in FLAG_OF:
             if value not in (ours, "auto"):
+                or_flag = ", or change the flag" if FLAG_OF[name].startswith("--") else ""
                 yield (
                     f"{name} is {value!r}, and the flags make it {ours!r} ({FLAG_OF[name]}): "
-                    "drop it from the file, or change the flag"
+                    f"drop it from the file{or_flag}"
                 )
         elif name in FREE:
             wanted = (int, float) if FREE[name] is int else FREE[name]  # 5e8 is a float

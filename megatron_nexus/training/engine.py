@@ -86,7 +86,9 @@ def _read_by_deepspeed(file: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
-        raise ConfigError([f"--deepspeed_config {file}: {error.title}: {one}" for one in wrong]) from error
+        raise ConfigError(
+            [f"--deepspeed-config {file}: {error.title}: {one}: correct it, or drop it" for one in wrong]
+        ) from error
 
 
 class Engine:
