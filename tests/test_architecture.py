@@ -44,7 +44,7 @@ SEALED = {
     "lm_eval": {"evaluation/harness.py", "evaluation/tasks.py"},
     "datasets": {"evaluation/tasks.py"},
     "tokenizers": {"data/huggingface_tokenizer.py"},
-    "gguf": {"interchange/gguf_file.py"},
+    "gguf": {"interchange/gguf_file.py", "interchange/gguf_header.py"},
 }
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from megatron_nexus.checkpoint.location import Location, Place
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
+from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.pieces import Extents, are_disjoint, index_within, intersect, whole_box
 from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.checkpoint.storage import WRITE_BYTES, Bytes, DataFile, folder_of
@@ -323,13 +324,16 @@ class CheckpointReader:
         """How many pieces are stored, of all tensors and states."""
         return sum(map(len, self._stored.values()))
 
-    def verify(self, advance: Callable[[int], None] = lambda _: None) -> None:
+    def verify(self, advance: Callable[[int], None] = lambda _: None) -> NonFiniteValues:
         """Read everything and check that it is undamaged and complete; `advance` is told the bytes read.
+
+        Returns how many values of each tensor are not finite, which is no damage of the files.
 
         Raises:
             CheckpointError: one line for each damaged piece and each tensor that is not stored exactly once.
         """
         problems = []
+        non_finite = NonFiniteValues()
         for spec in self.manifest.specs.values():
             for state in STATES:
                 try:
@@ -339,12 +343,14 @@ class CheckpointReader:
         for pieces in self._stored.values():
             for stored in pieces:
                 try:
-                    with self._checked_bytes(stored, 0, stored.piece.box.numel * DTYPE.itemsize):
-                        pass
+                    with self._checked_bytes(stored, 0, stored.piece.box.numel * DTYPE.itemsize) as contents:
+                        name = f"{stored.piece.tensor} ({stored.piece.state})"
+                        non_finite.add(name, contents.view(DTYPE))
                 except CheckpointError as error:
                     problems.append(str(error))
                 advance(stored.piece.box.numel * DTYPE.itemsize)
         _raise_all(problems)
+        return non_finite
 
 
 def _extent(share: Box, box: Box) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.manifest import Manifest
+from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
@@ -47,6 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--moments",
         action="store_true",
         help="Adam's moments too, in exp_avg.safetensors and exp_avg_sq.safetensors, fp32",
+    )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="convert values that are NaN or infinite, too"
     )
     parser.add_argument(
         "--names",
@@ -81,7 +85,12 @@ def _convert(argv: Sequence[str]) -> None:
     _require_outside(save, source)
     # torch is imported only now: wrong flags are answered at once.
     from megatron_nexus.interchange.new_folder import new_folder
-    from megatron_nexus.interchange.plain_tensors import Precision, plain_bytes, write_plain_tensors
+    from megatron_nexus.interchange.plain_tensors import (
+        Precision,
+        plain_bytes,
+        require_finite,
+        write_plain_tensors,
+    )
     from megatron_nexus.interchange.universal_checkpoint import universal_bytes, write_universal
 
     files: dict[str, Precision] = {"fp32": given.dtype}
@@ -91,6 +100,7 @@ def _convert(argv: Sequence[str]) -> None:
         total = universal_bytes(manifest.specs)
     else:
         total = sum(plain_bytes(manifest.specs, precision) for precision in files.values())
+    non_finite = NonFiniteValues()
     with (
         new_folder(save, total) as folder,
         log.Progress(f"converting {source}", total / 1e6, "MB") as progress,
@@ -100,12 +110,13 @@ def _convert(argv: Sequence[str]) -> None:
             progress.advance(count / 1e6)
 
         if is_universal:
-            write_universal(folder, reader, names, advance)
+            write_universal(folder, reader, names, advance, non_finite)
         else:
             metadata = _metadata(manifest)
             for state, precision in files.items():
                 path = folder / (MODEL_FILE if state == "fp32" else f"{state}.safetensors")
-                write_plain_tensors(path, reader, state, precision, names, metadata, advance)
+                write_plain_tensors(path, reader, state, precision, names, metadata, advance, non_finite)
+        require_finite(source, non_finite, given.allow_nonfinite)
     log.logger.info("wrote %s: %s bytes of tensors", save, f"{total:,}")
     if is_universal:
         _tell_how_to_load(save, manifest)

@@ -49,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard-gb", type=positive(float), default=5.0, metavar="GB", help="largest weight file (default: 5)"
     )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="export weights that are NaN or infinite, too"
+    )
     return parser
 
 
@@ -77,9 +80,14 @@ def _run() -> None:
         tokenizer = find_tokenizer(config, manifest.tokenizer_fingerprint, path)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from megatron_nexus.interchange.export import export_checkpoint
+    from megatron_nexus.interchange.model_card import loading_code
+    from megatron_nexus.interchange.tokenizer_files import require_convertible
 
-    made = export_checkpoint(source, target, config, tokenizer, given.dtype, int(given.shard_gb * 1e9))
-    remote = ", trust_remote_code=True" if made.architecture.files else ""
+    require_convertible(tokenizer)
+    shard_bytes = int(given.shard_gb * 1e9)
+    made = export_checkpoint(
+        source, target, config, tokenizer, given.dtype, shard_bytes, given.allow_nonfinite
+    )
     count = len(made.files)
     files = f"{count} file{'s' if count > 1 else ''} of weights"
     told("wrote %s: %s in %s, %s", target, config.preset, given.dtype, files)
@@ -92,4 +100,6 @@ def _run() -> None:
             "tokenizer: none is known, for the run read token files without one; give it with "
             "--tokenizer-model to export it too"
         )
-    told('load with  AutoModelForCausalLM.from_pretrained("%s"%s)', target, remote)
+    told("load with")
+    for line in loading_code(made.architecture, str(target), tokenizer is not None):
+        told("  %s", line)

@@ -47,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="a folder with config.json and safetensors, or a .gguf file, which is dequantised",
     )
     parser.add_argument("--save", required=True, metavar="FOLDER", help="of the new run; must not exist yet")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="import weights that are NaN or infinite, too"
+    )
     return parser
 
 
@@ -86,7 +89,7 @@ def _run() -> None:
             "training moves apart",
             f"{specs['head.weight'].numel:,}",
         )
-    made = import_checkpoint(source, origin, root, config)
+    made = import_checkpoint(source, origin, root, config, given.allow_nonfinite)
     told("wrote %s", made)
     if source.write_tokenizer is None:
         told(

@@ -13,6 +13,7 @@ from megatron_nexus.command import saved_config
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.cost import parameter_count
 
 
@@ -49,8 +50,13 @@ def _run() -> None:
             log.logger.info("%s  %s", spec.name, axes)
     if given.verify:
         with log.Progress("Reading every piece", total_bytes / 1e6, "MB") as progress:
-            reader.verify(lambda count: progress.advance(count / 1e6))
+            non_finite = reader.verify(lambda count: progress.advance(count / 1e6))
         log.logger.info("No damage found in %s bytes", f"{total_bytes:,}")
+        if non_finite.counts:
+            raise CheckpointError(
+                f"{folder}: {non_finite}: they were saved so, and what is computed with them is not finite: "
+                "load an earlier checkpoint"
+            )
 
 
 def _describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:

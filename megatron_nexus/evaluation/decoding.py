@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_nexus.evaluation.loaded_model import LoadedModel
+from megatron_nexus.evaluation.loaded_model import LoadedModel, require_finite
 from megatron_nexus.models.kv_cache import KeyValueCache
 
 
@@ -36,7 +36,7 @@ class Decoding:
     def _decode(self, tokens_BT: Tensor) -> Tensor:
         device = self._loaded.device
         logits_BV = self._loaded.decoder.decode(tokens_BT.to(device), self._cache)
-        return logits_BV[:, : self._vocab_size]
+        return require_finite(logits_BV[:, : self._vocab_size], self._loaded)
 
     def extend(self, tokens: Sequence[int]) -> Tensor:
         """Append a token to each row; logits [B, V] of the next."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -27,6 +28,8 @@ class LoadedModel:
     device: torch.device
     seq_length: int
     """Tokens of a training sample: how far the model has learnt to look back."""
+    checkpoint: Location
+    """Where its weights come from."""
 
 
 def load_model(
@@ -48,7 +51,18 @@ def load_model(
     decoder = DecoderStage(model, range(model.num_layers + 2), context).requires_grad_(False).eval()
     for name, (_, parameter) in logical_parameters(decoder).items():
         read_whole(reader, name, parameter)
-    return LoadedModel(model, decoder.to(device), device, seq_length)
+    return LoadedModel(model, decoder.to(device), device, seq_length, checkpoint)
+
+
+def require_finite(values: Tensor, loaded: LoadedModel) -> Tensor:
+    """What a model computes, or CheckpointError where it is NaN or infinite."""
+    if not values.isfinite().all():
+        raise CheckpointError(
+            f"{loaded.checkpoint}: what the model computes is not finite (NaN or infinity): "
+            "tools/inspect_checkpoint.py --verify names tensors that hold such values; compute with "
+            "--precision fp32, or load an earlier checkpoint"
+        )
+    return values
 
 
 def choose_device(name: str) -> torch.device:

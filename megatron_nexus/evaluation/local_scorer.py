@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_nexus.evaluation.loaded_model import LoadedModel
+from megatron_nexus.evaluation.loaded_model import LoadedModel, require_finite
 from megatron_nexus.evaluation.scores import Request, Score, Tokens, fit
 from megatron_nexus.log import Progress
 from megatron_nexus.models.packing import Packing
@@ -139,7 +139,8 @@ class LocalScorer:
             logits_KV = head(x_TBD[places[:, 0], places[:, 1]][None])[0]
             logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
             chosen_K = logits_KV.gather(1, asked[:, None])[:, 0]
-            log_p.append((chosen_K - logits_KV.logsumexp(dim=1)).cpu())
+            log_p_K = chosen_K - logits_KV.logsumexp(dim=1)
+            log_p.append(require_finite(log_p_K, self._loaded).cpu())
             likeliest.append((logits_KV.argmax(dim=1) == asked).cpu())
         return torch.cat(log_p), torch.cat(likeliest)
 

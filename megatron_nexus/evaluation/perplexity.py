@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_nexus.data.tokenizer import Tokenizer
-from megatron_nexus.errors import DataError
+from megatron_nexus.errors import CheckpointError, DataError
 from megatron_nexus.evaluation.scores import Request, Scorer
 
 
@@ -30,23 +30,27 @@ class Perplexity:
     @property
     def per_token(self) -> float:
         """exp of the mean loss of a token; comparable between models of one tokenizer only."""
-        return math.exp(-self.log_likelihood / self.tokens)
+        return _exp(-self.log_likelihood / self.tokens)
 
     @property
     def per_word(self) -> float:
         """exp of the loss of a word, infinite where that is beyond a float."""
-        loss = -self.log_likelihood / self.words
-        return math.exp(loss) if loss < 700.0 else math.inf
+        return _exp(-self.log_likelihood / self.words)
 
     @property
     def per_byte(self) -> float:
         """exp of the mean loss of a byte."""
-        return math.exp(-self.log_likelihood / self.bytes)
+        return _exp(-self.log_likelihood / self.bytes)
 
     @property
     def bits_per_byte(self) -> float:
         """The mean loss of a byte, in bits."""
         return -self.log_likelihood / self.bytes / math.log(2.0)
+
+
+def _exp(loss: float) -> float:
+    """exp of a loss in nats, infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700.0 else math.inf
 
 
 def windows(tokens: Sequence[int], first: int, seq_length: int, stride: int) -> list[Request]:
@@ -67,6 +71,7 @@ def measure_perplexity(scorer: Scorer, tokenizer: Tokenizer, text: str, stride: 
 
     Raises:
         DataError: the text is empty, or the stride longer than a sample.
+        CheckpointError: what the model computes is not finite, or the perplexity is not.
     """
     if not text:
         raise DataError("the text to measure perplexity on is empty: give a file with text")
@@ -78,4 +83,10 @@ def measure_perplexity(scorer: Scorer, tokenizer: Tokenizer, text: str, stride: 
     tokens = tokenizer.encode(text)
     requests = windows(tokens, tokenizer.eod_id, scorer.seq_length, stride or scorer.seq_length)
     total = sum(score.log_likelihood for score in scorer.score(requests))
-    return Perplexity(total, len(tokens), len(re.split(r"\s+", text)), len(text.encode()))
+    found = Perplexity(total, len(tokens), len(re.split(r"\s+", text)), len(text.encode()))
+    if not math.isfinite(found.per_token):
+        raise CheckpointError(
+            f"the loss is {-total / len(tokens):.3g} nats per token, whose perplexity is beyond a float: the "
+            "model has diverged; load an earlier checkpoint"
+        )
+    return found

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +278,12 @@ def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manife
     Raises CheckpointError where the function has changed; `noise` and `random` change it by intent.
     """
     found = compare(plan, source, folder)
+    if not isfinite(found.largest_logit):
+        raise CheckpointError(
+            f"{source}: its own logits are not finite ({found.largest_logit}), so nothing can be verified: "
+            "tools/inspect_checkpoint.py --verify names the tensors that hold NaN or infinity; take an "
+            "earlier checkpoint"
+        )
     told = f"logits moved by at most {found.largest_error:.1e}, the largest is {found.largest_logit:.3g}"
     if not found.holds and plan.settings.init not in CHANGING:
         raise CheckpointError(

@@ -56,6 +56,7 @@ def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: i
         "architectures": [kind.class_name],
         "model_type": kind.model_type,
         "dtype": dtype,
+        "torch_dtype": dtype,  # as transformers 4 calls it
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -67,6 +68,7 @@ def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: i
         "max_position_embeddings": max_positions,
         "rms_norm_eps": model.norm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "rope_theta": model.rotary_base,  # where transformers 4 and what bundles it look for it
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": False,
         "bos_token_id": None,

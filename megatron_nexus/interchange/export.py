@@ -1,5 +1,6 @@
 """Export: a checkpoint becomes a folder that transformers loads, written piece by piece in bounded memory.
 
+    README.md (the model card)
     config.json  generation_config.json  model.safetensors, or several and their index
     tokenizer.json  tokenizer_config.json            where the tokenizer is known
     configuration_nexusformer.py  modeling_nexusformer.py      where transformers has no class of its own
@@ -14,14 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import Architecture, architecture_of, config_json
+from megatron_nexus.interchange.model_card import CARD_FILE, write_model_card
 from megatron_nexus.interchange.names import huggingface_name
 from megatron_nexus.interchange.new_folder import new_folder
-from megatron_nexus.interchange.plain_tensors import Precision, plain_bytes, write_plain_tensors
+from megatron_nexus.interchange.plain_tensors import (
+    Precision,
+    plain_bytes,
+    require_finite,
+    write_plain_tensors,
+)
 from megatron_nexus.interchange.tokenizer_files import write_tokenizer
 from megatron_nexus.log import Progress
 from megatron_nexus.models.decoder import decoder_specs
@@ -47,10 +55,12 @@ def export_checkpoint(
     tokenizer: Tokenizer | None,
     precision: Precision,
     shard_bytes: int,
+    allow_non_finite: bool = False,
 ) -> Exported:
     """Write the checkpoint `source` of a run that was configured so as the folder `target`.
 
     `precision` is that of the weights, of which a file has at most `shard_bytes`. The source is only read.
+    NaN and infinity are refused, or told where `allow_non_finite`.
 
     Raises:
         ConfigError: `target` exists, or no class of transformers computes the model.
@@ -72,10 +82,19 @@ def export_checkpoint(
     end_token = tokenizer.eod_id if tokenizer is not None else None
     shards = _shards(specs, precision, shard_bytes)
     names = _file_names(len(shards))
+    non_finite = NonFiniteValues()
     with new_folder(target, needed) as folder:
         record = config_json(model, length, DTYPES[precision], end_token)
         _write_json(folder / "config.json", record)
         _write_json(folder / "generation_config.json", {"eos_token_id": end_token, "pad_token_id": end_token})
+        write_model_card(
+            folder / CARD_FILE,
+            config,
+            reader.manifest,
+            architecture,
+            DTYPES[precision],
+            tokenizer is not None,
+        )
         for path in architecture.files:
             shutil.copyfile(path, folder / path.name)
         told = write_tokenizer(tokenizer, folder, length) if tokenizer is not None else ""
@@ -89,7 +108,9 @@ def export_checkpoint(
                     shard,
                     {},
                     lambda count: progress.advance(count / MEGABYTE),
+                    non_finite,
                 )
+        require_finite(source, non_finite, allow_non_finite)
         if len(shards) > 1:
             _write_json(folder / "model.safetensors.index.json", _index(names, shards, needed))
     return Exported(architecture, names, told)

@@ -17,6 +17,7 @@ from gguf.quants import dequantize
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import LLAMA, QWEN3, JsonObject
 from megatron_nexus.interchange.foreign_model import Array, ForeignModel
+from megatron_nexus.interchange.gguf_header import check_gguf
 from megatron_nexus.interchange.gguf_tokenizer import write_gguf_tokenizer
 
 ENDS = {
@@ -45,6 +46,7 @@ def open_gguf(path: Path) -> ForeignModel:
     Raises CheckpointError: it cannot be read, is no GGUF file, or of a kind that is not known here.
     """
     try:
+        check_gguf(path)
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except OSError as error:

@@ -19,6 +19,7 @@ from megatron_nexus.checkpoint.manifest import (
     Topology,
     manifest_to_json,
 )
+from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.pieces import split_box, whole_box
 from megatron_nexus.checkpoint.run_folder import (
     TOKENIZER_FOLDER,
@@ -36,7 +37,7 @@ from megatron_nexus.interchange.foreign_config import ties_head
 from megatron_nexus.interchange.foreign_model import ForeignModel
 from megatron_nexus.interchange.names import ENDS, huggingface_name
 from megatron_nexus.interchange.new_folder import new_folder
-from megatron_nexus.log import Progress
+from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
 
@@ -46,15 +47,18 @@ EMBEDDING, HEAD = ENDS["embedding.weight"], ENDS["head.weight"]
 SHOWN = 10
 
 
-def import_checkpoint(source: ForeignModel, origin: Path, root: Path, config: RunConfig) -> Path:
+def import_checkpoint(
+    source: ForeignModel, origin: Path, root: Path, config: RunConfig, allow_non_finite: bool = False
+) -> Path:
     """Write the weights of `source`, which lies at `origin`, as the only checkpoint of the run `root`.
 
     `config` is what the run is configured as. The source is only read. Returns the checkpoint's folder.
+    NaN and infinity are refused, or told where `allow_non_finite`.
 
     Raises:
         ConfigError: `root` holds files.
-        CheckpointError: a tensor is missing, of another shape or unknown, or something cannot be read or
-            written; nothing is left behind.
+        CheckpointError: a tensor is missing, of another shape, unknown or not finite, or something cannot be
+            read or written; nothing is left behind.
         DataError: the tokenizer is none, or has more tokens than the model.
     """
     specs = decoder_specs(config.model)
@@ -66,6 +70,7 @@ def import_checkpoint(source: ForeignModel, origin: Path, root: Path, config: Ru
         for box in split_box(whole_box(spec.shape), PIECE_ELEMENTS)
     ]
     needed = piece_starts(pieces)[-1]
+    non_finite = NonFiniteValues()
     with (
         new_folder(root, needed) as folder,
         Progress("writing weights and zero moments", needed / MEGABYTE, "MB") as progress,
@@ -88,10 +93,17 @@ def import_checkpoint(source: ForeignModel, origin: Path, root: Path, config: Ru
             config = dataclasses.replace(config, data=data)
         begin_checkpoint(folder, 0)
         unfinished = temporary_folder(folder, 0)
-        write_pieces(unfinished, 0, pieces, _values(source, places, pieces, progress), {})
+        write_pieces(unfinished, 0, pieces, _values(source, places, pieces, progress, non_finite), {})
+        if non_finite.counts and not allow_non_finite:
+            raise CheckpointError(
+                f"{origin} holds {non_finite}, as float32: the model computes nothing; get sound weights, or "
+                "import it as it is with --allow-nonfinite"
+            )
         manifest = _manifest(source, origin, specs, config, fingerprint)
         write_durably(unfinished / MANIFEST_FILE, manifest_to_json(manifest))
         publish_checkpoint(folder, 0)
+    if non_finite.counts:
+        logger.warning("%s holds %s: imported as it is", origin, non_finite)
     return root / checkpoint_name(0)
 
 
@@ -127,14 +139,20 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _values(
-    source: ForeignModel, places: dict[str, str], pieces: list[Piece], progress: Progress
+    source: ForeignModel,
+    places: dict[str, str],
+    pieces: list[Piece],
+    progress: Progress,
+    non_finite: NonFiniteValues,
 ) -> Iterator[Array]:
-    """The values of all pieces, one at a time."""
+    """The values of all pieces, one at a time, those that are not finite counted."""
     for piece in pieces:
         box = piece.box  # whole rows: none is as long as a piece
         if piece.state == "fp32":
             first = box.offsets[0]
-            yield source.weights.read_rows(places[piece.tensor], first, first + box.sizes[0])
+            values = source.weights.read_rows(places[piece.tensor], first, first + box.sizes[0])
+            non_finite.add(places[piece.tensor], values)
+            yield values
         else:
             yield np.zeros(box.sizes, np.float32)
         progress.advance(box.numel * 4 / MEGABYTE)

@@ -11,9 +11,13 @@ from typing import Literal
 
 import torch
 
+from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.pieces import split_box, whole_box
 from megatron_nexus.checkpoint.storage import LocalFolder
 from megatron_nexus.checkpoint.store import StateReader
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.log import logger
 from megatron_nexus.spec.param import ParamSpec
 
 Precision = Literal["fp32", "bf16"]
@@ -37,12 +41,13 @@ def write_plain_tensors(
     names: Mapping[str, str],
     metadata: Mapping[str, str],
     advance: Callable[[int], None],
+    non_finite: NonFiniteValues,
 ) -> None:
     """Write one state of the tensors in `names`, each under the name that this has for its logical one.
 
     What is written is durable.
 
-    `metadata` goes into the header; `advance` is told the bytes written.
+    `metadata` goes into the header; `advance` is told the bytes written, `non_finite` each value.
 
     Raises:
         CheckpointError: an element is not stored exactly once, or is damaged.
@@ -53,12 +58,26 @@ def write_plain_tensors(
         write(_header(specs, precision, names, metadata))
         for name, spec in specs.items():
             for box in split_box(whole_box(spec.shape), BLOCK_ELEMENTS):
-                values = torch.from_numpy(reader.read_box(name, state, box)).reshape(-1)
+                held = reader.read_box(name, state, box)
+                non_finite.add(name, held)
+                values = torch.from_numpy(held).reshape(-1)
                 if precision == "bf16":
                     values = values.to(torch.bfloat16).view(torch.int16)
                 contents = values.numpy().data.cast("B")
                 write(contents)
                 advance(len(contents))
+
+
+def require_finite(source: Location, non_finite: NonFiniteValues, allowed: bool) -> None:
+    """Raise CheckpointError where values of `source` were not finite; where that is `allowed`, tell it."""
+    if not non_finite.counts:
+        return
+    if not allowed:
+        raise CheckpointError(
+            f"{source} holds {non_finite}: a model that computes nothing; take an earlier checkpoint, or "
+            "write it as it is with --allow-nonfinite"
+        )
+    logger.warning("%s holds %s: written as it is", source, non_finite)
 
 
 def _header(

@@ -1,13 +1,8 @@
-"""A folder of Hugging Face's: `config.json`, safetensors in one file or several, a `tokenizer.json`.
-
-8 bytes   length of the header, little-endian
-header    JSON: for each tensor its type, shape, first and last byte in the data
-data      row-major tensors
-"""
+"""A folder of Hugging Face's: `config.json`, safetensors in one file or several, a `tokenizer.json`."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,22 +14,11 @@ from megatron_nexus.data.tokenizer import JSON_NAME
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import JsonObject
 from megatron_nexus.interchange.foreign_model import Array, ForeignModel
+from megatron_nexus.interchange.safetensors_header import DTYPES, StoredTensor, read_header
 from megatron_nexus.interchange.tokenizer_files import copy_tokenizer
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-# bfloat16, of which numpy knows nothing, is the upper half of float32.
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in a file: its type, its shape, where its bytes begin."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
 
 
 def open_folder(folder: Path) -> ForeignModel:
@@ -44,6 +28,18 @@ def open_folder(folder: Path) -> ForeignModel:
     writer = partial(copy_tokenizer, folder) if tokenizer.is_file() else None
     weights = SafetensorsWeights(_weight_files(folder))
     return ForeignModel(folder.resolve().name, "safetensors", config, weights, writer)
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a path that is not there: it may name a repository of the Hugging Face Hub."""
+    name = str(path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return ": give a folder as Hugging Face's save_pretrained writes it, or a .gguf file"
+    target = path.name
+    return (
+        ": if it is a model of the Hugging Face Hub, download it first, with  hf download "
+        f"{name} --local-dir {target}  (pip install huggingface_hub), and give --input {target}"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -65,11 +61,14 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> JsonObject:
     try:
         found = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        place = path if path.parent.is_dir() else path.parent
+        raise CheckpointError(f"{place}: {error.strerror}{_remedy(place)}") from error
     except OSError as error:
         raise CheckpointError(
             f"{path}: {error.strerror}: give a folder as Hugging Face's save_pretrained writes it"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}): copy it again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is no JSON object: copy it again")
@@ -81,9 +80,9 @@ class SafetensorsWeights:
 
     def __init__(self, paths: list[Path]) -> None:
         """Read the headers. Raises CheckpointError."""
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, StoredTensor] = {}
         for path in paths:
-            for name, stored in _read_header(path).items():
+            for name, stored in read_header(path).items():
                 if name in self._stored:
                     raise CheckpointError(f"{path} and {self._stored[name].path} both hold {name}: keep one")
                 self._stored[name] = stored
@@ -103,33 +102,6 @@ class SafetensorsWeights:
             raise CheckpointError(f"{stored.path} ends within {name}: copy it again")
         if stored.dtype == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False).reshape(last - first, *stored.shape[1:])
-
-
-def _read_header(path: Path) -> dict[str, _Stored]:
-    """The tensors of a file by name. Raises CheckpointError."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size:
-                raise ValueError(f"its header is said to have {length:,} bytes")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        found = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
-            if dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{path}: {name} is of the type {dtype}, of which nothing is imported: save the model in "
-                    f"one of {', '.join(DTYPES)}"
-                )
-            if end - begin != prod(shape) * np.dtype(DTYPES[dtype]).itemsize or 8 + length + end > size:
-                raise ValueError(f"{name} does not lie within it")
-            found[name] = _Stored(path, dtype, shape, 8 + length + begin)
-        return found
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}: copy the missing file") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no safetensors file ({error}): copy it again") from error
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is counted
+            rows: Array = values.astype(np.float32, copy=False)
+        return rows.reshape(last - first, *stored.shape[1:])

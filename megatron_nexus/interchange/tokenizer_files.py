@@ -7,6 +7,7 @@ what has a `tokenizer.json` already is copied with the settings beside it.
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,15 @@ from megatron_nexus.interchange.tokenizer_json import tokenizer_json
 CONFIG_NAME = "tokenizer_config.json"
 COMPANIONS = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 COMPARED_LINES = 20_000
+
+
+def require_convertible(tokenizer: Tokenizer | None) -> None:
+    """Raise DataError where an export of `tokenizer` needs a package that is not installed."""
+    if isinstance(tokenizer, SentencePieceTokenizer) and find_spec("tokenizers") is None:
+        raise DataError(
+            f"to export {tokenizer.model_path} as a {JSON_NAME} takes the package tokenizers, which is not "
+            "installed: pip install tokenizers; or export without a tokenizer by --tokenizer-model none"
+        )
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
+from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.pieces import whole_box
 from megatron_nexus.checkpoint.store import DTYPE, STATES, StateReader
 from megatron_nexus.spec.param import Flow, Layout, ParamSpec
@@ -38,11 +39,16 @@ def universal_bytes(specs: Mapping[str, ParamSpec]) -> int:
 
 
 def write_universal(
-    folder: Path, reader: StateReader, names: Mapping[str, str], advance: Callable[[int], None]
+    folder: Path,
+    reader: StateReader,
+    names: Mapping[str, str],
+    advance: Callable[[int], None],
+    non_finite: NonFiniteValues,
 ) -> None:
     """Write the layout into `folder`, durably, each parameter under the name that `names` has for it.
 
-    Needs memory for the largest tensor, as DeepSpeed does to load it. `advance` is told the bytes written.
+    Needs memory for the largest tensor, as DeepSpeed does to load it. `advance` is told the bytes written,
+    `non_finite` each value.
 
     Raises:
         CheckpointError: an element is not stored exactly once, or is damaged.
@@ -56,7 +62,9 @@ def write_universal(
     count = torch.tensor(float(manifest.optimizer.step_count))
     for name, spec in manifest.specs.items():
         for state in STATES:
-            values = torch.from_numpy(reader.read_box(name, state, whole_box(spec.shape)))
+            held = reader.read_box(name, state, whole_box(spec.shape))
+            non_finite.add(name, held)
+            values = torch.from_numpy(held)
             _save({"param": values, **_sharding(spec)}, zero / names[name] / f"{state}.pt")
             advance(values.numel() * DTYPE.itemsize)
         _save(count, zero / names[name] / "step.pt")

@@ -1,14 +1,18 @@
 """Perplexity: every token once, windows as lm-evaluation-harness rolls them, a text without one equal."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from judged import load
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_nexus.errors import DataError
+from megatron_nexus.errors import CheckpointError, DataError
+from megatron_nexus.evaluation.decoding import Decoding
 from megatron_nexus.evaluation.harness import NexusLM
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer
@@ -50,6 +54,22 @@ def test_a_text_is_as_perplexing_as_its_tokens(
     assert found.per_token == pytest.approx(math.exp(loss / len(ids)))
     assert found.per_word == pytest.approx(math.exp(loss / 4))
     assert found.bits_per_byte == pytest.approx(loss / len(text) / math.log(2))
+
+
+def test_a_result_that_is_not_finite_is_an_error_that_names_the_checkpoint(
+    run: tuple[Path, RunConfig], tokenizer: SentencePieceTokenizer
+) -> None:
+    broken = load(*run)
+    gain = broken.decoder.layers[1].feed_forward.norm.get_parameter("gain")
+    gain.fill_(math.inf)
+    with pytest.raises(CheckpointError, match=f"{run[0]}: what the model computes is not finite"):
+        measure_perplexity(LocalScorer(broken), tokenizer, TEXT)
+    with pytest.raises(CheckpointError, match="--verify names"):
+        Decoding(broken, [[1, 2]], 3, tokenizer.vocab_size)
+    gain.fill_(1.0)
+    broken.decoder.layers[-1].projection.get_parameter("weight").mul_(1e200)
+    with pytest.raises(CheckpointError, match="perplexity is beyond a float"):
+        measure_perplexity(LocalScorer(broken), tokenizer, TEXT)
 
 
 def test_it_is_the_rolling_log_likelihood_of_the_harness(

@@ -16,7 +16,8 @@ from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, 
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.interchange import plain_tensors
+from megatron_nexus.interchange import export as export_module
+from megatron_nexus.interchange import plain_tensors, tokenizer_files
 from megatron_nexus.interchange.import_checkpoint import import_checkpoint
 from megatron_nexus.interchange.safetensors_folder import open_folder
 
@@ -66,13 +67,15 @@ def test_it_writes_a_folder_and_says_how_to_load_it(
     monkeypatch.setattr(plain_tensors, "BLOCK_ELEMENTS", 64)
     assert export(monkeypatch, "--load", source / "run", "--output", tmp_path / "hf" / "a") == 0
     output = console.readouterr().out
-    assert f'from_pretrained("{tmp_path}/hf/a", trust_remote_code=True)' in output
+    for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
+        assert f'{kind}.from_pretrained("{tmp_path}/hf/a", trust_remote_code=True)' in output
     assert "gives 20,000 lines the same ids" in output
     assert max(sizes) <= 64, "weights are streamed"
     assert contents(source) == before, "the source is never touched"
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["a"]
     held = {path.name for path in (tmp_path / "hf" / "a").iterdir()}
     assert held == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -141,6 +144,18 @@ def test_mistakes_are_answered_and_nothing_is_left(
     error = console.readouterr().err
     assert code == 2 and told in error and "Traceback" not in error, error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(export_module, "new_folder", None)  # whoever begins to write fails
+    words = ("--load", source / "run", "--output", tmp_path / "new")
+    assert export(monkeypatch, *words) == 2
+    assert "pip install tokenizers; or export without" in console.readouterr().err
+    monkeypatch.undo()
+    assert export(monkeypatch, *words, "--tokenizer-model", "none") == 0, "the other remedy works"
 
 
 @pytest.mark.parametrize("failure", [CheckpointError("damaged"), KeyboardInterrupt()])

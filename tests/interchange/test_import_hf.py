@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -246,6 +247,31 @@ def test_what_this_decoder_does_not_compute_is_refused_with_the_reason(
     assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B "),
+        ("models/gone.gguf", "give a .gguf file"),
+        ("/models/gone", "give a folder as Hugging Face's save_pretrained writes it, or a .gguf file"),
+    ],
+)
+def test_what_is_not_on_this_disk_is_answered_by_how_to_get_it(
+    given: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    console: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "--input", given, "--save", "run") == 2
+    error = console.readouterr().err
+    assert told in error and not list(tmp_path.iterdir()), error
+    if "hf download" in error:
+        command = Path(sys.executable).with_name("hf")
+        usage = subprocess.run([command, "download", "--help"], capture_output=True, text=True, check=True)
+        assert "--local-dir" in usage.stdout
+
+
 def break_extra(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(24)
@@ -288,7 +314,7 @@ def break_config(folder: Path) -> None:
         (break_extra, "q_proj.bias: in the files, not in the model"),
         (break_missing, "up_proj.weight: nothing in the files, 40 x 24 in the model"),
         (break_type, "lm_head.weight is of the type I8"),
-        (break_end, "does not lie within it"),
+        (break_end, "its tensors end at byte"),
         (break_header, "is no safetensors file"),
         (break_kind, "but pytorch_model.bin: pickles are never loaded"),
         (break_config, "is no JSON"),

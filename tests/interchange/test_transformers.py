@@ -5,7 +5,10 @@ file for all that needs transformers: its import takes longer than the tests.
 """
 
 import dataclasses
+import json
 import os
+import runpy
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,13 +21,14 @@ import reference
 import torch
 from stock import exact_stock  # noqa: F401 - a fixture
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
-from megatron_nexus.interchange.architecture import NEXUSFORMER, Architecture
+from megatron_nexus.interchange.architecture import NEXUSFORMER, REMOTE_CODE, Architecture
 from megatron_nexus.interchange.export import export_checkpoint
+from megatron_nexus.interchange.model_card import loading_code
 from megatron_nexus.interchange.tokenizer_files import real_lines
 
 # Rounding of float64 in sums of at most a hundred terms, over a few layers.
@@ -175,6 +179,29 @@ def test_parts_and_lower_precision_load_alike(tmp_path: Path) -> None:
     assert all(torch.equal(value, rounded[name]) for name, value in parts.state_dict().items())
 
 
+NEWER = {"rope_parameters", "dtype"}
+"""Keys of transformers 5, of which transformers 4 reads none."""
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "transformer++"])
+def test_the_keys_of_transformers_4_alone_tell_the_same_model(kind: str, tmp_path: Path) -> None:
+    made = export(tmp_path, grows=False, **{**KINDS[kind], "rotary_base": 5e5})
+    expected = made.load("auto")(grown.sample(made.config.model)).logits
+    path = made.folder / "config.json"
+    record = json.loads(path.read_text())
+    assert record.keys() >= NEWER
+    path.write_text(json.dumps({name: value for name, value in record.items() if name not in NEWER}))
+    found = made.load("auto")
+    assert found.dtype is torch.float32
+    assert torch.equal(found(grown.sample(made.config.model)).logits, expected)
+
+
+def test_its_code_says_which_transformers_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.utils.output_capturing", None)  # as in transformers 4
+    with pytest.raises(ImportError, match=r"needs transformers 5\.23 or newer, and this is"):
+        runpy.run_path(str(REMOTE_CODE[0]))
+
+
 @pytest.mark.slow
 def test_its_tokenizer_gives_the_ids_of_training(tmp_path: Path) -> None:
     documents = [text for text, _ in zip(standard_library_documents(), range(120), strict=False)]
@@ -184,7 +211,10 @@ def test_its_tokenizer_gives_the_ids_of_training(tmp_path: Path) -> None:
     source = grown.write_checkpoint(tmp_path / "run", config)
     made = export_checkpoint(source, tmp_path / "hf", config, trained, "fp32", 10**9)
     assert "20,000 lines the same ids" in made.tokenizer
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    printed: dict[str, object] = {}  # a question would fail: nobody answers it
+    exec("\n".join(loading_code(made.architecture, str(tmp_path / "hf"), True)), printed)
+    loaded = printed["tokenizer"]
+    assert isinstance(loaded, PreTrainedTokenizerBase) and isinstance(printed["model"], PreTrainedModel)
     lines = list(real_lines(documents, 2000))
     texts = ["", "▁ x", "a </s> <unk> <0x0A>\t\r\n\0", "  é \U0001f600  ", "\n\n\n\n    x\n", *lines]
     assert loaded(texts)["input_ids"] == [trained.encode(text) for text in texts]

@@ -15,7 +15,16 @@
 
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import __version__
+
+try:
+    from transformers import PreTrainedConfig
+    from transformers.utils.output_capturing import capture_outputs  # noqa: F401 - what the model needs
+except ImportError as error:
+    raise ImportError(
+        f"the code of this Nexusformer needs transformers 5.23 or newer, and this is {__version__}: "
+        "pip install -U 'transformers>=5.23'"
+    ) from error
 
 CHOICES = {
     "projection": ("nexus", "linear", "linear_nexus", "pattention"),

@@ -1,0 +1,28 @@
+"""Values that are not finite, NaN and infinity: how many of them the tensors hold that pass by."""
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+
+SHOWN = 10
+
+
+class NonFiniteValues:
+    """Counts of values that are not finite, by the name of their tensor."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, tensor: str, values: npt.NDArray[np.float32]) -> None:
+        """Count those among some values of a tensor."""
+        wrong = values.size - np.count_nonzero(np.isfinite(values))
+        if wrong:
+            self.counts[tensor] += int(wrong)
+
+    def __str__(self) -> str:
+        """The first tensors that hold them, with the count of each."""
+        listed = [f"{tensor}: {count:,}" for tensor, count in list(self.counts.items())[:SHOWN]]
+        left_out = len(self.counts) - SHOWN
+        more = [f"and {left_out} more tensors"] if left_out > 0 else []
+        return f"values that are not finite (NaN, infinity) in {'; '.join([*listed, *more])}"
