@@ -42,6 +42,8 @@ FREE: dict[str, type] = {
     "wandb": dict,
     "csv_monitor": dict,
     "communication_data_type": str,
+    "bf16.immediate_grad_update": bool,
+    "timers.throughput.enabled": bool,
     "zero_optimization.overlap_comm": bool,
     "zero_optimization.contiguous_gradients": bool,
     "zero_optimization.reduce_scatter": bool,
@@ -69,26 +71,39 @@ ELSEWHERE = {
 }
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> Json:
-    """The dict for `deepspeed.initialize`.
+def deepspeed_config(config: RunConfig, world_size: int, device_type: str = "cpu") -> Json:
+    """Return the dict for `deepspeed.initialize` on devices of a type, such as "cuda".
 
     Stage 0 is served as stage 1: DeepSpeed's stage 0 takes a real optimizer step with zero gradients when
     it starts in bf16, and clips by a wrong norm under pipeline or tensor parallelism. So there is always a
-    master copy in fp32, and gradients accumulate in fp32.
+    master copy in fp32, and gradients accumulate in fp32. They are also summed over ranks in fp32: in bf16,
+    DeepSpeed's default, stage 1 rounds the accumulated gradients before clipping, even of a single rank.
 
     Raises ConfigError where the user's file cannot be read or contradicts the flags.
     """
     training, optimizer = config.training, config.optimizer
     stage = max(1, config.parallel.zero_stage)
     # Stage 1 would copy every gradient into a new buffer of `reduce_bucket_size`: 5 % of a step on a CPU.
-    zero: Json = {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage > 1}
+    zero: Json = {
+        "stage": stage,
+        # DeepSpeed's default on accelerators; a CPU has no streams to overlap: 5 % of a step.
+        "overlap_comm": stage == 3 and device_type != "cpu",
+        "contiguous_gradients": stage > 1,
+        # Stage 2 all-reduces either way; with it, slice by slice, after a division in bf16.
+        "reduce_scatter": stage != 2,
+    }
+    bf16: Json = {"enabled": training.precision == "bf16"}
+    if training.precision == "bf16":
+        # Each gradient is added to the fp32 one as it comes, and freed: the same bits without a second copy.
+        bf16["immediate_grad_update"] = True
     derived: Json = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
         "gradient_clipping": optimizer.clip_grad,
-        "bf16": {"enabled": training.precision == "bf16"},
+        "bf16": bf16,
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "zero_optimization": zero,
@@ -97,6 +112,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> Json:
         # Our own log reports progress; a huge interval silences DeepSpeed's.
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
+        # It waits for the device twice in a micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.parallel.deepspeed_config:
         path = Path(config.parallel.deepspeed_config)

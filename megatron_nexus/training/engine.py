@@ -113,7 +113,7 @@ class Engine:
             reset_position_ids=config.data.reset_position_ids,
             reset_attention_mask=config.data.reset_attention_mask,
         )
-        engine_config = deepspeed_config(config, mesh.world_size)
+        engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
         self._loss = loss = Loss(config.model, tp, self.shard)
         stages = [
             stage_layers(config.model, config.training.seq_length, stage, mesh.pipe_size)

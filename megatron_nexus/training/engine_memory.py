@@ -82,8 +82,12 @@ class EngineMemory(ABC):
         # Each group is padded so that its partitions are equal and aligned to two elements.
         unit = 2 * self.copies
         self.flat = [-(-sum(group) // unit) * unit for group in groups if group]
-        zero = deepspeed_config(config, world_size)["zero_optimization"]
-        assert isinstance(zero, dict)
+        settings = deepspeed_config(config, world_size, device.type)
+        zero, bf16 = settings["zero_optimization"], settings["bf16"]
+        assert isinstance(zero, dict) and isinstance(bf16, dict)
+        # Bytes an element in which gradients are summed over ranks.
+        self.summed = FP32 if settings["communication_data_type"] == "fp32" else BF16
+        self.immediate = bf16.get("immediate_grad_update", False) is True
         bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
         assert isinstance(bucket, int | float)
         self.bucket_elements = int(bucket)
@@ -144,15 +148,21 @@ class _Bf16(EngineMemory):
             self.memory.hold("optimizer", FP32 * flat // self.copies)
             self.memory.hold("gradients", FP32 * flat)
 
+    def gradient(self, parameter: Tensor) -> None:
+        if self.immediate:  # cast, added to the fp32 one and freed (accumulate_hp_grads_and_remove_lp)
+            self.passing(FP32 * parameter.numel())
+            parameter.grad = None
+
     def after_backward(self, last: bool) -> None:
-        # bf16 gradients stay allocated and are added to the fp32 ones, one by one (update_hp_grads).
-        for size in self.sizes:
-            self.passing(FP32 * size)
+        if not self.immediate:  # they stay allocated and are added one by one (update_hp_grads)
+            for size in self.sizes:
+                self.passing(FP32 * size)
         if last:
-            # All-reduced from one copy, cast to the type of communication (buffered_allreduce_fallback).
-            elements = min(self.elements, ALL_REDUCE_BUCKET)
-            copy = FP32 * elements if len(self.flat) > 1 else 0
-            self.passing(copy, BF16 * elements)
+            # All-reduced from one copy, or in place where there is one tensor: alone, or as large as the
+            # bucket; cast where that is asked for (allreduce_no_retain, allreduce_bucket).
+            together = len(self.flat) > 1 and self.flat[0] <= ALL_REDUCE_BUCKET
+            elements = self.elements if together else max(self.flat)
+            self.passing(FP32 * elements * together, BF16 * elements * (self.summed == BF16))
 
     def step(self) -> None:
         self.make_moments([flat // self.copies for flat in self.flat])
@@ -170,7 +180,7 @@ class _Stage1And2(EngineMemory):
             self.memory.hold("optimizer", FP32 * flat // self.copies)
         self.passing(*self.shares)
         self.gathered: Block | None = None
-        self.in_bucket = self.largest = 0
+        self.in_bucket = 0
         self.own: list[Block] = []
         self.kept: list[Block] = []
 
@@ -192,23 +202,20 @@ class _Stage1And2(EngineMemory):
             if self.in_bucket + parameter.numel() > self.bucket_elements:
                 self._reduce()
             self.in_bucket += parameter.numel()
-            self.largest = max(self.largest, parameter.numel())
 
     def _reduce(self) -> None:
-        """All-reduce a copy of the bucket and keep what is this rank's own.
+        """All-reduce the bucket and keep what is this rank's own.
 
         This rank is the last: its share comes first, while most activations are there.
         """
-        copy = self.memory.hold("buffers", self.bucket(self.width))
         if self.width == FP32:
-            self.memory.drop(copy)
             self.own = self.own or [self.memory.hold("gradients", share) for share in self.shares]
         else:
-            # One parameter after the other in fp32, added to a buffer for all micro-batches.
+            # A copy in fp32, of which this rank's is added to a buffer for all micro-batches.
+            copy = self.memory.hold("buffers", FP32 * self.in_bucket * (self.summed == FP32))
             self.kept = self.kept or [self.memory.hold("gradients", share) for share in self.shares]
-            self.passing(FP32 * self.largest)
             self.memory.drop(copy)
-        self.in_bucket = self.largest = 0
+        self.in_bucket = 0
 
     def after_backward(self, last: bool) -> None:
         if self.partitioned:
@@ -255,7 +262,7 @@ class _Stage3(EngineMemory):
             self.passing(FP32 * own)
         self.memory.hold("optimizer", FP32 * own)  # of fp32 weights too: _create_fp32_partitions
         self.passing(FP32 * own)
-        self.memory.hold("gradients", self.bucket(self.width))
+        self.memory.hold("gradients", self.bucket(self.summed))
         self.memory.hold("gradients", FP32 * own)
         small = sum(size for size in self.sizes if size < PERSISTENT)
         self.memory.hold("buffers", self.width * small)  # these stay whole
@@ -271,7 +278,7 @@ class _Stage3(EngineMemory):
 
     def after_backward(self, last: bool) -> None:
         # Reduce-scattered from one copy in the order of ranks (reduce_scatter_coalesced).
-        self.passing(self.bucket(self.width), FP32 * self.own)
+        self.passing(self.bucket(self.summed), FP32 * self.own * (self.summed == BF16))
         assert self.whole is not None
         self.memory.drop(self.whole)
 

@@ -20,9 +20,22 @@ def test_there_is_always_a_master_copy_so_stage_0_is_served_as_1(asked: int, ser
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_gradients_accumulate_in_fp32_whatever_the_precision(precision: str) -> None:
     told = deepspeed_config(build(given_flags([f"--{precision}"])), 1)
-    assert told["bf16"] == {"enabled": precision == "bf16"}
+    bf16 = told["bf16"]
+    assert isinstance(bf16, dict) and bf16["enabled"] is (precision == "bf16")
     assert told["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert told["communication_data_type"] == "fp32"
     assert "fp16" not in told
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_communication_overlaps_on_accelerators_where_deepspeed_does_by_default(stage: int) -> None:
+    """pydantic's own answer, for the configuration without the key."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = build(given_flags(["--zero-stage", str(stage)]))
+    zero = {device: deepspeed_config(config, 1, device)["zero_optimization"] for device in ("cpu", "cuda")}
+    assert zero["cpu"]["overlap_comm"] is False
+    assert zero["cuda"]["overlap_comm"] is DeepSpeedZeroConfig(stage=stage).overlap_comm
 
 
 @pytest.mark.parametrize(
@@ -73,6 +86,8 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
             "offload_optimizer": {"device": "none"},
         },
         "comms_logger": {"enabled": True},
+        "communication_data_type": "bf16",
+        "timers": {"throughput": {"enabled": True}},
     }
     plain = deepspeed_config(build(given_flags(["--zero-stage", "2"])), 1)
     zero = plain["zero_optimization"]
@@ -81,6 +96,8 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
         **plain,
         "zero_optimization": {**zero, "overlap_comm": True},
         "comms_logger": {"enabled": True},
+        "communication_data_type": "bf16",
+        "timers": {"throughput": {"enabled": True}},
     }
 
 

@@ -1,0 +1,81 @@
+"""One rank whose engine takes steps in bf16; records losses, norms and what Adam receives.
+
+Usage: gradients_worker.py CASES.json OUT_FOLDER; the launcher's variables come from the environment.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from megatron_nexus.config.command_line import build
+from megatron_nexus.config.rules import check
+from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
+from megatron_nexus.parallel.world import read_world
+from megatron_nexus.training.engine import Engine
+
+STEPS = 3
+
+
+def micro_batches(
+    samples: int, seq_length: int, vocab_size: int, mesh: Mesh
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's micro-batches of one sample; together the ranks read the same samples at every topology."""
+    generator = torch.Generator().manual_seed(7)
+    while True:
+        ids = torch.randint(0, vocab_size, (samples, seq_length + 1), generator=generator)
+        for index in range(mesh.data, samples, mesh.data_size):
+            sample = ids[index : index + 1]
+            yield sample[:, :-1].contiguous(), sample[:, 1:].contiguous()
+
+
+def run_case(flags: dict, index: int) -> dict[str, object]:
+    config = build(flags)
+    world = read_world(os.environ)
+    world = dataclasses.replace(world, master_port=world.master_port + index)
+    check(config, world.size)
+    parallel, training = config.parallel, config.training
+    mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    engine = Engine(config, mesh)
+    received = {"elements": 0, "exact in bf16": 0}
+
+    def look(adam: torch.optim.Optimizer, *_: object) -> None:
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            gradient = parameter.grad[parameter.grad != 0]  # tokens that no sample holds have none
+            assert gradient.dtype == torch.float32
+            received["elements"] += gradient.numel()
+            received["exact in bf16"] += int((gradient.bfloat16().float() == gradient).sum())
+
+    engine.deepspeed.basic_optimizer.register_step_pre_hook(look)
+    batches = micro_batches(training.global_batch_size, training.seq_length, config.model.vocab_size, mesh)
+    waits = 0
+
+    def wait(*_: object) -> None:
+        nonlocal waits
+        waits += 1
+
+    with mock.patch.object(type(get_accelerator()), "synchronize", wait):  # a CPU has nothing to wait for
+        results = [engine.train_step(batches, config.optimizer.lr) for _ in range(STEPS)]
+    close_mesh()
+    return {
+        "losses": [result.loss for result in results],
+        "norms": [result.grad_norm for result in results],
+        "waits": waits,
+        **received,
+    }
+
+
+def main() -> None:
+    records = [run_case(flags, index) for index, flags in enumerate(json.loads(sys.argv[1]))]
+    (Path(sys.argv[2]) / f"{os.environ['RANK']}.json").write_text(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()
