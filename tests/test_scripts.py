@@ -13,7 +13,8 @@ BIN = Path(sys.executable).parent
 SHELL = [
     path for ending in ("sh", "sbatch") for path in sorted((REPOSITORY / "examples").rglob(f"*.{ending}"))
 ]
-CHECKS = [("shellcheck", path) for path in [*SHELL, REPOSITORY / "tests" / "run", REPOSITORY / ".ci" / "run"]]
+GATES = [REPOSITORY / name for name in ("tests/run", "tests/run_oldest_torch", ".ci/run")]
+CHECKS = [("shellcheck", path) for path in [*SHELL, *GATES]]
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,30 @@ from megatron_nexus.parallel.mesh import Mesh
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _GEMM_SECONDS, _GEMM_BLOCKS = 0.5, 5
 
+TESTED_TORCH = ("2.10", "2.13")
+"""The oldest version that the laws are run on, and the newest."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def padding_multiple(config: RunConfig, device: torch.device) -> int:
     """The alignment of split axes per rank: as configured, or what the device's matrix units want."""
     return config.parallel.padding_multiple or (1 if device.type == "cpu" else 64)
+
+
+def untested_torch(version: str) -> str:
+    """Return a warning where torch is older or newer than what is tested, else ""."""
+
+    def of(release: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in release.split(".")[:2])
+
+    oldest, newest = TESTED_TORCH
+    if of(oldest) <= of(version) <= of(newest):
+        return ""
+    return (
+        f"torch {version} is not among the versions that are tested, {oldest} to {newest}: "
+        "if something fails, install one of those"
+    )
 
 
 def share_cores(mesh: Mesh) -> None:

@@ -85,7 +85,8 @@ class _Peers:
 
     def allreduce(self, *arguments: object) -> None: ...
 
-    all_gather_single = reduce_scatter_single = allreduce
+    # The last two are called by torch before 2.13.
+    all_gather_single = reduce_scatter_single = _allgather_base = _reduce_scatter_base = allreduce
 
 
 class _Unfilled(Shard):
@@ -110,7 +111,8 @@ def plan_state(
 ) -> list[Mapping[str, int]]:
     """The columns STATE of `plan_memory` alone, at once: no step of the model is gone through.
 
-    Not counted is what lives for a moment: gradients on their way into the bucket of ZeRO 2 and 3.
+    Not counted is what lives for a moment: gradients on their way into the bucket of ZeRO 2 and 3, or of bf16
+    into the fp32 ones.
     """
     model, stages = config.model, config.parallel.pipeline_model_parallel_size
     layers = layer_specs(model)

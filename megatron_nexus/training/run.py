@@ -36,7 +36,12 @@ from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import Outcome, Trainer
-from megatron_nexus.training.machine import gemm_flops_per_s, keep_freed_memory, share_cores
+from megatron_nexus.training.machine import (
+    gemm_flops_per_s,
+    keep_freed_memory,
+    share_cores,
+    untested_torch,
+)
 from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
 from megatron_nexus.training.scoring import Judge
 from megatron_nexus.training.stop import StopRequest
@@ -65,6 +70,8 @@ def run(
     if mesh.device.type == "cpu":
         share_cores(mesh)
         keep_freed_memory()
+    if mesh.rank == 0 and (warning := untested_torch(torch.__version__)):
+        logger.warning("%s", warning)
     _check_device(config, mesh)
     _prepare_kernels(config, mesh)
     _require_one_start(mesh, checkpoint)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from processes import TESTS, run_ranks
 
+pytestmark = pytest.mark.torch_versions
 # All is float64: what remains is the order of summation, about 1e-15 for each of a few dozen products.
 TOLERANCE = 1e-12
 

@@ -52,7 +52,7 @@ CASES: dict[int, list[dict[str, object]]] = {
 NORM_TOLERANCE, LATER_TOLERANCE = 1e-6, 1e-5
 LOSS_TOLERANCE = 2e-6
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.torch_versions]
 
 
 @cache

@@ -15,6 +15,7 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
 from megatron_nexus.training.memory_plan import plan_memory
 
+pytestmark = pytest.mark.torch_versions
 WORKER = Path(__file__).with_name("memory_worker.py")
 SMALL_BUCKETS = Path(__file__).with_name("small_buckets.json")  # DeepSpeed's are 2 GB and never filled here
 SMALL: dict[str, Value] = {

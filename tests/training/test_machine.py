@@ -1,8 +1,11 @@
-"""Cores are shared among the ranks that may use them, whether or not the launcher has bound them."""
+"""Cores are shared among the ranks that may use them, bound or not; the versions of torch that are tested."""
+
+import tomllib
 
 import pytest
+from processes import REPOSITORY
 
-from megatron_nexus.training.machine import core_share
+from megatron_nexus.training.machine import TESTED_TORCH, core_share, untested_torch
 
 ALL = [str(core) for core in range(8)]
 
@@ -24,3 +27,27 @@ def test_a_rank_gets_its_share_of_its_own_cores(
     places: list[tuple[str, list[str]]], threads: list[int]
 ) -> None:
     assert [core_share(rank, places) for rank in range(len(places))] == threads
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [
+        ("2.9.1", True),
+        ("2.10.0+cu128", False),
+        ("2.11.0", False),
+        ("2.13.1+cpu", False),
+        ("2.14.0a0+gitabc", True),
+        ("3.0", True),
+    ],
+)
+def test_a_torch_that_is_not_tested_is_a_warning(version: str, warned: bool) -> None:
+    assert ("2.10 to 2.13" in untested_torch(version)) is warned
+
+
+def test_the_range_is_what_is_installed_and_tested() -> None:
+    """The package's requirement begins at the oldest, the pins are the newest, and CI installs the oldest."""
+    oldest, newest = TESTED_TORCH
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert f"torch>={oldest}" in project["dependencies"]
+    assert f"\ntorch=={newest}." in (REPOSITORY / "requirements.txt").read_text()
+    assert f"\ntorch=={oldest}." in (REPOSITORY / "tests" / "oldest_torch.txt").read_text()
