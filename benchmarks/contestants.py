@@ -97,6 +97,7 @@ def batches(job: Job, config: RunConfig) -> Iterator[Batch]:
 def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
     """`pretrain_nexus.py` from its configuration on: mesh, corpus, DeepSpeed engine, loop, metrics file."""
     from megatron_nexus import log
+    from megatron_nexus.config.exit_signals import parse_exit_signals
     from megatron_nexus.config.rules import check
     from megatron_nexus.parallel.mesh import make_mesh
     from megatron_nexus.parallel.world import read_world
@@ -110,7 +111,7 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
         """The loop asks at the end of every step whether to stop: there it waits for the parent."""
 
         def __init__(self, gate: Gate) -> None:
-            super().__init__()
+            super().__init__(parse_exit_signals(config.checkpoint.exit_signal))
             self._gate = gate
 
         def agreed(self, mesh: Mesh) -> bool:

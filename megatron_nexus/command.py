@@ -26,6 +26,7 @@ from megatron_nexus.checkpoint.run_folder import (
 )
 from megatron_nexus.config.command_line import build, from_saved, given_flags, over
 from megatron_nexus.config.config_file import config_text, read_config_file
+from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.presets import DEFAULT_PRESET, Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
@@ -36,6 +37,7 @@ from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigE
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.imports import uncollected
+from megatron_nexus.parallel.launcher_watch import stop_without_launcher
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
 
@@ -65,9 +67,12 @@ def main() -> NoReturn:
             _dry_run(config, planned, speaks=world.rank == 0)
         check(config, wanted if missing_ranks(world, wanted) else world.size)
         preflight(config, checkpoint, world)
+        exit_signals = parse_exit_signals(config.checkpoint.exit_signal)
+        if world.launcher != "local":  # those have a parent that passes signals on
+            stop_without_launcher(exit_signals[0])
         if missing_ranks(world, wanted):
             log.logger.info("one process was started on a machine of CPUs: starting %d local ranks", wanted)
-            sys.exit(run_local_ranks(wanted, sys.argv))
+            sys.exit(run_local_ranks(wanted, sys.argv, exit_signals))
         if config.checkpoint.load:
             found = (
                 f"continuing from {checkpoint}"

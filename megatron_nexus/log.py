@@ -4,6 +4,7 @@ Only rank 0 speaks (`configure(speaks=...)`); errors are reported by the entry s
 the package prints.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -26,7 +27,9 @@ class _Console(logging.StreamHandler[TextIO]):
     """Writes messages, and no more of them where nobody reads: the work goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exception(), BrokenPipeError):
+        error = sys.exception()
+        # A pipe whose reader has ended, or a terminal that was closed.
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO):
             silence(self.stream)
         else:
             super().handleError(record)

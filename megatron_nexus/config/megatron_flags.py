@@ -168,7 +168,7 @@ _INSTEAD: dict[str, str] = {
     "exit-on-missing-checkpoint": "drop it: --load of a missing path always ends the run; see --load auto",
     "exit-interval": "use --train-iters",
     "exit-duration-in-mins": "send SIGTERM, as SLURM does: the run saves and leaves",
-    "exit-signal-handler": "drop it: SIGTERM always saves and leaves",
+    "exit-signal-handler": "drop it: a run always saves and exits at the signals of --exit-signal",
     "log-params-norm": "drop it: norms of parameters are not logged, that of the gradient is",
     "log-num-zeros-in-grad": "drop it: zeros are not counted",
     "log-throughput": "drop it: tokens/s and MFU are always in the log",

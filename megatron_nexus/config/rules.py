@@ -8,6 +8,7 @@ from math import inf, isqrt
 
 from megatron_nexus.config.data_path import parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.deepspeed_config import deepspeed_config
+from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.run_config import SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
@@ -275,6 +276,7 @@ def _data_problems(config: RunConfig) -> Iterable[str]:
         lambda: parse_sets("--valid-data-path", "validation", data.valid_data_path),
         lambda: parse_sets("--test-data-path", "test", data.test_data_path),
         lambda: parse_token_range(data.data_range) if data.data_range else None,
+        lambda: parse_exit_signals(config.checkpoint.exit_signal),
     )
     for read in readings:
         try:

@@ -8,6 +8,8 @@ Megatron-LM's spelling where Megatron-LM has the flag, plus the aliases given he
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_type_hints
 
+from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS
+
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 Projection = Literal["nexus", "linear", "linear_nexus", "pattention"]
@@ -220,6 +222,9 @@ class CheckpointConfig:
     keep_latest: int = option(0, "newest checkpoints to keep, older ones are deleted; 0: all are kept")
     keep_every: int = option(
         0, "checkpoints of the multiples of this number of steps are kept for good; 0: none are"
+    )
+    exit_signal: tuple[str, ...] = option(
+        DEFAULT_EXIT_SIGNALS, "signals at which the run saves a checkpoint and exits"
     )
 
 

@@ -10,14 +10,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS, handle, parse_exit_signals
 from megatron_nexus.log import logger
+from megatron_nexus.parallel.launcher_watch import ancestors
 from megatron_nexus.parallel.world import LAUNCHER, LISTENER, World
 
 PATIENCE_S = 6.0
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,30 +32,22 @@ def missing_ranks(world: World, wanted: int) -> bool:
     """
     if world.size != 1 or wanted == 1 or _has_accelerator():
         return False
-    return world.launcher == "none" or (
-        world.launcher == "deepspeed" and not _deepspeed_was_told(os.getppid())
-    )
+    return world.launcher == "none" or (world.launcher == "deepspeed" and not _deepspeed_was_told())
 
 
 def _has_accelerator() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
-def _deepspeed_was_told(launcher_pid: int) -> bool:
+def _deepspeed_was_told() -> bool:
     """Whether the `deepspeed` command above us names hosts or devices."""
     told = ("--num_gpus", "--num_nodes", "--num_accelerators", "--include", "--exclude", "--hostfile")
     short = ("-i", "-e", "-H")
-    pid = launcher_pid
-    while pid > 1:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except FileNotFoundError:
-            return False
+    for process in ancestors():
+        words = list(process.words)
         if any(Path(word).name == "deepspeed" for word in words[:2]):
             flags = [word.split("=")[0] for word in words[: words.index(_script(words))]]
             return any(flag in told or flag in short for flag in flags)
-        pid = parent
     return False
 
 
@@ -61,16 +56,21 @@ def _script(words: list[str]) -> str:
     return next((word for word in words[2:] if word.endswith(".py")), words[-1])
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent is gone, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process the signal `number` when its parent is gone, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def run_local_ranks(count: int, command: list[str]) -> int:
+def run_local_ranks(
+    count: int,
+    command: list[str],
+    exit_signals: Sequence[signal.Signals] = parse_exit_signals(DEFAULT_EXIT_SIGNALS),
+) -> int:
     """Run `command` as ranks 0 ... count - 1 on this machine and return the exit code of the run.
 
-    SIGINT, SIGTERM and SIGUSR1 are passed on. When a rank fails, the others get 6 s to leave by
-    themselves, then they are ended. The exit code is that of the rank that failed first.
+    `exit_signals` are passed on, and the ranks get the first of them when this process is gone. When a rank
+    fails, the others get 6 s to leave by themselves, then they are ended. The exit code is that of the rank
+    that failed first.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     # Listens from now on, until rank 0 serves it: nothing else on this machine can take the port between.
@@ -90,7 +90,7 @@ def run_local_ranks(count: int, command: list[str]) -> int:
                 [sys.executable, "-u", *command],
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 pass_fds=[listener.fileno()] if rank == 0 else [],
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(die_with_parent, exit_signals[0]),
             )
             for rank in range(count)
         ]
@@ -100,10 +100,9 @@ def run_local_ranks(count: int, command: list[str]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in PASSED_ON:
-        signal.signal(number, pass_on)
+    handle(exit_signals, pass_on)
     try:
-        return _watch(ranks)
+        return _watch(ranks, exit_signals)
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -111,13 +110,13 @@ def run_local_ranks(count: int, command: list[str]) -> int:
             process.wait()
 
 
-def _cause(ended_by: signal.Signals) -> str:
-    if ended_by in PASSED_ON:
+def _cause(ended_by: signal.Signals, exit_signals: Sequence[signal.Signals]) -> str:
+    if ended_by in exit_signals:
         return "the run had not begun to train, or was stopped twice: nothing more was saved"
     return "out of memory, or killed by hand?" if ended_by is signal.SIGKILL else "a crash outside Python"
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _watch(ranks: list[subprocess.Popen[bytes]], exit_signals: Sequence[signal.Signals]) -> int:
     """Wait for all ranks, or for the first failure and then a little longer; return the exit code."""
     failed, deadline = 0, float("inf")
     while True:
@@ -128,7 +127,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
             deadline = time.monotonic() + PATIENCE_S
             if failed < 0:
                 ended_by = signal.Signals(-failed)
-                logger.error("rank %d was ended by %s: %s", rank, ended_by.name, _cause(ended_by))
+                logger.error(
+                    "rank %d was ended by %s: %s", rank, ended_by.name, _cause(ended_by, exit_signals)
+                )
         if None not in codes or time.monotonic() > deadline:
             return 128 - failed if failed < 0 else failed
         time.sleep(0.05)

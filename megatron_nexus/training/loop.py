@@ -192,7 +192,8 @@ class Trainer:
             if interval and step % interval == 0 and step != last and not stopping:
                 self.save(beside=config.checkpoint.async_save)
         if stopping:
-            logger.info("stop asked for by %s: saving", stop.signal_name or "a signal to another rank")
+            received = stop.signal_name or "a signal on another rank"
+            logger.info("received %s: saving a checkpoint and exiting", received)
         self._finish_saving()
         if self.last_checkpoint is None or self.last_checkpoint.parent != self.save_folder or trained_tokens:
             self.save()

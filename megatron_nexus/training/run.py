@@ -21,6 +21,7 @@ from megatron_nexus.checkpoint.run_lock import sole_user
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.config_file import config_text
+from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.rules import notes
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def run(
             _tell_what_is_left(config, manifest, done.step)
         if mesh.rank == 0:
             (notes / CONFIG_FILE).write_text(config_text(config))
-        stop = StopRequest()
+        stop = StopRequest(parse_exit_signals(config.checkpoint.exit_signal))
         dist.barrier(mesh.control)  # from here on a signal is heeded by all ranks or by none
         outcome = trainer.fit(stop)
         if mesh.rank == 0:

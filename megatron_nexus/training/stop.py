@@ -2,14 +2,15 @@
 
 import signal
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from megatron_nexus.config.exit_signals import handle
 from megatron_nexus.parallel.mesh import Mesh
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE_S = 1.0
 
 
@@ -21,11 +22,10 @@ class StopRequest:
     was being saved is not a checkpoint then, and the one before it still is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exit_signals: Sequence[signal.Signals]) -> None:
         self.signal_name = ""
         self._asked = 0.0
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
+        handle(exit_signals, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         # Launchers pass on the Ctrl-C that the terminal has sent already: that is not a second one.

@@ -13,6 +13,7 @@ import pytest
 from conftest import REPOSITORY, Program, Spawn, wait_for
 from processes import allowed
 
+from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS, parse_exit_signals
 from megatron_nexus.parallel.local_ranks import missing_ranks
 from megatron_nexus.parallel.world import World
 
@@ -128,7 +129,7 @@ def test_a_killed_rank_is_named_and_ends_the_run(start: Start) -> None:
     assert output == "rank 1 was ended by SIGKILL: out of memory, or killed by hand?\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", parse_exit_signals(DEFAULT_EXIT_SIGNALS))
 def test_signals_are_passed_on_and_heeded_ones_are_no_failure(start: Start, number: signal.Signals) -> None:
     run = start(
         2,
@@ -154,13 +155,16 @@ def test_a_signal_that_ranks_do_not_heed_yet_ends_them_all_with_one_message(star
     assert "was ended by SIGINT: the run had not begun to train" in output
 
 
-def test_ranks_die_with_a_parent_that_is_killed(start: Start) -> None:
-    run = start(2, "ready(); time.sleep(600)")
+@pytest.mark.parametrize("heeds", [False, True])
+def test_ranks_are_asked_to_stop_when_their_parent_is_killed(start: Start, heeds: bool) -> None:
+    stop = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved '), os._exit(0)))" if heeds else ""
+    run = start(2, f"{stop}\nready(); time.sleep(600)")
     run.await_ready(2)
     assert len(run.program.left()) == 3
     run.program.process.kill()
     run.program.process.wait()
     wait_for(lambda: run.program.left() == {}, "the end of the ranks")
+    assert run.program.output() == "saved saved " * heeds
 
 
 def test_the_ranks_port_is_taken_from_the_start_and_the_first_rank_s_to_serve(start: Start) -> None:

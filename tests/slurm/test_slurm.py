@@ -158,7 +158,7 @@ def test_near_its_time_limit_a_job_saves_and_queues_again(cluster: Slurm, folder
     wait_for_step(cluster, job, text, 3)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 sends
     go_on(cluster, job, text)
-    assert "stop asked for by" in text.read_text()
+    assert "saving a checkpoint and exiting" in text.read_text()
     steps = losses(folder / "limited")
     assert list(steps) == list(range(1, len(steps) + 1))
 

@@ -96,7 +96,7 @@ def test_ctrl_c_saves_leaves_nothing_running_and_load_auto_resumes(command: Comm
     code, output = ended(program)
     assert code == 0, output
     assert output.count("--load auto: no complete checkpoint yet, starting fresh") == 1
-    assert "stop asked for by SIGINT: saving" in output
+    assert "received SIGINT: saving a checkpoint and exiting" in output
     assert "Traceback" not in output
     found = re.search(r"stopped after iteration (\d+)$", output, re.MULTILINE)
     assert found, output
@@ -116,10 +116,23 @@ def test_ctrl_c_under_the_deepspeed_command_saves_and_leaves_nothing_running(com
     program.interrupt()
     program.end()  # its exit code is the launcher's own
     wait_for(lambda: program.left() == {}, "the end of all ranks")
-    assert "stop asked for by SIGINT: saving" in program.output()
+    assert "received SIGINT: saving a checkpoint and exiting" in program.output()
     # The launcher's own two processes end with a KeyboardInterrupt's traceback; ours do not.
     assert "megatron_nexus/command.py" not in program.output()
     assert newest_checkpoint(command.folder / "under-deepspeed") is not None
+
+
+def test_a_run_whose_deepspeed_command_was_killed_saves_and_leaves_nothing_running(command: Command) -> None:
+    program = command.start(f"--tp 2 --save killed-launcher --train-iters {ENDLESS}", DEEPSPEED)
+    wait_for(lambda: "iteration       3/" in program.output(), "the third step")
+    os.kill(program.process.pid, signal.SIGTERM)  # deepspeed passes it on to nobody
+    assert program.end() == -signal.SIGTERM
+    wait_for(lambda: program.left() == {}, "the end of launcher and ranks")
+    output = program.output()
+    assert f"deepspeed (process {program.process.pid}), which started this run, is gone" in output
+    assert "received SIGTERM: saving a checkpoint and exiting" in output
+    assert newest_checkpoint(command.folder / "killed-launcher") is not None
+    assert "Traceback" not in output
 
 
 def importing(program: Program) -> int:
