@@ -19,7 +19,7 @@ SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if STANDALONE not in pat
 
 LAYERS: list[set[str]] = [
     {"errors", "imports", "log", "open_files"},
-    {"config", "spec"},
+    {"config", "file_lock", "spec"},
     {"parallel", "data"},
     {"models", "checkpoint"},
     {"training", "growth", "evaluation", "interchange", "analysis"},

@@ -6,14 +6,12 @@
 Names of checkpoints, and which one is the latest: see run_folder.
 """
 
-import fcntl
 import mmap
 import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ import numpy.typing as npt
 from megatron_nexus.checkpoint.location import Location, ObjectPath
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE
 from megatron_nexus.errors import CheckpointError
+from megatron_nexus.file_lock import lock, share
 
 LATEST_FILE = "latest"
 CHECKPOINT = "iter_"
@@ -172,7 +171,7 @@ class LocalFolder(Folder):
     def delete(self) -> bool:
         with (self.path / MANIFEST_FILE).open("r+b") as file:  # NFS grants an exclusive lock to writers only
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno())
             except BlockingIOError:
                 return False
             dying = self.path.rename(self.path.with_name(f"{self.deleted}{self.path.name}"))
@@ -185,9 +184,7 @@ class LocalFolder(Folder):
             shutil.rmtree(dead)
 
     def hold(self) -> Callable[[], None]:
-        descriptor = os.open(self.path / MANIFEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        return partial(os.close, descriptor)
+        return share(self.path / MANIFEST_FILE)
 
     def create(self, name: str) -> AbstractContextManager[Write]:
         return _durable(self.path / name)

@@ -10,7 +10,6 @@ that could be mistaken for it. Processes that race wait for the first of them.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, 
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
+from megatron_nexus.file_lock import acquire
 from megatron_nexus.log import Progress, logger
 
 NAME = "python-stdlib"
@@ -155,13 +155,15 @@ def _complete(folder: Path, fingerprint: str) -> DefaultCorpus | None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock that lets one process prepare; the system drops it when the process dies."""
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with Progress("Waiting for another process that prepares the default corpus"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        lock = acquire(path)
+    except BlockingIOError:
+        with Progress("Waiting for another process that prepares the default corpus"):
+            lock = acquire(path, wait=True)
+    try:
         yield
+    finally:
+        os.close(lock)
 
 
 def _prepare(

@@ -7,13 +7,11 @@ The corpus does not depend on how it was made: documents stand in the order of t
 shards and restarts change no byte. Shards are kept in `<prefix>.shards` until the corpus is complete.
 """
 
-import fcntl
 import heapq
-import shutil
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,6 +41,7 @@ from megatron_nexus.data.shards import (
 from megatron_nexus.data.team import Team, wait_for_message
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import ConfigError, DataError, NexusError
+from megatron_nexus.file_lock import LOCK_FILE, locked_folder
 from megatron_nexus.log import Progress, logger
 
 MEGABYTE = MILLION = 1e6
@@ -172,7 +171,7 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
             ordered = [counts[number] for number in range(len(shards))]
             total, samples = _sum(ordered), _samples(shards, ordered)
             if not total.documents:
-                shutil.rmtree(tokenizing.folder)
+                _remove_shards(tokenizing.folder)
                 raise no_document(total.empty, total.malformed, samples)
             description = _describe(job, tokenizer, files, total, samples)
             corpus.description = description.to_json()
@@ -180,7 +179,7 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
             with Progress(f"Merging the rest into {job.output_prefix}", left, "M tokens") as progress:
                 for tokens in merging:
                     progress.advance(tokens / MILLION)
-        shutil.rmtree(tokenizing.folder)
+        _remove_shards(tokenizing.folder)
     for line in report(total.malformed, samples):
         logger.warning("%s", line)
     logger.info(
@@ -272,31 +271,35 @@ def _locked(folder: Path) -> Iterator[None]:
 
     Without a finished shard in it, nothing of it stays.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a")
-    except OSError as error:
-        raise ConfigError(
-            [f"{folder} cannot be written ({error.strerror}): choose an --output-prefix in another folder"]
-        ) from None
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked_folder(folder))
         except BlockingIOError:
             raise ConfigError(
                 [f"another process is writing {folder}: wait for it, or choose another --output-prefix"]
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                [
+                    f"{folder} cannot be written ({error.strerror}): choose an --output-prefix in another "
+                    "folder"
+                ]
+            ) from None
         try:
             yield
         finally:
-            with suppress(OSError):  # other ranks may still be writing; what is not empty stays
-                if not any(folder.glob("*.idx")):
-                    for draft in (*folder.glob("*.partial"), folder / "lock"):
-                        draft.unlink(missing_ok=True)
-                    for place in made or [folder]:
-                        if place.exists():
-                            place.rmdir()
+            if not any(folder.glob("*.idx")):
+                for draft in folder.glob("*.partial"):
+                    draft.unlink(missing_ok=True)
+    with suppress(OSError):  # other ranks may still be writing; what is not empty stays
+        folder.rmdir()
+
+
+def _remove_shards(folder: Path) -> None:
+    """Empty the work folder but for its lock, whose holder removes both."""
+    for path in folder.iterdir():
+        if path.name != LOCK_FILE:
+            path.unlink()
 
 
 def _tokenize(

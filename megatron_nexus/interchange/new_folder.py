@@ -4,7 +4,6 @@ It is written beside its place as `.tmp_<name>` and renamed. After a kill, which
 conversion to the same place clears that away; two at once are told from it by a lock.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_nexus.errors import CheckpointError, ConfigError
+from megatron_nexus.file_lock import acquire
 
 TEMPORARY = ".tmp_"
 
@@ -37,11 +37,15 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+        lock = acquire(temporary)
+    except BlockingIOError as error:
+        raise ConfigError(
+            [f"{folder} is being written by another process: wait for it, or give another folder"]
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}: give a folder that can be written") from error
     try:
-        _claim(folder, temporary, descriptor)
+        _clear(temporary)
         free = shutil.disk_usage(temporary).free
         if needed_bytes > free:
             raise CheckpointError(
@@ -53,10 +57,6 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
             _sync(Path(below))
         temporary.rename(folder)
         _sync(folder.parent)
-    except BlockingIOError as error:
-        raise ConfigError(
-            [f"{folder} is being written by another process: wait for it, or give another folder"]
-        ) from error
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -66,12 +66,11 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
-        os.close(descriptor)
+        os.close(lock)
 
 
-def _claim(folder: Path, temporary: Path, descriptor: int) -> None:
-    """Lock the temporary folder and clear what a dead process left. Raises OSError."""
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _clear(temporary: Path) -> None:
+    """Clear away what a dead process left. Raises OSError."""
     for left in temporary.iterdir():
         if left.is_dir():
             shutil.rmtree(left)

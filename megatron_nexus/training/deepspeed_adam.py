@@ -5,7 +5,6 @@ lock file behind, on which every later build would wait for ever; so the compile
 own, in which a lock of the kernel, which ends with its process, lets one rank build at a time.
 """
 
-import fcntl
 import os
 import platform
 import shutil
@@ -20,6 +19,7 @@ from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.data.default_corpus import cache_folder
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.file_lock import LOCK_FILE, locked
 from megatron_nexus.log import Progress
 from megatron_nexus.parallel.mesh import Mesh
 
@@ -53,8 +53,7 @@ def _problem(on_cpu: bool) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(folder / LOCK_FILE, wait=True):
             for stale in folder.glob("*/lock"):
                 stale.unlink()
             (CPUAdamBuilder if on_cpu else FusedAdamBuilder)().load(verbose=False)

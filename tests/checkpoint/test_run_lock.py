@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.checkpoint.run_lock import LOCK_FILE, sole_user
+from megatron_nexus.checkpoint.run_lock import sole_user
 from megatron_nexus.errors import CheckpointError, ConfigError
+from megatron_nexus.file_lock import LOCK_FILE
 
 
 def test_what_was_made_and_not_used_is_gone(tmp_path: Path) -> None:
