@@ -151,6 +151,14 @@ def manifest_to_json(manifest: Manifest) -> str:
     return seal(record, indent=1)
 
 
+def is_of_another_format(contents: bytes) -> bool:
+    """Whether a manifest says that it is not of this version's format."""
+    try:
+        return int(json.loads(contents)["format_version"]) != FORMAT_VERSION
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def read_manifest(folder: Location) -> Manifest:
     """The manifest of a checkpoint's folder.
 

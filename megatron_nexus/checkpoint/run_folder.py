@@ -5,11 +5,15 @@ SAVE/latest         the name of the one to resume from, replaced atomically
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 from megatron_nexus.checkpoint.location import Location, Place
-from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, is_of_another_format, read_manifest
 from megatron_nexus.checkpoint.run_lock import unwritable
+from megatron_nexus.checkpoint.sealed_json import is_cut_short, unseal
 from megatron_nexus.checkpoint.storage import LATEST_FILE, LocalFolder, folder_of
 from megatron_nexus.checkpoint.store import rank_files
 from megatron_nexus.errors import CheckpointError, ConfigError
@@ -46,13 +50,40 @@ def abandon_checkpoint(root: Location, step: int) -> None:
     folder_of(root / checkpoint_name(step)).abandon()
 
 
-def _missing(folder: Location) -> list[str]:
-    """The files that a checkpoint lacks: its manifest, or files of ranks. Not whether they are undamaged."""
-    held = folder_of(folder).sizes()
-    if MANIFEST_FILE not in held:
-        return [MANIFEST_FILE]
-    ranks = range(read_manifest(folder).topology.world_size)
-    return [file.name for rank in ranks for file in rank_files(folder, rank) if file.name not in held]
+def _defects(folder: Location) -> list[str]:
+    """What a checkpoint lacks: files, or their ends. Not whether each byte is right.
+
+    Raises:
+        CheckpointError: the manifest has its end, and is damaged or of another format.
+    """
+    try:
+        held = folder_of(folder).sizes()
+        if MANIFEST_FILE not in held:
+            return [f"without {MANIFEST_FILE}"]
+        contents = (folder / MANIFEST_FILE).read_bytes()
+        if is_cut_short(contents) and not is_of_another_format(contents):
+            return [f"{MANIFEST_FILE} is cut short"]
+        ranks = range(read_manifest(folder).topology.world_size)
+        return [defect for rank in ranks if (defect := _rank_defect(folder, rank, held))]
+    except OSError as error:
+        return [f"{error.filename}: {error.strerror}"]
+
+
+def _rank_defect(folder: Location, rank: int, held: Mapping[str, int]) -> str:
+    """What the files of a rank lack, of those that the folder holds with their sizes; "" if nothing."""
+    data, index = rank_files(folder, rank)
+    for file in (data, index):
+        if file.name not in held:
+            return f"without {file.name}"
+    contents = index.read_bytes()
+    if is_cut_short(contents):
+        return f"{index.name} is cut short"
+    try:
+        expected = int(unseal(contents)["bytes"])
+    except (KeyError, TypeError, ValueError):
+        return ""  # wrong bytes: loading refuses them
+    found = held[data.name]
+    return f"{data.name} has {found:,} of {expected:,} bytes" if found != expected else ""
 
 
 def _checkpoints(root: Location) -> dict[int, Location]:
@@ -77,32 +108,55 @@ def latest_step(root: Location) -> int | None:
 
 
 def complete_checkpoints(root: Location) -> dict[int, Location]:
-    """The folders of the checkpoints that have all their files and a sound manifest, by step."""
+    """The folders of the checkpoints that have all their files in full and a sound manifest, by step."""
     found = {}
     for step, folder in _checkpoints(root).items():
         with suppress(CheckpointError):
-            if not _missing(folder):
+            if not _defects(folder):
                 found[step] = folder
     return found
 
 
 def newest_checkpoint(root: Location) -> Location | None:
-    """The checkpoint that `latest` names; if there is none such, the complete one of the highest step.
+    """The checkpoint that `latest` names; if that is not whole, the whole one of the highest step.
 
-    None where the folder has no complete checkpoint, or does not exist.
+    None where the folder has no checkpoint, or does not exist.
 
     Raises:
-        CheckpointError: a manifest is damaged or of a newer format.
+        CheckpointError: a manifest is damaged or of a newer format, or no checkpoint here is whole.
     """
     checkpoints = _checkpoints(root)
     step = latest_step(root)
     chosen = checkpoints.get(step) if step is not None else None
-    if chosen is not None and not _missing(chosen):
+    defects = _defects(chosen) if chosen is not None else []
+    if chosen is not None and not defects:
         return chosen
-    newest = next((folder for folder in reversed(checkpoints.values()) if not _missing(folder)), None)
-    if newest is not None:
-        logger.info("%s names no complete checkpoint: taking %s, the newest", root / LATEST_FILE, newest.name)
+    newest = next((folder for folder in reversed(checkpoints.values()) if not _defects(folder)), None)
+    if newest is None:
+        # In an object store a save that died leaves files without a manifest; on a disk it has another name.
+        damaged = [
+            folder
+            for folder in checkpoints.values()
+            if isinstance(folder, Path) or (folder / MANIFEST_FILE).is_file()
+        ]
+        if damaged:
+            raise CheckpointError(
+                f"{root}: no checkpoint in it is whole: {_listing(root)}: copy one again, or give another "
+                "folder"
+            )
+    elif chosen is None:
+        _tell_once(f"{root / LATEST_FILE} names no checkpoint: taking {newest.name}, the newest")
+    else:
+        _tell_once(
+            f"warning: {chosen} is damaged ({'; '.join(defects)}): going back to {newest.name}, the newest "
+            "whole checkpoint; the steps after it are trained again"
+        )
     return newest
+
+
+@cache
+def _tell_once(message: str) -> None:
+    logger.info("%s", message)
 
 
 def find_checkpoint(path: Location) -> Location:
@@ -130,7 +184,7 @@ def _listing(folder: Location) -> str:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     checkpoints = [
-        path.name + (f" (without {', '.join(missing)})" if (missing := _missing(path)) else "")
+        path.name + (f" ({'; '.join(defects)})" if (defects := _defects(path)) else "")
         for path in _checkpoints(folder).values()
     ]
     if checkpoints:

@@ -1,17 +1,24 @@
 """Sealed JSON: an object whose last entry is the CRC-32 of all bytes before it, so that any damage shows."""
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 MARK = b',\n "crc32": '
+END = re.compile(re.escape(MARK) + rb"\d+}\n\Z")
 
 
 def seal(record: Mapping[str, object], indent: int | None = None) -> str:
     """The text of a JSON object, sealed; `record` has at least one entry."""
     head = json.dumps(record, indent=indent).removesuffix("}").rstrip()
     return f"{head}{MARK.decode()}{zlib.crc32(head.encode())}}}\n"
+
+
+def is_cut_short(contents: bytes) -> bool:
+    """Whether the end of a sealed text is missing, as after a crash of the disk or an interrupted copy."""
+    return END.search(contents, max(0, len(contents) - 64)) is None
 
 
 def unseal(contents: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from checkpoint_files import BOXES, MANIFEST, SPEC, VALUES, slices, write
 from safetensors.numpy import load_file
 
+from megatron_nexus.checkpoint import run_folder
 from megatron_nexus.checkpoint.manifest import (
     Topology,
     manifest_to_json,
@@ -22,7 +24,12 @@ from megatron_nexus.checkpoint.manifest import (
     spec_to_json,
 )
 from megatron_nexus.checkpoint.pieces import whole_box
-from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
+from megatron_nexus.checkpoint.run_folder import (
+    complete_checkpoints,
+    find_checkpoint,
+    newest_checkpoint,
+    require_own_folder,
+)
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Normal, ParamSpec
@@ -133,6 +140,53 @@ def test_what_load_finds(tmp_path: Path) -> None:
         find_checkpoint(second)
     with pytest.raises(CheckpointError, match="has the checkpoints iter_0000001"):
         find_checkpoint(root / "iter_0000007")
+
+
+@pytest.mark.parametrize("name", ["rank_00001.safetensors", "rank_00000.json", "manifest.json"])
+@pytest.mark.parametrize("cut", [1, 100, None])
+def test_load_goes_back_to_the_newest_whole_one_and_says_so(
+    tmp_path: Path, name: str, cut: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "run"
+    write(root, 1)
+    second, third = write(root, 2), write(root, 3)
+    file = third / name
+    os.truncate(file, file.stat().st_size - cut if cut else 0)
+    run_folder._tell_once.cache_clear()
+    with caplog.at_level("INFO", logger="megatron_nexus"):
+        assert find_checkpoint(root) == newest_checkpoint(root) == second
+    assert caplog.text.count(f"warning: {third} is damaged ({name} ") == 1
+    assert "going back to iter_0000002" in caplog.text
+    assert list(complete_checkpoints(root)) == [1, 2]
+    require_own_folder(root, second)  # the run goes on in its folder
+    with pytest.raises(CheckpointError, match=re.escape(f"{file}: ")):
+        CheckpointReader(third)
+
+
+def test_a_folder_in_which_no_checkpoint_is_whole_is_never_begun_anew(tmp_path: Path) -> None:
+    file = write(tmp_path, 3) / "rank_00000.safetensors"
+    os.truncate(file, 10)
+    for look in (lambda: newest_checkpoint(tmp_path), lambda: require_own_folder(tmp_path, None)):
+        with pytest.raises(
+            CheckpointError,
+            match=r"no checkpoint in it is whole: .*iter_0000003 \(rank_00000.safetensors has 10 of",
+        ):
+            look()
+
+
+def test_wrong_bytes_are_not_taken_for_an_end_that_is_missing(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    for name in ("rank_00000.safetensors", "rank_00000.json"):
+        contents = bytearray((folder / name).read_bytes())
+        contents[len(contents) // 2] ^= 1
+        (folder / name).write_bytes(contents)
+    assert newest_checkpoint(tmp_path) == folder
+    contents = bytearray((folder / "manifest.json").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (folder / "manifest.json").write_bytes(contents)
+    with pytest.raises(CheckpointError, match=r"manifest.json: damaged"):
+        newest_checkpoint(tmp_path)
 
 
 def test_a_save_cleans_up_after_dead_ones(tmp_path: Path) -> None:
