@@ -101,10 +101,21 @@ def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float
         )
         return (q @ k.transpose(-1, -2) / math.sqrt(turning)).masked_fill(~mask, -torch.inf).softmax(-1)
 
-    a_m = shares(q, k)
+    q_m, k_m = q, k
     for _ in range(1, model["attention_order"]):
-        a_m = shares(a_m @ q, a_m @ k)
-    z = (a_m @ v).transpose(1, 2).reshape(batch, length, heads * size)
+        if model["attention_inner"] == "cross":
+            read_q = read_k = shares(q_m, k_m)
+        else:  # channels that a head has grown are not counted
+            born = (torch.arange(size) < turning).to(q.dtype)
+            read_q, read_k = shares(q_m * born, q_m), shares(k_m * born, k_m)
+        q_m, k_m = read_q @ q, read_k @ k
+        if model["attention_gate"]:
+            a_q, a_k = (
+                torch.stack([gate[i * len(gate) // heads] for i in range(heads)])[:, None, None]
+                for gate in (w[f"{a}.q_gate.weight"], w[f"{a}.k_gate.weight"])
+            )
+            q_m, k_m = (1 - a_q) * q + a_q * q_m, (1 - a_k) * k + a_k * k_m
+    z = (shares(q_m, k_m) @ v).transpose(1, 2).reshape(batch, length, heads * size)
     if model["projection"] == "pattention":
         return project(z, w, f"{a}.output", model, scale)
     if model["nexus_output_projection"]:

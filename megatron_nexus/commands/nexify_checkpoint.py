@@ -1,10 +1,14 @@
-"""The command `tools/nexify_checkpoint.py`: linear projections of a trained model get Nexus-Ranks.
+"""The command `tools/nexify_checkpoint.py`: a trained model gets Nexus-Ranks, or attention of a higher order.
 
     python tools/nexify_checkpoint.py --load runs/llama --save runs/nexified --verify
+    python tools/nexify_checkpoint.py --load runs/llama --save runs/order2 --attention-order 2 --verify
 
 Q = X W becomes X W + gelu(gelu(X W_M) W_A) W_D, and K and V alike. The new branch is a Nexus-Rank that grows
 from M = A = 0: by the law of growth one factor of each of its paths is zero, so the model computes what it
 did and a gradient reaches every new weight. From then on the branch grows as any other.
+
+With --attention-order, a model of any projections gets inner attentions behind gates of zero (see
+`models.higher_order`), and Nexus-Ranks too only where a width of them is given.
 """
 
 import argparse
@@ -30,8 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags; one that is not given leaves no attribute behind."""
     parser = FlagParser(
         description=(
-            "Give the linear Q, K and V projections of a trained model Nexus-Ranks beside them, without "
-            "changing its function. The source is never touched."
+            "Give the linear Q, K and V projections of a trained model Nexus-Ranks beside them, or its "
+            "attention a higher order, or both, without changing its function. The source is never touched."
         ),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -44,6 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="INT",
             help=f"width of the branch (default: {share:g} of the hidden size)",
         )
+    parser.add_argument(
+        "--attention-order",
+        type=int,
+        metavar="INT",
+        help="order of the attention, behind gates that begin at 0; adds no branch unless a width is given",
+    )
     add_settings_flags(parser)
     return parser
 
@@ -58,9 +68,11 @@ def main() -> NoReturn:
 def _nexify(argv: Sequence[str]) -> None:
     given = make_parser().parse_args(argv)
     source = find_checkpoint(location(given.load))
-    saved = with_empty_branch(saved_config(source, read_manifest(source)))
-    sizes = {
-        name: vars(given).get(name, round(share * saved.model.hidden_size))
-        for name, share in WIDENING.items()
-    }
+    saved, values = saved_config(source, read_manifest(source)), vars(given)
+    sizes = {"attention_order": given.attention_order} if "attention_order" in values else {}
+    if not sizes or WIDENING.keys() & values.keys():
+        saved = with_empty_branch(saved)
+        sizes |= {
+            name: values.get(name, round(share * saved.model.hidden_size)) for name, share in WIDENING.items()
+        }
     write_grown(given, source, saved, sizes)

@@ -12,7 +12,7 @@ from megatron_nexus.config.data_path import token_count
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import instead_of
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
-from megatron_nexus.config.run_config import SECTIONS, RunConfig, TrainingConfig
+from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig, TrainingConfig
 from megatron_nexus.errors import ConfigError
 
 # Flags that launchers and scripts add and nobody here reads.
@@ -164,6 +164,8 @@ def from_saved(saved: Mapping[str, object]) -> RunConfig:
         values = saved[section]
         if not isinstance(values, dict):
             raise TypeError(f"{section} is no section")
+        if section == "model" and values.get("attention_order", 1) != 1:
+            values = {"attention_inner": INNER_BEFORE_IT_WAS_RECORDED, **values}
         # JSON has lists for our tuples.
         sections[section] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return RunConfig(preset=str(saved["preset"]), **sections)

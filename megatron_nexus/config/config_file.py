@@ -16,11 +16,16 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_nexus.config.presets import PRESETS, Value
-from megatron_nexus.config.run_config import SECTIONS, RunConfig
+from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
 # Read beside the fields of a section: other ways to say one of them.
 ALSO_READ: dict[str, dict[str, type]] = {"training": {"train_tokens": str}}
+# What the file that a run wrote says of its model, whatever version wrote it.
+ALWAYS_WRITTEN = {
+    *("vocab_size", "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size"),
+    *("projection", "nexus_m", "nexus_a", "rotary_base", "norm_epsilon", "init_method_std"),
+}
 # Where one run's files lie, and what only its start did to the checkpoint that it loaded.
 NEVER_WRITTEN = {"checkpoint": ("save", "load", "grow", "reset_optimizer")}
 
@@ -53,6 +58,8 @@ def read_config_file(path: Path) -> dict[str, Value]:
         )
     values: dict[str, Value] = {}
     problems = [f"--config {path}: {problem}" for problem in (*_twice(node), *_read(document, values))]
+    if _says_all_sizes(document) and values.get("attention_order", 1) != 1:
+        values.setdefault("attention_inner", INNER_BEFORE_IT_WAS_RECORDED)
     if {"train_tokens", "train_iters"} <= values.keys():
         problems.append(f"--config {path}: train_tokens and train_iters both say how long to train: keep one")
     if problems:
@@ -91,9 +98,7 @@ def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[
     for key, content in document.items():
         if key == "preset":
             # A file that says every size may have a name of its own for them, as a grown run's has.
-            sizes = document.get("model")
-            named = isinstance(sizes, dict) and sizes.keys() >= get_type_hints(SECTIONS["model"]).keys()
-            if isinstance(content, str) and (content in PRESETS or named):
+            if isinstance(content, str) and (content in PRESETS or _says_all_sizes(document)):
                 values["preset"] = content
             else:
                 yield _unknown(f"preset {content!r}", str(content), list(PRESETS))
@@ -117,6 +122,12 @@ def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[
                     values[name] = _typed(value, hints[name])
                 except ValueError as error:
                     yield f"{key}.{name} {value!r} {error}"
+
+
+def _says_all_sizes(document: dict[object, object]) -> bool:
+    """Whether a file is one that a run wrote, of this version or an earlier one with fewer fields."""
+    sizes = document.get("model")
+    return isinstance(sizes, dict) and sizes.keys() >= ALWAYS_WRITTEN
 
 
 def _typed(value: object, hint: type) -> Value:

@@ -172,6 +172,13 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         }.items():
             if given:
                 yield f"{flag} belongs to --projection nexus, and this is {model.projection}: drop the flag"
+    if model.attention_order == 1:
+        for flag, asked in {
+            "--attention-inner cross": model.attention_inner == "cross",
+            "--attention-gate": model.attention_gate,
+        }.items():
+            if asked:
+                yield f"{flag} belongs to --attention-order 2 and above, and it is 1: raise it, or drop this"
     yield from _pattention_problems(config)
     if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
         yield (

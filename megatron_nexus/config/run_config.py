@@ -13,11 +13,15 @@ from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 Projection = Literal["nexus", "linear", "linear_nexus", "pattention"]
+InnerAttention = Literal["self", "cross"]
 FeedForwardKind = Literal["swiglu", "pattention"]
 Normalization = Literal["RMSNorm", "NonParametricLayerNorm"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
+
+INNER_BEFORE_IT_WAS_RECORDED: InnerAttention = "cross"
+"""The inner form of a model of a higher order whose saved configuration has no `attention_inner`."""
 
 
 T = TypeVar("T")
@@ -42,6 +46,15 @@ class ModelConfig:
     )
     attention_order: int = option(
         1, "1: standard attention; 2 and above: queries and keys refined by inner attentions, no new weights"
+    )
+    attention_inner: InnerAttention = option(
+        "self",
+        "scores of the inner attentions from order 2 on: self (queries with queries, keys with keys) or "
+        "cross (queries with keys, for both)",
+    )
+    attention_gate: bool = option(
+        False,
+        "learnt gate of each head on its refined queries and on its keys, 0 at first: starts as order 1",
     )
     kv_channels: int = option(32, "size of one head; heads x this is the attention width", "--head-dim")
     feed_forward: FeedForwardKind = option("swiglu", "swiglu, or pattention (Tokenformer)")
@@ -92,6 +105,12 @@ class ModelConfig:
     def key_width(self) -> int:
         """Heads of keys and values x head size: the width of K and of V."""
         return self.query_groups * self.kv_channels
+
+    @property
+    def inner_attention_width(self) -> int:
+        """Heads x head size of all inner attentions together: two at each order above the first."""
+        keys = self.key_width if self.attention_inner == "self" else self.attention_width
+        return (self.attention_order - 1) * (self.attention_width + keys)
 
     @property
     def has_nexus(self) -> bool:

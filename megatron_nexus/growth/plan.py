@@ -10,7 +10,7 @@ from megatron_nexus.checkpoint.manifest import Birth, Manifest, OptimizerRecord
 from megatron_nexus.checkpoint.pieces import intersect
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.request import GROWING, GrowthConfig, GrowthRequest, grown_config, layer_origins
-from megatron_nexus.models.decoder import decoder_specs, layer_specs
+from megatron_nexus.models.decoder import decoder_specs, layer_parts
 from megatron_nexus.spec.grow import Block, grown_blocks, inserted_blocks
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box
@@ -49,18 +49,22 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
     settings = request.settings
     after = grown_config(saved, request)
     old, new = saved.model, after.model
-    old_layers, new_layers = layer_specs(old), layer_specs(new)
+    old_layers, new_layers = layer_parts(old), layer_parts(new)
     # A decoder's layers are the embedding, its blocks and the head.
     blocks = layer_origins(old.num_layers, new.num_layers, settings.depth_placement)
     origins = [0, *(None if i is None else i + 1 for i in blocks), old.num_layers + 1]
     tensors: dict[str, TensorPlan] = {}
     for origin, layer in zip(origins, new_layers, strict=True):
-        for i, spec in enumerate(layer):
-            before = None if origin is None else old_layers[origin][i]
-            parts = (
-                grown_blocks(before, spec, settings.init) if before else inserted_blocks(spec, settings.init)
-            )
-            tensors[spec.name] = TensorPlan(spec, before, tuple(parts))
+        for part, specs in layer.items():
+            # A part that the model is given, as the gates of a higher order, was nothing before.
+            befores = None if origin is None else old_layers[origin].get(part)
+            for spec, before in zip(specs, befores or [None] * len(specs), strict=True):
+                parts = (
+                    grown_blocks(before, spec, settings.init)
+                    if before
+                    else inserted_blocks(spec, settings.init)
+                )
+                tensors[spec.name] = TensorPlan(spec, before, tuple(parts))
     return GrowthPlan(saved, after, settings, tensors)
 
 

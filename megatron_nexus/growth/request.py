@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
-from megatron_nexus.config.run_config import ModelConfig, RunConfig, option
+from megatron_nexus.config.run_config import InnerAttention, ModelConfig, RunConfig, option
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.spec.grow import Init
 
@@ -25,6 +25,7 @@ GROWING = (
     "nexus_m",
     "nexus_a",
     "pattention_slots",
+    "attention_order",
 )
 """The fields of a model that growth can raise; all others stay."""
 
@@ -51,6 +52,10 @@ class GrowthConfig:
     growth_seed: int = option(1234, "seed of the new weights")
     depth_placement: Placement = option(
         "interleaved", "new layers: interleaved with the old ones, or all at the end"
+    )
+    attention_inner: InnerAttention = option(
+        "self",
+        "with --attention-order: scores of the inner attentions that the model is given, self or cross",
     )
 
 
@@ -110,6 +115,24 @@ def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
     return problems
 
 
+def _order_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> list[str]:
+    """Why the attention cannot become one of the order that is asked for."""
+    order = sizes.get("attention_order", old.attention_order)
+    if order == old.attention_order:
+        if growth.attention_inner == GrowthConfig.attention_inner:
+            return []
+        return [
+            f"--attention-inner {growth.attention_inner} belongs to an --attention-order above the "
+            f"checkpoint's {old.attention_order}: give one, or drop the flag"
+        ]
+    if old.attention_order > 1:
+        return [
+            f"--attention-order {order}: the checkpoint's attention is of order {old.attention_order} "
+            "already, and only order 1 can be raised without changing the function: drop the flag"
+        ]
+    return []
+
+
 def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
     """The model that `old` becomes with the given sizes of the fields in GROWING.
 
@@ -123,7 +146,7 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             problems.append(
                 f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
             )
-    problems += _foreign_sizes(old, sizes)
+    problems += _foreign_sizes(old, sizes) + _order_problems(old, sizes, growth)
     if growth.init == "in_rand":
         problems += _active_at_once(old, sizes)
     if not 0 <= growth.init_std < inf:
@@ -148,6 +171,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
         new = replace(new, base_hidden_size=old.norm_size)
     if new.kv_channels > old.kv_channels:
         new = replace(new, base_kv_channels=old.rotary_channels)
+    if new.attention_order > old.attention_order:
+        # Gates of zero: the function of order 1.
+        new = replace(new, attention_inner=growth.attention_inner, attention_gate=True)
     # The scale of a Pattention stays that of its birth, or is the root of its slots as it is.
     keeps = growth.init != "random"
     if new.pattention_slots > old.pattention_slots:

@@ -83,6 +83,8 @@ def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: i
                 "AutoModelForCausalLM": "modeling_nexusformer.NexusformerForCausalLM",
             },
             "attention_order": model.attention_order,
+            "attention_inner": model.attention_inner,
+            "attention_gate": model.attention_gate,
             "projection": model.projection,
             "pattention_slots": model.pattention_slots,
             "feed_forward": model.feed_forward,

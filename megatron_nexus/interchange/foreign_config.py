@@ -1,9 +1,16 @@
 """What the `config.json` of others says, as a configuration of ours; and every reason why there is none."""
 
 from collections.abc import Callable, Iterator
-from typing import get_args
+from typing import Any, get_args
 
-from megatron_nexus.config.run_config import FeedForwardKind, ModelConfig, Normalization, Projection
+from megatron_nexus.config.run_config import (
+    INNER_BEFORE_IT_WAS_RECORDED,
+    FeedForwardKind,
+    InnerAttention,
+    ModelConfig,
+    Normalization,
+    Projection,
+)
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.interchange.architecture import LLAMA, NEXUSFORMER, QWEN3, JsonObject
 
@@ -58,13 +65,15 @@ def model_of(config: JsonObject) -> ModelConfig:
     )
     if kind != NEXUSFORMER.model_type:
         return model
-    values: dict[str, object] = {ours: _whole(config, theirs, 0) for ours, theirs in NEXUS_SIZES.items()}
+    values: dict[str, Any] = {ours: _whole(config, theirs, 0) for ours, theirs in NEXUS_SIZES.items()}
+    values |= {name: config[name] for name in CHOICES}
     return ModelConfig(
         **{
             **vars(model),
             **values,
-            **{name: config[name] for name in CHOICES},
             "attention_order": _whole(config, "attention_order", 1),
+            "attention_inner": _inner(config),
+            "attention_gate": bool(config.get("attention_gate")),
             "qk_layernorm": bool(config.get("qk_norm")),
             "nexus_inner_norm": bool(config.get("nexus_inner_norm")),
             "nexus_output_projection": bool(config.get("nexus_output_projection")),
@@ -89,6 +98,9 @@ def _problems(config: JsonObject) -> Iterator[str]:
     for name, choices in CHOICES.items() if kind == NEXUSFORMER.model_type else ():
         if config.get(name) not in choices:
             yield f"{name} is {config.get(name)!r}, and known here are {', '.join(choices)}"
+    inner, known = _inner(config), get_args(InnerAttention)
+    if inner not in known:
+        yield f"attention_inner is {inner!r}, and known here are {', '.join(known)}"
     rope = _rope(config)
     for name, expected in {
         "hidden_act": "silu",
@@ -111,6 +123,12 @@ def _problems(config: JsonObject) -> Iterator[str]:
         yield f"rope scaling {scaling!r}: positions are never scaled here; choose a model without it"
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         yield "partial_rotary_factor: all channels of a head turn here; choose another model"
+
+
+def _inner(config: JsonObject) -> str:
+    """The form of inner attentions, of which files of order 2 said nothing while there was one."""
+    higher = _whole(config, "attention_order", 1) > 1
+    return str(config.get("attention_inner", INNER_BEFORE_IT_WAS_RECORDED if higher else "self"))
 
 
 def _rope(config: JsonObject) -> JsonObject:

@@ -19,6 +19,8 @@ PARTS = {
     "attention.v": "self_attn.v_proj",
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
+    "attention.q_gate": "self_attn.q_gate",
+    "attention.k_gate": "self_attn.k_gate",
     "attention.output": "self_attn.o_proj",
     "feed_forward.norm": "post_attention_layernorm",
     "feed_forward.gate": "mlp.gate_proj",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
-from megatron_nexus.models.higher_order import each_head, refined
+from megatron_nexus.models.higher_order import Refinement, each_head, gate_specs
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
@@ -31,7 +31,7 @@ from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Rol
 
 
 def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
-    """Specs of one layer's attention by part: norm, q, k, v, with QK norm q_norm and k_norm, output."""
+    """Specs of one layer's attention by part: norm, q, k, v, where it has them QK norms and gates, output."""
     hidden = Axis("hidden", model.hidden_size, residual=True)
     width = Axis("attention", model.attention_width, group=model.kv_channels)
     keys = width
@@ -46,6 +46,7 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
         channels = Axis("channels", model.kv_channels)
         for name in ("q_norm", "k_norm"):
             parts[name] = (rms_norm_spec(f"{prefix}.{name}.gain", channels),)
+    parts |= gate_specs(model, prefix)
     init = Normal(model.init_method_std)
     if model.projection == "pattention":
         slots = attention_slots(model)
@@ -66,8 +67,6 @@ class Attention(nn.Module):
         super().__init__()
         parts = attention_specs(model, prefix)
         self.tp = context.tp
-        self.order = model.attention_order
-        self.share = model.num_attention_heads // model.query_groups
         self.head_size = model.kv_channels
         self.rotary_channels = model.rotary_channels
         self.score_scale = 1.0 / math.sqrt(model.rotary_channels)
@@ -80,6 +79,9 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (
                 HeadNorm(parts[name][0], model, context) for name in ("q_norm", "k_norm")
             )
+        self.refine: Refinement | None = None
+        if model.attention_order > 1:
+            self.refine = Refinement(model, gate_specs(model, prefix), context)
         self.output: Linear | NexusRank | Pattention
         if model.projection == "pattention":
             self.output = Pattention({"output": parts["output"]}, model.attention_slots_at_birth, context)
@@ -102,14 +104,13 @@ class Attention(nn.Module):
         if packing is not None and packing.positions_TB is not None:
             cos, sin = cos[packing.positions_TB, 0], sin[packing.positions_TB, 0]  # [T, B, 1, H / 2]
         attend = partial(self._attend, packing.mask_B1TT if packing is not None else None)
-        if self.order > 1:
-            q, k = refined(q, k, self.order, (cos, sin), attend, cache)
+        if self.refine is not None:
+            q, k = self.refine(q, k, (cos, sin), attend, cache)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.permute(1, 2, 0, 3)
         if cache is not None:
             k, v = cache.extend("k", k), cache.extend("v", v)
-        if self.order > 1:
-            v = each_head(v, self.share)
+        v = each_head(v, k.shape[1])
         mixed_TBW = attend(q, k, v).permute(2, 0, 1, 3).flatten(2)
         if isinstance(self.output, Linear):
             partial_sum = self.output(mixed_TBW)

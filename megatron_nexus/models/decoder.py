@@ -84,7 +84,7 @@ def decoder_specs(model: ModelConfig) -> dict[str, ParamSpec]:
 def layer_flops_per_token(model: ModelConfig, seq_length: int) -> list[int]:
     """Forward FLOPs per token of each layer, attention included (`spec.cost` says what is counted)."""
     flops = [weight_flops_per_token(specs) for specs in layer_specs(model)]
-    attention = attention_flops_per_token(model.attention_width, seq_length, model.attention_order)
+    attention = attention_flops_per_token(model.attention_width, seq_length, model.inner_attention_width)
     return [flops[0], *(block + attention for block in flops[1:-1]), flops[-1]]
 
 

@@ -20,12 +20,12 @@ def weight_flops_per_token(specs: Iterable[ParamSpec]) -> int:
     return sum(2 * spec.numel for spec in specs if spec.role is Role.MATMUL)
 
 
-def attention_flops_per_token(attention_width: int, seq_length: int, order: int = 1) -> int:
+def attention_flops_per_token(attention_width: int, seq_length: int, inner_width: int = 0) -> int:
     """FLOPs per token of one layer's scores and weighted values, forward: 2 x (2 x width x length).
 
-    Each order above the first has two inner attentions of the same size.
+    `inner_width`: that of all inner attentions of a higher order, which cost the same by their width.
     """
-    return 4 * attention_width * seq_length * (2 * order - 1)
+    return 4 * (attention_width + inner_width) * seq_length
 
 
 def balanced_cuts(costs: list[int], parts: int) -> list[int]:

@@ -23,6 +23,8 @@ from megatron_nexus.training.memory_table import memory_table
 
 # Kept out of the count of non-embedding parameters: the two matrices of the vocabulary.
 VOCABULARY_PARTS = ("embedding", "head")
+# Vectors that are no gains of norms.
+GATES = ("q_gate", "k_gate")
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,13 @@ def deviation(true: int, printed: int | None) -> float | None:
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
-    """Parameters of embedding, q, k, v, output, feed_forward, head and norms, over all layers."""
+    """Parameters of embedding, q, k, v, gates, output, feed_forward, head and norms, over all layers."""
     counts: Counter[str] = Counter()
     norms = 0  # told last
     for layer in layer_parts(model):
         for part, specs in layer.items():
-            gains = parameter_count(spec for spec in specs if spec.role is Role.VECTOR)
+            vectors = parameter_count(spec for spec in specs if spec.role is Role.VECTOR)
+            gains = 0 if part in GATES else vectors
             norms += gains
             counts[part] += parameter_count(specs) - gains
     return {part: count for part, count in [*counts.items(), ("norms", norms)] if count}

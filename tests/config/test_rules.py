@@ -36,6 +36,8 @@ REFUSED = [
     ("--hidden-size 100000000000000", 1, ["--num-layers x the widths", "5.8e+17", "give less"]),
     ("--train-iters 200000000000000", 1, ["--train-iters x --global-batch-size", "8.2e+17", "give less"]),
     ("--num-layers 10001", 1, ["--num-layers 10001", "10,000", "give fewer"]),
+    ("--attention-inner cross", 1, ["--attention-inner cross", "--attention-order 2 and above", "drop"]),
+    ("--attention-gate", 1, ["--attention-gate", "--attention-order 2 and above", "raise it"]),
     ("--attention-order 10001", 1, ["--attention-order 10001", "10,000", "give fewer"]),
     ("--num-query-groups 3", 1, ["--num-query-groups 3", "--num-attention-heads 4", "use 1, 2, 4"]),
     ("--num-query-groups 2 --tp 4", 4, ["--tp 4", "divide --num-query-groups 2", "use 1, 2"]),

@@ -33,6 +33,7 @@ from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.initialise import logical_values
+from megatron_nexus.spec.param import Constant, Normal
 from megatron_nexus.spec.shard import Shard
 
 STEP = 40
@@ -100,7 +101,9 @@ def write_checkpoint(
     whole = {}
     for name, spec in specs.items():
         for i, state in enumerate(STATES):
-            drawn = dataclasses.replace(spec, name=f"{name} {state}")
+            # Gates too, which are zeros at first.
+            init = Normal(0.5) if spec.init == Constant(0.0) else spec.init
+            drawn = dataclasses.replace(spec, name=f"{name} {state}", init=init)
             values = logical_values(drawn, seed + i, whole_box(spec.shape))
             whole[name, state] = np.abs(values) if state == "exp_avg_sq" else values
     for rank in range(tp):

@@ -70,7 +70,7 @@ def expected(folder: Path, config: dict) -> dict:
 @pytest.mark.parametrize(
     ("ranks", "family", "growth"),
     [
-        (2, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30"),
+        (2, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30 attention_order=2"),
         (4, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30"),
         (2, TOKENFORMER, SLOTS),
     ],

@@ -34,6 +34,8 @@ OPTIONS = {
         "qk_layernorm": True,
     },
     "order": {"attention_order": 3, "num_query_groups": 1, "qk_layernorm": True},
+    "order-cross": {"attention_order": 2, "num_query_groups": 1, "attention_inner": "cross"},
+    "order-gated": {"attention_order": 2, "num_query_groups": 1, "attention_gate": True},
     "tokenformer": {
         "projection": "pattention",
         "pattention_slots": 26,

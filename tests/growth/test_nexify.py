@@ -54,6 +54,51 @@ def test_the_function_stays_every_new_weight_trains_and_the_branch_grows(init: s
     assert (logits - before).abs().max() <= TOLERANCE
 
 
+MODELS = {
+    "nexus": {},
+    "linear": {"projection": "linear", "nexus_m": 0, "nexus_a": 0},
+    "qwen3": QWEN3,
+    "grown heads": {**QWEN3, "base_kv_channels": 2},
+}
+
+
+@pytest.mark.parametrize("inner", ["self", "cross"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_trained_model_gains_an_order_whose_gates_train_at_once_and_grows_on(
+    kind: str, inner: str, tmp_path: Path
+) -> None:
+    saved = grown.configure(**MODELS[kind])
+    source = grown.write_checkpoint(tmp_path / "order1", saved, tp=2 if kind == "nexus" else 1)
+    tokens = grown.sample(saved.model)
+    before = reference.logits(grown.weights(source), tokens, dataclasses.asdict(saved.model))
+    # With heads and layers in the same step, or with nothing else.
+    more = {"num_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 20} if kind == "qwen3" else {}
+    more |= {"num_query_groups": 2} if kind == "qwen3" else {}
+    sizes = {"attention_order": 2, **more}
+    made, after = grown.grow(source, tmp_path / "order2", saved, sizes, attention_inner=inner, workers=2)
+    assert (after.model.attention_order, after.model.attention_inner) == (2, inner)
+    w = {name: t.requires_grad_() for name, t in grown.weights(made).items()}
+    gates = {name for name in w if name.endswith("_gate.weight")}
+    assert len(gates) == 2 * after.model.num_layers
+    model = dataclasses.asdict(after.model)
+    with torch.no_grad():
+        assert (reference.logits(w, tokens, model) - before).abs().max() <= TOLERANCE
+    loss = reference.loss(w, tokens, tokens.roll(-1, 1), model)
+    gradients = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+    if not more:
+        assert all((gradients[name] != 0).all() and not w[name].any() for name in gates)
+        assert {birth.tensor for birth in read_manifest(made).optimizer.births} == gates
+    with torch.no_grad():  # open the gates, and grow what they made
+        w = {name: t + (0.3 if name in gates else 0.0) for name, t in w.items()}
+        moved = (reference.logits(w, tokens, model) - before).abs().max()
+    assert moved > 1e-3
+
+    larger = {"hidden_size": 14, "kv_channels": 6, "num_layers": 4}
+    again, last = grown.grow(made, tmp_path / "larger", after, larger)
+    logits = reference.logits(grown.weights(again), tokens, dataclasses.asdict(last.model))
+    assert (logits - before).abs().max() <= TOLERANCE
+
+
 def test_the_tool_writes_verifies_and_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +118,25 @@ def test_the_tool_writes_verifies_and_refuses(
     assert "verified in float64" in told
     config = from_saved(read_manifest(find_checkpoint(tmp_path / "made")).config)
     assert (config.model.nexus_m, config.model.nexus_a) == (15, 18)
+    code, told = run("--load made --save higher --attention-order 2 --verify --tp 2")
+    assert code == 2 and "--tp 2 does not divide --num-query-groups 1" in told, told
+    code, told = run("--load made --save higher --attention-order 2 --verify")
+    assert code == 0 and "verified in float64" in told, told
+    config = from_saved(read_manifest(find_checkpoint(tmp_path / "higher")).config)
+    assert (config.model.attention_order, config.model.attention_inner) == (2, "self")
+    assert (config.model.attention_gate, config.model.nexus_m) == (True, 15), "no branch was asked for"
+    code, told = run(
+        "--load linear --save both --attention-order 3 --attention-inner cross --nexus-m 16 --verify"
+    )
+    assert code == 0 and "verified in float64" in told, told
+    model = from_saved(read_manifest(find_checkpoint(tmp_path / "both")).config).model
+    assert (model.projection, model.nexus_m, model.attention_order) == ("linear_nexus", 16, 3)
+    code, told = run("--load higher --save again --attention-order 3")
+    assert code == 2 and "only order 1 can be raised" in told, told
+    code, told = run("--load made --save again --attention-order 1")
+    assert code == 2 and "has these sizes already" in told, told
+    code, told = run("--load linear --save again --attention-inner cross")
+    assert code == 2 and "belongs to an --attention-order above the checkpoint's 1" in told, told
     code, told = run("--load made --save again")
     assert code == 2 and "tools/grow_sharded_checkpoint.py" in told, told
     assert not (tmp_path / "again").exists()

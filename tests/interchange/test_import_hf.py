@@ -90,7 +90,12 @@ def logits(checkpoint: Path, config: RunConfig, tokens: Tensor) -> Tensor:
 
 COMING_BACK: dict[str, dict[str, object]] = {
     "nexusformer": {"qk_layernorm": True, "nexus_inner_norm": True, "nexus_output_projection": True},
-    "nexified": {"projection": "linear_nexus", "num_query_groups": 1, "attention_order": 2},
+    "nexified": {
+        "projection": "linear_nexus",
+        "num_query_groups": 1,
+        "attention_order": 2,
+        "attention_gate": True,
+    },
     "tokenformer": {
         "projection": "pattention",
         "pattention_slots": 11,

@@ -48,6 +48,8 @@ KINDS: dict[str, dict[str, object]] = {
         "normalization": "NonParametricLayerNorm",
     },
     "order-2": {"attention_order": 2},
+    "order-2-cross": {"attention_order": 2, "num_query_groups": 1, "attention_inner": "cross"},
+    "order-3-gated": {"attention_order": 3, "num_query_groups": 1, "attention_gate": True},
     "order-3-shared-keys": {"attention_order": 3, "projection": "linear", "num_query_groups": 1},
 }
 STOCK = {"qwen3-born": "Qwen3ForCausalLM", "transformer++-born": "LlamaForCausalLM"}

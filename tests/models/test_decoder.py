@@ -21,6 +21,7 @@ from megatron_nexus.models.decoder import (
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.cost import parameter_count
+from megatron_nexus.spec.param import Constant
 from megatron_nexus.spec.shard import Shard
 
 ALONE = Context(TensorParallel(None), Shard(0, 1), seed=3, dtype=torch.float64)
@@ -44,6 +45,8 @@ MODELS = {
     "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
     "order 2": {"attention_order": 2},
     "order 3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True, "attention_order": 3},
+    "order 3 cross": {"num_query_groups": 1, "attention_order": 3, "attention_inner": "cross"},
+    "gated order 2": {"num_query_groups": 1, "attention_order": 2, "attention_gate": True},
     "tokenformer": {
         "projection": "pattention",
         "pattention_slots": 33,
@@ -52,6 +55,14 @@ MODELS = {
     },
 }
 each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+
+
+def open_gates(stage: DecoderStage) -> DecoderStage:
+    """Give the gates, which are zeros at first, values."""
+    for spec, parameter in logical_parameters(stage).values():
+        if spec.init == Constant(0.0):
+            parameter.data = torch.linspace(0.3, 1.2, len(parameter), dtype=parameter.dtype)
+    return stage
 
 
 def _tokens(batch: int = 2, length: int = 16) -> torch.Tensor:
@@ -155,7 +166,7 @@ def test_logits_equal_the_reference(fields: dict[str, object], grown: bool) -> N
         born |= {"base_pattention_slots": 20, "base_ffn_hidden_size": 31}
     inner_norm = fields.get("projection", "nexus") == "nexus"
     model = dataclasses.replace(MODEL, nexus_inner_norm=inner_norm, **fields, **born)
-    stage, tokens = DecoderStage(model, ALL, ALONE), _tokens()
+    stage, tokens = open_gates(DecoderStage(model, ALL, ALONE)), _tokens()
     weights = {name: parameter.detach() for name, (_, parameter) in logical_parameters(stage).items()}
     expected = reference.logits(weights, tokens, dataclasses.asdict(model))
     assert torch.allclose(stage(tokens).transpose(0, 1), expected, rtol=0.0, atol=1e-12)

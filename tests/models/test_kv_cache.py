@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_decoder import ALL, ALONE, MODEL, MODELS
+from test_decoder import ALL, ALONE, MODEL, MODELS, open_gates
 from torch import Tensor
 
 from megatron_nexus.models.decoder import DecoderStage
@@ -12,12 +12,15 @@ from megatron_nexus.models.kv_cache import KeyValueCache
 
 LENGTH = 12
 ORDER_3: dict[str, object] = {"attention_order": 3, "num_query_groups": 1}
+ORDER_3_CROSS: dict[str, object] = {**ORDER_3, "attention_inner": "cross"}
 # Heads that have grown hold channels that do not turn.
 KINDS: list[dict[str, object]] = [
     {},
     {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
     {"base_kv_channels": 6, "nexus_output_projection": True},
     ORDER_3,
+    ORDER_3_CROSS,
+    {**ORDER_3, "base_kv_channels": 6, "attention_gate": True},
     MODELS["tokenformer"],
 ]
 
@@ -34,7 +37,7 @@ def assert_equal(made: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [7, 1, 1, 3], [5, 7], [LENGTH]])
 @pytest.mark.parametrize("changes", KINDS)
 def test_cached_logits_are_those_of_the_whole_text(chunks: list[int], changes: dict[str, object]) -> None:
-    stage, tokens = DecoderStage(dataclasses.replace(MODEL, **changes), ALL, ALONE), sample(2)
+    stage, tokens = open_gates(DecoderStage(dataclasses.replace(MODEL, **changes), ALL, ALONE)), sample(2)
     expected_TBV = stage(tokens)
     cache = KeyValueCache(MODEL.num_layers, LENGTH)
     end = 0
@@ -44,9 +47,9 @@ def test_cached_logits_are_those_of_the_whole_text(chunks: list[int], changes: d
         assert_equal(logits_BV, expected_TBV[end - 1])
 
 
-@pytest.mark.parametrize("changes", [{}, ORDER_3])
+@pytest.mark.parametrize("changes", [{}, ORDER_3, ORDER_3_CROSS])
 def test_prompts_of_different_lengths_are_each_as_alone(changes: dict[str, object]) -> None:
-    stage, tokens = DecoderStage(dataclasses.replace(MODEL, **changes), ALL, ALONE), sample(3)
+    stage, tokens = open_gates(DecoderStage(dataclasses.replace(MODEL, **changes), ALL, ALONE)), sample(3)
     padding = [0, 5, 3]
     padded = tokens.clone()
     for row, count in enumerate(padding):

@@ -24,12 +24,14 @@ def sample() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], positions
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("order", "inner"), [(1, "self"), (2, "self"), (2, "cross")])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_a_packed_sample_is_its_documents_run_alone(stages: int, recompute: str, order: int) -> None:
+def test_a_packed_sample_is_its_documents_run_alone(
+    stages: int, recompute: str, order: int, inner: str
+) -> None:
     tokens, labels, positions = sample()
-    model = dataclasses.replace(MODEL, attention_order=order)
+    model = dataclasses.replace(MODEL, attention_order=order, attention_inner=inner)
     context = dataclasses.replace(APART, recompute=recompute)
     row = [DecoderStage(model, stage_layers(model, LENGTH, i, stages), context) for i in range(stages)]
     stream: Stream = (tokens, positions)

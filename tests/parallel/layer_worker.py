@@ -26,6 +26,7 @@ from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.spec.initialise import logical_values
+from megatron_nexus.spec.param import Constant
 from megatron_nexus.spec.shard import Box, Shard
 
 SEED = 5
@@ -42,6 +43,18 @@ def whole(module: nn.Module) -> dict[str, Tensor]:
         .requires_grad_()
         for name, (spec, _) in logical_parameters(module).items()
     }
+
+
+def open_gates(module: nn.Module, shard: Shard, weights: dict[str, Tensor]) -> None:
+    """Give gates, which are zeros at first, the same values in both."""
+    for name, (spec, parameter) in logical_parameters(module).items():
+        if spec.init == Constant(0.0):
+            values, ((offset,), (size,)) = (
+                torch.linspace(0.3, 1.2, spec.numel),
+                vars(shard.box(spec)).values(),
+            )
+            weights[name].data = values.double()
+            parameter.data = weights[name].data[offset : offset + size].clone()
 
 
 def error(mine: Tensor, expected: Tensor) -> float:
@@ -85,6 +98,7 @@ def residual_layer(
     g_BTD = torch.randn(3, 8, model.hidden_size, dtype=torch.float64, generator=generator)
     x_ref = x_BTD.clone().requires_grad_()
     weights = whole(layer)
+    open_gates(layer, context.shard, weights)
     expected = equation(x_ref, weights)
     expected.backward(g_BTD)
     x = my_tokens(x_BTD.transpose(0, 1), context.tp).contiguous().requires_grad_()
@@ -102,6 +116,7 @@ def decoder(model: ModelConfig, context: Context) -> float:
     tokens = torch.randint(0, model.vocab_size, (3, 9), generator=torch.Generator().manual_seed(2))
     stage = DecoderStage(model, range(model.num_layers + 2), context)
     weights = whole(stage)
+    open_gates(stage, context.shard, weights)
     expected = reference.loss(weights, tokens[:, :-1], tokens[:, 1:], vars(model))
     expected.backward()
     loss = Loss(model, context.tp, context.shard)(stage(tokens[:, :-1]), tokens[:, 1:])

@@ -21,6 +21,8 @@ def _models(ranks: int) -> dict[str, dict]:
         "linear_nexus": {"projection": "linear_nexus"},
         "qwen3": {"projection": "linear", "num_query_groups": groups, "qk_layernorm": True},
         "order3": {"attention_order": 3, "num_query_groups": groups, "qk_layernorm": True},
+        "order2-cross": {"attention_order": 2, "num_query_groups": groups, "attention_inner": "cross"},
+        "order2-gated": {"attention_order": 2, "num_query_groups": groups, "attention_gate": True},
         "tokenformer": {
             "projection": "pattention",
             "pattention_slots": 26,

@@ -35,7 +35,7 @@ def test_attention_costs_scores_and_values_over_the_whole_sequence() -> None:
     # Each of T positions: one product of width H with the query, one multiply-add of width H for the value.
     assert attention_flops_per_token(attention_width=6, seq_length=10) == 10 * (2 * 6 + 2 * 6)
     # Order 3: two inner attentions for queries and keys of order 2, two for those of order 3, the outer one.
-    assert attention_flops_per_token(attention_width=6, seq_length=10, order=3) == 5 * 10 * (2 * 6 + 2 * 6)
+    assert attention_flops_per_token(6, seq_length=10, inner_width=4 * 6) == 5 * 10 * (2 * 6 + 2 * 6)
 
 
 @pytest.mark.parametrize(("role", "decays"), [(Role.MATMUL, True), (Role.LOOKUP, True), (Role.VECTOR, False)])

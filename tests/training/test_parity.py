@@ -53,6 +53,8 @@ OPTIONS = {"nexus_inner_norm": True, "nexus_output_projection": True}
 FAMILIES = {
     "qwen3": {"projection": "linear", "num_query_groups": 2, "qk_layernorm": True},
     "order2": {"attention_order": 2, "num_query_groups": 2},
+    "order3-cross": {"attention_order": 3, "num_query_groups": 2, "attention_inner": "cross"},
+    "order2-gated": {"attention_order": 2, "num_query_groups": 2, "attention_gate": True},
     "tokenformer": {
         "projection": "pattention",
         "pattention_slots": 21,

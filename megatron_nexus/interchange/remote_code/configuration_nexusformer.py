@@ -30,6 +30,7 @@ CHOICES = {
     "projection": ("nexus", "linear", "linear_nexus", "pattention"),
     "feed_forward": ("swiglu", "pattention"),
     "normalization": ("RMSNorm", "NonParametricLayerNorm"),
+    "attention_inner": ("self", "cross"),
 }
 
 
@@ -44,6 +45,9 @@ class NexusformerConfig(PreTrainedConfig):
     feed_forward: "swiglu" or "pattention", whose slots are intermediate_size.
     normalization: "RMSNorm", or "NonParametricLayerNorm" without gain and bias.
     attention_order: 1 is standard attention; above, inner attentions refine queries and keys.
+    attention_inner: whether these score queries with queries and keys with keys ("self"), or both by queries
+        with keys ("cross", which files that say nothing mean).
+    attention_gate: a learnt gate of each head on what refines its queries, and on what refines its keys.
     nexus_m, nexus_a: the two inner widths of a Nexus-Rank projection.
     nexus_inner_norm: a norm without gain before each GELU of a Nexus-Rank projection.
     nexus_output_projection: Nexus-Rank for the attention's output projection too.
@@ -66,6 +70,8 @@ class NexusformerConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int = 64
     attention_order: int = 1
+    attention_inner: str = "cross"
+    attention_gate: bool = False
     projection: str = "nexus"
     pattention_slots: int = 0
     feed_forward: str = "swiglu"

@@ -218,6 +218,18 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class NexusformerHeadGate(nn.Module):
+    """x + a (y - x) with a learnt `a` of each head, 0 at first."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, x_BNTH: Tensor, y_BNTH: Tensor) -> Tensor:
+        """Both [B, N, T, H] -> [B, N, T, H]."""
+        return x_BNTH + self.weight[:, None, None] * (y_BNTH - x_BNTH)
+
+
 class NexusformerAttention(nn.Module):
     """x -> attention(x), without norm and residual."""
 
@@ -231,9 +243,17 @@ class NexusformerAttention(nn.Module):
         self.scaling = 1.0 / math.sqrt(config.rotary_channels)
         self.is_causal = True
         self.order = config.attention_order
+        self.inner = config.attention_inner
+        self.counted = config.rotary_channels
         self.num_hidden_layers = config.num_hidden_layers
         if self.order > 1:
-            self.num_key_value_groups = 1  # each head has keys of its own
+            self.num_key_value_groups = 1  # inner attentions differ in it: keys are repeated before
+        self.q_gate: nn.Module | None = None
+        self.k_gate: nn.Module | None = None
+        if config.attention_gate:
+            heads, groups = config.num_attention_heads, config.num_key_value_heads
+            self.q_gate = NexusformerHeadGate(heads)
+            self.k_gate = NexusformerHeadGate(groups if self.inner == "self" else heads)
         hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         self.q_proj = make_projection(config, hidden, width)
@@ -275,14 +295,44 @@ class NexusformerAttention(nn.Module):
 
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         attend = partial(interface, self, attention_mask=attention_mask, scaling=self.scaling, **kwargs)
-        share = q.shape[1] // k.shape[1]
         if self.order > 1:
-            q, k = self.refined(q, k, tables, attend, kept)
+            refine = self.refined_alone if self.inner == "self" else self.refined
+            q, k = refine(q, k, tables, attend, kept)
         k, v = kept(0, rotate(k, *tables), v)
         if self.order > 1:
-            v = v.repeat_interleave(share, dim=1)
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         mixed_BTNH, weights = attend(rotate(q, *tables), k, v)
         return self.o_proj(mixed_BTNH.flatten(2)), weights
+
+    def refined_alone(
+        self,
+        q: Tensor,
+        k: Tensor,
+        tables: tuple[Tensor, Tensor],
+        attend: Callable[..., tuple[Tensor, Tensor | None]],
+        kept: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [B, N, T, H] and keys [B, G, T, H] of a higher order, each read from those of its side.
+
+        Q_m = softmax(Q_(m-1) Q_(m-1)^T / sqrt(H)) Q, K_m alike; scores are of the channels at birth.
+        """
+        q_values, k_values = kept(1, q, k)
+        first_q, first_k = q, k
+        for level in range(1, self.order):
+            q, k = rotate(q, *tables), rotate(k, *tables)
+            q_keys, k_keys = kept(level + 1, q, k)
+            q, k = (F.pad(x[..., : self.counted], (0, self.head_dim - self.counted)) for x in (q, k))
+            q = self.gated(self.q_gate, first_q, attend(q, q_keys, q_values)[0].transpose(1, 2))
+            k = self.gated(self.k_gate, first_k, attend(k, k_keys, k_values)[0].transpose(1, 2))
+        return q, k
+
+    @staticmethod
+    def gated(gate: nn.Module | None, x_BNTH: Tensor, read_BNTH: Tensor) -> Tensor:
+        """What a gate leaves of what was read, all of it without one."""
+        if gate is None:
+            return read_BNTH
+        result: Tensor = gate(x_BNTH, read_BNTH)
+        return result
 
     def refined(
         self,
@@ -297,6 +347,7 @@ class NexusformerAttention(nn.Module):
         A_1 = softmax(Q K^T / sqrt(H))      Q_m = A_(m-1) Q      K_m = A_(m-1) K
         """
         heads = q.shape[1]
+        first_q, first_k = q, k.repeat_interleave(heads // k.shape[1], dim=1)
         q_values, k_values = kept(1, q, k)
         k_values = k_values.repeat_interleave(heads // k_values.shape[1], dim=1)
         for level in range(1, self.order):
@@ -304,7 +355,8 @@ class NexusformerAttention(nn.Module):
             keys, _ = kept(level + 1, turned, turned[..., :0])
             keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
             queries = rotate(q, *tables)
-            q, k = (attend(queries, keys, y)[0].transpose(1, 2) for y in (q_values, k_values))
+            q = self.gated(self.q_gate, first_q, attend(queries, keys, q_values)[0].transpose(1, 2))
+            k = self.gated(self.k_gate, first_k, attend(queries, keys, k_values)[0].transpose(1, 2))
         return q, k
 
 
@@ -379,6 +431,8 @@ class NexusformerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LinearNexusRank):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, NexusformerHeadGate):
+            init.zeros_(module.weight)
 
 
 class NexusformerModel(NexusformerPreTrainedModel):
