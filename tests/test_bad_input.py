@@ -213,6 +213,11 @@ TOOLS = [
     ("preprocess_data.py", "--input text.jsonl --output-prefix x", ["--tokenizer-model"]),
     ("preprocess_data.py", f"--input text.jsonl --output-prefix mine {SMALL_MODEL}", ["mine"]),
     ("preprocess_data.py", f"--input text.jsonl --json-keys b --output-prefix x {SMALL_MODEL}", ["'b'"]),
+    (
+        "preprocess_data.py",
+        f"--input text.jsonl --json-keys title text --output-prefix x {SMALL_MODEL}",
+        ["--json-keys: 2 keys", "run once for each", "--data-path"],
+    ),
     ("preprocess_data.py", f"--input nothing.jsonl --output-prefix x {SMALL_MODEL}", ["nothing"]),
     (
         "preprocess_data.py",

@@ -1,7 +1,7 @@
 """Arguments that several tools have, and the types of their values."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_nexus.config.rules import MOST
@@ -19,9 +19,12 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--json-keys",
+        action=_OneKey,
+        nargs="+",
         default="text",
         metavar="KEY",
-        help="field of JSON records and column of parquet files that holds the text (default: text)",
+        help="field of JSON records and column of parquet files that holds the text, doc.text for one within "
+        "another (default: text)",
     )
     parser.add_argument(
         "--txt-documents",
@@ -29,6 +32,26 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         default="file",
         help="what a document is in .txt files (default: file)",
     )
+
+
+class _OneKey(argparse.Action):
+    """Megatron-LM's flag takes several keys; here one is taken, and more are answered."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        assert values is not None and not isinstance(values, str), "nargs is +"
+        if len(values) > 1:
+            raise argparse.ArgumentError(
+                self,
+                f"{len(values)} keys, and a corpus is of one: run once for each, with an output of its own, "
+                "and blend the corpora with --data-path; or join the fields in the records",
+            )
+        setattr(namespace, self.dest, values[0])
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:

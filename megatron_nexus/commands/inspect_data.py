@@ -64,9 +64,10 @@ def _show(dataset: IndexedDataset, description: CorpusDescription | None) -> Non
         say("tokenizer        %s, %s ids", description.tokenizer, f"{description.vocab_size:,}")
         say("bytes per token  %.2f", description.text_bytes / description.tokens)
         say(
-            "left out         %s empty, %s malformed records",
+            "left out         %s empty, %s malformed records; %s empty files",
             f"{description.empty_documents:,}",
             f"{sum(description.malformed.values()):,}",
+            f"{description.empty_files:,}",
         )
         for sample in description.malformed_samples:
             say("                 %s", sample)

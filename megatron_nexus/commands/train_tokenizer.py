@@ -12,7 +12,7 @@ from megatron_nexus.commands.arguments import add_reading_arguments, positive
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.documents import Document, Reading, cut_into_spans, read_span
-from megatron_nexus.data.input_files import find_input_files
+from megatron_nexus.data.input_files import find_input_files, tell_empty_files
 from megatron_nexus.data.malformed import REPORTED, no_document
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.errors import ConfigError, DataError
@@ -57,7 +57,8 @@ def _run() -> None:
     if output.exists() and not given.overwrite:
         raise ConfigError([f"--output {output} exists: add --overwrite or choose another name"])
     reading = Reading(given.json_keys, given.txt_documents)
-    spans = cut_into_spans(find_input_files(given.input), reading, sys.maxsize)
+    files = find_input_files(given.input, given.strict)
+    spans = cut_into_spans(files, reading, sys.maxsize)
     left_out: Counter[str] = Counter()
     samples: list[str] = []
 
@@ -79,11 +80,13 @@ def _run() -> None:
                         samples.append(record.describe())
             progress.advance(span.size / MEGABYTE)
         if not texts:
-            raise no_document(empty, left_out, samples)
+            raise no_document(empty, left_out, samples, tell_empty_files(files))
 
     megabytes = sum(span.size for span in spans) / MEGABYTE
     with _writable(output), log.Progress("Reading and training", megabytes, "MB") as progress:
         train_sentencepiece_bpe(documents(), output, given.vocab_size, int(given.sample_mb * MEGABYTE))
+    for line in tell_empty_files(files):
+        log.logger.warning("%s", line)
     for reason, times in left_out.items():
         log.logger.warning("%s records left out: %s", f"{times:,}", reason)
     tokenizer = SentencePieceTokenizer(output)

@@ -42,6 +42,8 @@ class CorpusDescription:
     """Records left out because they cannot be read, by what is wrong with them."""
     malformed_samples: list[str]
     """The first of them, each with its file and line."""
+    empty_files: int = 0
+    """Files of 0 bytes, left out."""
 
     def to_json(self) -> str:
         """The contents of the file."""

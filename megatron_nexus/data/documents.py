@@ -4,6 +4,8 @@
     .jsonl, .json    one record a line, the text in one of its fields
     .parquet         one record a row, the text in one of its columns
 
+A field may lie in others: `doc.text` is the field text of the field doc.
+
 Uncompressed files of lines are cut anywhere: a line belongs to the span that its first byte is in. Parquet
 files are cut between row groups, compressed ones not at all.
 """
@@ -15,6 +17,13 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal, NamedTuple
 
 from megatron_nexus.data.input_files import InputFile
+from megatron_nexus.data.parquet_columns import (
+    column_keys,
+    find_column,
+    holds_text,
+    nested_keys,
+    read_column,
+)
 from megatron_nexus.errors import ConfigError, DataError
 
 LONGEST_RECORD_BYTES = 1 << 30
@@ -24,6 +33,8 @@ EXCERPT_CHARACTERS = 80
 ROWS_PER_BATCH = 256
 COUNTING_BYTES = 1 << 24
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NAMES_CHARACTERS = 200
+_JSON = json.JSONDecoder(parse_int=float)  # int would refuse numbers of more than 4,300 digits
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Reading:
     """What in a file is a document."""
 
     json_key: str
-    """Field of JSON records, column of parquet files."""
+    """Field of JSON records, column of parquet files; dots lead into nested ones."""
     txt_documents: Literal["file", "line"]
     """A .txt file is one document, or each of its lines is."""
 
@@ -84,6 +95,8 @@ def cut_into_spans(files: list[InputFile], reading: Reading, span_bytes: int) ->
     spans: list[Span] = []
     for file in files:
         whole = Span(file, 0, file.size, 0, file.size)
+        if not file.size:
+            continue
         if file.kind == "parquet":
             try:
                 spans += _row_groups(file, reading.json_key, span_bytes)
@@ -107,23 +120,26 @@ def cut_into_spans(files: list[InputFile], reading: Reading, span_bytes: int) ->
     return spans
 
 
-def _row_groups(file: InputFile, column: str, span_bytes: int) -> list[Span]:
-    import pyarrow
-
+def _row_groups(file: InputFile, key: str, span_bytes: int) -> list[Span]:
     with file.open_parquet() as table:
         schema, metadata = table.schema_arrow, table.metadata
-        if column not in schema.names:
+        columns = list(schema)
+        found = find_column(columns, key)
+        if found is None:
+            keys = _excerpted(", ".join(column_keys(columns)))
             raise DataError(
-                f"{file.path} has no column {column!r}, only {', '.join(schema.names)}: name the column of "
-                "the text with --json-keys"
+                f"{file.path} has no column {key!r}, only {keys}: name the column of the text with "
+                "--json-keys"
             )
-        kind = schema.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        kind = found[-1].type
+        if not holds_text(kind):
+            inner = [name for name in column_keys(found[-1:]) if name != found[-1].name]
+            such = f", such as {key.removesuffix(found[-1].name)}{inner[0]}" if inner else ""
             raise DataError(
-                f"{file.path}: the column {column!r} is of type {kind}, not string: name the column of the "
-                "text with --json-keys"
+                f"{file.path}: the column {key!r} is of type {_excerpted(str(kind))}, which is no text: name "
+                f"the column of the text with --json-keys{such}"
             )
-        place = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(column)
+        place = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(key)
         spans: list[Span] = []
         first_group = first_row = rows = size = 0
         for index in range(metadata.num_row_groups):
@@ -205,18 +221,21 @@ def _skip_line(stream: BinaryIO) -> int:
 def _field(line: bytes, key: str, span: Span, number: int) -> Document | Malformed:
     """The text in a line of JSON."""
     try:
-        record = json.loads(line.decode())
+        record = _JSON.decode(line.decode())
     except UnicodeDecodeError:
         return Malformed(span, number, "not UTF-8", _excerpt(line))
-    except (ValueError, RecursionError):
+    except RecursionError:
+        return Malformed(span, number, "nested too deeply", _excerpt(line))
+    except ValueError:
         if not line.strip():
             return Document("", 0)
         return Malformed(span, number, "not JSON", _excerpt(line))
     if not isinstance(record, dict):
         return Malformed(span, number, "no JSON object", _excerpt(line))
-    if key not in record:
-        return Malformed(span, number, f"no key {key!r}", f"keys {', '.join(map(repr, record))}"[:200])
-    text = record[key]
+    text = record[key] if key in record else _within(record, key)
+    if text is _MISSING:
+        names = _excerpted(", ".join(map(repr, record)))
+        return Malformed(span, number, f"no key {key!r}", f"keys {names}")
     if not isinstance(text, str):
         return Malformed(span, number, f"{key!r} is no string", _excerpt(line))
     try:
@@ -225,18 +244,34 @@ def _field(line: bytes, key: str, span: Span, number: int) -> Document | Malform
         return Malformed(span, number, "lone surrogate", _excerpt(line))
 
 
-def _rows(span: Span, column: str) -> Iterator[Document | Malformed]:
+_MISSING = object()
+
+
+def _within(record: dict[str, object], key: str) -> object:
+    """The value of a key that leads through fields of a record, or _MISSING."""
+    for name, rest in nested_keys(key):
+        inner = record.get(name)
+        if isinstance(inner, dict):
+            found = inner[rest] if rest in inner else _within(inner, rest)
+            if found is not _MISSING:
+                return found
+    return _MISSING
+
+
+def _rows(span: Span, key: str) -> Iterator[Document | Malformed]:
     import pyarrow
 
     number = 0
     with span.file.open_parquet() as table:
+        column = find_column(list(table.schema_arrow), key)
+        assert column is not None, "found when the file was cut"
         batches = table.iter_batches(
-            ROWS_PER_BATCH, row_groups=range(span.start, span.stop), columns=[column], use_threads=False
+            ROWS_PER_BATCH, row_groups=range(span.start, span.stop), columns=[key], use_threads=False
         )
         try:
             for batch in batches:
                 # As bytes: one text that is not UTF-8 must not cost the others.
-                for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                for raw in read_column(batch, column):
                     yield Malformed(span, number, "null", "") if raw is None else _text(raw, span, number)
                     number += 1
         except pyarrow.ArrowException as error:
@@ -253,6 +288,10 @@ def _text(raw: bytes, span: Span, number: int) -> Document | Malformed:
 def _excerpt(raw: bytes) -> str:
     text = raw[: EXCERPT_CHARACTERS * 4].decode(errors="backslashreplace").strip()
     return repr(text if len(text) <= EXCERPT_CHARACTERS else f"{text[:EXCERPT_CHARACTERS]} ...")
+
+
+def _excerpted(names: str) -> str:
+    return names if len(names) <= NAMES_CHARACTERS else f"{names[:NAMES_CHARACTERS]} ..."
 
 
 def _lines_before(span: Span) -> int:

@@ -20,6 +20,8 @@ ENDINGS = ".txt, .jsonl or .json (one record a line), each also with .gz or .zst
 LARGEST_WINDOW_BYTES = 1 << 31
 """Of the .zst files that are read: what `zstd --ultra --long=31` writes."""
 READ_BYTES = 1 << 20
+NAMED = 10
+"""Empty files that are named."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,14 @@ class InputFile:
         return (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns)
 
 
-def find_input_files(arguments: list[str]) -> list[InputFile]:
+def find_input_files(arguments: list[str], strict: bool = False) -> list[InputFile]:
     """The files that files, folders and globs stand for, in the order given; a folder's and a glob's by name.
 
     Of a folder all files of known kinds are taken, those of its subfolders too, hidden ones left out.
 
     Raises:
-        ConfigError: an argument stands for no file, a file is of unknown kind, empty or named twice.
+        ConfigError: an argument stands for no file, a file is of unknown kind or named twice, or, where
+            `strict`, empty.
     """
     problems: list[str] = []
     files: dict[Path, InputFile] = {}
@@ -86,11 +89,23 @@ def find_input_files(arguments: list[str]) -> list[InputFile]:
                 problems.append(file)
             elif path.resolve() in files:
                 problems.append(f"--input {argument} names {path} again: name every file once")
+            elif strict and not file.size:
+                problems.append(f"--input {path} is empty: leave it out, or run without --strict")
             else:
                 files[path.resolve()] = file
     if problems:
         raise ConfigError(problems)
     return list(files.values())
+
+
+def tell_empty_files(files: list[InputFile]) -> list[str]:
+    """Lines that say how many files of 0 bytes were left out, and name the first."""
+    empty = [str(file.path) for file in files if not file.size]
+    if not empty:
+        return []
+    more = f" and {len(empty) - NAMED:,} more" if len(empty) > NAMED else ""
+    files_are = "file is" if len(empty) == 1 else "files are"
+    return [f"  {len(empty):,} {files_are} empty and left out: {', '.join(empty[:NAMED])}{more}"]
 
 
 def _expand(argument: str) -> list[Path]:
@@ -124,8 +139,6 @@ def _recognise(path: Path) -> InputFile | str:
             state = path.stat()
     except OSError as error:
         return f"--input {path} cannot be read ({error.strerror}): make it readable or leave it out"
-    if state.st_size == 0:
-        return f"--input {path} is empty: leave it out"
     return InputFile(path, *kind, state.st_size, state.st_mtime_ns)
 
 

@@ -13,6 +13,7 @@ _REMEDIES: Final = {
     "not UTF-8": "convert the inputs to UTF-8, as `iconv -f latin1 -t utf-8 in > out` does from Latin-1",
     "not JSON": _ONE_A_LINE,
     "no JSON object": _ONE_A_LINE,
+    "nested too deeply": "write records of fewer brackets within one another",
 }
 _ELSEWHERE: Final = "say where the text is with --json-keys or --txt-documents"
 
@@ -28,8 +29,13 @@ def report(malformed: Mapping[str, int], samples: list[str]) -> list[str]:
     return [*lines, "    ..."] if left_out > len(samples) else lines
 
 
-def no_document(empty: int, malformed: Mapping[str, int], samples: list[str]) -> DataError:
-    """That the inputs hold no text: what they hold instead, and what to do about each kind of it."""
+def no_document(
+    empty: int, malformed: Mapping[str, int], samples: list[str], empty_files: list[str]
+) -> DataError:
+    """That the inputs hold no text: what they hold instead, and what to do about each kind of it.
+
+    `empty_files` are the lines that tell of those.
+    """
     remedies = dict.fromkeys(_REMEDIES.get(reason, _ELSEWHERE) for reason in malformed or [""])
-    held = [f"  {empty:,} records without text", *report(malformed, samples)]
+    held = [f"  {empty:,} records without text", *empty_files, *report(malformed, samples)]
     return DataError("\n".join(["the inputs hold no document:", *held, *remedies]))

@@ -27,7 +27,7 @@ from megatron_nexus.data.indexed_dataset import (
     remove_drafts,
     token_dtype,
 )
-from megatron_nexus.data.input_files import InputFile, find_input_files
+from megatron_nexus.data.input_files import InputFile, find_input_files, tell_empty_files
 from megatron_nexus.data.malformed import REPORTED, no_document, report
 from megatron_nexus.data.shards import (
     Counts,
@@ -172,7 +172,7 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
             total, samples = _sum(ordered), _samples(shards, ordered)
             if not total.documents:
                 _remove_shards(tokenizing.folder)
-                raise no_document(total.empty, total.malformed, samples)
+                raise no_document(total.empty, total.malformed, samples, tell_empty_files(files))
             description = _describe(job, tokenizer, files, total, samples)
             corpus.description = description.to_json()
             left = (total.tokens - merged) / MILLION
@@ -180,7 +180,7 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
                 for tokens in merging:
                     progress.advance(tokens / MILLION)
         _remove_shards(tokenizing.folder)
-    for line in report(total.malformed, samples):
+    for line in (*tell_empty_files(files), *report(total.malformed, samples)):
         logger.warning("%s", line)
     logger.info(
         "%s: %s documents, %s tokens, %.2f bytes per token, %s empty records left out; %.1f s",
@@ -226,7 +226,7 @@ def _plan(job: Preprocessing) -> tuple[Tokenizer, list[InputFile], list[Shard]]:
     files: list[InputFile] = []
     shards: list[Shard] = []
     try:
-        files = find_input_files(job.inputs)
+        files = find_input_files(job.inputs, job.strict)
         shard_bytes = _shard_bytes(sum(file.size for file in files))
         shards = make_shards(cut_into_spans(files, job.reading, shard_bytes), shard_bytes)
     except ConfigError as error:
@@ -391,6 +391,7 @@ def _describe(
         tokens=total.tokens,
         text_bytes=total.text_bytes,
         empty_documents=total.empty,
+        empty_files=sum(not file.size for file in files),
         malformed=total.malformed,
         malformed_samples=samples,
     )

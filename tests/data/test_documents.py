@@ -64,8 +64,9 @@ def test_a_malformed_line_says_its_number_wherever_the_file_is_cut(tmp_path: Pat
     [
         (b"\xff\xfe", "not UTF-8"),
         (b"{oops", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b'{"text": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "'text' is no string"),
+        (b'{"text": 1}', "'text' is no string"),
         (b'["text"]', "no JSON object"),
         (b'{"Text": "a"}', "no key 'text': keys 'Text'"),
         (b'{"text": null}', "'text' is no string"),
@@ -78,6 +79,35 @@ def test_malformed_lines_cost_nothing_but_themselves(tmp_path: Path, line: bytes
     assert (before, after) == ("before", "after")
     assert malformed.startswith(f"{file}:2: {reason}")
     assert len(malformed) < 600
+
+
+@pytest.mark.parametrize("number", ["1" * 5000, "-" + "7" * 5000, "1e400", "0." + "3" * 9000])
+def test_numbers_of_other_fields_do_not_matter(tmp_path: Path, number: str) -> None:
+    line = f'{{"id": {number}, "text": "kept", "more": [{{"n": {number}}}]}}\n'
+    assert read(write(tmp_path / "a.jsonl", line.encode())) == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("key", "record", "expected"),
+    [
+        ("doc.text", {"doc": {"text": "in"}}, "in"),
+        ("doc.text", {"doc.text": "whole", "doc": {"text": "in"}}, "whole"),
+        ("a.b.c", {"a": {"b": {"c": "deep"}}}, "deep"),
+        ("a.b.c", {"a.b": {"c": "dotted"}}, "dotted"),
+        ("a.b.c", {"a": 1, "a.b": {"c": "dotted"}}, "dotted"),
+        ("a.b.c", {"a": {"b.c": "inner"}}, "inner"),
+        ("doc.text", {"doc": None}, "no key 'doc.text': keys 'doc'"),
+        ("doc.text", {"doc": "text"}, "no key 'doc.text'"),
+        ("doc.text", {"doc": {"text": 3}}, "'doc.text' is no string"),
+        ("doc", {"doc": {"text": "in"}}, "'doc' is no string"),
+        ("doc..text", {"doc": {"": {"text": "in"}}}, "in"),
+    ],
+)
+def test_a_key_with_dots_leads_into_nested_fields(
+    tmp_path: Path, key: str, record: dict[str, object], expected: str
+) -> None:
+    file = write(tmp_path / "a.jsonl", json.dumps(record).encode())
+    assert read(file, Reading(key, "file"))[0].removeprefix(f"{file}:1: ").startswith(expected)
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
@@ -103,6 +133,67 @@ def test_parquet(tmp_path: Path, span_bytes: int) -> None:
         f"{tmp_path / 'a.parquet'}:8: null",
         *TEXTS,
     ]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()],
+    ids=str,
+)
+def test_every_arrow_type_of_text(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = ["a", None, "zwei ü", "", "a", "zwei ü"]
+    plain = pa.array(texts, kind)
+    columns = {"plain": plain, "struct": pa.StructArray.from_arrays([plain, plain], ["text", "more.text"])}
+    views = "view" in str(kind)  # which pyarrow neither encodes as a dictionary nor cuts
+    if not views:
+        encoded = plain.dictionary_encode()
+        columns |= {"encoded": encoded, "within": pa.StructArray.from_arrays([encoded], ["text"])}
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), file, row_group_size=6 if views else 4)
+    for key in ("plain", "struct.text", "struct.more.text", "encoded", "within.text"):
+        if key.split(".")[0] in columns:
+            expected = [f"{file}:2: null" if text is None else text for text in texts]
+            assert read(file, Reading(key, "file"), 1) == expected, key
+    if "binary" in str(kind):
+        pq.write_table(pa.table({"text": pa.array([b"a", b"\xff"], kind)}), file)
+        assert read(file) == ["a", rf"{file}:2: not UTF-8: '\\xff'"]
+
+
+def test_texts_of_extension_types_and_columns_without_any_value(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    record = pa.array([{"text": "in"}, None, {"text": None}])
+    pq.write_table(
+        pa.table({"json": pa.array(["{}", None, "[]"], pa.json_()), "none": pa.nulls(3), "doc": record}), file
+    )
+    assert read(file, Reading("json", "file")) == ["{}", f"{file}:2: null", "[]"]
+    assert read(file, Reading("none", "file")) == [f"{file}:{row}: null" for row in (1, 2, 3)]
+    assert read(file, Reading("doc.text", "file")) == ["in", f"{file}:2: null", f"{file}:3: null"]
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("doc", ["'doc' is of type struct<", "--json-keys, such as doc.text"]),
+        ("doc.inner", ["'doc.inner' is of type struct<", "such as doc.inner.n"]),
+        ("doc.nothing", ["no column 'doc.nothing', only doc.text, doc.inner.n, words, digest"]),
+        ("words", ["'words' is of type list<", "no text"]),
+        ("digest", ["fixed_size_binary[4]"]),
+    ],
+)
+def test_a_column_that_is_no_text_is_answered_by_those_that_are_there(
+    tmp_path: Path, key: str, told: list[str]
+) -> None:
+    table = pa.table(
+        {
+            "doc": pa.array([{"text": "a", "inner": {"n": 1}}]),
+            "words": pa.array([["a"]]),
+            "digest": pa.array([b"abcd"], pa.binary(4)),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "a.parquet", Reading(key, "file"))
+    assert all(part in str(caught.value) for part in told), caught.value
 
 
 def test_a_parquet_text_that_is_not_utf8_costs_nothing_but_itself(tmp_path: Path) -> None:
@@ -177,17 +268,20 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
 
 def test_all_inputs_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", b"x")
-    write(tmp_path / "empty.txt", b"")
+    write(tmp_path / "empty.txt", b"")  # which is left out, or under --strict refused
     write(tmp_path / "a.pdf", b"x")
     (tmp_path / "folder").mkdir()
     names = ("a.txt", "missing.txt", "*.csv", "empty.txt", "a.pdf", "folder", "*.txt")
+    arguments = [str(tmp_path / name) for name in names]
     with pytest.raises(ConfigError) as caught:
-        find_input_files([str(tmp_path / name) for name in names])
+        find_input_files(arguments)
+    assert "is empty" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"empty\.txt is empty: leave it out, or run without --strict"):
+        find_input_files(arguments, strict=True)
     said = "\n".join(caught.value.problems)
     for part in (
         "missing.txt stands for no file",
         "*.csv stands",
-        "empty.txt is empty",
         "a.pdf is of no known",
     ):
         assert part in said

@@ -27,6 +27,7 @@ from megatron_nexus.data.shards import Tokenizing, make_shards, shard_prefix, to
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.team import Alone
 from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.log import logger
 
 ENDINGS = (".bin", ".idx", ".json")
 # The real command, with shards so small that a test has many of them.
@@ -284,6 +285,42 @@ def test_outputs_that_cannot_be_written_are_refused(folder: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/corpus\.shards cannot be written"):
         preprocess(job(folder, tmp_path / "file" / "corpus"), Alone())
+
+
+def test_an_empty_file_among_others_is_left_out_counted_and_shown(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, prefix = tmp_path / "inputs", tmp_path / "corpus"
+    inputs.mkdir()
+    for name, text in {
+        "a.txt": "one",
+        "b.txt": "",
+        "c.parquet": "",
+        "d.jsonl.gz": "",
+        "e.txt": "two",
+    }.items():
+        (inputs / name).write_text(text)
+    monkeypatch.setattr(logger, "propagate", True)
+    made = preprocess(job(folder, prefix, inputs=[str(inputs)]), Alone())
+    assert made is not None and (made.documents, made.empty_files, made.input_files) == (2, 3, 5)
+    names = ", ".join(str(inputs / name) for name in ("b.txt", "c.parquet", "d.jsonl.gz"))
+    assert f"3 files are empty and left out: {names}" in caplog.text
+    with pytest.raises(ConfigError) as caught:
+        preprocess(job(folder, tmp_path / "strict", inputs=[str(inputs)], strict=True), Alone())
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+        f"--input {name} is empty" for name in names.split(", ")
+    ]
+    # The description of a corpus that was made before files were counted.
+    facts = json.loads((tmp_path / "corpus.json").read_text())
+    del facts["empty_files"]
+    (tmp_path / "corpus.json").write_text(json.dumps(facts))
+    assert read_description(prefix) == dataclasses.replace(made, empty_files=0)
+
+
+def test_inputs_that_are_all_empty_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"hold no document:(\n.*)*1 file is empty and left out: .*a\.txt"):
+        preprocess(job(folder, tmp_path / "corpus", inputs=[str(tmp_path / "a.txt")]), Alone())
 
 
 @pytest.mark.parametrize(
