@@ -38,16 +38,20 @@ def pattention(x: Tensor, w: dict[str, Tensor], name: str, born: int) -> Tensor:
     return gelu(unit * math.sqrt(born)) @ w[f"{name}.values"].T
 
 
-def nexus_rank(x: Tensor, w: dict[str, Tensor], name: str, inner_scale: float | None) -> Tensor:
-    def act(h: Tensor) -> Tensor:
-        if inner_scale is not None:
+def nexus_rank(x: Tensor, w: dict[str, Tensor], name: str, model: dict, ffn: bool = False) -> Tensor:
+    """With an inner norm each stage has the length sqrt(D), or that of its width, as at birth."""
+    m, a = ("ffn_nexus_m", "ffn_hidden_size") if ffn else ("nexus_m", "nexus_a")
+
+    def act(h: Tensor, width: str) -> Tensor:
+        if model["nexus_inner_norm"]:
+            width = "hidden_size" if model["nexus_inner_norm_scale"] == "hidden" else width
             # A root of zero has no derivative, and padded or newly inserted units are zero.
             length = (h * h).sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
-            h = h / (length + 1e-5) * inner_scale
+            h = h / (length + 1e-5) * math.sqrt(model[f"base_{width}"] or model[width])
         return gelu(h)
 
-    h_m = act(x @ w[f"{name}.w_m"].T)
-    h_a = act(h_m @ w[f"{name}.w_a"].T)
+    h_m = act(x @ w[f"{name}.w_m"].T, m)
+    h_a = act(h_m @ w[f"{name}.w_a"].T, a)
     return h_a @ w[f"{name}.w_d"].T
 
 
@@ -69,25 +73,23 @@ def head_norm(x: Tensor, gain: Tensor, model: dict) -> Tensor:
     return x / torch.sqrt(mean + model["norm_epsilon"]) * gain
 
 
-def project(y: Tensor, w: dict[str, Tensor], name: str, model: dict, scale: float | None) -> Tensor:
+def project(y: Tensor, w: dict[str, Tensor], name: str, model: dict) -> Tensor:
     if model["projection"] == "pattention":
         return pattention(y, w, name, model["base_pattention_slots"] or model["pattention_slots"])
     out = 0.0
     if model["projection"] in ("linear", "linear_nexus"):
         out = out + y @ w[f"{name}.weight"].T
     if model["projection"] in ("nexus", "linear_nexus"):
-        out = out + nexus_rank(y, w, name, scale)
+        out = out + nexus_rank(y, w, name, model)
     return out
 
 
-def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float | None) -> Tensor:
+def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict) -> Tensor:
     """Normed input [batch, tokens, D] -> the attention's output [batch, tokens, D]."""
     batch, length = y.shape[:2]
     heads, size = model["num_attention_heads"], model["kv_channels"]
     mask = torch.ones(length, length, dtype=torch.bool).tril()
-    q, k, v = (
-        project(y, w, f"{a}.{p}", model, scale).view(batch, length, -1, size).transpose(1, 2) for p in "qkv"
-    )
+    q, k, v = (project(y, w, f"{a}.{p}", model).view(batch, length, -1, size).transpose(1, 2) for p in "qkv")
     if model["qk_layernorm"]:
         q, k = (head_norm(x, w[f"{a}.{p}_norm.gain"], model) for x, p in ((q, "q"), (k, "k")))
     # Neighbours share a head of keys and values.
@@ -117,27 +119,27 @@ def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict, scale: float
             q_m, k_m = (1 - a_q) * q + a_q * q_m, (1 - a_k) * k + a_k * k_m
     z = (shares(q_m, k_m) @ v).transpose(1, 2).reshape(batch, length, heads * size)
     if model["projection"] == "pattention":
-        return project(z, w, f"{a}.output", model, scale)
+        return project(z, w, f"{a}.output", model)
     if model["nexus_output_projection"]:
-        return nexus_rank(z, w, f"{a}.output", scale)
+        return nexus_rank(z, w, f"{a}.output", model)
     return z @ w[f"{a}.output.weight"].T
 
 
 def feed_forward(y: Tensor, w: dict[str, Tensor], f: str, model: dict) -> Tensor:
     if model["feed_forward"] == "pattention":
         return pattention(y, w, f, model["base_ffn_hidden_size"] or model["ffn_hidden_size"])
+    if model["feed_forward"] == "nexus":
+        return nexus_rank(y, w, f, model, ffn=True)
     gate = y @ w[f"{f}.gate"].T
     return (gate / (1.0 + torch.exp(-gate)) * (y @ w[f"{f}.up"].T)) @ w[f"{f}.down"].T
 
 
 def logits(w: dict[str, Tensor], tokens: Tensor, model: dict) -> Tensor:
     """Token ids [batch, tokens] -> logits [batch, tokens, vocabulary]."""
-    size = model["base_hidden_size"] or model["hidden_size"]
-    scale = math.sqrt(size) if model["nexus_inner_norm"] else None
     x = w["embedding.weight"][tokens]
     for i in range(model["num_layers"]):
         a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        x = x + attention(norm(x, w, f"{a}.norm", model), w, a, model, scale)
+        x = x + attention(norm(x, w, f"{a}.norm", model), w, a, model)
         x = x + feed_forward(norm(x, w, f"{f}.norm", model), w, f, model)
     return norm(x, w, "final_norm", model) @ w["head.weight"].T
 

@@ -58,6 +58,17 @@ def _nexus(m: int, a: int) -> dict[str, Value]:
     return {"projection": "nexus", "nexus_m": m, "nexus_a": a}
 
 
+def _released(ffn_m: int, ffn_a: int) -> dict[str, Value]:
+    return {
+        "nexus_output_projection": True,
+        "nexus_inner_norm": True,
+        "nexus_inner_norm_scale": "width",
+        "feed_forward": "nexus",
+        "ffn_nexus_m": ffn_m,
+        "ffn_hidden_size": ffn_a,
+    }
+
+
 def _paper(layers: int, hidden: int, ffn: int, heads: int, kv_channels: int) -> dict[str, Value]:
     sizes = {"num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn}
     return {**_PAPER, **sizes, "num_attention_heads": heads, "kv_channels": kv_channels}
@@ -102,6 +113,9 @@ PRESETS: dict[str, dict[str, Value]] = {
     "qwen3-tiny": {**_TINY, **_LINEAR, "num_query_groups": 2, "qk_layernorm": True, "rotary_base": 1e6},
     "transformer++-tiny": {**_TINY, **_LINEAR, "qk_layernorm": False},
     "tokenformer-tiny": {**_TINY, **_SLOTS, "ffn_hidden_size": 512, "pattention_slots": 192},
+    # As in the code that the paper's authors released: the attention's output and the feed-forward are
+    # Nexus-Ranks too, with a norm before each GELU. The widths of the feed-forward are ours.
+    "nexusformer-released-tiny": {**_TINY, **_nexus(160, 192), **_released(160, 344)},
     # 23.6M parameters: the size of benchmarks/train_step.py.
     "nexusformer-20m": {
         "vocab_size": 8192,
@@ -126,6 +140,7 @@ PRESETS: dict[str, dict[str, Value]] = {
     "nexusformer-440m": _nexusformer(12, 768, 12, 2048, 1540, 1730),
     "nexusformer-480m": _nexusformer(24, 800, 10, 2304, 896, 968),
     "nexusformer-640m": _nexusformer(24, 1024, 16, 2560, 1152, 1280),
+    "nexusformer-released-240m": {**_nexusformer(12, 768, 12, 2048, 780, 960), **_released(780, 2048)},
     "qwen3-170m": _qwen3(12, 848, 12, 3392),
     "qwen3-240m": _qwen3(12, 1088, 16, 4032),
     "qwen3-300m": _qwen3(12, 1240, 20, 4880),
@@ -151,5 +166,5 @@ DEFAULT_PRESET = "nexusformer-tiny"
 PAPER_SIZES = {
     name: name.rpartition("-")[2].upper()
     for name, values in PRESETS.items()
-    if _PAPER.items() <= values.items()
+    if _PAPER.items() <= values.items() and "released" not in name  # not the paper's architecture
 }

@@ -113,6 +113,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--ffn-hidden-size": model.ffn_hidden_size,
         **({"--nexus-m": model.nexus_m, "--nexus-a": model.nexus_a} if model.has_nexus else {}),
         **({"--pattention-slots": model.pattention_slots} if model.projection == "pattention" else {}),
+        **({"--ffn-nexus-m": model.ffn_nexus_m} if model.feed_forward == "nexus" else {}),
         "--micro-batch-size": training.micro_batch_size,
         "--global-batch-size": training.global_batch_size,
         "--seq-length": training.seq_length,
@@ -157,6 +158,10 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--pattention-slots": model.pattention_slots,
         "--base-pattention-slots": model.base_pattention_slots,
         "--base-ffn-hidden-size": model.base_ffn_hidden_size,
+        "--ffn-nexus-m": model.ffn_nexus_m,
+        "--base-ffn-nexus-m": model.base_ffn_nexus_m,
+        "--base-nexus-m": model.base_nexus_m,
+        "--base-nexus-a": model.base_nexus_a,
         "--seed": training.seed,
     }
     for flag, value in not_negative.items():
@@ -196,6 +201,9 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "kv-channels": (model.base_kv_channels, model.kv_channels),
         "pattention-slots": (model.base_pattention_slots, model.pattention_slots),
         "ffn-hidden-size": (model.base_ffn_hidden_size, model.ffn_hidden_size),
+        "nexus-m": (model.base_nexus_m, model.nexus_m),
+        "nexus-a": (model.base_nexus_a, model.nexus_a),
+        "ffn-nexus-m": (model.base_ffn_nexus_m, model.ffn_nexus_m),
     }
     for name, (base, size) in bases.items():
         if base > max(size, 0):
@@ -216,10 +224,20 @@ def _pattention_problems(config: RunConfig) -> Iterable[str]:
             f"--pattention-slots {model.pattention_slots} belongs to --projection pattention, and this is "
             f"{model.projection}: give 0, or another --projection"
         )
-    if model.feed_forward != "pattention" and model.base_ffn_hidden_size > 0:
+    if model.feed_forward == "swiglu" and model.base_ffn_hidden_size > 0:
         yield (
-            f"--base-ffn-hidden-size {model.base_ffn_hidden_size} belongs to --feed-forward pattention, and "
-            f"this is {model.feed_forward}, which has no scale to keep: drop the flag"
+            f"--base-ffn-hidden-size {model.base_ffn_hidden_size} belongs to --feed-forward pattention or "
+            "nexus, and this is swiglu, which has no scale to keep: drop the flag"
+        )
+    if model.feed_forward != "nexus" and model.ffn_nexus_m > 0:
+        yield (
+            f"--ffn-nexus-m {model.ffn_nexus_m} belongs to --feed-forward nexus, and this is "
+            f"{model.feed_forward}: give 0, or --feed-forward nexus"
+        )
+    if not model.nexus_inner_norm and model.nexus_inner_norm_scale != "hidden":
+        yield (
+            f"--nexus-inner-norm-scale {model.nexus_inner_norm_scale} belongs to --nexus-inner-norm: "
+            "add it, or drop the flag"
         )
     if model.normalization != "RMSNorm" and config.training.norm_impl != "torch":
         yield (

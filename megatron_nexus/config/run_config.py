@@ -14,7 +14,8 @@ Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 Projection = Literal["nexus", "linear", "linear_nexus", "pattention"]
 InnerAttention = Literal["self", "cross"]
-FeedForwardKind = Literal["swiglu", "pattention"]
+FeedForwardKind = Literal["swiglu", "pattention", "nexus"]
+InnerNormScale = Literal["hidden", "width"]
 Normalization = Literal["RMSNorm", "NonParametricLayerNorm"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
 NormImpl = Literal["torch", "apex"]
@@ -57,8 +58,14 @@ class ModelConfig:
         "learnt gate of each head on its refined queries and on its keys, 0 at first: starts as order 1",
     )
     kv_channels: int = option(32, "size of one head; heads x this is the attention width", "--head-dim")
-    feed_forward: FeedForwardKind = option("swiglu", "swiglu, or pattention (Tokenformer)")
-    ffn_hidden_size: int = option(344, "width of the SwiGLU feed-forward, or slots of the Pattention")
+    feed_forward: FeedForwardKind = option(
+        "swiglu",
+        "swiglu, pattention (Tokenformer), or nexus (a Nexus-Rank, as in the authors' released code)",
+    )
+    ffn_hidden_size: int = option(
+        344, "width of the SwiGLU feed-forward, slots of the Pattention, or second width of the Nexus-Rank"
+    )
+    ffn_nexus_m: int = option(0, "first width of a Nexus-Rank feed-forward")
     projection: Projection = option(
         "nexus",
         "what computes Q, K and V: nexus (Nexus-Rank), linear (a matrix each), linear_nexus (their sum), or "
@@ -70,16 +77,32 @@ class ModelConfig:
     qk_layernorm: bool = option(False, "RMSNorm of each head's query and key before the rotary embedding")
     nexus_m: int = option(160, "first width M of each Nexus-Rank projection, D < M < A")
     nexus_a: int = option(192, "second width A of each Nexus-Rank projection")
-    nexus_inner_norm: bool = option(False, "gain-free norm before each GELU of a Nexus-Rank projection")
+    nexus_inner_norm: bool = option(False, "gain-free norm before each GELU of a Nexus-Rank")
+    nexus_inner_norm_scale: InnerNormScale = option(
+        "hidden",
+        "length that the inner norm gives: the square root of the hidden size, or of the normalised width "
+        "(as in the authors' released code); growth keeps it",
+    )
     nexus_output_projection: bool = option(False, "Nexus-Rank for the attention's output projection too")
     base_hidden_size: int = option(
         0, "hidden size before it grew, which the norms' means keep to; 0: it has not grown"
+    )
+    base_nexus_m: int = option(
+        0, "--nexus-m before it grew, whose root is the inner norm's scale; 0: it has not grown"
+    )
+    base_nexus_a: int = option(
+        0, "--nexus-a before it grew, whose root is the inner norm's scale; 0: it has not grown"
+    )
+    base_ffn_nexus_m: int = option(
+        0, "--ffn-nexus-m before it grew, whose root is the inner norm's scale; 0: it has not grown"
     )
     base_pattention_slots: int = option(
         0, "--pattention-slots before they grew, whose root scales scores; 0: they have not grown"
     )
     base_ffn_hidden_size: int = option(
-        0, "slots of a Pattention feed-forward before they grew, whose root scales; 0: they have not grown"
+        0,
+        "--ffn-hidden-size of a Pattention or Nexus-Rank feed-forward before it grew, whose root scales; "
+        "0: it has not grown",
     )
     base_kv_channels: int = option(
         0, "head size before it grew: these channels turn and its root scales scores; 0: it has not grown"

@@ -22,6 +22,7 @@ GROWING = (
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
+    "ffn_nexus_m",
     "nexus_m",
     "nexus_a",
     "pattention_slots",
@@ -76,18 +77,30 @@ CHANGING: tuple[Init, ...] = ("noise", "random")
 
 def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
     """What is asked to grow that a model of this kind has none of."""
-    remedy = "give it some with tools/nexify_checkpoint.py" if old.projection == "linear" else "drop the flag"
-    widths = ("a width of Nexus-Rank projections", remedy)
-    foreign: dict[str, tuple[str, str]] = {}
+    foreign: dict[str, str] = {}
     if not old.has_nexus:
-        foreign |= {"nexus_m": widths, "nexus_a": widths}
+        remedy = (
+            "give it some with tools/nexify_checkpoint.py" if old.projection == "linear" else "drop the flag"
+        )
+        reason = f"a width of Nexus-Rank projections, and this model's are {old.projection}: {remedy}"
+        foreign |= {"nexus_m": reason, "nexus_a": reason}
     if old.projection != "pattention":
-        foreign["pattention_slots"] = ("a number of slots of Pattention projections", "drop the flag")
+        kind = f"a number of slots of Pattention projections, and this model's are {old.projection}"
+        foreign["pattention_slots"] = f"{kind}: drop the flag"
+    if old.feed_forward != "nexus":
+        kind = f"a width of a Nexus-Rank feed-forward, and this model's is {old.feed_forward}"
+        foreign["ffn_nexus_m"] = f"{kind}: drop the flag"
     return [
-        f"--{name.replace('_', '-')} {sizes[name]} is {what}, and this model's are {old.projection}: {remedy}"
-        for name, (what, remedy) in foreign.items()
+        f"--{name.replace('_', '-')} {sizes[name]} is {reason}"
+        for name, reason in foreign.items()
         if sizes.get(name, getattr(old, name)) != getattr(old, name)
     ]
+
+
+def _nexus_widths(model: ModelConfig) -> list[str]:
+    """The fields that are widths of Nexus-Ranks."""
+    names = ["nexus_m", "nexus_a"] if model.has_nexus else []
+    return [*names, "ffn_nexus_m", "ffn_hidden_size"] if model.feed_forward == "nexus" else names
 
 
 def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
@@ -97,7 +110,7 @@ def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
     def grows(*names: str) -> bool:
         return any(sizes.get(name, 0) > getattr(old, name) for name in names)
 
-    if old.nexus_inner_norm and grows("nexus_m", "nexus_a"):
+    if old.nexus_inner_norm and grows(*_nexus_widths(old)):
         problems.append(
             "--init in_rand makes new units of M and A active at once, which this model's inner norm "
             "sees, so the function would change: use --init out_rand"
@@ -180,7 +193,16 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
         new = replace(new, base_pattention_slots=old.attention_slots_at_birth if keeps else 0)
     if new.feed_forward == "pattention" and new.ffn_hidden_size > old.ffn_hidden_size:
         new = replace(new, base_ffn_hidden_size=old.feed_forward_slots_at_birth if keeps else 0)
+    if new.nexus_inner_norm and new.nexus_inner_norm_scale == "width":
+        new = _with_inner_norm_scales_of(old, new)
     return new
+
+
+def _with_inner_norm_scales_of(old: ModelConfig, new: ModelConfig) -> ModelConfig:
+    """`new`, whose inner norms keep the scales of the widths that `old` was born with."""
+    grown = [name for name in _nexus_widths(old) if getattr(new, name) > getattr(old, name)]
+    bases = {f"base_{name}": getattr(old, f"base_{name}") or getattr(old, name) for name in grown}
+    return replace(new, **bases)
 
 
 def with_empty_branch(saved: RunConfig) -> RunConfig:

@@ -93,10 +93,15 @@ def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: i
             "nexus_m": model.nexus_m,
             "nexus_a": model.nexus_a,
             "nexus_inner_norm": model.nexus_inner_norm,
+            "nexus_inner_norm_scale": model.nexus_inner_norm_scale,
+            "ffn_nexus_m": model.ffn_nexus_m,
             "nexus_output_projection": model.nexus_output_projection,
             "base_hidden_size": model.base_hidden_size,
             "base_head_dim": model.base_kv_channels,
             "base_pattention_slots": model.base_pattention_slots,
             "base_intermediate_size": model.base_ffn_hidden_size,
+            "base_nexus_m": model.base_nexus_m,
+            "base_nexus_a": model.base_nexus_a,
+            "base_ffn_nexus_m": model.base_ffn_nexus_m,
         }
     return record

@@ -5,8 +5,9 @@ from typing import Any, get_args
 
 from megatron_nexus.config.run_config import (
     INNER_BEFORE_IT_WAS_RECORDED,
-    FeedForwardKind,
     InnerAttention,
+    FeedForwardKind,
+    InnerNormScale,
     ModelConfig,
     Normalization,
     Projection,
@@ -32,6 +33,10 @@ NEXUS_SIZES = {
     "base_hidden_size": "base_hidden_size",
     "base_kv_channels": "base_head_dim",
     "base_pattention_slots": "base_pattention_slots",
+    "ffn_nexus_m": "ffn_nexus_m",
+    "base_nexus_m": "base_nexus_m",
+    "base_nexus_a": "base_nexus_a",
+    "base_ffn_nexus_m": "base_ffn_nexus_m",
     "base_ffn_hidden_size": "base_intermediate_size",
 }
 
@@ -76,6 +81,7 @@ def model_of(config: JsonObject) -> ModelConfig:
             "attention_gate": bool(config.get("attention_gate")),
             "qk_layernorm": bool(config.get("qk_norm")),
             "nexus_inner_norm": bool(config.get("nexus_inner_norm")),
+            "nexus_inner_norm_scale": config.get("nexus_inner_norm_scale", "hidden"),
             "nexus_output_projection": bool(config.get("nexus_output_projection")),
         }
     )
@@ -101,6 +107,9 @@ def _problems(config: JsonObject) -> Iterator[str]:
     inner, known = _inner(config), get_args(InnerAttention)
     if inner not in known:
         yield f"attention_inner is {inner!r}, and known here are {', '.join(known)}"
+    scale = config.get("nexus_inner_norm_scale", "hidden")
+    if scale not in get_args(InnerNormScale):
+        yield f"nexus_inner_norm_scale is {scale!r}, and known here are {', '.join(get_args(InnerNormScale))}"
     rope = _rope(config)
     for name, expected in {
         "hidden_act": "silu",

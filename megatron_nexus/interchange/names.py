@@ -28,6 +28,9 @@ PARTS = {
     "feed_forward.down": "mlp.down_proj",
     "feed_forward.keys": "mlp.keys",
     "feed_forward.values": "mlp.values",
+    "feed_forward.w_m": "mlp.w_m",
+    "feed_forward.w_a": "mlp.w_a",
+    "feed_forward.w_d": "mlp.w_d",
 }
 
 

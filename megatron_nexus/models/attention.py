@@ -21,7 +21,7 @@ from megatron_nexus.models.context import Context
 from megatron_nexus.models.higher_order import Refinement, each_head, gate_specs
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.linear import Linear
-from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
+from megatron_nexus.models.nexus_rank import NexusRank, attention_widths, nexus_rank_specs
 from megatron_nexus.models.norm import HeadNorm, make_norm, norm_specs, rms_norm_spec
 from megatron_nexus.models.packing import Packing
 from megatron_nexus.models.pattention import Pattention, pattention_specs
@@ -47,13 +47,12 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
         for name in ("q_norm", "k_norm"):
             parts[name] = (rms_norm_spec(f"{prefix}.{name}.gain", channels),)
     parts |= gate_specs(model, prefix)
-    init = Normal(model.init_method_std)
     if model.projection == "pattention":
-        slots = attention_slots(model)
+        init, slots = Normal(model.init_method_std), attention_slots(model)
         parts["output"] = pattention_specs(f"{prefix}.output", width, hidden, slots, init, writer)
     elif model.nexus_output_projection:
-        widths = (model.nexus_m, model.nexus_a)
-        parts["output"] = nexus_rank_specs(f"{prefix}.output", width, hidden, *widths, init, writer)
+        widths = attention_widths(model)
+        parts["output"] = nexus_rank_specs(f"{prefix}.output", width, hidden, widths, writer)
     else:
         heads = replace(width, layout=Layout.EXACT)
         parts["output"] = (ParamSpec(f"{prefix}.output.weight", (hidden, heads), writer, Role.MATMUL),)
@@ -86,8 +85,7 @@ class Attention(nn.Module):
         if model.projection == "pattention":
             self.output = Pattention({"output": parts["output"]}, model.attention_slots_at_birth, context)
         elif model.nexus_output_projection:
-            scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
-            self.output = NexusRank({"output": parts["output"]}, scale, context)
+            self.output = NexusRank({"output": parts["output"]}, attention_widths(model), context)
         else:
             self.output = Linear(parts["output"][0], context)
 

@@ -2,9 +2,10 @@
 
     swiglu       y = (silu(x W_gate) * (x W_up)) W_down        (Shazeer, 2020)
     pattention   y = gelu(A / ||A||_2 * tau) V, A = x K^T      (Tokenformer)
+    nexus        y = gelu(gelu(x W_M) W_A) W_D                 (as in the code of Nexusformer's authors)
 
-T tokens, B batch, D hidden. W_gate, W_up and K are split by columns over tensor-parallel ranks, W_down and V
-by rows.
+T tokens, B batch, D hidden. W_gate, W_up, K, W_M and W_A are split by columns over tensor-parallel ranks,
+W_down, V and W_D by rows.
 """
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
+from megatron_nexus.models.nexus_rank import NexusRank, feed_forward_widths, nexus_rank_specs
 from megatron_nexus.models.norm import make_norm, norm_specs
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.models.pattention import Pattention, pattention_specs
@@ -19,7 +21,7 @@ from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Rol
 
 
 def feed_forward_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
-    """Specs of one layer's feed-forward by part: norm; gate, up, down, or slots."""
+    """Specs of one layer's feed-forward by part: norm; gate, up, down, or slots, or stages."""
     hidden = Axis("hidden", model.hidden_size, residual=True)
     width = Axis("ffn", model.ffn_hidden_size, Layout.SPLIT)
     init = Normal(model.init_method_std)
@@ -36,6 +38,12 @@ def feed_forward_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[Param
             }
         case "pattention":
             return {"norm": norm, "slots": pattention_specs(prefix, hidden, hidden, width, init, writer)}
+        case "nexus":
+            widths, names = feed_forward_widths(model), ("ffn_m", width.name)
+            return {
+                "norm": norm,
+                "stages": nexus_rank_specs(prefix, hidden, hidden, widths, writer, names=names),
+            }
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -81,3 +89,5 @@ def make_inner(model: ModelConfig, parts: dict[str, tuple[ParamSpec, ...]], cont
             return SwiGLU(parts, context)
         case "pattention":
             return Pattention({"slots": parts["slots"]}, model.feed_forward_slots_at_birth, context)
+        case "nexus":
+            return NexusRank({"stages": parts["stages"]}, feed_forward_widths(model), context)

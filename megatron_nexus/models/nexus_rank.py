@@ -1,50 +1,130 @@
-"""Nexus-Rank: a three-stage map in place of a linear projection.
+"""Nexus-Rank: a three-stage map in place of a linear one.
 
     H_M = gelu(X W_M)      H_A = gelu(H_M W_A)      Y = H_A W_D        (Nexusformer, equations 3 to 5)
 
 X [T, B, D_in], W_M D_in x M, W_A M x A, W_D A x D_out, D < M < A; no biases; exact GELU. Weights are stored
 [out, in]. Over t tensor-parallel ranks W_M and W_A are split by columns and W_D by rows, with one
 all-gather of H_M between them; the projections of one X share it.
+
+**Inner norm**, optional: h / (||h||_2 + 1e-5) * c before each GELU. The scale c is a constant, the square
+root of the hidden size or, as in the code that the paper's authors released, of the width of h, both as when
+the model was initialised: a scale that followed the width would change the function when M or A grows.
+
+**Initial values.** Three matrices of the usual N(0, 0.02^2) give outputs of RMS 0.003 to 0.1, which depend on
+M and A. Here the first two stages preserve the variance of their input, and W_D gives Y the RMS of the linear
+map in whose place the Nexus-Rank stands, for any M and A, times a share c:
+
+    std W_M = 1 / sqrt(D_in)   std W_A = 1 / (g_M sqrt(M))   std W_D = c std_linear sqrt(D_in) / (g_A sqrt(A))
+
+g = sqrt(E[gelu(s z)^2]), z standard normal, s the RMS before the GELU: 1, or scale / sqrt(width) if normed.
+c is 1 for queries and keys and 1/3 for what reaches the residual stream: as E[gelu] > 0, about 30 % of the
+mean square of Y is the same for all tokens, which attention does not average away as it does a linear map's
+values; at c = 1 the first hundreds of steps are slower. docs/initial_values.md compares rules.
 """
 
 import math
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 
+import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.norm import inner_norm
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
 
+RESIDUAL_SHARE = 1 / 3
+"""c of values, of the attention's output and of the feed-forward."""
+
+
+@dataclass(frozen=True)
+class NexusWidths:
+    """The widths M and A of a Nexus-Rank, and the scales of its two inner norms; None: it has none."""
+
+    nexus_m: int
+    nexus_a: int
+    norm_scales: tuple[float, float] | None = None
+
+    @property
+    def rms_before_gelu(self) -> tuple[float, float]:
+        """RMS of both inputs of the GELU at birth, for an X of RMS 1."""
+        if self.norm_scales is None:
+            return 1.0, 1.0
+        scale_m, scale_a = self.norm_scales
+        return scale_m / math.sqrt(max(1, self.nexus_m)), scale_a / math.sqrt(max(1, self.nexus_a))
+
+
+def attention_widths(model: ModelConfig) -> NexusWidths:
+    """The widths of the Nexus-Ranks of the attention."""
+    at_birth = (model.base_nexus_m or model.nexus_m, model.base_nexus_a or model.nexus_a)
+    return NexusWidths(model.nexus_m, model.nexus_a, _norm_scales(model, *at_birth))
+
+
+def feed_forward_widths(model: ModelConfig) -> NexusWidths:
+    """The widths of a Nexus-Rank feed-forward."""
+    at_birth = (
+        model.base_ffn_nexus_m or model.ffn_nexus_m,
+        model.base_ffn_hidden_size or model.ffn_hidden_size,
+    )
+    return NexusWidths(model.ffn_nexus_m, model.ffn_hidden_size, _norm_scales(model, *at_birth))
+
+
+def _norm_scales(model: ModelConfig, m_at_birth: int, a_at_birth: int) -> tuple[float, float] | None:
+    if not model.nexus_inner_norm:
+        return None
+    if model.nexus_inner_norm_scale == "hidden":
+        return math.sqrt(model.norm_size), math.sqrt(model.norm_size)
+    return math.sqrt(m_at_birth), math.sqrt(a_at_birth)
+
+
+@cache
+def gelu_rms(std: float) -> float:
+    """sqrt(E[gelu(std z)^2]) of a standard normal z, by quadrature: 0.652 at std 1."""
+    z, weights = np.polynomial.hermite_e.hermegauss(100)
+    cdf = np.array([0.5 * (1.0 + math.erf(std * x / math.sqrt(2.0))) for x in z])
+    return float(np.sqrt((weights * (std * z * cdf) ** 2).sum() / weights.sum()))
+
 
 def nexus_rank_specs(
-    name: str, inputs: Axis, outputs: Axis, nexus_m: int, nexus_a: int, init: Normal, out_init: Normal
+    name: str,
+    inputs: Axis,
+    outputs: Axis,
+    widths: NexusWidths,
+    linear: Normal,
+    share: float = RESIDUAL_SHARE,
+    names: tuple[str, str] = ("nexus_m", "nexus_a"),
 ) -> tuple[ParamSpec, ...]:
-    """W_M, W_A and W_D of the projection `name`; `out_init` is W_D's.
+    """W_M, W_A and W_D of the Nexus-Rank `name`, whose widths are the axes `names`.
 
-    `inputs` and `outputs` are WHOLE axes: all of X is read, and W_D's products are partial sums.
+    `linear` is the initialisation of the linear map in whose place it stands, `share` the c above. `inputs`
+    and `outputs` are WHOLE axes: all of X is read, and W_D's products are partial sums.
     """
-    m_split, m_whole = Axis("nexus_m", nexus_m, Layout.SPLIT), Axis("nexus_m", nexus_m, Layout.GATHERED)
-    a_split = Axis("nexus_a", nexus_a, Layout.SPLIT)
+    (name_m, name_a), m, a = names, widths.nexus_m, widths.nexus_a
+    m_split, m_whole = Axis(name_m, m, Layout.SPLIT), Axis(name_m, m, Layout.GATHERED)
+    a_split = Axis(name_a, a, Layout.SPLIT)
+    gelu_m, gelu_a = map(gelu_rms, widths.rms_before_gelu)
+    output_rms = share * linear.std * math.sqrt(inputs.size)
+    # A branch that begins without units (M = A = 0) has no values to draw.
+    first = Normal(1.0 / math.sqrt(inputs.size))
+    second = Normal(1.0 / (gelu_m * math.sqrt(max(1, m))))
+    third = Normal(output_rms / (gelu_a * math.sqrt(max(1, a))))
     return (
-        ParamSpec(f"{name}.w_m", (m_split, inputs), init, Role.MATMUL),
-        ParamSpec(f"{name}.w_a", (a_split, m_whole), init, Role.MATMUL),
-        ParamSpec(f"{name}.w_d", (outputs, a_split), out_init, Role.MATMUL),
+        ParamSpec(f"{name}.w_m", (m_split, inputs), first, Role.MATMUL),
+        ParamSpec(f"{name}.w_a", (a_split, m_whole), second, Role.MATMUL),
+        ParamSpec(f"{name}.w_d", (outputs, a_split), third, Role.MATMUL),
     )
 
 
 class NexusRank(SpecModule):
-    """Several Nexus-Rank projections of the same input, with one collective for all."""
+    """Several Nexus-Ranks of the same input, with one collective for all."""
 
     def __init__(
-        self,
-        projections: dict[str, tuple[ParamSpec, ...]],
-        inner_norm_scale: float | None,
-        context: Context,
+        self, projections: dict[str, tuple[ParamSpec, ...]], widths: NexusWidths, context: Context
     ) -> None:
-        """`projections` by short name ("q"); `inner_norm_scale` None: no inner norm."""
+        """`projections` by short name ("q"), all of the same `widths`."""
         specs = {
             f"{name}_{stage}": spec
             for name, triple in projections.items()
@@ -53,11 +133,11 @@ class NexusRank(SpecModule):
         super().__init__(specs, context.shard, context.seed, context.dtype)
         self.names = tuple(projections)
         self.context = context
-        self.inner_norm_scale = inner_norm_scale
+        self.norm_scales: tuple[float | None, float | None] = widths.norm_scales or (None, None)
 
-    def _activation(self, h: Tensor) -> Tensor:
-        if self.inner_norm_scale is not None:
-            h = inner_norm(h, self.inner_norm_scale, self.context.tp)
+    def _activation(self, scale: float | None, h: Tensor) -> Tensor:
+        if scale is not None:
+            h = inner_norm(h, scale, self.context.tp)
         return F.gelu(h)
 
     def _weights(self, stage: str) -> list[Tensor]:
@@ -65,14 +145,10 @@ class NexusRank(SpecModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """X [T, B, D_in] of all tokens -> for each projection this rank's partial sum of Y [T, B, D_out]."""
-        after = partial(self.context.linear_after, self._activation)
+        scale_m, scale_a = self.norm_scales
+        after = partial(self.context.linear_after, partial(self._activation, scale_a))
         h_m = self.context.tp.gather_features(
-            *(self._activation(F.linear(x, w_m)) for w_m in self._weights("w_m"))
+            *(self._activation(scale_m, F.linear(x, w_m)) for w_m in self._weights("w_m"))
         )
         h_a = [F.linear(h, w_a) for h, w_a in zip(h_m, self._weights("w_a"), strict=True)]
         return tuple(after(w_d, h) for h, w_d in zip(h_a, self._weights("w_d"), strict=True))
-
-
-def inner_norm_scale(norm_size: int) -> float:
-    """The fixed scale of the inner norm: the root of D at birth."""
-    return math.sqrt(norm_size)

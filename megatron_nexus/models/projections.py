@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
-from megatron_nexus.models.nexus_rank import NexusRank, inner_norm_scale, nexus_rank_specs
+from megatron_nexus.models.nexus_rank import RESIDUAL_SHARE, NexusRank, attention_widths, nexus_rank_specs
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
@@ -32,7 +32,8 @@ def projection_specs(
     init, grown = Normal(model.init_method_std), (flow, Flow.READS)
     heads = replace(outputs, layout=Layout.EXACT)
     linear = ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, grown)
-    w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, model.nexus_m, model.nexus_a, init, init)
+    share = RESIDUAL_SHARE if flow is Flow.WRITES else 1.0
+    w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, attention_widths(model), init, share)
     rank = (w_m, w_a, replace(w_d, grown=grown))
     match model.projection:
         case "nexus":
@@ -67,8 +68,7 @@ def nexus_projections(
     model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
 ) -> SummedProjections:
     """Nexus-Ranks of the same input."""
-    scale = inner_norm_scale(model.norm_size) if model.nexus_inner_norm else None
-    return SummedProjections(NexusRank(dict(specs), scale, context), context)
+    return SummedProjections(NexusRank(dict(specs), attention_widths(model), context), context)
 
 
 class LinearProjections(SpecModule):

@@ -41,6 +41,8 @@ PAPER = {
 SMALL = {
     "nexusformer-tiny": 2.6,
     "nexusformer-20m": 23.6,
+    "nexusformer-released-tiny": 2.7,
+    "nexusformer-released-240m": 194.5,
     "qwen3-tiny": 1.8,
     "tokenformer-tiny": 2.4,
     "transformer++-tiny": 1.8,
@@ -64,9 +66,15 @@ def count_by_hand(model: ModelConfig) -> int:
             2 * d * model.ffn_hidden_size
         )
         return model.num_layers * block + 2 * model.vocab_size * d
-    block = width * d + 3 * d * model.ffn_hidden_size + 2 * d
+
+    def rank(inputs: int, m: int, a: int, outputs: int) -> int:
+        return inputs * m + m * a + a * outputs
+
+    block = rank(width, m, a, d) if model.nexus_output_projection else width * d
+    f, f_m = model.ffn_hidden_size, model.ffn_nexus_m
+    block += 2 * d + (rank(d, f_m, f, d) if model.feed_forward == "nexus" else 3 * d * f)
     for outputs in (width, keys, keys):
-        block += d * outputs if model.projection == "linear" else d * m + m * a + a * outputs
+        block += d * outputs if model.projection == "linear" else rank(d, m, a, outputs)
     if model.qk_layernorm:
         block += 2 * model.kv_channels
     return model.num_layers * block + 2 * model.vocab_size * d + d

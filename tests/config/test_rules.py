@@ -46,6 +46,10 @@ REFUSED = [
     ("--projection pattention", 1, ["--pattention-slots 0 must be positive"]),
     ("--base-pattention-slots 9", 1, ["--base-pattention-slots 9", "above --pattention-slots 0"]),
     ("--base-ffn-hidden-size 9", 1, ["--base-ffn-hidden-size 9", "this is swiglu", "drop the flag"]),
+    ("--ffn-nexus-m 9", 1, ["--ffn-nexus-m 9", "this is swiglu", "--feed-forward nexus"]),
+    ("--feed-forward nexus", 1, ["--ffn-nexus-m 0 must be positive"]),
+    ("--base-nexus-m 200", 1, ["--base-nexus-m 200", "above --nexus-m 160", "use at most 160"]),
+    ("--nexus-inner-norm-scale width", 1, ["belongs to --nexus-inner-norm", "add it"]),
     (
         "--normalization NonParametricLayerNorm --norm-impl apex",
         1,
@@ -125,6 +129,10 @@ NOT_NEGATIVE = [
     "pattention-slots",
     "base-pattention-slots",
     "base-ffn-hidden-size",
+    "ffn-nexus-m",
+    "base-ffn-nexus-m",
+    "base-nexus-m",
+    "base-nexus-a",
 ]
 
 

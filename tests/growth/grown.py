@@ -81,6 +81,8 @@ def sizes_for(config: RunConfig, axes: str) -> dict[str, int]:
         sizes = {name: size for name, size in sizes.items() if not name.startswith("nexus")}
     if config.model.projection == "pattention" and sizes != AXES[axes]:
         sizes["pattention_slots"] = config.model.pattention_slots + 7
+    if config.model.feed_forward == "nexus" and "ffn_hidden_size" in sizes:
+        sizes["ffn_nexus_m"] = config.model.ffn_nexus_m + 6
     if config.model.num_query_groups and "num_attention_heads" in sizes:
         share = config.model.num_attention_heads // config.model.num_query_groups
         sizes |= {"num_attention_heads": 4, "num_query_groups": 4 // share}

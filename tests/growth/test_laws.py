@@ -26,6 +26,13 @@ TOLERANCE = 1e-12
 OPTIONS = {
     "plain": {},
     "options": {"nexus_inner_norm": True, "nexus_output_projection": True},
+    "released": {
+        "nexus_inner_norm": True,
+        "nexus_inner_norm_scale": "width",
+        "nexus_output_projection": True,
+        "feed_forward": "nexus",
+        "ffn_nexus_m": 14,
+    },
     "qwen3": {
         "projection": "linear",
         "nexus_m": 0,
@@ -50,11 +57,17 @@ CASES = [
     for init in ("out_rand", "in_rand", "zero")
     for axes in grown.AXES
     # The options change what M and A, the attention's width and the hidden size lead to.
-    for option in (OPTIONS if axes in ("M-A", "D", "heads-head-dim", "all") else ["plain", "tokenformer"])
+    for option in (
+        OPTIONS if axes in ("M-A", "D", "heads-head-dim", "all") else ["plain", "tokenformer", "released"]
+    )
     if not (option == "qwen3" and axes == "M-A")
     if not (option == "tokenformer" and axes in ("M", "A", "heads", "head-dim", "vocabulary"))  # in "all"
     # Norms see new units that are active at once: refused.
-    if not (init == "in_rand" and option in ("options", "tokenformer") and axes in ("M-A", "FFN", "all"))
+    if not (
+        init == "in_rand"
+        and option in ("options", "released", "tokenformer")
+        and axes in ("M", "A", "M-A", "FFN", "all")
+    )
 ]
 
 
@@ -200,6 +213,19 @@ def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
     assert all(values.max() <= 1 for values in born.values())
     kept = sum(int((values == 0).sum()) for values in born.values())
     assert kept == sum(spec.numel for spec in old.values())
+
+
+def test_new_weights_are_drawn_as_a_new_model_of_the_new_widths_draws_them(tmp_path: Path) -> None:
+    config = grown.configure(nexus_m=400, nexus_a=500)
+    source = grown.write_checkpoint(tmp_path / "0", config, piece_elements=1 << 24)
+    made, _ = grown.grow(source, tmp_path / "1", config, {"nexus_m": 600, "nexus_a": 800})
+    new, q = grown.tensors(made), "layers.0.attention.q"
+    gelu = 0.6521  # sqrt(E[gelu(z)^2]), from tables of the normal distribution
+    # A deviation of n values is known to 1 / sqrt(2 n).
+    corner = new[f"{q}.w_a"][500:, 400:]
+    assert corner.std() == pytest.approx(1 / (gelu * 600**0.5), rel=0.02)
+    readers = new[f"{q}.w_d"][:, 500:]
+    assert readers.std() == pytest.approx(0.3 * 12**0.5 / (gelu * 800**0.5), rel=0.06)
 
 
 def test_noise_is_a_share_of_the_old_deviation(tmp_path: Path) -> None:

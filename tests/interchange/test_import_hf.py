@@ -96,6 +96,13 @@ COMING_BACK: dict[str, dict[str, object]] = {
         "attention_order": 2,
         "attention_gate": True,
     },
+    "released": {
+        "nexus_inner_norm": True,
+        "nexus_inner_norm_scale": "width",
+        "nexus_output_projection": True,
+        "feed_forward": "nexus",
+        "ffn_nexus_m": 13,
+    },
     "tokenformer": {
         "projection": "pattention",
         "pattention_slots": 11,

@@ -37,6 +37,13 @@ KINDS: dict[str, dict[str, object]] = {
     "nexusformer": {},
     "inner-norm": {"nexus_inner_norm": True},
     "nexus-output": {"nexus_output_projection": True, "nexus_inner_norm": True},
+    "released": {
+        "nexus_inner_norm": True,
+        "nexus_inner_norm_scale": "width",
+        "nexus_output_projection": True,
+        "feed_forward": "nexus",
+        "ffn_nexus_m": 13,
+    },
     "nexus-shared-keys": {"num_query_groups": 1, "qk_layernorm": True},
     "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True, "rotary_base": 1e6},
     "transformer++": {"projection": "linear"},

@@ -40,6 +40,12 @@ ALL = range(MODEL.num_layers + 2)
 MODELS = {
     "nexus": {},
     "nexus output": {"nexus_output_projection": True},
+    "released": {
+        "nexus_inner_norm_scale": "width",
+        "nexus_output_projection": True,
+        "feed_forward": "nexus",
+        "ffn_nexus_m": 31,
+    },
     "linear": {"projection": "linear"},
     "linear and nexus": {"projection": "linear_nexus"},
     "qwen3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True},
@@ -164,6 +170,8 @@ def test_logits_equal_the_reference(fields: dict[str, object], grown: bool) -> N
     born = {"base_hidden_size": 17, "base_kv_channels": 6} if grown else {}
     if grown and fields.get("projection") == "pattention":
         born |= {"base_pattention_slots": 20, "base_ffn_hidden_size": 31}
+    if grown and fields.get("feed_forward") == "nexus":
+        born |= {"base_nexus_m": 28, "base_nexus_a": 29, "base_ffn_nexus_m": 25, "base_ffn_hidden_size": 31}
     inner_norm = fields.get("projection", "nexus") == "nexus"
     model = dataclasses.replace(MODEL, nexus_inner_norm=inner_norm, **fields, **born)
     stage, tokens = open_gates(DecoderStage(model, ALL, ALONE)), _tokens()

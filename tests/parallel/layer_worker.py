@@ -5,7 +5,6 @@ with the equations of `reference` on the whole tensors. Writes the largest error
 """
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -129,10 +128,9 @@ def run_case(mesh: Mesh, case: dict) -> float:
     tp = TensorParallel(mesh.tensor_group, case["sequence_parallel"])
     shard = Shard(mesh.tensor, mesh.tensor_size, case["multiple"])
     context = Context(tp, shard, SEED, torch.float64, case["recompute"])
-    scale = math.sqrt(model.hidden_size) if model.nexus_inner_norm else None
 
     def attention(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        return reference.attention(reference.norm(x, w, "a.norm", vars(model)), w, "a", vars(model), scale)
+        return reference.attention(reference.norm(x, w, "a.norm", vars(model)), w, "a", vars(model))
 
     def feed_forward(x: Tensor, w: dict[str, Tensor]) -> Tensor:
         return reference.feed_forward(reference.norm(x, w, "f.norm", vars(model)), w, "f", vars(model))

@@ -18,6 +18,13 @@ def _models(ranks: int) -> dict[str, dict]:
     return {
         "nexus": {},
         "options": {"nexus_inner_norm": True, "nexus_output_projection": True},
+        "released": {
+            "nexus_inner_norm": True,
+            "nexus_inner_norm_scale": "width",
+            "nexus_output_projection": True,
+            "feed_forward": "nexus",
+            "ffn_nexus_m": 23,
+        },
         "linear_nexus": {"projection": "linear_nexus"},
         "qwen3": {"projection": "linear", "num_query_groups": groups, "qk_layernorm": True},
         "order3": {"attention_order": 3, "num_query_groups": groups, "qk_layernorm": True},
@@ -39,7 +46,7 @@ def _cases(ranks: int) -> list[dict]:
         _models(ranks).items(),
         (False, True) if ranks > 1 else (False,),
     ):
-        if layer == "feed_forward" and name != "nexus":
+        if layer == "feed_forward" and name not in ("nexus", "released"):
             continue  # the same as without
         for recompute, multiple in (("none", 1), ("selective", 4), ("full", 1)):
             made.append(

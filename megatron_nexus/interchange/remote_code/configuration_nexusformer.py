@@ -28,7 +28,8 @@ except ImportError as error:
 
 CHOICES = {
     "projection": ("nexus", "linear", "linear_nexus", "pattention"),
-    "feed_forward": ("swiglu", "pattention"),
+    "feed_forward": ("swiglu", "pattention", "nexus"),
+    "nexus_inner_norm_scale": ("hidden", "width"),
     "normalization": ("RMSNorm", "NonParametricLayerNorm"),
     "attention_inner": ("self", "cross"),
 }
@@ -42,19 +43,21 @@ class NexusformerConfig(PreTrainedConfig):
     projection: what computes queries, keys and values: "nexus" (Nexus-Rank), "linear" (a matrix each),
         "linear_nexus" (the sum of both) or "pattention" (Tokenformer), which computes the output as well.
     pattention_slots: parameter tokens of each of these Pattentions.
-    feed_forward: "swiglu" or "pattention", whose slots are intermediate_size.
+    feed_forward: "swiglu", "pattention" of intermediate_size slots, or "nexus", a Nexus-Rank of widths
+        ffn_nexus_m and intermediate_size.
     normalization: "RMSNorm", or "NonParametricLayerNorm" without gain and bias.
     attention_order: 1 is standard attention; above, inner attentions refine queries and keys.
     attention_inner: whether these score queries with queries and keys with keys ("self"), or both by queries
         with keys ("cross", which files that say nothing mean).
     attention_gate: a learnt gate of each head on what refines its queries, and on what refines its keys.
     nexus_m, nexus_a: the two inner widths of a Nexus-Rank projection.
-    nexus_inner_norm: a norm without gain before each GELU of a Nexus-Rank projection.
+    nexus_inner_norm: a norm without gain before each GELU of a Nexus-Rank.
+    nexus_inner_norm_scale: the length it gives: the root of the "hidden" size, or of the normalised "width".
     nexus_output_projection: Nexus-Rank for the attention's output projection too.
     qk_norm: RMSNorm of each head's query and key before the rotary embedding.
     base_hidden_size: hidden size before the model grew, which the norms keep to; 0: it has not grown.
-    base_pattention_slots, base_intermediate_size: slots before they grew, whose roots scale; 0: they have
-        not grown.
+    base_pattention_slots, base_intermediate_size, base_nexus_m, base_nexus_a, base_ffn_nexus_m: slots and
+        widths before they grew, whose roots scale; 0: they have not grown.
     base_head_dim: head size before the heads grew: as many channels turn, and scores are scaled by its root;
         0: they have not grown.
     """
@@ -79,12 +82,17 @@ class NexusformerConfig(PreTrainedConfig):
     nexus_m: int = 780
     nexus_a: int = 960
     nexus_inner_norm: bool = False
+    nexus_inner_norm_scale: str = "hidden"
+    ffn_nexus_m: int = 0
     nexus_output_projection: bool = False
     qk_norm: bool = False
     base_hidden_size: int = 0
     base_head_dim: int = 0
     base_pattention_slots: int = 0
     base_intermediate_size: int = 0
+    base_nexus_m: int = 0
+    base_nexus_a: int = 0
+    base_ffn_nexus_m: int = 0
     rope_parameters: dict[str, Any] | None = None
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096

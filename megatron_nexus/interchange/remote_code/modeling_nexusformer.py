@@ -109,26 +109,40 @@ class NexusformerHeadRMSNorm(nn.Module):
 
 
 class NexusRank(nn.Module):
-    """Y = gelu(gelu(X W_M) W_A) W_D with the exact GELU."""
+    """Y = gelu(gelu(X W_M) W_A) W_D with the exact GELU, of the attention or the feed-forward."""
 
-    def __init__(self, config: NexusformerConfig, inputs: int, outputs: int) -> None:
+    def __init__(
+        self, config: NexusformerConfig, inputs: int, outputs: int, feed_forward: bool = False
+    ) -> None:
         super().__init__()
-        self.w_m = nn.Linear(inputs, config.nexus_m, bias=False)
-        self.w_a = nn.Linear(config.nexus_m, config.nexus_a, bias=False)
-        self.w_d = nn.Linear(config.nexus_a, outputs, bias=False)
-        # It does not follow the width of what it scales, which may grow.
-        self.inner_scale = math.sqrt(config.norm_size) if config.nexus_inner_norm else None
+        if feed_forward:
+            m, a = config.ffn_nexus_m, config.intermediate_size
+            at_birth = (config.base_ffn_nexus_m or m, config.base_intermediate_size or a)
+        else:
+            m, a = config.nexus_m, config.nexus_a
+            at_birth = (config.base_nexus_m or m, config.base_nexus_a or a)
+        self.w_m = nn.Linear(inputs, m, bias=False)
+        self.w_a = nn.Linear(m, a, bias=False)
+        self.w_d = nn.Linear(a, outputs, bias=False)
+        # They do not follow the width of what they scale, which may grow.
+        self.scale_m: float | None = None
+        self.scale_a: float | None = None
+        if config.nexus_inner_norm:
+            if config.nexus_inner_norm_scale == "hidden":
+                at_birth = (config.norm_size, config.norm_size)
+            self.scale_m, self.scale_a = map(math.sqrt, at_birth)
 
-    def activation(self, h: Tensor) -> Tensor:
-        """gelu(h), or gelu(h / (||h||_2 + 1e-5) * sqrt(D at birth)) with an inner norm."""
-        if self.inner_scale is not None:
+    def activation(self, h: Tensor, scale: float | None) -> Tensor:
+        """gelu(h), or gelu(h / (||h||_2 + 1e-5) * scale) with an inner norm."""
+        if scale is not None:
             length = wide(h).square().sum(-1, keepdim=True).clamp_min(1e-30).sqrt()
-            h = (wide(h) * (self.inner_scale / (length + 1e-5))).to(h.dtype)
+            h = (wide(h) * (scale / (length + 1e-5))).to(h.dtype)
         return F.gelu(h)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        y: Tensor = self.w_d(self.activation(self.w_a(self.activation(self.w_m(x)))))
+        h_m = self.activation(self.w_m(x), self.scale_m)
+        y: Tensor = self.w_d(self.activation(self.w_a(h_m), self.scale_a))
         return y
 
 
@@ -380,6 +394,8 @@ def make_feed_forward(config: NexusformerConfig) -> nn.Module:
     if config.feed_forward == "swiglu":
         return NexusformerMLP(config)
     hidden, slots = config.hidden_size, config.intermediate_size
+    if config.feed_forward == "nexus":
+        return NexusRank(config, hidden, hidden, feed_forward=True)
     return Pattention(hidden, hidden, slots, config.base_intermediate_size or slots)
 
 

@@ -1,0 +1,279 @@
+"""Which initial values of Nexus-Rank train best: rules x sizes x learning rates x budgets, and a picture.
+
+    python benchmarks/initial_values.py runs/values            hours of one core; an interrupted run goes on
+
+Each run trains the product's decoder in a plain PyTorch loop in bf16 with fp32 master weights on the built-
+in corpus: AdamW, WSD with a linear decay to a tenth over the last fifth of the budget. Budgets are tokens
+for each parameter; the shorter ones branch off the constant part of the longest, so that one trunk serves
+all. All runs of a seed read the same samples, and all are validated on the same 65,536 tokens. A rule is
+compared at the best of the learning rates that were tried.
+
+Weights are drawn as the product draws them, then the three matrices of each Q, K and V are scaled to a
+rule's deviations; every other matrix is N(0, 2 / (5 D)), residual writers by 1 / sqrt(2 layers) of that.
+
+D hidden size, M and A the widths of Nexus-Rank, B batch, T tokens.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.data.default_corpus import cache_folder, prepare_default_corpus
+from megatron_nexus.data.indexed_dataset import IndexedDataset
+from megatron_nexus.models.context import Context
+from megatron_nexus.models.decoder import DecoderStage, Loss
+from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.spec.param import Normal
+from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.machine import keep_freed_memory
+
+VOCABULARY, LENGTH, BATCH, LAYERS = 1024, 128, 16, 2
+VALIDATION_BATCHES = 32
+GELU_GAIN = 1.5336
+"""1 / sqrt(E gelu(z)^2) of a standard normal z."""
+INNER = ("inner_norm_d", "inner_norm_width")
+
+
+TOLD = ("rule", "width", "lr", "seed", "budget", "loss", "spike", "seconds")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trunk and its branches."""
+
+    rule: str
+    width: int
+    lr: float
+    seed: int
+    budgets: tuple[float, ...]
+
+
+def model_of(width: int, rule: str) -> ModelConfig:
+    """Two layers; M = 5/4 D, A = 3/2 D, as in the tiny preset."""
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        num_layers=LAYERS,
+        hidden_size=width,
+        num_attention_heads=width // 32,
+        kv_channels=32,
+        ffn_hidden_size=8 * width // 3 // 8 * 8,
+        nexus_m=5 * width // 4,
+        nexus_a=3 * width // 2,
+        nexus_inner_norm=rule in INNER,
+        nexus_inner_norm_scale="width" if rule == "inner_norm_width" else "hidden",
+        init_method_std=math.sqrt(2 / (5 * width)),
+    )
+
+
+def deviations(rule: str, projection: str, model: ModelConfig) -> tuple[float, float, float]:
+    """Standard deviations of W_M, W_A and W_D of the projection "q", "k" or "v"."""
+    d, m, a, std = model.hidden_size, model.nexus_m, model.nexus_a, model.init_method_std
+    linear = std * math.sqrt(d)  # the RMS of a linear projection's outputs
+    first, second, third = d**-0.5, GELU_GAIN * m**-0.5, GELU_GAIN * a**-0.5
+    match rule.removeprefix("centred_"):
+        case "same_std" | "inner_norm_d" | "inner_norm_width":
+            return std, std, std
+        case "fan_in":
+            return d**-0.5, m**-0.5, a**-0.5
+        case "matched":
+            return first, second, third * linear
+        case "matched_third":
+            return first, second, third * linear / 3
+        case "matched_tenth":
+            return first, second, third * linear / 10
+        case "small_qk":
+            return first, second, third * (linear if projection == "v" else linear / 10)
+        case "small_v":
+            return first, second, third * (linear / 10 if projection == "v" else linear)
+        case "third_v":
+            return first, second, third * (linear / 3 if projection == "v" else linear)
+        case "zero_q":
+            return first, second, (0.0 if projection == "q" else third * linear)
+        case "even":  # as matched, the factor shared out evenly over the three
+            share = linear ** (1 / 3)
+            return first * share, second * share, third * share
+    raise AssertionError(rule)
+
+
+def build(trial: Trial) -> tuple[DecoderStage, Loss, ModelConfig]:
+    model = model_of(trial.width, trial.rule)
+    tp, shard = TensorParallel(None), Shard(0, 1, 1)
+    stage = DecoderStage(model, range(LAYERS + 2), Context(tp, shard, trial.seed))
+    with torch.no_grad():
+        for name, (spec, parameter) in logical_parameters(stage).items():
+            *_, projection, matrix = ("", *name.split("."))
+            if projection in ("q", "k", "v") and matrix in ("w_m", "w_a", "w_d"):
+                assert isinstance(spec.init, Normal), name
+                wanted = deviations(trial.rule, projection, model)[("w_m", "w_a", "w_d").index(matrix)]
+                parameter.mul_(wanted / spec.init.std)
+                if trial.rule.startswith("centred") and matrix != "w_m":
+                    parameter.sub_(parameter.mean(dim=1, keepdim=True))
+    return stage, Loss(model, tp, shard), model
+
+
+def tokens_of_corpus() -> Tensor:
+    corpus = prepare_default_corpus(cache_folder(""), VOCABULARY)
+    data = IndexedDataset(corpus.prefix)
+    return torch.from_numpy(data.tokens(0, corpus.tokens).astype("int64"))
+
+
+def rows(tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    picked = tokens[starts[:, None] + torch.arange(LENGTH + 1)]
+    return picked[:, :-1], picked[:, 1:]
+
+
+def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+class Run:
+    """A model in training; `branch` copies it with its optimizer."""
+
+    def __init__(self, trial: Trial, tokens: Tensor) -> None:
+        self.trial, self.tokens = trial, tokens
+        self.held = VALIDATION_BATCHES * BATCH * LENGTH + 1  # the last tokens are for validation
+        self.stage, self.loss, _ = build(trial)
+        self.masters = [nn.Parameter(p.detach().clone()) for p in self.stage.parameters()]
+        self.stage.to(torch.bfloat16)
+        self.optimizer = adamw(self.masters, trial.lr)
+        self.step, self.largest_norm, self.worst, self.smooth = 0, 0.0, 0.0, 0.0
+        order = torch.Generator().manual_seed(trial.seed)
+        count = (len(tokens) - self.held - 1) // LENGTH
+        self.starts = torch.randperm(count, generator=order) * LENGTH
+
+    def branch(self) -> "Run":
+        other = copy.copy(self)
+        other.stage = copy.deepcopy(self.stage)
+        other.masters = [nn.Parameter(p.detach().clone()) for p in self.masters]
+        other.optimizer = adamw(other.masters, self.trial.lr)
+        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        return other
+
+    def advance(self, lr: float) -> None:
+        first = self.step * BATCH % (len(self.starts) - BATCH)
+        inputs_BT, labels_BT = rows(self.tokens, self.starts[first : first + BATCH])
+        loss = self.loss(self.stage(inputs_BT), labels_BT)
+        loss.backward()
+        parameters = list(self.stage.parameters())
+        for master, parameter in zip(self.masters, parameters, strict=True):
+            assert parameter.grad is not None
+            master.grad, parameter.grad = parameter.grad.float(), None
+        norm = float(nn.utils.clip_grad_norm_(self.masters, 1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_([*parameters], [*self.masters])
+        self.step += 1
+        value = loss.item()
+        self.smooth = value if self.step == 1 else 0.95 * self.smooth + 0.05 * value
+        if self.step > 100:
+            self.worst = max(self.worst, value - self.smooth)  # a spike
+            self.largest_norm = max(self.largest_norm, norm)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        begin = len(self.tokens) - self.held
+        total = 0.0
+        for index in range(VALIDATION_BATCHES):
+            starts = begin + (index * BATCH + torch.arange(BATCH)) * LENGTH
+            total += float(self.loss(self.stage(rows(self.tokens, starts)[0]), rows(self.tokens, starts)[1]))
+        return total / VALIDATION_BATCHES
+
+
+def measure(trial: Trial, tokens: Tensor) -> Iterator[dict[str, object]]:
+    """The record of each budget: validation loss in nats per token, spikes."""
+    began = time.monotonic()
+    run = Run(trial, tokens)
+    parameters = sum(p.numel() for p in run.stage.parameters())
+    ends = {budget: round(budget * parameters / (BATCH * LENGTH)) for budget in sorted(trial.budgets)}
+    last = max(ends.values())
+    warmup = max(10, round(0.02 * min(ends.values())))
+    for budget, end in ends.items():
+        decay = max(1, end // 5)
+        while run.step < end - decay:
+            run.advance(trial.lr * min(1.0, (run.step + 1) / warmup))
+        tail = run if end == last else run.branch()
+        for k in range(decay):
+            tail.advance(trial.lr * (1 - 0.9 * (k + 1) / decay))
+        yield {
+            **asdict(trial),
+            "budget": budget,
+            "parameters": parameters,
+            "steps": end,
+            "loss": tail.validate(),
+            "spike": tail.worst,
+            "largest_norm": tail.largest_norm,
+            "seconds": time.monotonic() - began,
+        }
+
+
+def short_attention(
+    q_BNTH: Tensor, k: Tensor, v: Tensor, mask: None, is_causal: bool, scale: float, enable_gqa: bool
+) -> Tensor:
+    """Causal attention by plain products: at 128 tokens and in bf16 a quarter of a step faster than fused."""
+    assert mask is None and is_causal and not enable_gqa
+    batch, heads, length, size = q_BNTH.shape
+    hidden = torch.full((length, length), -math.inf, dtype=q_BNTH.dtype).triu(1)
+    q, k, v = (x.reshape(batch * heads, length, size) for x in (q_BNTH, k, v))
+    scores = torch.baddbmm(hidden.expand(batch * heads, -1, -1), q, k.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v).view(batch, heads, length, size)
+
+
+def work(trial: Trial) -> list[dict[str, object]]:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    F.scaled_dot_product_attention = short_attention  # type: ignore[assignment]
+    return list(measure(trial, tokens_of_corpus()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where results.jsonl and the picture lie")
+    parser.add_argument("--rules", nargs="*", default=[])
+    parser.add_argument("--widths", nargs="*", type=int, default=[32])
+    parser.add_argument("--lrs", nargs="*", type=float, default=[])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1])
+    parser.add_argument("--budgets", nargs="*", type=float, default=[1, 5, 20], help="tokens a parameter")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of a thread each")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    results = given.folder / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    keys = {(r["rule"], r["width"], r["lr"], r["seed"], r["budget"]) for r in done}
+    trials = [
+        Trial(rule, width, lr, seed, tuple(given.budgets))
+        for width in given.widths
+        for seed in given.seeds
+        for lr in given.lrs
+        for rule in given.rules
+        if any((rule, width, lr, seed, budget) not in keys for budget in given.budgets)
+    ]
+    tokens_of_corpus()
+    with ProcessPoolExecutor(given.jobs) as pool:
+        for future in as_completed([pool.submit(work, trial) for trial in trials]):
+            with results.open("a") as file:
+                for record in future.result():
+                    file.write(json.dumps(record) + "\n")
+                    print(*(f"{key} {record[key]}" for key in TOLD), flush=True)
+
+
+if __name__ == "__main__":
+    main()
