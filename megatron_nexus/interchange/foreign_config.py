@@ -5,8 +5,8 @@ from typing import Any, get_args
 
 from megatron_nexus.config.run_config import (
     INNER_BEFORE_IT_WAS_RECORDED,
-    InnerAttention,
     FeedForwardKind,
+    InnerAttention,
     InnerNormScale,
     ModelConfig,
     Normalization,
