@@ -55,12 +55,27 @@ def nexus_rank(x: Tensor, w: dict[str, Tensor], name: str, model: dict, ffn: boo
     return h_a @ w[f"{name}.w_d"].T
 
 
-def rotary(x: Tensor, base: float) -> Tensor:
-    """x [batch, heads, tokens, size]: pairs (i, i + size / 2) turn by t * base^(-2 i / size)."""
+def frequency(model: dict, i: Tensor, size: int) -> Tensor:
+    """base^(-2 i / size); Llama 3.1 divides those that turn slowly, and blends in between."""
+    f = model["rotary_base"] ** (-2.0 * i / size)
+    if not model["use_rope_scaling"]:
+        return f
+    low, high = model["rope_low_freq_factor"], model["rope_high_freq_factor"]
+    wavelength, length = 2.0 * math.pi / f, model["original_max_position_embeddings"]
+    divided = f / model["rope_scaling_factor"]
+    smooth = (length / wavelength - low) / (high - low)
+    between = (1.0 - smooth) * divided + smooth * f
+    return torch.where(
+        wavelength < length / high, f, torch.where(wavelength > length / low, divided, between)
+    )
+
+
+def rotary(x: Tensor, model: dict) -> Tensor:
+    """x [batch, heads, tokens, size]: pairs (i, i + size / 2) turn by t * frequency i."""
     tokens, size = x.shape[-2:]
     t = torch.arange(tokens, dtype=torch.float64)[:, None]
     i = torch.arange(size // 2, dtype=torch.float64)[None, :]
-    angle = t * base ** (-2.0 * i / size)
+    angle = t * frequency(model, i, size)
     turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype))
     z = torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn
     return torch.cat([z.real, z.imag], dim=-1)
@@ -79,6 +94,8 @@ def project(y: Tensor, w: dict[str, Tensor], name: str, model: dict) -> Tensor:
     out = 0.0
     if model["projection"] in ("linear", "linear_nexus"):
         out = out + y @ w[f"{name}.weight"].T
+        if model["add_qkv_bias"]:
+            out = out + w[f"{name}.bias"]
     if model["projection"] in ("nexus", "linear_nexus"):
         out = out + nexus_rank(y, w, name, model)
     return out
@@ -89,6 +106,10 @@ def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict) -> Tensor:
     batch, length = y.shape[:2]
     heads, size = model["num_attention_heads"], model["kv_channels"]
     mask = torch.ones(length, length, dtype=torch.bool).tril()
+    if model["sliding_window"]:
+        mask = mask.triu(1 - model["sliding_window"])
+    layer = int(a.split(".")[1]) + 1 if "." in a else 1
+    turns = not (model["no_rope_freq"] and layer % model["no_rope_freq"] == 0)
     q, k, v = (project(y, w, f"{a}.{p}", model).view(batch, length, -1, size).transpose(1, 2) for p in "qkv")
     if model["qk_layernorm"]:
         q, k = (head_norm(x, w[f"{a}.{p}_norm.gain"], model) for x, p in ((q, "q"), (k, "k")))
@@ -98,7 +119,7 @@ def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict) -> Tensor:
 
     def shares(q: Tensor, k: Tensor) -> Tensor:
         q, k = (
-            torch.cat([rotary(x[..., :turning], model["rotary_base"]), x[..., turning:]], dim=-1)
+            torch.cat([rotary(x[..., :turning], model), x[..., turning:]], dim=-1) if turns else x
             for x in (q, k)
         )
         return (q @ k.transpose(-1, -2) / math.sqrt(turning)).masked_fill(~mask, -torch.inf).softmax(-1)

@@ -91,6 +91,8 @@ def _run() -> None:
     count = len(made.files)
     files = f"{count} file{'s' if count > 1 else ''} of weights"
     told("wrote %s: %s in %s, %s", target, config.preset, given.dtype, files)
+    if made.tied:
+        told("its head is its embedding, as in the model that was imported")
     if tokenizer is not None:
         told("tokenizer: %s", made.tokenizer)
     elif given.tokenizer_model == NO_TOKENIZER:

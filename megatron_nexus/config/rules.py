@@ -127,6 +127,10 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--init-method-std": model.init_method_std,
         "--norm-epsilon": model.norm_epsilon,
         "--rotary-base": model.rotary_base,
+        "--rope-scaling-factor": model.rope_scaling_factor,
+        "--rope-low-freq-factor": model.rope_low_freq_factor,
+        "--rope-high-freq-factor": model.rope_high_freq_factor,
+        "--original-max-position-embeddings": model.original_max_position_embeddings,
     }
     for flag, value in positive.items():
         if not 0 < value < inf:
@@ -153,6 +157,8 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--eval-tasks-limit": config.logging.eval_tasks_limit,
         "--padding-multiple": config.parallel.padding_multiple,
         "--num-query-groups": model.num_query_groups,
+        "--sliding-window": model.sliding_window,
+        "--no-rope-freq": model.no_rope_freq,
         "--base-hidden-size": model.base_hidden_size,
         "--base-kv-channels": model.base_kv_channels,
         "--pattention-slots": model.pattention_slots,
@@ -184,6 +190,21 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         }.items():
             if asked:
                 yield f"{flag} belongs to --attention-order 2 and above, and it is 1: raise it, or drop this"
+    if model.add_qkv_bias and model.projection not in ("linear", "linear_nexus"):
+        yield (
+            f"--add-qkv-bias belongs to linear Q, K and V, and --projection is {model.projection}: drop the "
+            "flag, or use --projection linear"
+        )
+    if model.sliding_window > 0 and model.attention_order > 1:
+        yield (
+            f"--sliding-window {model.sliding_window} belongs to --attention-order 1, and this is "
+            f"{model.attention_order}: drop one of them"
+        )
+    if 0 < model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        yield (
+            f"--rope-low-freq-factor {model.rope_low_freq_factor} must be below --rope-high-freq-factor "
+            f"{model.rope_high_freq_factor}: Llama 3.1 has 1 and 4"
+        )
     yield from _pattention_problems(config)
     if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
         yield (

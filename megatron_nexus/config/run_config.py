@@ -75,6 +75,10 @@ class ModelConfig:
         0, "parameter tokens of each Pattention of the attention: Q, K, V and output"
     )
     qk_layernorm: bool = option(False, "RMSNorm of each head's query and key before the rotary embedding")
+    add_qkv_bias: bool = option(False, "biases of the linear Q, K and V projections, as Qwen2 has them")
+    sliding_window: int = option(
+        0, "tokens that each token sees, itself included, as Mistral has it; 0: all before it"
+    )
     nexus_m: int = option(160, "first width M of each Nexus-Rank projection, D < M < A")
     nexus_a: int = option(192, "second width A of each Nexus-Rank projection")
     nexus_inner_norm: bool = option(False, "gain-free norm before each GELU of a Nexus-Rank")
@@ -108,6 +112,22 @@ class ModelConfig:
         0, "head size before it grew: these channels turn and its root scales scores; 0: it has not grown"
     )
     rotary_base: float = option(10000.0, "base of the rotary position embedding")
+    use_rope_scaling: bool = option(
+        False, "slow rotary frequencies divided by --rope-scaling-factor, as Llama 3.1 and later do"
+    )
+    rope_scaling_factor: float = option(8.0, "what frequencies are divided by that turn too slowly")
+    rope_low_freq_factor: float = option(
+        1.0, "turns within --original-max-position-embeddings up to which a frequency is divided whole"
+    )
+    rope_high_freq_factor: float = option(
+        4.0, "turns within --original-max-position-embeddings from which a frequency stays as it is"
+    )
+    original_max_position_embeddings: int = option(
+        8192, "tokens of a sample before the model was trained on longer ones, for --use-rope-scaling"
+    )
+    no_rope_freq: int = option(
+        0, "every such layer has no rotary embedding: 4 is SmolLM3's every fourth; 0: all have it"
+    )
     normalization: Normalization = option(
         "RMSNorm", "RMSNorm with a gain, or NonParametricLayerNorm (Tokenformer): without gain and bias"
     )
@@ -128,6 +148,10 @@ class ModelConfig:
     def key_width(self) -> int:
         """Heads of keys and values x head size: the width of K and of V."""
         return self.query_groups * self.kv_channels
+
+    def has_rotary(self, layer: int) -> bool:
+        """Whether the queries and keys of a layer, counted from 0, turn with their positions."""
+        return not self.no_rope_freq or (layer + 1) % self.no_rope_freq != 0
 
     @property
     def inner_attention_width(self) -> int:

@@ -162,6 +162,11 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     problems += _foreign_sizes(old, sizes) + _order_problems(old, sizes, growth)
     if growth.init == "in_rand":
         problems += _active_at_once(old, sizes)
+    if old.no_rope_freq and sizes.get("num_layers", 0) > old.num_layers and growth.depth_placement != "end":
+        problems.append(
+            f"new layers among the old ones would move those without rotary embedding (--no-rope-freq "
+            f"{old.no_rope_freq}), and the function would change: use --depth-placement end"
+        )
     if not 0 <= growth.init_std < inf:
         problems.append(f"--init-std {growth.init_std} must not be negative: give 0 or a finite number above")
     if not 0 < growth.noise_share < inf:

@@ -1,7 +1,8 @@
 """Which class of transformers computes a model, and what its `config.json` says.
 
-Models of the shape of Llama and Qwen3 are told in transformers' own classes; all others, and those that have
-grown in a way that these know nothing of, in `modeling_nexusformer.py`, which goes with the files.
+Models of the shape of Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are told in transformers' own classes; all
+others, and those that have grown in a way that these know nothing of, in `modeling_nexusformer.py`, which
+goes with the files.
 """
 
 from dataclasses import dataclass
@@ -27,31 +28,70 @@ class Architecture:
 
 NEXUSFORMER = Architecture("nexusformer", "NexusformerForCausalLM", REMOTE_CODE)
 LLAMA = Architecture("llama", "LlamaForCausalLM")
+MISTRAL = Architecture("mistral", "MistralForCausalLM")
+QWEN2 = Architecture("qwen2", "Qwen2ForCausalLM")
 QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM")
+SMOLLM3 = Architecture("smollm3", "SmolLM3ForCausalLM")
+STOCK = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3)
+"""transformers' own, beside which each but Llama has one thing more: see `architecture_of`."""
 
 
-def architecture_of(model: ModelConfig) -> Architecture:
-    """The class that computes `model`."""
+def architecture_of(model: ModelConfig, origin: str = "") -> Architecture:
+    """The class that computes `model`; `origin` is the model_type that it was imported as, if it was."""
     grown = model.base_hidden_size or model.base_kv_channels
     plain = (model.projection, model.feed_forward, model.normalization) == ("linear", "swiglu", "RMSNorm")
     if not plain or grown or model.attention_order > 1:
         return NEXUSFORMER
-    if model.qk_layernorm:
-        return QWEN3
+    features = {
+        MISTRAL: model.sliding_window > 0,
+        QWEN2: model.add_qkv_bias,
+        QWEN3: model.qk_layernorm,
+        SMOLLM3: model.no_rope_freq > 0,
+    }
+    kinds = [kind for kind, is_there in features.items() if is_there]
+    if len(kinds) > 1:
+        return NEXUSFORMER
+    if kinds:
+        return kinds[0]
+    if origin == MISTRAL.model_type:
+        return MISTRAL  # without a window
     # transformers refuses a Llama whose hidden size is no multiple of its heads.
     return NEXUSFORMER if model.hidden_size % model.num_attention_heads else LLAMA
 
 
-def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: int | None) -> JsonObject:
+def rope_json(model: ModelConfig) -> JsonObject:
+    """The `rope_parameters` of a model."""
+    if not model.use_rope_scaling:
+        return {"rope_type": "default", "rope_theta": model.rotary_base}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": model.rotary_base,
+        "factor": model.rope_scaling_factor,
+        "low_freq_factor": model.rope_low_freq_factor,
+        "high_freq_factor": model.rope_high_freq_factor,
+        "original_max_position_embeddings": model.original_max_position_embeddings,
+    }
+
+
+def config_json(
+    model: ModelConfig,
+    kind: Architecture,
+    max_positions: int,
+    dtype: str,
+    end_token: int | None,
+    tied: bool = False,
+) -> JsonObject:
     """The contents of `config.json`.
 
     Args:
         model: its sizes.
+        kind: the class that computes it.
         max_positions: tokens of the longest text that it was trained on.
         dtype: of the weights in the files, "float32" or "bfloat16".
         end_token: the id that ends a document, where the tokenizer is known.
+        tied: whether the head is the embedding.
     """
-    kind = architecture_of(model)
+    rope = rope_json(model)
     record: JsonObject = {
         "architectures": [kind.class_name],
         "model_type": kind.model_type,
@@ -67,14 +107,26 @@ def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: i
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "rope_parameters": rope,
         "rope_theta": model.rotary_base,  # where transformers 4 and what bundles it look for it
         "initializer_range": model.init_method_std,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": end_token,
         "pad_token_id": end_token,
     }
+    if model.use_rope_scaling:  # as transformers 4 calls them
+        record["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if kind is MISTRAL:
+        record["sliding_window"] = model.sliding_window or None
+    if kind is QWEN2:
+        record["use_sliding_window"] = False
+    if kind is SMOLLM3:
+        record |= {
+            "no_rope_layer_interval": model.no_rope_freq,
+            "no_rope_layers": [int(model.has_rotary(layer)) for layer in range(model.num_layers)],
+            "use_sliding_window": False,
+        }
     if kind is NEXUSFORMER:
         record |= {
             "auto_map": {
@@ -90,6 +142,9 @@ def config_json(model: ModelConfig, max_positions: int, dtype: str, end_token: i
             "feed_forward": model.feed_forward,
             "normalization": model.normalization,
             "qk_norm": model.qk_layernorm,
+            "qkv_bias": model.add_qkv_bias,
+            "sliding_window": model.sliding_window or None,
+            "no_rope_layer_interval": model.no_rope_freq,
             "nexus_m": model.nexus_m,
             "nexus_a": model.nexus_a,
             "nexus_inner_norm": model.nexus_inner_norm,

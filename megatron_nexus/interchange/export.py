@@ -14,8 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
+from megatron_nexus.checkpoint.pieces import split_box, whole_box
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import Tokenizer
@@ -25,6 +29,7 @@ from megatron_nexus.interchange.model_card import CARD_FILE, write_model_card
 from megatron_nexus.interchange.names import huggingface_name
 from megatron_nexus.interchange.new_folder import new_folder
 from megatron_nexus.interchange.plain_tensors import (
+    BLOCK_ELEMENTS,
     Precision,
     plain_bytes,
     require_finite,
@@ -41,11 +46,14 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Exported:
-    """What was made: the class that loads it, its weight files, and what became of the tokenizer."""
+    """What was made: the class that loads it, its weight files, what became of the tokenizer, and whether
+    the head is the embedding.
+    """
 
     architecture: Architecture
     files: tuple[str, ...]
     tokenizer: str
+    tied: bool
 
 
 def export_checkpoint(
@@ -68,8 +76,8 @@ def export_checkpoint(
         DataError: the tokenizer cannot be exported.
     """
     model, length = config.model, config.training.seq_length
-    architecture = architecture_of(model)
     reader = CheckpointReader(source)
+    architecture = architecture_of(model, imported_as(reader.manifest))
     specs = decoder_specs(model)
     if {name: spec.shape for name, spec in reader.manifest.specs.items()} != {
         name: spec.shape for name, spec in specs.items()
@@ -78,13 +86,16 @@ def export_checkpoint(
             f"{source}: its tensors are not those of its configuration: it was written by another version; "
             "export it with that one"
         )
+    tied = not architecture.files and _is_tied(reader)
+    if tied:
+        del specs["head.weight"]
     needed = plain_bytes(specs, precision)
     end_token = tokenizer.eod_id if tokenizer is not None else None
     shards = _shards(specs, precision, shard_bytes)
     names = _file_names(len(shards))
     non_finite = NonFiniteValues()
     with new_folder(target, needed) as folder:
-        record = config_json(model, length, DTYPES[precision], end_token)
+        record = config_json(model, architecture, length, DTYPES[precision], end_token, tied)
         _write_json(folder / "config.json", record)
         _write_json(folder / "generation_config.json", {"eos_token_id": end_token, "pad_token_id": end_token})
         write_model_card(
@@ -113,7 +124,23 @@ def export_checkpoint(
         require_finite(source, non_finite, allow_non_finite)
         if len(shards) > 1:
             _write_json(folder / "model.safetensors.index.json", _index(names, shards, needed))
-    return Exported(architecture, names, told)
+    return Exported(architecture, names, told, tied)
+
+
+def imported_as(manifest: Manifest) -> str:
+    """The model_type that a checkpoint's model was imported as; empty where it was not imported."""
+    return next((str(entry["model_type"]) for entry in manifest.lineage if "model_type" in entry), "")
+
+
+def _is_tied(reader: CheckpointReader) -> bool:
+    """Whether the head is the embedding still: a model of one matrix is imported as two equal ones."""
+    shape = reader.manifest.specs["head.weight"].shape
+    return all(
+        np.array_equal(
+            reader.read_box("head.weight", "fp32", box), reader.read_box("embedding.weight", "fp32", box)
+        )
+        for box in split_box(whole_box(shape), BLOCK_ELEMENTS)
+    )
 
 
 def _shards(specs: Mapping[str, ParamSpec], precision: Precision, most_bytes: int) -> list[dict[str, str]]:

@@ -13,12 +13,40 @@ from megatron_nexus.config.run_config import (
     Projection,
 )
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.interchange.architecture import LLAMA, NEXUSFORMER, QWEN3, JsonObject
+from megatron_nexus.interchange.architecture import (
+    LLAMA,
+    MISTRAL,
+    NEXUSFORMER,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    STOCK,
+    JsonObject,
+)
 
-KINDS = {kind.model_type: kind for kind in (LLAMA, QWEN3, NEXUSFORMER)}
+KINDS = {kind.model_type: kind for kind in (*STOCK, NEXUSFORMER)}
 # What transformers' classes assume where a file says nothing.
 ROPE_THETA, EPSILON, STD = 10000.0, 1e-6, 0.02
-QWEN3_HEAD = 128
+DEFAULTS: dict[object, JsonObject] = {
+    MISTRAL.model_type: {"num_key_value_heads": 8, "sliding_window": 4096},
+    QWEN2.model_type: {"num_key_value_heads": 32},
+    QWEN3.model_type: {"head_dim": 128, "num_key_value_heads": 32},
+    SMOLLM3.model_type: {
+        "num_key_value_heads": 4,
+        "no_rope_layer_interval": 4,
+        "rope_theta": 2e6,
+        "tie_word_embeddings": True,
+    },
+}
+"""What their classes assume that others do not. Of a key that is null all assume what Llama does."""
+LLAMA3 = "llama3"
+# The names of its numbers here, and there.
+ROPE_SCALING = {
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+}
+WITHOUT_ROPE = (SMOLLM3.model_type, NEXUSFORMER.model_type)
 # What a Nexusformer's file chooses from.
 CHOICES: dict[str, tuple[str, ...]] = {
     "projection": get_args(Projection),
@@ -46,12 +74,18 @@ def model_of(config: JsonObject) -> ModelConfig:
 
     Raises ConfigError with every reason why this decoder does not compute it.
     """
+    config = with_defaults(config)
     problems = list(_problems(config))
     if problems:
         raise ConfigError(problems)
     heads, kind = _whole(config, "num_attention_heads"), config["model_type"]
     groups = _whole(config, "num_key_value_heads", heads)
-    size = QWEN3_HEAD if kind == QWEN3.model_type else _whole(config, "hidden_size") // heads
+    size = _whole(config, "hidden_size") // heads
+    rope = _rope(config)
+    scaling: dict[str, Any] = {}
+    if _rope_type(rope) == LLAMA3:
+        scaling = {"use_rope_scaling": True, "original_max_position_embeddings": _original_length(config)}
+        scaling |= {ours: _number(rope, theirs, 0.0) for ours, theirs in ROPE_SCALING.items()}
     model = ModelConfig(
         vocab_size=_whole(config, "vocab_size"),
         num_layers=_whole(config, "num_hidden_layers"),
@@ -62,9 +96,13 @@ def model_of(config: JsonObject) -> ModelConfig:
         ffn_hidden_size=_whole(config, "intermediate_size"),
         projection="linear",
         qk_layernorm=kind == QWEN3.model_type,
+        add_qkv_bias=kind == QWEN2.model_type or bool(config.get("qkv_bias")),
+        sliding_window=_window(config),
+        no_rope_freq=_whole(config, "no_rope_layer_interval", 0) if kind in WITHOUT_ROPE else 0,
         nexus_m=0,
         nexus_a=0,
-        rotary_base=_number(_rope(config), "rope_theta", ROPE_THETA),
+        rotary_base=_number(rope, "rope_theta", ROPE_THETA),
+        **scaling,
         norm_epsilon=_number(config, "rms_norm_eps", EPSILON),
         init_method_std=_number(config, "initializer_range", STD),
     )
@@ -122,14 +160,22 @@ def _problems(config: JsonObject) -> Iterator[str]:
         if found != expected:
             yield f"{name} is {found!r}, and this decoder knows {expected!r} only: choose another model"
     if kind == LLAMA.model_type and config.get("sliding_window"):
-        yield f"sliding_window {config['sliding_window']!r}: every token sees all before it here"
+        yield f"sliding_window {config['sliding_window']!r}: a Llama has none; choose another model"
     layers = config.get("layer_types")
     if isinstance(layers, list) and set(layers) - {"full_attention"}:
         others = ", ".join(sorted(map(str, set(layers) - {"full_attention"})))
-        yield f"layer_types has {others}: every token sees all before it here"
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        yield f"rope scaling {scaling!r}: positions are never scaled here; choose a model without it"
+        yield f"layer_types has {others}: all layers are alike here; choose another model"
+    interval, turning = config.get("no_rope_layer_interval"), config.get("no_rope_layers")
+    if kind == SMOLLM3.model_type and isinstance(turning, list):
+        count = _whole(config, "num_hidden_layers")
+        every = _whole(config, "no_rope_layer_interval")
+        expected = [int(not every or (layer + 1) % every != 0) for layer in range(count)]
+        if turning[:count] != expected:
+            yield (
+                f"no_rope_layers {turning}: known here is no_rope_layer_interval alone, which is {interval} "
+                "and says otherwise: choose another model"
+            )
+    yield from _rope_problems(rope)
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         yield "partial_rotary_factor: all channels of a head turn here; choose another model"
 
@@ -138,6 +184,44 @@ def _inner(config: JsonObject) -> str:
     """The form of inner attentions, of which files of order 2 said nothing while there was one."""
     higher = _whole(config, "attention_order", 1) > 1
     return str(config.get("attention_inner", INNER_BEFORE_IT_WAS_RECORDED if higher else "self"))
+
+
+def _rope_problems(rope: JsonObject) -> Iterator[str]:
+    kind = _rope_type(rope)
+    if kind not in ("default", LLAMA3):
+        yield (
+            f"rope scaling {kind!r}: known here are default and {LLAMA3}; choose a model without it, or, "
+            "where it only serves longer texts than those of training, take it out of config.json"
+        )
+    if kind == LLAMA3:
+        for name in ROPE_SCALING.values():
+            if not isinstance(rope.get(name), int | float):
+                yield f"rope scaling {LLAMA3} without a number {name} in config.json: copy it again"
+
+
+def with_defaults(config: JsonObject) -> JsonObject:
+    """A `config.json` with what its class assumes of keys that are not there."""
+    return {**DEFAULTS.get(config.get("model_type"), {}), **config}
+
+
+def _rope_type(rope: JsonObject) -> object:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _original_length(config: JsonObject) -> int:
+    """Tokens of a sample before the frequencies were scaled; those of now, where nothing says so."""
+    rope = _rope(config)
+    for found in (config, rope):
+        if found.get("original_max_position_embeddings") is not None:
+            return _whole(found, "original_max_position_embeddings")
+    return context_length(config)
+
+
+def _window(config: JsonObject) -> int:
+    """Tokens that each token sees; 0: all before it."""
+    if config["model_type"] not in (MISTRAL.model_type, NEXUSFORMER.model_type):
+        return 0
+    return _whole(config, "sliding_window", 0)
 
 
 def _rope(config: JsonObject) -> JsonObject:
@@ -171,4 +255,4 @@ def context_length(config: JsonObject) -> int:
 
 def ties_head(config: JsonObject) -> bool:
     """Whether the head is the embedding."""
-    return bool(config.get("tie_word_embeddings", False))
+    return bool(with_defaults(config).get("tie_word_embeddings", False))

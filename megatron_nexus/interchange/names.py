@@ -1,10 +1,12 @@
 """What parameters are called in the files of Hugging Face.
 
     layers.3.attention.q.weight     model.layers.3.self_attn.q_proj.weight
+    layers.3.attention.q.bias       model.layers.3.self_attn.q_proj.bias
     layers.3.attention.q.w_m        model.layers.3.self_attn.q_proj.w_m.weight
     layers.3.feed_forward.gate      model.layers.3.mlp.gate_proj.weight
 
-transformers' own Llama and Qwen3 and our `modeling_nexusformer.py` call the same things alike.
+transformers' own Llama, Mistral, Qwen2, Qwen3 and SmolLM3 and our `modeling_nexusformer.py` call the same
+things alike.
 """
 
 ENDS = {
@@ -40,5 +42,6 @@ def huggingface_name(name: str) -> str:
         return ENDS[name]
     layers, index, block, part, *rest = name.split(".")
     assert layers == "layers", f"{name} belongs to no layer"
-    inner = [word for word in rest if word not in ("weight", "gain")]
-    return ".".join(["model.layers", index, PARTS[f"{block}.{part}"], *inner, "weight"])
+    inner = [word for word in rest if word not in ("weight", "gain", "bias")]
+    kind = "bias" if "bias" in rest else "weight"
+    return ".".join(["model.layers", index, PARTS[f"{block}.{part}"], *inner, kind])

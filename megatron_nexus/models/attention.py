@@ -23,10 +23,10 @@ from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, attention_widths, nexus_rank_specs
 from megatron_nexus.models.norm import HeadNorm, make_norm, norm_specs, rms_norm_spec
-from megatron_nexus.models.packing import Packing
+from megatron_nexus.models.packing import Packing, window_mask
 from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.models.projections import attention_slots, make_projections, projection_specs
-from megatron_nexus.models.rotary import rotary_tables, rotate
+from megatron_nexus.models.rotary import rope_scaling, rotary_tables, rotate
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
 
@@ -62,7 +62,7 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
 class Attention(nn.Module):
     """x -> attention(norm(x)), without the residual."""
 
-    def __init__(self, model: ModelConfig, prefix: str, context: Context) -> None:
+    def __init__(self, model: ModelConfig, prefix: str, context: Context, has_rotary: bool = True) -> None:
         super().__init__()
         parts = attention_specs(model, prefix)
         self.tp = context.tp
@@ -70,6 +70,9 @@ class Attention(nn.Module):
         self.rotary_channels = model.rotary_channels
         self.score_scale = 1.0 / math.sqrt(model.rotary_channels)
         self.rotary_base = model.rotary_base
+        self.rope_scaling = rope_scaling(model)
+        self.has_rotary = has_rotary
+        self.window = model.sliding_window
         self.norm = make_norm(parts["norm"], model, context)
         self.qkv = make_projections(model, {name: parts[name] for name in ("q", "k", "v")}, context)
         self.q_norm: HeadNorm | None = None
@@ -98,10 +101,14 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         reach = cache.capacity if cache is not None else q.shape[0]
-        cos, sin = rotary_tables(reach, self.rotary_channels, self.rotary_base, q.device, q.dtype)
+        cos, sin = rotary_tables(
+            reach, self.rotary_channels, self.rotary_base, q.device, q.dtype, self.rope_scaling
+        )
+        if not self.has_rotary:  # every angle is that of the first token: none
+            cos, sin = cos[:1].expand(len(cos), -1, -1, -1), sin[:1].expand(len(sin), -1, -1, -1)
         if packing is not None and packing.positions_TB is not None:
             cos, sin = cos[packing.positions_TB, 0], sin[packing.positions_TB, 0]  # [T, B, 1, H / 2]
-        attend = partial(self._attend, packing.mask_B1TT if packing is not None else None)
+        attend = partial(self._attend, packing)
         if self.refine is not None:
             q, k = self.refine(q, k, (cos, sin), attend, cache)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -117,15 +124,16 @@ class Attention(nn.Module):
             (partial_sum,) = self.output(mixed_TBW)
         return self.tp.leave(partial_sum)
 
-    def _attend(self, mask_B1TT: Tensor | None, q_BNTH: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, packing: Packing | None, q_BNTH: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention [B, N, T, H] of this layer's scale; of all earlier tokens where no mask is."""
+        mask = window_mask(packing, q_BNTH.shape[2], k.shape[2], self.window, k.device)
         # Kernels of variable lengths (flash-attn, flex) would skip what the mask hides: not used yet.
         return F.scaled_dot_product_attention(
             q_BNTH,
             k,
             v,
-            mask_B1TT,
-            is_causal=mask_B1TT is None and q_BNTH.shape[2] > 1,
+            mask,
+            is_causal=mask is None and q_BNTH.shape[2] > 1,
             scale=self.score_scale,
             enable_gqa=k.shape[1] < q_BNTH.shape[1],
         )

@@ -122,7 +122,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, index: int, context: Context) -> None:
         super().__init__()
-        self.attention = Attention(model, f"layers.{index}.attention", context)
+        self.attention = Attention(model, f"layers.{index}.attention", context, model.has_rotary(index))
         self.feed_forward = FeedForward(model, f"layers.{index}.feed_forward", context)
         self.recompute_all = context.recompute == "full"
 

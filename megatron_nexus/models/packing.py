@@ -9,6 +9,7 @@ T tokens, B batch.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_nexus.models.context import Context
@@ -32,6 +33,31 @@ def packing_of(positions_BT: Tensor, context: Context) -> Packing:
         same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
         mask_B1TT = same_BTT.tril()[:, None]
     return Packing(positions_BT.t() if context.reset_position_ids else None, mask_B1TT)
+
+
+def _window_TS(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Whether each of the last `queries` of `keys` tokens sees each: itself and `window` - 1 before it."""
+    place_T1 = torch.arange(keys - queries, keys, device=device)[:, None]
+    place_S = torch.arange(keys, device=device)
+    return (place_S <= place_T1) & (place_S > place_T1 - window)
+
+
+def window_mask(
+    packing: Packing | None, queries: int, keys: int, window: int, device: torch.device
+) -> Tensor | None:
+    """The mask of `packing` with what a sliding window hides; None: each token sees all before it.
+
+    Distances are those of positions where `packing` keeps texts of one row apart, of places otherwise.
+    """
+    mask = packing.mask_B1TT if packing is not None else None
+    if not window or keys <= window:
+        return mask
+    if packing is None or mask is None:
+        return _window_TS(queries, keys, window, device)
+    if packing.positions_TB is not None and len(packing.positions_TB) == keys:
+        positions_BT = packing.positions_TB.t()
+        return mask & (positions_BT[:, None, :, None] - positions_BT[:, None, None, :] < window)
+    return mask & _window_TS(queries, keys, window, device)
 
 
 Stream = Tensor | tuple[Tensor, Tensor]

@@ -1,14 +1,14 @@
 """Projections: the maps from one input X to queries, keys and values, by the model's kind.
 
     nexus          Y = gelu(gelu(X W_M) W_A) W_D
-    linear         Y = X W
-    linear_nexus   Y = X W + gelu(gelu(X W_M) W_A) W_D
+    linear         Y = X W, or X W + b (Qwen2)
+    linear_nexus   Y = X W + gelu(gelu(X W_M) W_A) W_D, or + b
     pattention     Y = gelu(A / ||A||_2 * tau) V, A = X K^T
 
 A trained linear projection becomes linear_nexus: its branch begins with M = A = 0 and grows, so that
 exactly one factor of each new path is zero, the function stays and every new weight trains (`spec.grow`).
 
-X [T, B, D] -> for each projection this rank's columns [T, B, w]: whole heads. No biases.
+X [T, B, D] -> for each projection this rank's columns [T, B, w]: whole heads.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from megatron_nexus.models.context import Context
 from megatron_nexus.models.nexus_rank import RESIDUAL_SHARE, NexusRank, attention_widths, nexus_rank_specs
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.models.pattention import Pattention, pattention_specs
-from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
+from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
 
 
 def projection_specs(
@@ -31,7 +31,9 @@ def projection_specs(
     """The parameters of the projection `name`. `flow` is what its products do with the units of `outputs`."""
     init, grown = Normal(model.init_method_std), (flow, Flow.READS)
     heads = replace(outputs, layout=Layout.EXACT)
-    linear = ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, grown)
+    linear: tuple[ParamSpec, ...] = (ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, grown),)
+    if model.add_qkv_bias:  # zero at first, for new units of growth too: it closes no path and opens none
+        linear += (ParamSpec(f"{name}.bias", (heads,), Constant(0.0), Role.VECTOR, (flow,)),)
     share = RESIDUAL_SHARE if flow is Flow.WRITES else 1.0
     w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, attention_widths(model), init, share)
     rank = (w_m, w_a, replace(w_d, grown=grown))
@@ -39,9 +41,9 @@ def projection_specs(
         case "nexus":
             return rank
         case "linear":
-            return (linear,)
+            return linear
         case "linear_nexus":
-            return (linear, *rank)
+            return (*linear, *rank)
         case "pattention":
             return pattention_specs(name, inputs, outputs, attention_slots(model), init, init, flow)
 
@@ -72,15 +74,20 @@ def nexus_projections(
 
 
 class LinearProjections(SpecModule):
-    """A matrix for each projection, split by columns: no collective."""
+    """A matrix for each projection, and its bias if it has one, split by columns: no collective."""
 
     def __init__(self, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context) -> None:
-        weights = {name: weight for name, (weight,) in specs.items()}
-        super().__init__(weights, context.shard, context.seed, context.dtype)
+        weights = {name: parts[0] for name, parts in specs.items()}
+        biases = {f"{name}_bias": parts[1] for name, parts in specs.items() if len(parts) > 1}
+        super().__init__({**weights, **biases}, context.shard, context.seed, context.dtype)
+        self.biases = {name: f"{name}_bias" if f"{name}_bias" in biases else None for name in weights}
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
         """X of all tokens -> this rank's columns of each projection."""
-        return tuple(F.linear(x_TBD, self.get_parameter(name)) for name in self.specs)
+        return tuple(
+            F.linear(x_TBD, self.get_parameter(name), self.get_parameter(bias) if bias else None)
+            for name, bias in self.biases.items()
+        )
 
 
 class BranchedProjections(nn.Module):
@@ -90,8 +97,10 @@ class BranchedProjections(nn.Module):
         self, model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
     ) -> None:
         super().__init__()
-        self.linear = LinearProjections({name: parts[:1] for name, parts in specs.items()}, context)
-        self.branch = nexus_projections(model, {name: parts[1:] for name, parts in specs.items()}, context)
+        count = 2 if model.add_qkv_bias else 1
+        self.linear = LinearProjections({name: parts[:count] for name, parts in specs.items()}, context)
+        branches = {name: parts[count:] for name, parts in specs.items()}
+        self.branch = nexus_projections(model, branches, context)
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
         """X of all tokens -> this rank's columns of each projection."""

@@ -1,11 +1,18 @@
 """Rotary position embedding (Su et al., 2021), pairs (i, i + R / 2) of the first R channels of each head.
 
-    angle(t, i) = t * base^(-2 i / R)
+    angle(t, i) = t * f_i, f_i = base^(-2 i / R)
+
+Llama 3.1 and later (`RopeScaling`) divide slow frequencies, by how often they turn within the L tokens of the
+first training:
+
+    turns = L f_i / 2 pi    s = clamp((turns - low) / (high - low), 0, 1)    f_i' = f_i (s + (1 - s) / factor)
 
 T tokens, B batch, N heads, H head size, R <= H: channels that a head has grown later do not turn, so that
 the old ones keep their frequencies and partners.
 """
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
 
@@ -14,16 +21,54 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from megatron_nexus.config.run_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later scale their frequencies."""
+
+    factor: float
+    low: float
+    high: float
+    length: int
+    """Tokens of the first training's samples, L."""
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        """The scaled frequencies."""
+        turns = self.length * frequencies / (2.0 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+        return frequencies * (kept + (1.0 - kept) / self.factor)
+
+
+def rope_scaling(model: ModelConfig) -> RopeScaling | None:
+    """The scaling of a model's frequencies, if it has one."""
+    if not model.use_rope_scaling:
+        return None
+    return RopeScaling(
+        model.rope_scaling_factor,
+        model.rope_low_freq_factor,
+        model.rope_high_freq_factor,
+        model.original_max_position_embeddings,
+    )
+
 
 @lru_cache(maxsize=8)
 def rotary_tables(
-    tokens: int, size: int, base: float, device: torch.device, dtype: torch.dtype
+    tokens: int,
+    size: int,
+    base: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, 1, 1, R / 2] of the angles of `size` = R channels.
 
     Computed in float64 and rounded once to `dtype`.
     """
     frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if scaling is not None:
+        frequencies = scaling(frequencies)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)[:, None, None, :]
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 

@@ -41,7 +41,14 @@ def requests(loaded: LoadedModel) -> list[Request]:
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"attention_order": 2}, {"projection": "linear", "num_query_groups": 1}], ids=str
+    "kind",
+    [
+        {},
+        {"attention_order": 2},
+        {"projection": "linear", "num_query_groups": 1},
+        {"sliding_window": 7, "no_rope_freq": 2},
+    ],
+    ids=str,
 )
 def test_each_score_is_that_of_the_request_alone_in_every_family(
     kind: dict[str, object], tokenizer: SentencePieceTokenizer, tmp_path: Path

@@ -1,10 +1,15 @@
 """transformers' own classes, computing in the precision of their weights."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.smollm3 import modeling_smollm3
 
 
 @pytest.fixture
@@ -15,11 +20,25 @@ def exact_stock(monkeypatch: pytest.MonkeyPatch) -> None:
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
 
     def angles(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.config.head_dim
-        exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
-        turns = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
+        rope = self.config.rope_parameters
+        size = getattr(self.config, "head_dim", self.config.hidden_size // self.config.num_attention_heads)
+        f = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+        if rope["rope_type"] == "llama3":
+            wavelength, length = 2 * math.pi / f, rope["original_max_position_embeddings"]
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            smooth = (length / wavelength - low) / (high - low)
+            divided = f / rope["factor"]
+            between = torch.where(smooth < 0, divided, (1 - smooth) * divided + smooth * f)
+            f = torch.where(smooth > 1, f, between)
+        turns = position_ids[..., None] * f
         return tuple(torch.cat((f, f), dim=-1).to(x.dtype) for f in (turns.cos(), turns.sin()))
 
-    for module, name in ((modeling_llama, "Llama"), (modeling_qwen3, "Qwen3")):
+    for module, name in (
+        (modeling_llama, "Llama"),
+        (modeling_mistral, "Mistral"),
+        (modeling_qwen2, "Qwen2"),
+        (modeling_qwen3, "Qwen3"),
+        (modeling_smollm3, "SmolLM3"),
+    ):
         monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", norm)
         monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", angles)

@@ -229,7 +229,11 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "bias": ({"attention_bias": True}, "attention_bias is True"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias is True"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    "scaling": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope scaling 'llama3'"),
+    "scaling": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+    "half a scaling": (
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+        "llama3 without a number factor",
+    ),
     "old scaling": (
         {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
         "rope scaling 'linear'",

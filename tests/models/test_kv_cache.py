@@ -22,6 +22,7 @@ KINDS: list[dict[str, object]] = [
     ORDER_3_CROSS,
     {**ORDER_3, "base_kv_channels": 6, "attention_gate": True},
     MODELS["tokenformer"],
+    MODELS["biases, scaled positions, window"],
 ]
 
 
@@ -47,7 +48,7 @@ def test_cached_logits_are_those_of_the_whole_text(chunks: list[int], changes: d
         assert_equal(logits_BV, expected_TBV[end - 1])
 
 
-@pytest.mark.parametrize("changes", [{}, ORDER_3, ORDER_3_CROSS])
+@pytest.mark.parametrize("changes", [{}, ORDER_3, ORDER_3_CROSS, {"sliding_window": 4}])
 def test_prompts_of_different_lengths_are_each_as_alone(changes: dict[str, object]) -> None:
     stage, tokens = open_gates(DecoderStage(dataclasses.replace(MODEL, **changes), ALL, ALONE)), sample(3)
     padding = [0, 5, 3]

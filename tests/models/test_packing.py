@@ -24,14 +24,18 @@ def sample() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], positions
 
 
-@pytest.mark.parametrize(("order", "inner"), [(1, "self"), (2, "self"), (2, "cross")])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_order": 2}, {"attention_order": 2, "attention_inner": "cross"}, {"sliding_window": 4}],
+    ids=str,
+)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_a_packed_sample_is_its_documents_run_alone(
-    stages: int, recompute: str, order: int, inner: str
+    stages: int, recompute: str, changes: dict[str, object]
 ) -> None:
     tokens, labels, positions = sample()
-    model = dataclasses.replace(MODEL, attention_order=order, attention_inner=inner)
+    model = dataclasses.replace(MODEL, **changes)
     context = dataclasses.replace(APART, recompute=recompute)
     row = [DecoderStage(model, stage_layers(model, LENGTH, i, stages), context) for i in range(stages)]
     stream: Stream = (tokens, positions)

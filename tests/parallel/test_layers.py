@@ -30,6 +30,16 @@ def _models(ranks: int) -> dict[str, dict]:
         "order3": {"attention_order": 3, "num_query_groups": groups, "qk_layernorm": True},
         "order2-cross": {"attention_order": 2, "num_query_groups": groups, "attention_inner": "cross"},
         "order2-gated": {"attention_order": 2, "num_query_groups": groups, "attention_gate": True},
+        "qwen2": {
+            "projection": "linear",
+            "num_query_groups": groups,
+            "add_qkv_bias": True,
+            "use_rope_scaling": True,
+            "original_max_position_embeddings": 12,
+            "sliding_window": 5,
+            "no_rope_freq": 2,
+        },
+        "linear_nexus with biases": {"projection": "linear_nexus", "add_qkv_bias": True},
         "tokenformer": {
             "projection": "pattention",
             "pattention_slots": 26,

@@ -52,7 +52,15 @@ FLAGS = {
 PACKED = {"reset_position_ids": True, "reset_attention_mask": True}
 OPTIONS = {"nexus_inner_norm": True, "nexus_output_projection": True}
 FAMILIES = {
-    "qwen3": {"projection": "linear", "num_query_groups": 2, "qk_layernorm": True},
+    "qwen3": {"projection": "linear", "num_query_groups": 2, "qk_layernorm": True, "no_rope_freq": 2},
+    "qwen2": {
+        "projection": "linear",
+        "num_query_groups": 2,
+        "add_qkv_bias": True,
+        "use_rope_scaling": True,
+        "original_max_position_embeddings": 12,
+        "sliding_window": 5,
+    },
     "order2": {"attention_order": 2, "num_query_groups": 2},
     "order3-cross": {"attention_order": 3, "num_query_groups": 2, "attention_inner": "cross"},
     "order2-gated": {"attention_order": 2, "num_query_groups": 2, "attention_gate": True},
@@ -169,7 +177,9 @@ def _check(folder: Path, flags: dict, world: int) -> None:
         mine = _tensor(first, name, "exp_avg") / (1.0 - 0.9) / clip
         tolerance = (BF16_TOLERANCE if bf16 else GRADIENT_TOLERANCE) * largest
         assert float((mine - gradient).abs().max()) <= tolerance, f"gradient of {name}"
-        if not bf16:
+        # A bias of keys moves all scores of a query alike where channels hardly turn: its gradient is
+        # rounding there, of which Adam makes whole steps.
+        if not bf16 and not name.endswith("k.bias"):
             difference = _tensor(last, name, "fp32") - expected["weights"][name].detach()
             assert float(difference.abs().max()) <= WEIGHT_TOLERANCE, name
     w = {name: _tensor(last, name, "fp32") for name in expected["weights"]}

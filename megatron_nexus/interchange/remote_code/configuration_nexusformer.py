@@ -55,6 +55,9 @@ class NexusformerConfig(PreTrainedConfig):
     nexus_inner_norm_scale: the length it gives: the root of the "hidden" size, or of the normalised "width".
     nexus_output_projection: Nexus-Rank for the attention's output projection too.
     qk_norm: RMSNorm of each head's query and key before the rotary embedding.
+    qkv_bias: biases of linear queries, keys and values.
+    sliding_window: tokens that each token sees, itself included; None: all before it.
+    no_rope_layer_interval: every such layer has no rotary embedding; 0: all have it.
     base_hidden_size: hidden size before the model grew, which the norms keep to; 0: it has not grown.
     base_pattention_slots, base_intermediate_size, base_nexus_m, base_nexus_a, base_ffn_nexus_m: slots and
         widths before they grew, whose roots scale; 0: they have not grown.
@@ -86,6 +89,9 @@ class NexusformerConfig(PreTrainedConfig):
     ffn_nexus_m: int = 0
     nexus_output_projection: bool = False
     qk_norm: bool = False
+    qkv_bias: bool = False
+    sliding_window: int | None = None
+    no_rope_layer_interval: int = 0
     base_hidden_size: int = 0
     base_head_dim: int = 0
     base_pattention_slots: int = 0
@@ -113,8 +119,8 @@ class NexusformerConfig(PreTrainedConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
-        if self.rope_parameters["rope_type"] != "default":
-            raise ValueError(f"rope_type {self.rope_parameters['rope_type']!r} is not 'default'")
+        if self.rope_parameters["rope_type"] not in ("default", "llama3"):
+            raise ValueError(f"rope_type {self.rope_parameters['rope_type']!r} is none of default, llama3")
         if self.tie_word_embeddings:
             raise ValueError("a Nexusformer's head is a matrix of its own: tie_word_embeddings must be false")
 

@@ -22,7 +22,7 @@ The configuration may put other maps in their places: a linear one beside or ins
 Pattention (Tokenformer), attention of a higher order, LayerNorm without parameters.
 
 B batch, T tokens, S tokens with those of the cache, D hidden, N heads, G heads of keys and values, H head
-size, R <= H the channels of a head that turn. No biases. Sizes that have grown after birth leave the function
+size, R <= H the channels of a head that turn. Sizes that have grown after birth leave the function
 as it was: norms divide by the hidden size at birth, scores by the root of the head size at birth, and the
 slots of a Pattention are scaled by the root of their number at birth.
 """
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -152,10 +152,11 @@ class LinearNexusRank(NexusRank):
     def __init__(self, config: NexusformerConfig, inputs: int, outputs: int) -> None:
         super().__init__(config, inputs, outputs)
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if config.qkv_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        return F.linear(x, self.weight) + super().forward(x)
+        return F.linear(x, self.weight, self.bias) + super().forward(x)
 
 
 class Pattention(nn.Module):
@@ -183,7 +184,7 @@ class Pattention(nn.Module):
 def make_projection(config: NexusformerConfig, inputs: int, outputs: int) -> nn.Module:
     """What computes queries, keys or values."""
     if config.projection == "linear":
-        return nn.Linear(inputs, outputs, bias=False)
+        return nn.Linear(inputs, outputs, bias=config.qkv_bias)
     if config.projection == "pattention":
         slots = config.pattention_slots
         return Pattention(inputs, outputs, slots, config.base_pattention_slots or slots)
@@ -201,6 +202,12 @@ def rotary_tables(
     size = config.rotary_channels
     exponents = torch.arange(0, size, 2, dtype=exact, device=positions_BT.device) / size
     frequencies = config.rope_parameters["rope_theta"] ** -exponents
+    if config.rope_parameters["rope_type"] == "llama3":
+        rope = config.rope_parameters
+        turns = rope["original_max_position_embeddings"] * frequencies / (2.0 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / rope["factor"])
     angles = positions_BT[:, None, :, None].to(exact) * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -256,6 +263,9 @@ class NexusformerAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = 1.0 / math.sqrt(config.rotary_channels)
         self.is_causal = True
+        interval = config.no_rope_layer_interval
+        self.has_rotary = not interval or (layer_idx + 1) % interval != 0
+        self.sliding_window = config.sliding_window
         self.order = config.attention_order
         self.inner = config.attention_inner
         self.counted = config.rotary_channels
@@ -299,6 +309,8 @@ class NexusformerAttention(nn.Module):
             projection(x_BTD).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if not self.has_rotary:
+            tables = (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
         def kept(place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,7 +320,8 @@ class NexusformerAttention(nn.Module):
             return past_key_values.update(keys, values, self.layer_idx + place * self.num_hidden_layers)
 
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        attend = partial(interface, self, attention_mask=attention_mask, scaling=self.scaling, **kwargs)
+        settings = {"scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
+        attend = partial(interface, self, attention_mask=attention_mask, **settings)
         if self.order > 1:
             refine = self.refined_alone if self.inner == "self" else self.refined
             q, k = refine(q, k, tables, attend, kept)
@@ -495,7 +508,10 @@ class NexusformerModel(NexusformerPreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
             else:
                 position_ids = torch.arange(seen, seen + tokens, device=x_BTD.device)[None]
-        mask = create_causal_mask(
+        make_mask = create_causal_mask
+        if self.config.sliding_window is not None:
+            make_mask = create_sliding_window_causal_mask
+        mask = make_mask(
             config=self.config,
             inputs_embeds=x_BTD,
             attention_mask=attention_mask,
