@@ -35,7 +35,7 @@ from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
-from megatron_nexus.command import saved_config
+from megatron_nexus.command import saved_config, tokenizer_record
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.evaluation.harness import NexusLM
@@ -106,7 +106,7 @@ def main() -> None:
     checkpoint = find_checkpoint(location(given.load))
     manifest = read_manifest(checkpoint)
     config = saved_config(checkpoint, manifest)
-    tokenizer = find_tokenizer(config, manifest.tokenizer_fingerprint)
+    tokenizer = find_tokenizer(config, tokenizer_record(manifest))
     assert tokenizer is not None, "train with --tokenizer-model"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

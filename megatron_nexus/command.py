@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.library import Library, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigError, NexusError
+from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigError, DataError, NexusError
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.imports import uncollected
@@ -138,6 +139,18 @@ def saved_config(checkpoint: Location, manifest: Manifest) -> RunConfig:
     return config
 
 
+def tokenizer_record(manifest: Manifest) -> TokenizerRecord:
+    """What a checkpoint keeps of its tokenizer."""
+    grown = (entry["axes"] for entry in manifest.lineage if "axes" in entry)
+    sizes = [axes["vocab_size"] for axes in grown if isinstance(axes, Mapping) and "vocab_size" in axes]
+    model = manifest.config["model"]
+    assert isinstance(model, Mapping), "a section"
+    # The tokenizer of the built-in corpus has as many pieces as the vocabulary had before it first grew.
+    first = sizes[0][0] if sizes and isinstance(sizes[0], Sequence) else model["vocab_size"]
+    assert isinstance(first, int), "a number of tokens"
+    return TokenizerRecord(manifest.tokenizer_fingerprint, manifest.prepend_bos, first)
+
+
 def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> None:
     """Look at the files that a run will read and the folder it will write, before torch is imported.
 
@@ -151,12 +164,24 @@ def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> N
     if sources:
         Library(config, sources, tokenizer_path(config.data))
     else:
-        # The built-in corpus in the tokens of another tokenizer, where a flag names one.
-        find_tokenizer(config, "", tokenizer_path(config.data))
+        _check_tokenizer(config, checkpoint)
     if world.rank == 0 and config.checkpoint.save:
         # A grown model is another run than the checkpoint's.
         continued = None if config.checkpoint.grow else checkpoint
         require_own_folder(location(config.checkpoint.save), continued)
+
+
+def _check_tokenizer(config: RunConfig, checkpoint: Location | None) -> None:
+    """Look at the tokenizer in whose tokens the built-in corpus is to be read. Raises DataError."""
+    record = tokenizer_record(read_manifest(checkpoint)) if checkpoint is not None else NO_RECORD
+    if tokenizer_path(config.data) is not None:
+        find_tokenizer(config, record)
+    elif checkpoint is not None and not record.fingerprint:
+        raise DataError(
+            f"{checkpoint} knows no tokenizer, and the ids of the built-in corpus would mean something else "
+            "to its model: give the tokenizer that it was trained with as --tokenizer-model, or token files "
+            "of that as --data-path"
+        )
 
 
 def planned_world_size(argv: list[str], world: World, model_parallel_size: int) -> int | None:
@@ -221,7 +246,8 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
         if config.checkpoint.grow and checkpoint is not None:
             saved = saved_config(checkpoint, read_manifest(checkpoint))
             open_state = partial(GrownReader, plan=plan_growth(saved, read_request(config.checkpoint.grow)))
-        run(config, world, checkpoint, argv, open_state, _open_judge)
+        record = tokenizer_record(read_manifest(checkpoint)) if checkpoint else NO_RECORD
+        run(config, world, checkpoint, argv, open_state, _open_judge, record)
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -99,6 +99,8 @@ class Manifest:
     tokenizer_fingerprint: str
     lineage: Sequence[JsonObject]
     data: DataRecord = UNKNOWN_DATA
+    prepend_bos: bool | None = None
+    """Whether the documents that were trained on began with BOS; None: as the tokenizer's own files say."""
     format_version: int = FORMAT_VERSION
 
 
@@ -145,6 +147,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "lineage": manifest.lineage,
         "data": asdict(manifest.data),
+        "prepend_bos": manifest.prepend_bos,
         "config": manifest.config,
         "specs": [spec_to_json(spec) for spec in manifest.specs.values()],
     }
@@ -188,6 +191,8 @@ def read_manifest(folder: Location) -> Manifest:
             tokenizer_fingerprint=raw["tokenizer_fingerprint"],
             lineage=raw["lineage"],
             data=DataRecord(**raw.get("data", {})),
+            # Before there was a choice, what was trained was trained without BOS.
+            prepend_bos=raw.get("prepend_bos", False if raw["progress"]["step"] else None),
             format_version=version,
         )
     except OSError as error:

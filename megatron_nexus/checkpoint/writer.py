@@ -59,6 +59,7 @@ class Moment:
     lineage: Sequence[JsonObject] = ()
     data: DataRecord = UNKNOWN_DATA
     births: Sequence[Birth] = ()
+    prepend_bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class CheckpointWriter:
             tokenizer_fingerprint=moment.tokenizer_fingerprint,
             lineage=moment.lineage,
             data=moment.data,
+            prepend_bos=moment.prepend_bos,
         )
         owned = list(_owned(zero, self._parameters, mesh, self._shard))
         values = [tensor.to("cpu", copy=True) for _, tensor in owned] if copy else [t for _, t in owned]

@@ -15,7 +15,7 @@ from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
-from megatron_nexus.command import saved_config
+from megatron_nexus.command import saved_config, tokenizer_record
 from megatron_nexus.commands.arguments import positive
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
 from megatron_nexus.config.flag_parser import FlagParser
@@ -77,7 +77,7 @@ def _run() -> None:
     path = Path(given.tokenizer_model) if given.tokenizer_model else None
     tokenizer = None
     if given.tokenizer_model != NO_TOKENIZER:
-        tokenizer = find_tokenizer(config, manifest.tokenizer_fingerprint, path)
+        tokenizer = find_tokenizer(config, tokenizer_record(manifest), path)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from megatron_nexus.interchange.export import export_checkpoint
     from megatron_nexus.interchange.model_card import loading_code

@@ -16,6 +16,7 @@ from megatron_nexus.commands.arguments import count, not_negative, positive, sha
 from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.data.tokenizer import encode_prompt
 from megatron_nexus.errors import DataError
 
 
@@ -89,8 +90,7 @@ def _generate(trained: TrainedModel, prompt: str, given: argparse.Namespace) -> 
 
     tokenizer, loaded = trained.tokenizer, trained.load()
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
-    # Nothing to go on from is the beginning of a document, which follows the end of another.
-    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    ids = encode_prompt(tokenizer, prompt)
     if len(ids) + given.max_new_tokens > loaded.seq_length:
         log.logger.warning(
             "%d tokens of prompt and %d new ones are more than the %d of a training sample: the model has "

@@ -12,7 +12,14 @@ from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.corpus_description import CorpusDescription, read_description
 from megatron_nexus.data.indexed_dataset import IndexedDataset
-from megatron_nexus.data.inspection import find_problems, length_histogram, sample_documents, sample_text
+from megatron_nexus.data.inspection import (
+    count_token,
+    find_problems,
+    length_histogram,
+    sample_documents,
+    sample_text,
+)
+from megatron_nexus.data.text_change import changed_text
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import DataError
 
@@ -42,6 +49,7 @@ def _run() -> None:
     description = read_description(given.prefix)
     tokenizer = open_tokenizer(given.tokenizer_model) if given.tokenizer_model else None
     _show(dataset, description)
+    _show_loss(dataset, description, None if given.skip_checks else tokenizer)
     if tokenizer is not None:
         _show_samples(dataset, tokenizer, given.samples)
     if given.skip_checks:
@@ -62,6 +70,8 @@ def _show(dataset: IndexedDataset, description: CorpusDescription | None) -> Non
         say("description      none: not written by preprocess_data.py")
     else:
         say("tokenizer        %s, %s ids", description.tokenizer, f"{description.vocab_size:,}")
+        begin = f"begin with BOS, token {description.bos_id}" if description.prepend_bos else "have no BOS"
+        say("documents        %s", begin)
         say("bytes per token  %.2f", description.text_bytes / description.tokens)
         say(
             "left out         %s empty, %s malformed records; %s empty files",
@@ -83,6 +93,32 @@ def _show(dataset: IndexedDataset, description: CorpusDescription | None) -> Non
     for entry in bins:
         bar = "#" * round(BAR_WIDTH * entry.documents / most)
         say("%12s ... %12s  %s %s", f"{entry.smallest:,}", f"{entry.largest:,}", bar, f"{entry.documents:,}")
+
+
+def _show_loss(
+    dataset: IndexedDataset, description: CorpusDescription | None, tokenizer: Tokenizer | None
+) -> None:
+    """Tell what the tokens do not keep, as far as it is known; of an older corpus the tokenizer tells."""
+    unknown = description.unknown_share if description else None
+    if unknown is None and tokenizer is not None:
+        unknown = 0.0 if tokenizer.unk_id is None else count_token(dataset, tokenizer.unk_id)
+        unknown /= max(1, dataset.token_count)
+    told = "not known" if unknown is None else f"{100 * unknown:.3g} % of the tokens"
+    log.logger.info("unknown ids      %s", told)
+    if description is not None and description.lossless is not None:
+        told = (
+            "yes"
+            if description.lossless
+            else (
+                f"no: {description.changed_documents:,} documents come back changed, such as "
+                f"{changed_text(description.changed_example)}"
+            )
+        )
+    elif tokenizer is not None:
+        told = "yes" if tokenizer.lossless else "not known: the tokenizer does not keep every text"
+    else:
+        told = "not known"
+    log.logger.info("lossless         %s", told)
 
 
 def _show_samples(dataset: IndexedDataset, tokenizer: Tokenizer, samples: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
-from megatron_nexus.command import saved_config
+from megatron_nexus.command import saved_config, tokenizer_record
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def find_model(given: argparse.Namespace) -> TrainedModel:
     checkpoint = find_checkpoint(location(given.load))
     manifest = read_manifest(checkpoint)
     config = saved_config(checkpoint, manifest)
-    tokenizer = find_tokenizer(config, manifest.tokenizer_fingerprint, given.tokenizer_model)
+    tokenizer = find_tokenizer(config, tokenizer_record(manifest), given.tokenizer_model)
     if tokenizer is None:
         raise DataError(
             f"{checkpoint} was trained on token files without a tokenizer: name theirs with --tokenizer-model"

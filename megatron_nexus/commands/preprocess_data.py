@@ -42,6 +42,7 @@ def _run() -> None:
         tokenizer_path=given.tokenizer_model,
         reading=Reading(given.json_keys, given.txt_documents),
         append_eod=given.append_eod,
+        prepend_bos=given.prepend_bos,
         strict=given.strict,
         overwrite=given.overwrite,
         workers=given.workers,
@@ -89,6 +90,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end every document with the tokenizer's end token, as the built-in corpus does (default: yes)",
+    )
+    parser.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="begin every document with the tokenizer's BOS token (default: as the tokenizer itself does)",
     )
     parser.add_argument(
         "--workers", type=positive(int), default=0, help="processes a rank (default: one a core)"

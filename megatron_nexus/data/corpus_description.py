@@ -7,9 +7,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megatron_nexus.data.indexed_dataset import json_path
+from megatron_nexus.data.indexed_dataset import IndexedDataset, json_path
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
+
+SAMPLED_DOCUMENTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,17 @@ class CorpusDescription:
     """The first of them, each with its file and line."""
     empty_files: int = 0
     """Files of 0 bytes, left out."""
+    prepend_bos: bool = False
+    """Whether every document begins with `bos_id`."""
+    bos_id: int | None = None
+    unknown_share: float | None = None
+    """Share of the tokens that stand for what the vocabulary lacks; None: written before it was counted."""
+    lossless: bool | None = None
+    """Whether all documents come back from their tokens as they were; None: written before it was checked."""
+    changed_documents: int = 0
+    """Documents that do not."""
+    changed_example: list[str] = dataclasses.field(default_factory=list)
+    """Where the first of them changes: a piece of its text, and what comes back of it."""
 
     def to_json(self) -> str:
         """The contents of the file."""
@@ -82,3 +95,10 @@ def check_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
             f"({tokenizer.fingerprint[:12]}): give that one with --tokenizer-model, or preprocess the text "
             "again with this one"
         )
+
+
+def begins_with(dataset: IndexedDataset, token: int | None) -> bool:
+    """Whether documents begin with a token, by a few of them: corpora of others do not say."""
+    step = max(1, dataset.document_count // SAMPLED_DOCUMENTS)
+    starts = {dataset.document_start(document) for document in range(0, dataset.document_count, step)}
+    return all(dataset.tokens(start, start + 1).tolist() == [token] for start in starts)

@@ -57,6 +57,8 @@ class DefaultCorpus:
     """UTF-8 bytes of all documents."""
     tokens: int
     """Tokens of all documents, end-of-document tokens included."""
+    prepend_bos: bool = False
+    """Whether every document begins with the tokenizer's BOS token."""
 
 
 def cache_folder(data_cache_path: str) -> Path:
@@ -82,14 +84,20 @@ def prepare_default_corpus(
         cache_root: where prepared corpora are kept.
         vocab_size: pieces of the tokenizer that is trained on it.
         collect: another source of documents in place of `standard_library_documents`.
-        tokenizer: one to use in place of that.
+        tokenizer: one to use in place of that; documents begin with BOS where it says so.
 
     Raises:
         DataError: the cache folder is not writable or full, or the vocabulary does not fit the corpus.
     """
     with Progress("Reading the Python standard library"):
         documents = _shuffled(collect())
-    fingerprint = _fingerprint(documents, tokenizer.fingerprint if tokenizer else vocab_size)
+    fingerprint = _fingerprint(documents, _source_of_ids(tokenizer) if tokenizer else vocab_size)
+    if tokenizer is not None and not tokenizer.document_prefix:
+        # The tokenizer that was trained on these very documents: their corpus lies there already.
+        own = _fingerprint(documents, tokenizer.vocab_size)
+        model = cache_root / f"{NAME}-{own[:12]}" / TOKENIZER_FILE
+        if model.is_file() and SentencePieceTokenizer(model).fingerprint == tokenizer.fingerprint:
+            fingerprint, vocab_size, tokenizer = own, tokenizer.vocab_size, None
     folder = cache_root / f"{NAME}-{fingerprint[:12]}"
     try:
         corpus = _complete(folder, fingerprint)
@@ -105,7 +113,11 @@ def prepare_default_corpus(
             "free some space (100 MB are enough) or name another local folder with --data-cache-path"
         ) from error
     if tokenizer is not None:
-        corpus = dataclasses.replace(corpus, tokenizer_path=tokenizer.model_path)
+        corpus = dataclasses.replace(
+            corpus,
+            tokenizer_path=tokenizer.model_path,
+            prepend_bos=bool(tokenizer.document_prefix),
+        )
     logger.info(
         "Default corpus: %s documents, %.1f MB, %s tokens, %.2f bytes per token, in %s",
         f"{corpus.documents:,}",
@@ -127,8 +139,15 @@ def _shuffled(documents: Iterable[str]) -> dict[bytes, str]:
     return dict(sorted(by_hash.items()))
 
 
+def _source_of_ids(tokenizer: Tokenizer) -> str:
+    """What decides the ids of the documents."""
+    if not tokenizer.document_prefix:
+        return tokenizer.fingerprint
+    return f"{tokenizer.fingerprint} begins with {tokenizer.document_prefix}"
+
+
 def _fingerprint(documents: dict[bytes, str], tokenizer: int | str) -> str:
-    """`tokenizer`: the pieces of the one that is trained, or the fingerprint of another."""
+    """`tokenizer`: the pieces of the one that is trained, or what decides the ids of another."""
     facts = (FORMAT_VERSION, platform.python_version(), version("sentencepiece"), tokenizer)
     return hashlib.sha256(repr(facts).encode() + b"".join(documents)).hexdigest()
 
@@ -203,6 +222,7 @@ def _train(folder: Path, documents: list[str], vocab_size: int) -> Tokenizer:
 def _write(folder: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str, int]:
     """Tokenize the documents into `folder`; count what was written."""
     threads = len(os.sched_getaffinity(0))
+    begin, end = np.array(tokenizer.document_prefix, np.int32), np.array([tokenizer.eod_id], np.int32)
     text_bytes, tokens = sum(len(text.encode()) for text in documents), 0
     with (
         Progress("Tokenizing the default corpus", text_bytes / MEGABYTE, "MB") as progress,
@@ -211,8 +231,8 @@ def _write(folder: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str
         for first in range(0, len(documents), DOCUMENTS_PER_BATCH):
             batch = documents[first : first + DOCUMENTS_PER_BATCH]
             for text, ids in zip(batch, tokenizer.encode_documents(batch, threads), strict=True):
-                writer.add_document(np.append(ids, tokenizer.eod_id))
-                tokens += len(ids) + 1
+                writer.add_document(np.concatenate([begin, ids, end]))
+                tokens += len(begin) + len(ids) + len(end)
                 progress.advance(len(text.encode()) / MEGABYTE)
     return {"documents": len(documents), "bytes": text_bytes, "tokens": tokens}
 

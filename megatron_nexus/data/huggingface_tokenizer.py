@@ -6,21 +6,43 @@ The file does not say which token ends a document. That stands beside it, in `to
 The text of a document is only ever text: `<|endoftext|>` written in it is spelt out in ordinary tokens.
 """
 
+import copy
 import hashlib
 import json
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 
 from megatron_nexus.data.sentencepiece_tokenizer import BLANK, require_unicode
+from megatron_nexus.data.tokenizer_settings import (
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    no_bos_token,
+    special_token,
+)
 from megatron_nexus.errors import DataError
 
-CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+CONFIGS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
 CUSTOMARY_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 PROBE = " \ufb01  e\u0301 \u00e9\t\r\nA \U0001f600 \u3000 .  ,"
 """What normalizations take apart, compose or fold, between blanks that some strip or merge."""
+EVERY_BYTE = "".join(
+    map(
+        chr,
+        (
+            *range(0xC0),
+            *range(0xC0, 0x800, 0x40),
+            *range(0x800, 0x1000, 0x800),
+            *range(0x1000, 0x10000, 0x1000),
+            0x10000,
+            *range(0x40000, 0x110000, 0x40000),
+        ),
+    )
+)
+"""Characters that have, between them, every byte that UTF-8 uses: a vocabulary may lack some."""
 
 
 class HuggingFaceTokenizer:
@@ -53,20 +75,15 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod_id = self._end_of_document()
         self.fingerprint = hashlib.sha256(model + f"end {self.eod_id}".encode()).hexdigest()
-        self.lossless: bool = self.decode(self.encode(PROBE)) == PROBE
+        self.document_prefix = self._document_prefix()
+        self.bos_id = self._beginning_of_text()
+        self.unk_id = self._unknown()
+        self.lossless: bool = all(self.decode(self.encode(probe)) == probe for probe in (PROBE, EVERY_BYTE))
 
     def _end_of_document(self) -> int:
-        for name in CONFIGS:
-            file = self.model_path.with_name(name)
-            try:
-                end = json.loads(file.read_bytes()).get("eos_token")
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, AttributeError) as error:
-                raise DataError(f"{file} cannot be read ({error}): copy it again or remove it") from None
-            content = end.get("content") if isinstance(end, dict) else end
-            if content is None:
-                continue
+        named = special_token(self.model_path, "eos_token", CONFIGS)
+        if named is not None:
+            content, file = named
             token: int | None = self._tokenizer.token_to_id(content)
             if token is None:
                 raise DataError(
@@ -83,6 +100,39 @@ class HuggingFaceTokenizer:
                 '"eos_token" beside it'
             )
         return int(special[ends[0]])
+
+    def _document_prefix(self) -> tuple[int, ...]:
+        """What the post-processor puts before a text: by this transformers decides, whatever files say."""
+        encoding = self._tokenizer.encode("a")
+        text_begins = next(
+            (i for i, added in enumerate(encoding.special_tokens_mask) if not added), len(encoding.ids)
+        )
+        return tuple(encoding.ids[:text_begins])
+
+    def _beginning_of_text(self) -> int | None:
+        """The BOS token that the files name, or else the one that the post-processor adds."""
+        named = special_token(self.model_path, "bos_token", CONFIGS)
+        token: int | None = self._tokenizer.token_to_id(named[0]) if named else None
+        return token if token is not None or not self.document_prefix else self.document_prefix[0]
+
+    def _unknown(self) -> int | None:
+        model = self._tokenizer.model
+        if isinstance(model, tokenizers.models.Unigram):
+            stored = json.loads(self._tokenizer.to_str())["model"]["unk_id"]
+            return None if stored is None else int(stored)
+        token: int | None = self._tokenizer.token_to_id(model.unk_token or "")
+        return token
+
+    def with_bos(self, prepend: bool) -> Self:
+        """The same tokenizer for a model whose documents begin with BOS, or never do. Raises DataError."""
+        changed = copy.copy(self)
+        if not prepend:
+            changed.bos_id, changed.document_prefix = None, ()
+        elif not self.document_prefix:
+            if self.bos_id is None:
+                raise no_bos_token(self.model_path)
+            changed.document_prefix = (self.bos_id,)
+        return changed
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no end token. Raises DataError where the text holds lone surrogates."""
@@ -104,6 +154,12 @@ class HuggingFaceTokenizer:
             for batch in batches
             for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         ]
+
+    def token_text(self, token: int) -> str:
+        """How the file spells a token."""
+        text: str | None = self._tokenizer.id_to_token(token)
+        assert text is not None, f"{self.model_path} has no token {token}"
+        return text
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; special tokens are silent, cut-off characters become U+FFFD."""
@@ -127,4 +183,5 @@ class HuggingFaceTokenizer:
             else:
                 piece = piece.removeprefix("##") if "WordPiece" in kinds else piece.replace(BLANK, " ")
                 sizes[token] = len(piece.encode())
+        sizes[list(self.document_prefix)] = 0  # which may be no special token
         return sizes

@@ -96,20 +96,40 @@ def find_problems(
                 f"{tokenizer.model_path}: give that one"
             )
     if known is not None and (description is None or description.append_eod):
-        missing = _documents_without_end(dataset, lengths, known.eod_id)
+        missing = _count_elsewhere(dataset, lengths, -1, known.eod_id)
         if missing:
             problems.append(
                 f"{missing:,} documents do not end with the end token {known.eod_id}: preprocess the text "
                 "again with --append-eod, if the model is to learn where documents end"
             )
+    if description is not None and description.prepend_bos:
+        missing = _count_elsewhere(dataset, lengths, 0, description.bos_id)
+        if missing:
+            problems.append(
+                f"{missing:,} documents do not begin with the BOS token {description.bos_id}, as the .json "
+                "says: the files do not belong together; copy all three again"
+            )
     return problems
 
 
-def _documents_without_end(dataset: IndexedDataset, lengths: npt.NDArray[np.int64], eod_id: int) -> int:
-    stream, missing, end = dataset.tokens(0, dataset.token_count), 0, 0
+def count_token(dataset: IndexedDataset, token: int) -> int:
+    """How often a token stands in a corpus; reads all of it, in blocks."""
+    firsts = range(0, dataset.token_count, BLOCK_TOKENS)
+    return sum(
+        int(np.count_nonzero(dataset.tokens(first, min(first + BLOCK_TOKENS, dataset.token_count)) == token))
+        for first in firsts
+    )
+
+
+def _count_elsewhere(
+    dataset: IndexedDataset, lengths: npt.NDArray[np.int64], place: int, token: int | None
+) -> int:
+    """Documents that have another token at their first place (0) or their last (-1)."""
+    stream, others, end = dataset.tokens(0, dataset.token_count), 0, 0
     for first in range(0, len(lengths), BLOCK_DOCUMENTS):
         block = lengths[first : first + BLOCK_DOCUMENTS]
         ends = end + np.cumsum(block)
-        missing += int((stream[ends[block > 0] - 1] != eod_id).sum())
+        places = (ends - 1 if place else ends - block)[block > 0]
+        others += int((stream[places] != token).sum())
         end = int(ends[-1])
-    return missing
+    return others

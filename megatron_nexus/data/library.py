@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_nexus.config.data_path import Source, parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.run_config import DataConfig, RunConfig
 from megatron_nexus.data.blend import LONGEST_PERIOD, Blend, whole_shares
-from megatron_nexus.data.corpus_description import check_tokenizer, read_description
+from megatron_nexus.data.corpus_description import begins_with, check_tokenizer, read_description
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.samples import SplitRange, Splits, TokenWindows, restrict, split_documents
 from megatron_nexus.data.tokenizer import open_tokenizer
@@ -34,11 +34,20 @@ def tokenizer_path(data: DataConfig) -> Path | None:
 class Library:
     """The corpora of a run, each opened once, and the blends that are made of them."""
 
-    def __init__(self, config: RunConfig, sources: Sequence[Source], tokenizer_path: Path | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        sources: Sequence[Source],
+        tokenizer_path: Path | None,
+        prepend_bos: bool | None = None,
+    ) -> None:
         """Open what `sources` and the flags of validation and test name.
 
+        `prepend_bos`: whether their documents begin with BOS; None: as their descriptions and tokens say.
+
         Raises:
-            DataError: files that are missing, damaged, too short or do not fit the model's vocabulary.
+            DataError: files that are missing, damaged, too short or do not fit the model's vocabulary, or of
+                which some begin their documents with BOS and others do not.
         """
         data = config.data
         self._config = config
@@ -57,6 +66,7 @@ class Library:
             self.evaluations = {"validation": self._validation(sources)}
         tests = parse_sets("--test-data-path", "test", data.test_data_path)
         self.evaluations |= {name: self._whole(name, blend) for name, blend in tests.items()}
+        self.prepend_bos = self._begin_with_bos() if prepend_bos is None else prepend_bos
 
     def _open(self, prefix: Path) -> IndexedDataset:
         if prefix not in self.datasets:
@@ -79,6 +89,25 @@ class Library:
                     f"--vocab-size {vocab_size}: use --vocab-size {description.vocab_size} or more"
                 )
         return self.datasets[prefix]
+
+    def _begin_with_bos(self) -> bool | None:
+        """Whether the documents begin with BOS; None where nothing tells. Raises DataError."""
+        described = {
+            prefix: description.prepend_bos
+            for prefix in self.datasets
+            if (description := read_description(prefix)) is not None
+        }
+        if len(set(described.values())) > 1:
+            having, *_, lacking = sorted(described, key=lambda prefix: not described[prefix])
+            raise DataError(
+                f"the documents of {having} begin with BOS, those of {lacking} do not, and a model learns "
+                "one of the two: preprocess one of them again, with --no-prepend-bos or --prepend-bos"
+            )
+        if described:
+            return next(iter(described.values()))
+        if self.tokenizer is None:
+            return None
+        return all(begins_with(dataset, self.tokenizer.bos_id) for dataset in self.datasets.values())
 
     def _parts(self, sources: Sequence[Source]) -> list[Splits]:
         """The parts of each corpus to train on; all of it is for training under --train-data-path."""

@@ -39,6 +39,7 @@ from megatron_nexus.data.shards import (
     tokenize_shards,
 )
 from megatron_nexus.data.team import Team, wait_for_message
+from megatron_nexus.data.text_change import loss_lines
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import ConfigError, DataError, NexusError
 from megatron_nexus.file_lock import LOCK_FILE, locked_folder
@@ -60,6 +61,8 @@ class Preprocessing:
     tokenizer_path: Path
     reading: Reading
     append_eod: bool = True
+    prepend_bos: bool | None = None
+    """Whether every document begins with BOS; None: as the tokenizer does of itself."""
     strict: bool = False
     overwrite: bool = False
     workers: int = 0
@@ -180,7 +183,8 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
                 for tokens in merging:
                     progress.advance(tokens / MILLION)
         _remove_shards(tokenizing.folder)
-    for line in (*tell_empty_files(files), *report(total.malformed, samples)):
+    lost = loss_lines(description)
+    for line in (*tell_empty_files(files), *report(total.malformed, samples), *lost):
         logger.warning("%s", line)
     logger.info(
         "%s: %s documents, %s tokens, %.2f bytes per token, %s empty records left out; %.1f s",
@@ -241,7 +245,7 @@ def _plan(job: Preprocessing) -> tuple[Tokenizer, list[InputFile], list[Shard]]:
             f"--output-prefix {job.output_prefix}: {names} exist: add --overwrite or choose another prefix"
         )
     try:
-        tokenizer = open_tokenizer(job.tokenizer_path)
+        tokenizer = open_tokenizer(job.tokenizer_path, job.prepend_bos)
     except DataError as error:
         problems.append(str(error))
     if problems:
@@ -262,7 +266,7 @@ def work_folder(output_prefix: Path) -> Path:
 
 def _tokenizing(job: Preprocessing) -> Tokenizing:
     folder = work_folder(job.output_prefix)
-    return Tokenizing(folder, job.tokenizer_path, job.reading, job.append_eod, job.strict)
+    return Tokenizing(folder, job.tokenizer_path, job.reading, job.append_eod, job.strict, job.prepend_bos)
 
 
 @contextmanager
@@ -365,6 +369,9 @@ def _sum(counts: list[Counts]) -> Counts:
         text_bytes=sum(count.text_bytes for count in counts),
         empty=sum(count.empty for count in counts),
         malformed=dict(malformed.most_common()),
+        unknown=sum(count.unknown for count in counts),
+        changed=sum(count.changed for count in counts),
+        changed_example=next((count.changed_example for count in counts if count.changed), []),
     )
 
 
@@ -394,4 +401,10 @@ def _describe(
         empty_files=sum(not file.size for file in files),
         malformed=total.malformed,
         malformed_samples=samples,
+        prepend_bos=bool(tokenizer.document_prefix),
+        bos_id=tokenizer.bos_id,
+        unknown_share=total.unknown / total.tokens,
+        lossless=total.changed == 0,
+        changed_documents=total.changed,
+        changed_example=total.changed_example,
     )

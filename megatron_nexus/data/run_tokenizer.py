@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint: the one that its run's settings name, or that of the built-in corpus.
 
-A checkpoint keeps the fingerprint of its tokenizer, not the tokenizer.
+A checkpoint keeps a record of its tokenizer, not the tokenizer.
 """
 
 import hashlib
@@ -15,26 +15,28 @@ from megatron_nexus.data.default_corpus import (
 )
 from megatron_nexus.data.library import tokenizer_path, training_sources
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_nexus.data.tokenizer_record import TokenizerRecord
 from megatron_nexus.errors import DataError
 
 
-def find_tokenizer(config: RunConfig, fingerprint: str, given: Path | None = None) -> Tokenizer | None:
+def find_tokenizer(config: RunConfig, record: TokenizerRecord, given: Path | None = None) -> Tokenizer | None:
     """The tokenizer that a checkpoint's tokens mean something in; None where its run knew none.
 
     Args:
         config: of the run.
-        fingerprint: what the checkpoint keeps of its tokenizer; empty: its run knew none.
+        record: what the checkpoint keeps of its tokenizer, which begins documents as it says.
         given: the user's word on where it lies, in place of the run's settings.
 
     Raises:
         DataError: the one found is another, cannot be read, or has more tokens than the model.
     """
-    data, vocab_size = config.data, config.model.vocab_size
+    data, vocab_size, fingerprint = config.data, config.model.vocab_size, record.fingerprint
     path = given or tokenizer_path(data)
     if path is None and (training_sources(data) or not fingerprint):
         return None
     if path is None:
-        path = _built_in(cache_folder(data.data_cache_path), vocab_size, fingerprint)
+        pieces = record.built_in_pieces or vocab_size
+        path = _built_in(cache_folder(data.data_cache_path), pieces, fingerprint)
     try:
         tokenizer = open_tokenizer(path)
     except DataError as error:
@@ -54,12 +56,12 @@ def find_tokenizer(config: RunConfig, fingerprint: str, given: Path | None = Non
             f"the tokenizer {path} has {tokenizer.vocab_size} tokens, the model {vocab_size}: name the "
             "model's own with --tokenizer-model"
         )
-    return tokenizer
+    return tokenizer if record.prepend_bos is None else tokenizer.with_bos(record.prepend_bos)
 
 
-def _built_in(cache: Path, vocab_size: int, fingerprint: str) -> Path:
+def _built_in(cache: Path, pieces: int, fingerprint: str) -> Path:
     """The tokenizer of the built-in corpus: the checkpoint's, of whatever Python, or that of this Python."""
     for path in sorted(cache.glob(f"{NAME}-*/{TOKENIZER_FILE}")):
         if hashlib.sha256(path.read_bytes()).hexdigest() == fingerprint:
             return path
-    return prepare_default_corpus(cache, vocab_size).tokenizer_path
+    return prepare_default_corpus(cache, pieces).tokenizer_path

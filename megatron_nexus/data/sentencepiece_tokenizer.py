@@ -5,17 +5,25 @@ NUL included, because nothing is normalized, blanks are kept and what no piece c
 Only lone surrogates, which UTF-8 cannot hold, are refused.
 """
 
+import copy
 import hashlib
 import heapq
 import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from megatron_nexus.data.tokenizer_settings import (
+    TOKENIZER_CONFIG,
+    no_bos_token,
+    special_token,
+    tokenizer_settings,
+)
 from megatron_nexus.errors import DataError
 
 BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -70,6 +78,8 @@ class SentencePieceTokenizer:
                 f"the tokenizer model {model_path} has no end piece, which must stand between documents: "
                 "train it with eos_id"
             )
+        self.unk_id: int | None = self._processor.unk_id()
+        self.bos_id, self.document_prefix = self._beginning_of_text()
         blank_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
         self.lossless = (
             all(map(self._processor.is_byte, blank_bytes))
@@ -77,6 +87,32 @@ class SentencePieceTokenizer:
             and self._processor.normalize(" \ufb01  ") == f"{BLANK}\ufb01{BLANK * 2}"
         )
         self._blank_bytes = blank_bytes
+
+    def _beginning_of_text(self) -> tuple[int | None, tuple[int, ...]]:
+        """The model's BOS piece; it begins documents where the file beside the model says so.
+
+        A model of its own does not say whether: the file is `tokenizer_config.json`, as of a Llama's folder.
+        """
+        settings = tokenizer_settings(self.model_path, TOKENIZER_CONFIG)
+        token: int = self._processor.bos_id()
+        named = special_token(self.model_path, "bos_token", (TOKENIZER_CONFIG,))
+        if named is not None:
+            token = self._processor.piece_to_id(named[0])
+            token = -1 if token == self._processor.unk_id() else token
+        if token < 0 or (settings and named is None):
+            return None, ()
+        return token, (token,) if settings.get("add_bos_token") is True else ()
+
+    def with_bos(self, prepend: bool) -> Self:
+        """The same tokenizer for a model whose documents begin with BOS, or never do. Raises DataError."""
+        changed = copy.copy(self)
+        if not prepend:
+            changed.bos_id, changed.document_prefix = None, ()
+        elif not self.document_prefix:
+            if self.bos_id is None:
+                raise no_bos_token(self.model_path)
+            changed.document_prefix = (self.bos_id,)
+        return changed
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no end token.
@@ -112,6 +148,11 @@ class SentencePieceTokenizer:
         for stretch in stretches[1:]:
             ids += self._blank_bytes + stretch
         return np.array(ids, dtype=np.int32)
+
+    def token_text(self, token: int) -> str:
+        """How the model spells a piece."""
+        text: str = self._processor.id_to_piece(token)
+        return text
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; control pieces are silent, cut-off characters become U+FFFD."""

@@ -30,6 +30,7 @@ from megatron_nexus.data.indexed_dataset import (
     publish,
     token_dtype,
 )
+from megatron_nexus.data.text_change import first_change
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.workers import end_workers, start_workers
 from megatron_nexus.errors import DataError
@@ -69,6 +70,8 @@ class Tokenizing:
     append_eod: bool
     strict: bool
     """The first malformed record is an error."""
+    prepend_bos: bool | None = None
+    """Whether documents begin with BOS; None: as the tokenizer's own files say."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ class Counts:
     """Records by what is wrong with them."""
     samples: list[tuple[int, int, str, str]] = dataclasses.field(default_factory=list)
     """The first malformed records: span, number, reason, excerpt."""
+    unknown: int = 0
+    """Tokens that stand for what the vocabulary lacks."""
+    changed: int = 0
+    """Documents that do not come back from their tokens as they were."""
+    changed_example: list[str] = dataclasses.field(default_factory=list)
+    """Where the first of them changes: before and after."""
 
     def sampled(self, shard: Shard) -> list[Malformed]:
         """The samples as records of `shard`."""
@@ -108,7 +117,10 @@ def shard_prefix(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -> 
     facts = (
         FORMAT_VERSION,
         tokenizer.fingerprint,
-        tokenizing.append_eod,
+        # Those without BOS keep the names that they had before there was a choice.
+        (tokenizing.append_eod, tokenizer.document_prefix)
+        if tokenizer.document_prefix
+        else tokenizing.append_eod,
         dataclasses.astuple(tokenizing.reading),
         [
             (str(span.file.path.resolve()), span.file.size, span.file.modified_ns, span.start, span.stop)
@@ -136,27 +148,39 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
         DataError: a file cannot be read, or under `strict` a malformed record.
         OSError: the shard cannot be written.
     """
-    documents = tokens = text_bytes = empty = batch_bytes = 0
+    documents = tokens = text_bytes = empty = batch_bytes = unknown = changed = 0
+    changed_example: list[str] = []
     malformed: Counter[str] = Counter()
     samples: list[tuple[int, int, str, str]] = []
-    eod = np.array([tokenizer.eod_id], dtype=np.int32)
+    begin = np.array(tokenizer.document_prefix, dtype=np.int32)
+    end = np.array([tokenizer.eod_id] if tokenizing.append_eod else [], dtype=np.int32)
     batch: list[Document] = []
     prefix = shard_prefix(shard, tokenizing, tokenizer)
 
     with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size), publishes=False) as writer:
 
         def write() -> None:
-            nonlocal documents, tokens, text_bytes, empty, batch_bytes
+            nonlocal documents, tokens, text_bytes, empty, batch_bytes, unknown, changed, changed_example
             lengths: list[int] = []
             parts: list[npt.NDArray[np.int32]] = []
             encoded = tokenizer.encode_documents([document.text for document in batch], threads=1)
             for document, ids in zip(batch, encoded, strict=True):
+                # Of a tokenizer that keeps every text none needs to be looked at; blanks alone are no loss.
+                if (
+                    not tokenizer.lossless
+                    and (len(ids) or document.text.strip())
+                    and (back := tokenizer.decode(ids.tolist())) != document.text
+                ):
+                    changed += 1
+                    changed_example = changed_example or first_change(document.text, back)
                 if not len(ids):  # no text, or only what the tokenizer drops
                     empty += 1
                     continue
                 text_bytes += document.size
-                lengths.append(len(ids) + tokenizing.append_eod)
-                parts += (ids, eod) if tokenizing.append_eod else (ids,)
+                lengths.append(len(begin) + len(ids) + len(end))
+                parts += (begin, ids, end)
+                if tokenizer.unk_id is not None:
+                    unknown += int(np.count_nonzero(ids == tokenizer.unk_id))
             if parts:
                 writer.add_documents(np.concatenate(parts), lengths)
             documents, tokens = documents + len(lengths), tokens + sum(lengths)
@@ -180,7 +204,17 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
                 if len(samples) < SAMPLES:
                     samples.append((place, record.number, record.reason, record.excerpt))
         write()
-        counts = Counts(documents, tokens, text_bytes, empty, dict(malformed), samples)
+        counts = Counts(
+            documents,
+            tokens,
+            text_bytes,
+            empty,
+            dict(malformed),
+            samples,
+            unknown,
+            changed,
+            changed_example,
+        )
         writer.description = json.dumps(dataclasses.asdict(counts))
     return counts
 
@@ -232,12 +266,12 @@ def tokenize_shards(
 
 
 def _tokenize(shard: Shard, tokenizing: Tokenizing) -> tuple[Path, int, Counts]:
-    tokenizer = _opened(tokenizing.tokenizer_path)
+    tokenizer = _opened(tokenizing.tokenizer_path, tokenizing.prepend_bos)
     counts = tokenize_shard(shard, tokenizing, tokenizer)
     return shard_prefix(shard, tokenizing, tokenizer), os.getpid(), counts
 
 
 @functools.cache
-def _opened(path: Path) -> Tokenizer:
+def _opened(path: Path, prepend_bos: bool | None) -> Tokenizer:
     """The tokenizer of this process."""
-    return open_tokenizer(path)
+    return open_tokenizer(path, prepend_bos)

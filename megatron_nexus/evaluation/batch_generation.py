@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.data.tokenizer import Tokenizer, encode_prompt
 from megatron_nexus.errors import DataError
 from megatron_nexus.evaluation.decoding import Decoding
 from megatron_nexus.evaluation.loaded_model import LoadedModel
@@ -44,7 +44,7 @@ def generate_texts(
             f"the task asks for up to {stop.new_tokens} new tokens, and the model sees {loaded.seq_length} "
             "at once, the prompt included: choose a model of longer samples"
         )
-    ids = [(tokenizer.encode(prompt) or [tokenizer.eod_id])[-room:] for prompt in prompts]
+    ids = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
     # Prompts of similar length go together: shorter ones are padded.
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]), reverse=True)
     generator = torch.Generator().manual_seed(seed)

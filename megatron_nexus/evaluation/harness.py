@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.data.tokenizer import Tokenizer, context_id
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.evaluation.batch_generation import Stop, generate_texts
 from megatron_nexus.evaluation.loaded_model import LoadedModel
@@ -37,14 +37,21 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def eot_token_id(self) -> int:
-        """What stands between documents, and before a text without context."""
+        """What stands between documents."""
         return self._tokenizer.eod_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: BOS, or the end of the document before."""
+        return context_id(self._tokenizer)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None
     ) -> list[int]:
-        """Token ids; nothing is ever added: documents of the training data begin with their text."""
+        """Token ids, begun as the documents of the training data are."""
         ids = self._tokenizer.encode(string)
+        if add_special_tokens is None or add_special_tokens:
+            ids = [*self._tokenizer.document_prefix, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -62,7 +69,7 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """Log-likelihood of each text, in windows of the model's length."""
         length = self._scorer.seq_length
         asked = [
-            windows(self.tok_encode(request.args[0]), self.eot_token_id, length, length)
+            windows(self.tok_encode(request.args[0]), self.prefix_token_id, length, length)
             for request in requests
         ]
         scores = iter(self._scorer.score([window for of_text in asked for window in of_text]))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.data.tokenizer import Tokenizer, context_id, encode_prompt
 from megatron_nexus.errors import CheckpointError, DataError
 from megatron_nexus.evaluation.scores import Request, Scorer
 
@@ -80,8 +80,9 @@ def measure_perplexity(scorer: Scorer, tokenizer: Tokenizer, text: str, stride: 
             f"--perplexity-stride {stride} is more than the {scorer.seq_length} tokens that the model sees "
             f"at once: use at most {scorer.seq_length}"
         )
-    tokens = tokenizer.encode(text)
-    requests = windows(tokens, tokenizer.eod_id, scorer.seq_length, stride or scorer.seq_length)
+    # As the harness' hf backend has it: what begins every document is predicted, too.
+    tokens = encode_prompt(tokenizer, text)
+    requests = windows(tokens, context_id(tokenizer), scorer.seq_length, stride or scorer.seq_length)
     total = sum(score.log_likelihood for score in scorer.score(requests))
     found = Perplexity(total, len(tokens), len(re.split(r"\s+", text)), len(text.encode()))
     if not math.isfinite(found.per_token):

@@ -80,6 +80,7 @@ def config_json(
     dtype: str,
     end_token: int | None,
     tied: bool = False,
+    begin_token: int | None = None,
 ) -> JsonObject:
     """The contents of `config.json`.
 
@@ -90,6 +91,7 @@ def config_json(
         dtype: of the weights in the files, "float32" or "bfloat16".
         end_token: the id that ends a document, where the tokenizer is known.
         tied: whether the head is the embedding.
+        begin_token: the id that begins a text, where there is one.
     """
     rope = rope_json(model)
     record: JsonObject = {
@@ -111,7 +113,7 @@ def config_json(
         "rope_theta": model.rotary_base,  # where transformers 4 and what bundles it look for it
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": tied,
-        "bos_token_id": None,
+        "bos_token_id": begin_token,
         "eos_token_id": end_token,
         "pad_token_id": end_token,
     }

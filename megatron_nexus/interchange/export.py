@@ -24,7 +24,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.interchange.architecture import Architecture, architecture_of, config_json
+from megatron_nexus.interchange.architecture import Architecture, JsonObject, architecture_of, config_json
 from megatron_nexus.interchange.model_card import CARD_FILE, write_model_card
 from megatron_nexus.interchange.names import huggingface_name
 from megatron_nexus.interchange.new_folder import new_folder
@@ -90,14 +90,17 @@ def export_checkpoint(
     if tied:
         del specs["head.weight"]
     needed = plain_bytes(specs, precision)
-    end_token = tokenizer.eod_id if tokenizer is not None else None
+    begin_token, end_token = (tokenizer.bos_id, tokenizer.eod_id) if tokenizer is not None else (None, None)
     shards = _shards(specs, precision, shard_bytes)
     names = _file_names(len(shards))
     non_finite = NonFiniteValues()
     with new_folder(target, needed) as folder:
-        record = config_json(model, architecture, length, DTYPES[precision], end_token, tied)
+        record = config_json(
+            model, architecture, length, DTYPES[precision], end_token, tied, begin_token
+        )
         _write_json(folder / "config.json", record)
-        _write_json(folder / "generation_config.json", {"eos_token_id": end_token, "pad_token_id": end_token})
+        ends: JsonObject = {"bos_token_id": begin_token, "eos_token_id": end_token, "pad_token_id": end_token}
+        _write_json(folder / "generation_config.json", ends)
         write_model_card(
             folder / CARD_FILE,
             config,

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_nexus.data.tokenizer import JSON_NAME
 from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.architecture import JsonObject
+from megatron_nexus.interchange.post_processor import beginning_with
 from megatron_nexus.interchange.sentencepiece_model import Kind, ModelType, Piece, SentencePieceModel
 from megatron_nexus.interchange.tokenizer_files import CONFIG_NAME
 from megatron_nexus.interchange.tokenizer_json import added_token, tokenizer_json
@@ -64,6 +65,10 @@ def write_gguf_tokenizer(fields: Mapping[str, object], folder: Path) -> None:
     end = fields.get("tokenizer.ggml.eos_token_id")
     if not isinstance(end, int):
         raise DataError("the GGUF file's tokenizer names no end token (tokenizer.ggml.eos_token_id)")
+    begin = fields.get("tokenizer.ggml.bos_token_id")
+    if isinstance(begin, int) and _prepends_bos(fields):
+        processor = beginning_with(None, [(tokens[begin], begin)])
+        text = json.dumps(json.loads(text) | {"post_processor": processor}, ensure_ascii=False, indent=1)
     (folder / JSON_NAME).write_text(text, encoding="utf-8")
     record: JsonObject = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[end]}
     for name, key in {"bos_token": "bos", "unk_token": "unknown", "pad_token": "padding"}.items():
@@ -74,6 +79,12 @@ def write_gguf_tokenizer(fields: Mapping[str, object], folder: Path) -> None:
     if "tokenizer.chat_template" in fields:
         record["chat_template"] = fields["tokenizer.chat_template"]
     (folder / CONFIG_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _prepends_bos(fields: Mapping[str, object]) -> bool:
+    """Whether texts begin with BOS: as the file says, or else as llama.cpp has it for the kind of tokenizer."""
+    by_kind = fields["tokenizer.ggml.model"] == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
+    return bool(fields.get("tokenizer.ggml.add_bos_token", by_kind))
 
 
 def _byte_level(fields: Mapping[str, object], tokens: Sequence[str], kinds: Sequence[Kind]) -> str:

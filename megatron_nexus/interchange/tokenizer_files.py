@@ -14,12 +14,16 @@ from pathlib import Path
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, open_tokenizer
+from megatron_nexus.data.tokenizer_settings import SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from megatron_nexus.errors import DataError
+from megatron_nexus.interchange.architecture import JsonObject
+from megatron_nexus.interchange.post_processor import Special, beginning_with
 from megatron_nexus.interchange.sentencepiece_model import Kind, read_sentencepiece_model
 from megatron_nexus.interchange.tokenizer_json import tokenizer_json
 
-CONFIG_NAME = "tokenizer_config.json"
-COMPANIONS = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CONFIG_NAME = TOKENIZER_CONFIG
+FAST_CLASS = "PreTrainedTokenizerFast"
+COMPANIONS = (CONFIG_NAME, SPECIAL_TOKENS_MAP, "added_tokens.json", "chat_template.jinja")
 COMPARED_LINES = 20_000
 
 
@@ -44,23 +48,39 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int) -> s
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _convert(tokenizer, folder, max_positions)
     source = tokenizer.model_path
-    shutil.copyfile(source, folder / JSON_NAME)
+    own = open_tokenizer(source)
     for name in COMPANIONS:
         if source.with_name(name).is_file():
             shutil.copyfile(source.with_name(name), folder / name)
+    as_it_is = own.document_prefix == tokenizer.document_prefix
+    if as_it_is:
+        shutil.copyfile(source, folder / JSON_NAME)
+        done = "as it is"
+    else:
+        record = json.loads(source.read_bytes())
+        record["post_processor"] = beginning_with(record["post_processor"], _prefix(tokenizer))
+        (folder / JSON_NAME).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        done = (
+            f"{'with' if tokenizer.document_prefix else 'without'} BOS before a text, as the model is trained"
+        )
     if not (folder / CONFIG_NAME).is_file():
-        names = json.loads(source.read_bytes())["added_tokens"]
-        end = next(token["content"] for token in names if token["id"] == tokenizer.eod_id)
-        _write_config(folder, {"eos_token": end}, max_positions)
-    return f"{source}, as it is"
+        _write_config(folder, tokenizer, {}, max_positions)
+    # Where BOS is the end token, it does no harm to name it so.
+    elif not as_it_is or own.bos_id not in (tokenizer.bos_id, tokenizer.eod_id):
+        _name_bos(folder, tokenizer)
+    return f"{source}, {done}"
+
+
+def _prefix(tokenizer: Tokenizer) -> list[Special]:
+    """What stands before every text."""
+    return [(tokenizer.token_text(token), token) for token in tokenizer.document_prefix]
 
 
 def _convert(tokenizer: SentencePieceTokenizer, folder: Path, max_positions: int) -> str:
     model = read_sentencepiece_model(tokenizer.model_path)
-    (folder / JSON_NAME).write_text(tokenizer_json(model), encoding="utf-8")
+    (folder / JSON_NAME).write_text(tokenizer_json(model, _prefix(tokenizer)), encoding="utf-8")
     unknown = next(piece.text for piece in model.pieces if piece.kind is Kind.UNKNOWN)
-    tokens = {"eos_token": model.pieces[tokenizer.eod_id].text, "unk_token": unknown}
-    _write_config(folder, tokens, max_positions)
+    _write_config(folder, tokenizer, {"unk_token": unknown}, max_positions)
     shutil.copyfile(tokenizer.model_path, folder / MODEL_NAME)
     made = open_tokenizer(folder)
     compared = 0
@@ -81,7 +101,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     Corpora that were tokenized by that model know it by its fingerprint. Raises OSError.
     """
     made = _is_conversion(source / JSON_NAME, source / MODEL_NAME)
-    for name in (MODEL_NAME,) if made else (JSON_NAME, *COMPANIONS):
+    # What begins a text stands beside the model.
+    for name in (MODEL_NAME, CONFIG_NAME) if made else (JSON_NAME, *COMPANIONS):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
@@ -89,23 +110,53 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def _is_conversion(record: Path, model: Path) -> bool:
     """Whether a `tokenizer.json` is what `_convert` makes of a SentencePiece model, to the letter."""
     try:
-        return record.read_bytes() == tokenizer_json(read_sentencepiece_model(model)).encode()
+        prefix = _prefix(SentencePieceTokenizer(model))
+        return record.read_bytes() == tokenizer_json(read_sentencepiece_model(model), prefix).encode()
     except DataError:  # no such model, or none that could be converted
         return False
 
 
-def _write_config(folder: Path, tokens: dict[str, str], max_positions: int) -> None:
-    record = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **tokens,
-        "pad_token": tokens["eos_token"],
+def _write_config(folder: Path, tokenizer: Tokenizer, tokens: dict[str, str], max_positions: int) -> None:
+    end = tokenizer.token_text(tokenizer.eod_id)
+    record: JsonObject = {"tokenizer_class": FAST_CLASS, "eos_token": end, **tokens}
+    if tokenizer.bos_id is not None:
+        record |= _bos_settings(tokenizer)
+    record |= {
+        "pad_token": end,
         "padding_side": "left",
         "model_max_length": max_positions,
         "clean_up_tokenization_spaces": False,
         # What a text spells is text: in training no text stood for a control token either.
         "split_special_tokens": True,
     }
-    (folder / CONFIG_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / CONFIG_NAME, record)
+
+
+def _name_bos(folder: Path, tokenizer: Tokenizer) -> None:
+    """Have the files beside a tokenizer.json name its BOS token, or none."""
+    for name in (CONFIG_NAME, SPECIAL_TOKENS_MAP):
+        if not (folder / name).is_file():
+            continue
+        record = json.loads((folder / name).read_bytes())
+        record.pop("bos_token", None)
+        settings = _bos_settings(tokenizer)
+        if name == CONFIG_NAME:
+            # Classes of their own would name another BOS token, and put it before texts.
+            record |= {**settings, "tokenizer_class": FAST_CLASS}
+        elif "bos_token" in settings:
+            record["bos_token"] = settings["bos_token"]
+        _write_json(folder / name, record)
+
+
+def _bos_settings(tokenizer: Tokenizer) -> JsonObject:
+    if tokenizer.bos_id is None:
+        return {"add_bos_token": False}
+    text = tokenizer.token_text(tokenizer.bos_id)
+    return {"bos_token": text, "add_bos_token": bool(tokenizer.document_prefix)}
+
+
+def _write_json(path: Path, record: JsonObject) -> None:
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def real_lines(documents: Iterable[str], count: int) -> Iterator[str]:

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Sequence
 
 from megatron_nexus.data.sentencepiece_tokenizer import BLANK
 from megatron_nexus.errors import DataError
+from megatron_nexus.interchange.architecture import JsonObject
+from megatron_nexus.interchange.post_processor import Special, beginning_with
 from megatron_nexus.interchange.sentencepiece_model import Kind, ModelType, SentencePieceModel
 
-JsonObject = dict[str, object]
 
+def tokenizer_json(model: SentencePieceModel, prefix: Sequence[Special] = ()) -> str:
+    """The text of the file. Raises DataError where `tokenizers` knows nothing that does the same.
 
-def tokenizer_json(model: SentencePieceModel) -> str:
-    """The text of the file. Raises DataError where `tokenizers` knows nothing that does the same."""
+    `prefix` are the special tokens that begin every text.
+    """
     problems = []
     if model.model_type is not ModelType.BPE:
         problems.append(f"is of the kind {model.model_type.name.lower()}, and only BPE can be exported")
@@ -49,7 +52,7 @@ def tokenizer_json(model: SentencePieceModel) -> str:
         "added_tokens": list(_added_tokens(model, texts)),
         "normalizer": _normalizer(model, blank),
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": beginning_with(None, prefix) if prefix else None,
         "decoder": _decoder(model, blank),
         "model": {
             "type": "BPE",

@@ -15,8 +15,10 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.default_corpus import DefaultCorpus, cache_folder, prepare_default_corpus
 from megatron_nexus.data.library import Library, tokenizer_path, training_sources
+from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.statistics import COUNTED_TOKENS, entropy, unigram_frequencies
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import logger
 from megatron_nexus.parallel.mesh import Mesh
@@ -36,6 +38,8 @@ class Corpus:
     """The training data in words: shares, prefixes, tokens."""
     fingerprint: str
     """Of the training data and of all that decides the order of its samples, wherever its files lie."""
+    prepend_bos: bool | None = None
+    """Whether the documents begin with BOS, as checkpoints keep it; None: as the tokenizer's files say."""
 
     def evaluation_batches(self, name: str, config: RunConfig) -> int:
         """Global batches of an evaluation: as asked, or what its set holds, at least one."""
@@ -64,8 +68,12 @@ class Corpus:
         return lines
 
 
-def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:
+def open_corpus(
+    config: RunConfig, mesh: Mesh, local_rank: int, record: TokenizerRecord = NO_RECORD
+) -> Corpus:
     """Open the run's data; a collective call: one rank of each machine prepares the built-in corpus first.
+
+    `record` is what the checkpoint that the run starts from keeps of its tokenizer.
 
     Raises:
         DataError: files that are missing, damaged, too short or do not fit the model's vocabulary.
@@ -74,14 +82,19 @@ def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:
     if sources:
         library = Library(config, sources, tokenizer_path(config.data))
     else:
-        built_in = _built_in(config, mesh, local_rank)
-        library = Library(config, (Source(built_in.prefix, None),), built_in.tokenizer_path)
+        built_in = _built_in(config, mesh, local_rank, record)
+        source = Source(built_in.prefix, None)
+        library = Library(config, (source,), built_in.tokenizer_path, built_in.prepend_bos)
     training = library.training
     _require_same_data(library, mesh)
+    prepend_bos = _prepend_bos(library, record)
+    tokenizer = library.tokenizer
+    if tokenizer is not None and prepend_bos is not None:
+        tokenizer = tokenizer.with_bos(prepend_bos)
     corpus = Corpus(
         training=training,
         evaluations=library.evaluations,
-        tokenizer=library.tokenizer,
+        tokenizer=tokenizer,
         entropy=_blend_entropy(training, config.model.vocab_size),
         description=", ".join(
             f"{share / sum(training.shares):.4g} {part.dataset.prefix} "
@@ -89,6 +102,7 @@ def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:
             for part, share in zip(training.parts, training.shares, strict=True)
         ),
         fingerprint=library.order_fingerprint(),
+        prepend_bos=prepend_bos,
     )
     for part, share in zip(training.parts, training.shares, strict=True):
         logger.info(
@@ -103,15 +117,36 @@ def open_corpus(config: RunConfig, mesh: Mesh, local_rank: int) -> Corpus:
     return corpus
 
 
-def _built_in(config: RunConfig, mesh: Mesh, local_rank: int) -> DefaultCorpus:
+def _prepend_bos(library: Library, record: TokenizerRecord) -> bool | None:
+    """What the checkpoints of this run keep: whether documents begin with BOS; warns where it changes."""
+    tokenizer, found = library.tokenizer, library.prepend_bos
+    if found is None:
+        return record.prepend_bos
+    own = tokenizer is not None and bool(tokenizer.document_prefix)
+    before = own if record.prepend_bos is None else record.prepend_bos
+    if record.fingerprint and found != before:
+        logger.warning(
+            "the documents of this corpus %s with BOS, those of the checkpoint %s: unless that is meant, "
+            "preprocess the corpus again with %s",
+            *(("begin", "do not", "--no-prepend-bos") if found else ("do not begin", "do", "--prepend-bos")),
+        )
+    # An import goes on as its tokenizer says, which may name a BOS token that begins no document.
+    return None if record.fingerprint and record.prepend_bos is None and found == own else found
+
+
+def _built_in(config: RunConfig, mesh: Mesh, local_rank: int, record: TokenizerRecord) -> DefaultCorpus:
     """The built-in corpus of this machine, prepared by one of its ranks; a collective call.
 
-    In the tokens of the tokenizer that the flags name, if they do.
+    In the tokens of the tokenizer that the flags name, or that of the checkpoint.
     """
-    cache, path = cache_folder(config.data.data_cache_path), tokenizer_path(config.data)
-    tokenizer = open_tokenizer(path) if path else None
+    cache = cache_folder(config.data.data_cache_path)
     made = None
     if local_rank == 0:
+        path = tokenizer_path(config.data)
+        if path is not None:
+            tokenizer: Tokenizer | None = open_tokenizer(path, record.prepend_bos)
+        else:
+            tokenizer = find_tokenizer(config, record)
         made = prepare_default_corpus(cache, config.model.vocab_size, tokenizer=tokenizer)
     offers: list[tuple[str, DefaultCorpus | None]] = [("", None)] * mesh.world_size
     dist.all_gather_object(offers, (socket.gethostname(), made), group=mesh.control)

@@ -227,6 +227,7 @@ class Trainer:
             self.lineage,
             self.data,
             self.births,
+            self.corpus.prepend_bos,
         )
         self._writer.begin(moment, copy=beside)
         if not beside:

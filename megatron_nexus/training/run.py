@@ -25,6 +25,7 @@ from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.rules import notes
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
@@ -57,12 +58,13 @@ def run(
     argv: list[str],
     open_state: Callable[[Location], StateReader] = CheckpointReader,
     open_judge: Callable[[RunConfig, Tokenizer], Judge] | None = None,
+    record: TokenizerRecord = NO_RECORD,
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
     `argv` is the command line as the user typed it: the summary repeats it to resume. `open_state` reads the
     checkpoint, as a grown one where the run begins so. `open_judge` makes who asks for the scores of
-    --eval-tasks; only rank 0 calls it.
+    --eval-tasks; only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer.
     """
     # DeepSpeed calls collectives by names that torch has deprecated; its users cannot mend that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
@@ -79,7 +81,7 @@ def run(
     save = _save_folder(config, mesh, checkpoint)
     notes = _notes_folder(save)
     # Before anything is made: ranks that find their data wrong do not all find it at the same moment.
-    corpus = open_corpus(config, mesh, world.local_rank)
+    corpus = open_corpus(config, mesh, world.local_rank, record)
     judge = None
     if config.logging.eval_tasks and mesh.rank == 0:
         assert open_judge is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"

@@ -8,6 +8,7 @@ import pytest
 from megatron_nexus.config.command_line import build
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
+from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import DataError
 
 TEXTS = ["for i in range(3):\n    print(i)\n", "The quick brown fox jumps over the lazy dog.\n"]
@@ -27,20 +28,20 @@ def test_the_settings_name_it_and_the_user_may_say_where_it_is_now(models: list[
     moved = build({"vocab_size": 311, "data_path": ("corpus",), "tokenizer_model": "gone.model"})
     nameless = build({"vocab_size": 311, "data_path": ("corpus",)})
     for config, given in ((named, None), (moved, models[0]), (nameless, models[0])):
-        found = find_tokenizer(config, first.fingerprint, given)
+        found = find_tokenizer(config, TokenizerRecord(first.fingerprint), given)
         assert found is not None and found.fingerprint == first.fingerprint
-    assert find_tokenizer(nameless, "") is None
-    assert find_tokenizer(build({}), "") is None, "no run on the built-in corpus is without one"
+    assert find_tokenizer(nameless, NO_RECORD) is None
+    assert find_tokenizer(build({}), NO_RECORD) is None, "no run on the built-in corpus is without one"
     with pytest.raises(DataError, match=r"gone\.model.*--tokenizer-model"):
-        find_tokenizer(moved, first.fingerprint)
+        find_tokenizer(moved, TokenizerRecord(first.fingerprint))
 
 
 def test_another_one_is_refused(models: list[Path]) -> None:
     config = build({"vocab_size": 311, "data_path": ("corpus",), "tokenizer_model": str(models[0])})
     with pytest.raises(DataError, match=r"is not the one that the checkpoint was trained with"):
-        find_tokenizer(config, "0" * 64)
+        find_tokenizer(config, TokenizerRecord("0" * 64))
     with pytest.raises(DataError, match="has 312 tokens, the model 311"):
-        find_tokenizer(config, "", models[1])
+        find_tokenizer(config, NO_RECORD, models[1])
 
 
 def test_that_of_the_built_in_corpus_is_found_by_its_fingerprint(models: list[Path], tmp_path: Path) -> None:
@@ -51,5 +52,5 @@ def test_that_of_the_built_in_corpus_is_found_by_its_fingerprint(models: list[Pa
     config = build({"vocab_size": 312, "data_cache_path": str(tmp_path)})
     for model in models:
         fingerprint = SentencePieceTokenizer(model).fingerprint
-        found = find_tokenizer(config, fingerprint)
+        found = find_tokenizer(config, TokenizerRecord(fingerprint))
         assert found is not None and found.fingerprint == fingerprint

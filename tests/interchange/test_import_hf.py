@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.command import saved_config
+from megatron_nexus.command import saved_config, tokenizer_record
 from megatron_nexus.commands.import_hf import main
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
@@ -216,8 +216,7 @@ def test_its_tokenizer_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     monkeypatch.chdir(tmp_path)
     checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", Path("run"))
-    fingerprint = read_manifest(checkpoint).tokenizer_fingerprint
-    found = find_tokenizer(config, fingerprint)
+    found = find_tokenizer(config, tokenizer_record(read_manifest(checkpoint)))
     assert found is not None and found.eod_id == 1 and found.encode("c") == [4]
     assert config.data.tokenizer_model == str(tmp_path / "run" / "tokenizer")
     moved = (tmp_path / "run").rename(tmp_path / "moved") / checkpoint.name
