@@ -23,6 +23,7 @@ _METRICS = "drop it: step times are in metrics.jsonl"
 _WANDB = "use --tensorboard-dir, which wandb sync reads"
 _BF16 = "use --bf16"
 _GARBAGE = "drop it: what the imports make is kept from Python's collector, which finds little more"
+_BOS = "give it to tools/preprocess_data.py: a run begins documents as its corpus and its checkpoint do"
 _INSTEAD: dict[str, str] = {
     # the model
     "swiglu": "drop it: --feed-forward swiglu is the default",
@@ -135,6 +136,8 @@ _INSTEAD: dict[str, str] = {
     "no-mmap-bin-files": "drop it: token files are memory-mapped .bin/.idx pairs",
     "no-create-attention-mask-in-dataloader": "drop it: masks are made where they are used",
     "tokenizer-type": "drop it: --tokenizer-model tells by its file",
+    "prepend-bos": _BOS,
+    "no-prepend-bos": _BOS,
     "vocab-file": "use --tokenizer-model",
     "merge-file": "use --tokenizer-model with a tokenizer.json",
     "tiktoken-pattern": "use --tokenizer-model with a tokenizer.json",

@@ -1,10 +1,16 @@
 """The tokenizer of a checkpoint is the one that its run had, or an error, or none."""
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
+import grown
 import pytest
 
+from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, RunProgress, manifest_to_json, read_manifest
+from megatron_nexus.checkpoint.sealed_json import seal
+from megatron_nexus.command import tokenizer_record
 from megatron_nexus.config.command_line import build
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
@@ -54,3 +60,18 @@ def test_that_of_the_built_in_corpus_is_found_by_its_fingerprint(models: list[Pa
         fingerprint = SentencePieceTokenizer(model).fingerprint
         found = find_tokenizer(config, TokenizerRecord(fingerprint))
         assert found is not None and found.fingerprint == fingerprint
+
+
+def test_checkpoints_from_before_the_choice_go_on_without_bos_and_imports_as_their_tokenizer_says(
+    tmp_path: Path,
+) -> None:
+    checkpoint = grown.write_checkpoint(tmp_path, grown.configure())
+    manifest = dataclasses.replace(read_manifest(checkpoint), prepend_bos=True)
+    for step, expected in ((40, False), (0, None)):
+        done = dataclasses.replace(manifest, progress=RunProgress(step, 4 * step, 100 * step, 10**9))
+        (checkpoint / MANIFEST_FILE).write_text(manifest_to_json(done))
+        assert read_manifest(checkpoint).prepend_bos is True
+        record = json.loads(manifest_to_json(done))
+        record = {name: value for name, value in record.items() if name not in ("prepend_bos", "crc32")}
+        (checkpoint / MANIFEST_FILE).write_text(seal(record, indent=1))
+        assert tokenizer_record(read_manifest(checkpoint)).prepend_bos is expected
