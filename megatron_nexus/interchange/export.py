@@ -95,9 +95,7 @@ def export_checkpoint(
     names = _file_names(len(shards))
     non_finite = NonFiniteValues()
     with new_folder(target, needed) as folder:
-        record = config_json(
-            model, architecture, length, DTYPES[precision], end_token, tied, begin_token
-        )
+        record = config_json(model, architecture, length, DTYPES[precision], end_token, tied, begin_token)
         _write_json(folder / "config.json", record)
         ends: JsonObject = {"bos_token_id": begin_token, "eos_token_id": end_token, "pad_token_id": end_token}
         _write_json(folder / "generation_config.json", ends)
