@@ -18,11 +18,13 @@ import argparse
 import copy
 import json
 import math
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,10 @@ INNER = ("inner_norm_d", "inner_norm_width")
 
 
 TOLD = ("rule", "width", "lr", "seed", "budget", "loss", "spike", "seconds")
+
+
+Record = dict[str, Any]
+"""What `measure` yields: a line of results.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ class Run:
         return total / VALIDATION_BATCHES
 
 
-def measure(trial: Trial, tokens: Tensor) -> Iterator[dict[str, object]]:
+def measure(trial: Trial, tokens: Tensor) -> Iterator[Record]:
     """The record of each budget: validation loss in nats per token, spikes."""
     began = time.monotonic()
     run = Run(trial, tokens)
@@ -237,11 +243,86 @@ def short_attention(
     return torch.bmm(scores.softmax(-1), v).view(batch, heads, length, size)
 
 
-def work(trial: Trial) -> list[dict[str, object]]:
+def work(trial: Trial) -> list[Record]:
     torch.set_num_threads(1)
     keep_freed_memory()
     F.scaled_dot_product_attention = short_attention  # type: ignore[assignment]
     return list(measure(trial, tokens_of_corpus()))
+
+
+Losses = dict[tuple[int, float], dict[str, dict[float, list[float]]]]
+"""By width and budget, then rule, then learning rate: the losses of the seeds."""
+
+
+def losses_of(records: Sequence[Record]) -> Losses:
+    found: Losses = {}
+    for r in sorted(records, key=lambda r: (r["width"], r["budget"], r["rule"], r["lr"], r["seed"])):
+        cell = found.setdefault((r["width"], r["budget"]), {}).setdefault(r["rule"], {})
+        cell.setdefault(r["lr"], []).append(r["loss"])
+    return found
+
+
+def tell(records: Sequence[Record]) -> None:
+    """Each rule at its best learning rate, in Markdown; s.e. over seeds where there are several."""
+    parameters = {r["width"]: r["parameters"] for r in records}
+    for (width, budget), rules in losses_of(records).items():
+        steps = round(budget * parameters[width] / (BATCH * LENGTH))
+        print(
+            f"\nD {width}, {parameters[width]:,} parameters, {budget:g} tokens a parameter, {steps:,} steps\n"
+        )
+        rates = sorted({lr for lrs in rules.values() for lr in lrs})
+        print(
+            f"| rule | best | {' | '.join(f'lr {lr:g}' for lr in rates)} |\n|---|{'---:|' * (1 + len(rates))}"
+        )
+        means = {rule: {lr: statistics.mean(x) for lr, x in lrs.items()} for rule, lrs in rules.items()}
+        for rule in sorted(means, key=lambda rule: min(means[rule].values())):
+            swept = [cell(rules[rule].get(lr, [])) for lr in rates]
+            print(f"| {rule} | {min(means[rule].values()):.4f} | {' | '.join(swept)} |")
+
+
+def cell(values: Sequence[float]) -> str:
+    """The mean, with several seeds its standard error and their number."""
+    if len(values) < 2:
+        return "".join(f"{value:.4f}" for value in values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.4f} ± {error:.4f} ({len(values)})"
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """For each width and budget the loss against the learning rate, a line for each rule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = losses_of(records)
+    widths, budgets = sorted({w for w, _ in found}), sorted({b for _, b in found})
+    names = sorted({r["rule"] for r in records})
+    figure, grid = pyplot.subplots(
+        len(widths),
+        len(budgets),
+        figsize=(4 * len(budgets), 3 * len(widths)),
+        dpi=80,
+        layout="constrained",
+        squeeze=False,
+    )
+    for width, row in zip(widths, grid, strict=True):
+        for budget, axes in zip(budgets, row, strict=True):
+            rules = found.get((width, budget), {})
+            axes.set_visible(bool(rules))
+            for rule, lrs in rules.items():
+                place = names.index(rule)
+                means = [statistics.mean(values) for values in lrs.values()]
+                marker = "os^vD<>p*"[place // 10]
+                axes.plot(list(lrs), means, f"{marker}-", color=f"C{place % 10}", label=rule)
+            axes.set_xscale("log", base=2)
+            axes.set(title=f"D {width}, {budget:g} tokens a parameter", xlabel="learning rate")
+            axes.grid(alpha=0.3)
+    for row in grid:
+        row[0].set_ylabel("validation loss, nats per token")
+    handles = {h.get_label(): h for row in grid for axes in row for h in axes.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -266,13 +347,17 @@ def main() -> None:
         for rule in given.rules
         if any((rule, width, lr, seed, budget) not in keys for budget in given.budgets)
     ]
-    tokens_of_corpus()
+    tokens_of_corpus()  # before several processes want to prepare it
     with ProcessPoolExecutor(given.jobs) as pool:
         for future in as_completed([pool.submit(work, trial) for trial in trials]):
             with results.open("a") as file:
                 for record in future.result():
                     file.write(json.dumps(record) + "\n")
                     print(*(f"{key} {record[key]}" for key in TOLD), flush=True)
+                    done.append(record)
+    tell(done)
+    draw(done, given.folder / "initial_values.png")
+    print(f"\npicture: {given.folder / 'initial_values.png'}")
 
 
 if __name__ == "__main__":
