@@ -1,12 +1,13 @@
 """What the initial values of new weights are worth: growth by each --init, beside none and a new large model.
 
-    python benchmarks/growth_inits.py runs/inits --seeds 3            about 40 minutes of one core
+    python benchmarks/growth_inits.py runs/inits --seeds 3            about 30 minutes of one core
 
-For each seed a small base model is trained on the built-in corpus, then trained on for as long under a second
-warm-up and decay: as it is, and grown along M and A by each init. The grown size is also trained from scratch
-on as many tokens, under one decay, which is worth something of itself: so is the small one. All runs of a
-seed read the same samples in the same order, and are validated on the same ones: differences are taken within
-a seed.
+For each seed a small base model is trained on the built-in corpus at a constant learning rate, then trained
+on for as long with one decay at the end (WSD): as it is, and grown along M and A by each init. The grown
+size is also trained from scratch on as many tokens under the same schedule: what it gains over no growth is
+the ceiling, the most that growth could gain at equal tokens. The last two show what a second decay costs:
+their base has decayed before it is trained on, by cosine both times. All runs of a seed read the same
+samples in the same order, and are validated on the same ones: differences are taken within a seed.
 
 What is finished is not done again: after an interruption, or for more seeds, give the same command. At the
 end the table is printed, and the picture written to FOLDER/inits.png. Needs scipy.
@@ -37,6 +38,7 @@ MODEL = (
     "--ffn-hidden-size 256 --seq-length 128 --global-batch-size 16 --micro-batch-size 16 --fp32 "
     "--lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 20"
 )
+ONE_DECAY = "--lr-decay-style WSD --lr-wsd-decay-iters 160"
 TELL = "--eval-interval 50 --eval-iters 32 --log-interval 100"
 INITS = {
     "out_rand": "init=out_rand",
@@ -44,8 +46,10 @@ INITS = {
     "noise 10 %": "init=noise noise_share=0.1",
     "zero": "init=zero",
 }
-BASE, UNGROWN, SCRATCH, SMALL_SCRATCH = "base", "no growth", "from scratch", "small from scratch"
-NAMES = [UNGROWN, *INITS, SCRATCH, SMALL_SCRATCH]
+BASE, UNGROWN, SCRATCH = "base", "no growth", "from scratch"
+DECAYED, UNGROWN_TWICE, GROWN_TWICE = "decayed base", "no growth, two decays", "in_rand, two decays"
+NAMES = [UNGROWN, *INITS, SCRATCH, DECAYED, UNGROWN_TWICE, GROWN_TWICE]
+BASES = (BASE, DECAYED)
 CONFIDENCE = 0.95
 
 Curve = dict[int, float]
@@ -54,20 +58,26 @@ Curve = dict[int, float]
 
 def words_of(name: str, seed: int) -> list[str]:
     """What a run is started with, in the folder of its seed."""
-    if name in (BASE, SMALL_SCRATCH):
-        steps = STEPS if name == BASE else 2 * STEPS
-        return shlex.split(f"{MODEL} {SIZES} --seed {seed} --train-iters {steps}")
+    if name in BASES:
+        style = "constant" if name == BASE else "cosine"
+        return shlex.split(f"{MODEL} {SIZES} --seed {seed} --train-iters {STEPS} --lr-decay-style {style}")
     if name == SCRATCH:
         larger = " ".join(f"--{size.replace('_', '-').replace('=', ' ')}" for size in LARGER.split())
-        return shlex.split(f"{MODEL} {larger} --seed {seed} --train-iters {2 * STEPS}")
-    words = shlex.split(f"--load {BASE} --train-iters {2 * STEPS} --lr-start-iter {STEPS}")
-    if name in INITS:
-        words += ["--grow", f"{LARGER} {INITS[name]} growth_seed={seed}"]
+        return shlex.split(f"{MODEL} {larger} --seed {seed} --train-iters {2 * STEPS} {ONE_DECAY}")
+    if name in (UNGROWN_TWICE, GROWN_TWICE):
+        words = shlex.split(
+            f"--load {folder_name(DECAYED)} --train-iters {2 * STEPS} --lr-start-iter {STEPS}"
+        )
+    else:
+        words = shlex.split(f"--load {BASE} --train-iters {2 * STEPS} {ONE_DECAY}")
+    init = INITS["in_rand"] if name == GROWN_TWICE else INITS.get(name)
+    if init:
+        words += ["--grow", f"{LARGER} {init} growth_seed={seed}"]
     return words
 
 
 def folder_name(name: str) -> str:
-    return name.replace(" %", "").replace(" ", "-")
+    return name.replace(" %", "").replace(",", "").replace(" ", "-")
 
 
 def curve_of(folder: Path) -> Curve:
@@ -77,7 +87,7 @@ def curve_of(folder: Path) -> Curve:
 
 def train(name: str, seed: int, root: Path) -> Curve:
     """The validations of a run, which is done unless it is finished."""
-    last = STEPS if name == BASE else 2 * STEPS
+    last = STEPS if name in BASES else 2 * STEPS
     folder = root / folder_name(name)
     if last in (curve := curve_of(folder)):
         return curve
@@ -112,7 +122,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, flo
 
 def tell(curves: dict[str, list[Curve]]) -> None:
     """The table, in Markdown."""
-    final = {name: [curve[2 * STEPS] for curve in runs] for name, runs in curves.items() if name != BASE}
+    final = {name: [c[2 * STEPS] for c in runs] for name, runs in curves.items() if name not in BASES}
     seeds = len(final[UNGROWN])
     comparisons = len(final) - 1
     print(f"\n| continued | validation loss, mean of {seeds} | s.e. | minus no growth, 95 % | p |")
@@ -128,7 +138,10 @@ def tell(curves: dict[str, list[Curve]]) -> None:
     print(f"\n* below 0.05 after Bonferroni's correction for {comparisons} comparisons")
     live = [name for name in INITS if name != "zero"]
     pairs = [(a, b) for i, a in enumerate(live) for b in live[i + 1 :]]
-    for one, other in [*pairs, (SCRATCH, SMALL_SCRATCH)]:
+    pairs += [(UNGROWN_TWICE, UNGROWN), (GROWN_TWICE, "in_rand")]
+    mean, half, p = paired(final[SCRATCH], final[UNGROWN])
+    print(f"ceiling, {SCRATCH} minus {UNGROWN}: {mean:+.4f} ± {half:.4f}, p = {p:.2g}")
+    for one, other in pairs:
         mean, half, p = paired(final[one], final[other])
         print(f"{one} minus {other}: {mean:+.4f} ± {half:.4f}, p = {p:.2g}")
 
@@ -144,8 +157,8 @@ def draw(curves: dict[str, list[Curve]], path: Path) -> None:
     base = curves[BASE]
     steps = sorted(base[0])
     left.plot(steps, [statistics.mean(c[s] for c in base) for s in steps], color="black", label=BASE)
-    for index, name in enumerate(NAMES):
-        colour = {UNGROWN: "black", SMALL_SCRATCH: "grey"}.get(name, f"C{index}")
+    for index, name in enumerate(name for name in NAMES if name not in BASES):
+        colour = "black" if name == UNGROWN else f"C{index}"
         runs, dashes = curves[name], ":" if name in (UNGROWN, "zero") else "-"
         steps = sorted(runs[0])
         left.plot(
@@ -155,7 +168,7 @@ def draw(curves: dict[str, list[Curve]], path: Path) -> None:
         rows = [[c[s] - ungrown[s] for c, ungrown in zip(runs, curves[UNGROWN], strict=True)] for s in steps]
         means = [statistics.mean(row) for row in rows]
         errors = [statistics.stdev(row) / math.sqrt(len(row)) for row in rows]
-        if name not in (SCRATCH, SMALL_SCRATCH):
+        if name not in (SCRATCH, UNGROWN_TWICE, GROWN_TWICE):
             right.errorbar(steps, means, errors, fmt=dashes, color=colour, capsize=2)
     left.axvline(STEPS, color="grey", linewidth=0.5)
     left.set(xlabel="optimizer step", ylabel="validation loss, nats per token", ylim=(None, 5.0))

@@ -42,7 +42,7 @@ def feed_forward_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[Param
             widths, names = feed_forward_widths(model), ("ffn_m", width.name)
             return {
                 "norm": norm,
-                "stages": nexus_rank_specs(prefix, hidden, hidden, widths, writer, names=names),
+                "stages": nexus_rank_specs(prefix, hidden, hidden, widths, writer, names),
             }
 
 

@@ -7,19 +7,19 @@ X [T, B, D_in], W_M D_in x M, W_A M x A, W_D A x D_out, D < M < A; no biases; ex
 all-gather of H_M between them; the projections of one X share it.
 
 **Inner norm**, optional: h / (||h||_2 + 1e-5) * c before each GELU. The scale c is a constant, the square
-root of the hidden size or, as in the code that the paper's authors released, of the width of h, both as when
-the model was initialised: a scale that followed the width would change the function when M or A grows.
+root of the hidden size or, as in the code that the paper's authors released, of the width of h, both as
+when the model was initialised: a scale that followed the width would change the function when M or A grows.
 
-**Initial values.** Three matrices of the usual N(0, 0.02^2) give outputs of RMS 0.003 to 0.1, which depend on
-M and A. Here the first two stages preserve the variance of their input, and W_D gives Y the RMS of the linear
-map in whose place the Nexus-Rank stands, for any M and A, times a share c:
+**Initial values.** Three matrices of the usual N(0, 0.02^2) give outputs of RMS 0.003 to 0.1, which depend
+on M and A. Here the first two stages preserve the variance of their input, and W_D gives Y a third of the
+RMS of the linear map in whose place the Nexus-Rank stands, for any M and A:
 
-    std W_M = 1 / sqrt(D_in)   std W_A = 1 / (g_M sqrt(M))   std W_D = c std_linear sqrt(D_in) / (g_A sqrt(A))
+    std W_M = 1 / sqrt(D_in)   std W_A = 1 / (g_M sqrt(M))   std W_D = std_linear sqrt(D_in) / (3 g_A sqrt(A))
 
 g = sqrt(E[gelu(s z)^2]), z standard normal, s the RMS before the GELU: 1, or scale / sqrt(width) if normed.
-c is 1 for queries and keys and 1/3 for what reaches the residual stream: as E[gelu] > 0, about 30 % of the
-mean square of Y is the same for all tokens, which attention does not average away as it does a linear map's
-values; at c = 1 the first hundreds of steps are slower. docs/initial_values.md compares rules.
+Why not all of it: E[gelu] > 0 makes about 30 % of the mean square of Y the same for all tokens, which
+attention does not average away, and in training all of it diverged at learning rates at which a third is
+best (docs/initial_values.md).
 """
 
 import math
@@ -36,8 +36,8 @@ from megatron_nexus.models.norm import inner_norm
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
 
-RESIDUAL_SHARE = 1 / 3
-"""c of values, of the attention's output and of the feed-forward."""
+OUTPUT_SHARE = 1 / 3
+"""RMS of the initial outputs, as a share of those of a linear map."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,18 @@ def nexus_rank_specs(
     outputs: Axis,
     widths: NexusWidths,
     linear: Normal,
-    share: float = RESIDUAL_SHARE,
     names: tuple[str, str] = ("nexus_m", "nexus_a"),
 ) -> tuple[ParamSpec, ...]:
     """W_M, W_A and W_D of the Nexus-Rank `name`, whose widths are the axes `names`.
 
-    `linear` is the initialisation of the linear map in whose place it stands, `share` the c above. `inputs`
-    and `outputs` are WHOLE axes: all of X is read, and W_D's products are partial sums.
+    `linear` is the initialisation of the linear map in whose place it stands. `inputs` and `outputs` are
+    WHOLE axes: all of X is read, and W_D's products are partial sums.
     """
     (name_m, name_a), m, a = names, widths.nexus_m, widths.nexus_a
     m_split, m_whole = Axis(name_m, m, Layout.SPLIT), Axis(name_m, m, Layout.GATHERED)
     a_split = Axis(name_a, a, Layout.SPLIT)
     gelu_m, gelu_a = map(gelu_rms, widths.rms_before_gelu)
-    output_rms = share * linear.std * math.sqrt(inputs.size)
+    output_rms = OUTPUT_SHARE * linear.std * math.sqrt(inputs.size)
     # A branch that begins without units (M = A = 0) has no values to draw.
     first = Normal(1.0 / math.sqrt(inputs.size))
     second = Normal(1.0 / (gelu_m * math.sqrt(max(1, m))))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
-from megatron_nexus.models.nexus_rank import RESIDUAL_SHARE, NexusRank, attention_widths, nexus_rank_specs
+from megatron_nexus.models.nexus_rank import NexusRank, attention_widths, nexus_rank_specs
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
@@ -34,8 +34,7 @@ def projection_specs(
     linear: tuple[ParamSpec, ...] = (ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, grown),)
     if model.add_qkv_bias:  # zero at first, for new units of growth too: it closes no path and opens none
         linear += (ParamSpec(f"{name}.bias", (heads,), Constant(0.0), Role.VECTOR, (flow,)),)
-    share = RESIDUAL_SHARE if flow is Flow.WRITES else 1.0
-    w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, attention_widths(model), init, share)
+    w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, attention_widths(model), init)
     rank = (w_m, w_a, replace(w_d, grown=grown))
     match model.projection:
         case "nexus":

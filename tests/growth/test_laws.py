@@ -225,7 +225,7 @@ def test_new_weights_are_drawn_as_a_new_model_of_the_new_widths_draws_them(tmp_p
     corner = new[f"{q}.w_a"][500:, 400:]
     assert corner.std() == pytest.approx(1 / (gelu * 600**0.5), rel=0.02)
     readers = new[f"{q}.w_d"][:, 500:]
-    assert readers.std() == pytest.approx(0.3 * 12**0.5 / (gelu * 800**0.5), rel=0.06)
+    assert readers.std() == pytest.approx(0.3 * 12**0.5 / (3 * gelu * 800**0.5), rel=0.06)
 
 
 def test_noise_is_a_share_of_the_old_deviation(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""Law: the initial q, k and v of every preset have the scale of linear projections, whatever M and A.
-
-But for a third of it in the values of Nexus-Rank, whose docstring says why.
-"""
+"""Law: initial q, k, v have the scale of linear projections, a third of it in Nexus-Rank, for any M and A."""
 
 import dataclasses
 import math
@@ -34,19 +31,20 @@ def tokens(width: int) -> torch.Tensor:
     return torch.randn(128, 1, width, generator=torch.Generator().manual_seed(0))
 
 
-def shares(model: ModelConfig) -> dict[str, float]:
-    return {"q": 1.0, "k": 1.0, "v": 1 / 3 if model.projection == "nexus" else 1.0}
+def expected(model: ModelConfig) -> float:
+    """RMS of q, k and v for inputs of RMS 1."""
+    linear = model.init_method_std * math.sqrt(model.hidden_size)
+    return linear / 3 if model.projection == "nexus" else linear
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
 def test_queries_keys_and_values_have_the_scale_of_linear_projections(preset: str) -> None:
     model = build({"preset": preset}).model
-    linear = model.init_method_std * math.sqrt(model.hidden_size)
     specs = attention_specs(model, "layers.0.attention")
     maps = make_projections(model, {name: specs[name] for name in "qkv"}, ALONE)
-    for share, y in zip(shares(model).values(), maps(tokens(model.hidden_size)), strict=True):
-        assert linear / FACTOR < rms(y) / share < linear * FACTOR
+    for y in maps(tokens(model.hidden_size)):
+        assert expected(model) / FACTOR < rms(y) < expected(model) * FACTOR
 
 
 TINY = build({"preset": "nexusformer-tiny"}).model
@@ -60,12 +58,11 @@ WIDTH = {**NORM, "nexus_inner_norm_scale": "width"}
 def test_the_scale_depends_on_neither_m_nor_a(widths: tuple[int, int], norm: dict[str, object]) -> None:
     nexus_m, nexus_a = widths
     model = dataclasses.replace(TINY, nexus_m=nexus_m, nexus_a=nexus_a, **norm)
-    linear = model.init_method_std * math.sqrt(model.hidden_size)
     specs = attention_specs(model, "layers.0.attention")
     module = NexusRank({name: specs[name] for name in "qkv"}, attention_widths(model), ALONE)
-    for share, y in zip(shares(model).values(), module(tokens(model.hidden_size)), strict=True):
+    for y in module(tokens(model.hidden_size)):
         # Widths of 128 and more concentrate; what is left is that activations are not exactly normal.
-        assert rms(y) == pytest.approx(share * linear, rel=0.15)
+        assert rms(y) == pytest.approx(expected(model), rel=0.15)
 
 
 @torch.no_grad()
