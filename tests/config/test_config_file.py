@@ -141,7 +141,9 @@ def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> No
         recommended = {word.strip(",;:") for word in answer.split() if word.startswith("--")}
         assert recommended <= ours, (flag, answer)
         assert "tools/" not in answer or all(
-            (Path(__file__).parents[2] / word).exists() for word in answer.split() if "tools/" in word
+            (Path(__file__).parents[2] / word.strip(",;:")).exists()
+            for word in answer.split()
+            if "tools/" in word
         )
 
 
