@@ -38,6 +38,7 @@ from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigE
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.imports import uncollected
+from megatron_nexus.parallel.launch_command import program_words
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
@@ -58,7 +59,7 @@ def main() -> NoReturn:
         world = read_world(os.environ)
         speaks = world.local_rank == 0
         log.configure(speaks=world.rank == 0)
-        if world.rank and {"-h", "--help"}.intersection(argv):
+        if world.rank and {"-h", "--help", "--version"}.intersection(argv):
             sys.exit(0)  # rank 0 tells it
         config, checkpoint = configure(argv)
         wanted = config.model_parallel_size
@@ -73,7 +74,7 @@ def main() -> NoReturn:
             stop_without_launcher(exit_signals[0])
         if missing_ranks(world, wanted):
             log.logger.info("one process was started on a machine of CPUs: starting %d local ranks", wanted)
-            sys.exit(run_local_ranks(wanted, sys.argv, exit_signals))
+            sys.exit(run_local_ranks(wanted, program_words(argv), exit_signals))
         if config.checkpoint.load:
             found = (
                 f"continuing from {checkpoint}"
@@ -282,3 +283,7 @@ def _report(error: BaseException, rank: int) -> None:
     else:
         sys.stderr.write(f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}")
     sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

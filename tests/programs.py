@@ -43,8 +43,8 @@ class Command:
     def repeat(self, line: str) -> tuple[int, str]:
         """Run a command line that a run printed."""
         launcher, *words = shlex.split(line)
-        assert launcher == "deepspeed"
-        return ended(self._spawn([*DEEPSPEED, *words], self.folder))
+        program = {"deepspeed": DEEPSPEED, "torchrun": TORCHRUN}.get(launcher, [launcher])
+        return ended(self._spawn([*program, *words], self.folder))
 
     def losses(self, folder: str) -> dict[int, float]:
         records = read_metrics(self.folder / folder / METRICS_FILE)

@@ -18,12 +18,12 @@ STANDALONE = PACKAGE / "interchange" / "remote_code"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if STANDALONE not in path.parents)
 
 LAYERS: list[set[str]] = [
-    {"errors", "imports", "log", "open_files"},
+    {"errors", "extras", "imports", "log", "open_files"},
     {"config", "file_lock", "spec"},
     {"parallel", "data"},
     {"models", "checkpoint"},
     {"training", "growth", "evaluation", "interchange", "analysis"},
-    {"command", "commands", "pretrain_nexus", "tools"},
+    {"__main__", "command", "commands", "pretrain_nexus", "tools"},
 ]
 HEIGHT = {noun: height for height, layer in enumerate(LAYERS) for noun in layer}
 # Of layer 3, a model knows nothing of where its tokens come from, and a checkpoint nothing of models.

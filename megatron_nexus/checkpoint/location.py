@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from megatron_nexus.errors import CheckpointError, ConfigError
+from megatron_nexus.extras import install_command
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -26,7 +27,7 @@ def file_system(protocol: str) -> "AbstractFileSystem":
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            [f"{protocol}{SCHEME} cannot be reached: {error}; for s3 install the extra: megatron-nexus[s3]"]
+            [f"{protocol}{SCHEME} cannot be reached: {error}; for s3, {install_command('s3')}"]
         ) from error
 
 

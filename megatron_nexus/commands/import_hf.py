@@ -7,6 +7,7 @@ Weights are streamed into pieces with zero moments; the tokenizer goes along.
 """
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -47,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="a folder with config.json and safetensors, or a .gguf file, which is dequantised",
     )
     parser.add_argument("--save", required=True, metavar="FOLDER", help="of the new run; must not exist yet")
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer of the source out")
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="import weights that are NaN or infinite, too"
     )
@@ -69,6 +71,8 @@ def _run() -> None:
     if origin.resolve() in root.resolve().parents:
         raise ConfigError([f"--save {root} lies in the source {origin}, which is never touched"])
     source = open_source(origin)
+    if given.no_tokenizer:
+        source = dataclasses.replace(source, write_tokenizer=None)
     config = configuration(source)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from megatron_nexus.interchange.import_checkpoint import import_checkpoint
@@ -92,9 +96,8 @@ def _run() -> None:
     made = import_checkpoint(source, origin, root, config, given.allow_nonfinite)
     told("wrote %s", made)
     if source.write_tokenizer is None:
-        told(
-            "tokenizer: the source has no tokenizer.json; give one with --tokenizer-model wherever it counts"
-        )
+        why = "left out, as --no-tokenizer says" if given.no_tokenizer else "the source has no tokenizer.json"
+        told("tokenizer: %s; give one with --tokenizer-model wherever it counts", why)
     else:
         told("tokenizer: %s", root / "tokenizer")
     tokens = min(config.training.seq_length, AFFORDABLE_TOKENS)

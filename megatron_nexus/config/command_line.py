@@ -10,7 +10,7 @@ from typing import get_args, get_origin, get_type_hints
 
 from megatron_nexus.config.data_path import token_count
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.config.megatron_flags import instead_of
+from megatron_nexus.config.megatron_flags import instead_of, instead_of_family
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
 from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig, TrainingConfig
 from megatron_nexus.errors import ConfigError
@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.instead_of = instead_of
+    parser.instead_of, parser.instead_of_family = instead_of, instead_of_family
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"named sizes (default: {DEFAULT_PRESET})")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
     parser.add_argument(

@@ -5,8 +5,9 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from megatron_nexus import __version__
 from megatron_nexus.errors import ConfigError
 
 NEAR = 0.7
@@ -18,6 +19,17 @@ class FlagParser(argparse.ArgumentParser):
 
     instead_of: Callable[[str], str | None] = staticmethod(lambda flag: None)
     """What to do in place of a flag that is known from elsewhere."""
+
+    instead_of_family: Callable[[str], str | None] = staticmethod(lambda flag: None)
+    """The same for a flag of a family known from elsewhere, unless it is a flag of ours misspelt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.add_help:
+            version = f"megatron_nexus {__version__}"
+            self.add_argument(
+                "--version", action="version", version=version, help="print the version and exit"
+            )
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError([message])
@@ -54,5 +66,5 @@ class FlagParser(argparse.ArgumentParser):
             for flag in action.option_strings
         }
         near = difflib.get_close_matches(flag.strip("-").replace("_", "-"), names, n=1, cutoff=NEAR)
-        remedy = f"did you mean {names[near[0]]}?" if near else "see --help for all flags"
-        return f"unknown flag {word}: {self.instead_of(flag) or remedy}"
+        meant = f"did you mean {names[near[0]]}?" if near else self.instead_of_family(flag)
+        return f"unknown flag {word}: {self.instead_of(flag) or meant or 'see --help for all flags'}"

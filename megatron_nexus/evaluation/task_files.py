@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.extras import install_command
 
 PAPER_TASKS = ("piqa", "openbookqa", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks of the paper's Table 1."""
@@ -36,7 +37,7 @@ def require_harness() -> None:
     missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            [f"tasks need {' and '.join(missing)}, not installed here: pip install megatron-nexus[eval]"]
+            [f"tasks need {' and '.join(missing)}, not installed here: {install_command('eval')}"]
         )
 
 

@@ -134,7 +134,9 @@ def _byte_level(fields: Mapping[str, object], tokens: Sequence[str], kinds: Sequ
 def _array(fields: Mapping[str, object], name: str) -> list[float]:
     found = fields.get(f"tokenizer.ggml.{name}")
     if not isinstance(found, list):
-        raise DataError(f"the GGUF file's tokenizer has no {name}: it is incomplete; import without it")
+        raise DataError(
+            f"the GGUF file's tokenizer has no {name}: it is incomplete; import without it: --no-tokenizer"
+        )
     return found
 
 

@@ -84,7 +84,8 @@ def import_checkpoint(
             if tokenizer.vocab_size > config.model.vocab_size:
                 raise DataError(
                     f"the tokenizer of {origin} has {tokenizer.vocab_size} tokens, the model "
-                    f"{config.model.vocab_size}: they do not belong together; import without it"
+                    f"{config.model.vocab_size}: they do not belong together; import without it: "
+                    "--no-tokenizer"
                 )
             fingerprint = tokenizer.fingerprint
             # Absolute: the run may be continued from any working directory.

@@ -32,8 +32,10 @@ from megatron_nexus.training.metrics import (
     TaskScores,
     Validation,
     make_validation,
+    utilization,
 )
 from megatron_nexus.training.optimizer import configure_groups
+from megatron_nexus.training.peak_flops import peak_flops_per_s
 from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.scoring import Judge, Scoring
 from megatron_nexus.training.stop import StopRequest
@@ -77,6 +79,7 @@ class Trainer:
         self.save_folder = save
         self.notes_folder = notes
         self.gemm_flops_per_s = gemm_flops_per_s
+        self.peak_flops_per_s = peak_flops_per_s(mesh, config.training.precision)
         self._judge = judge
         self._scoring = Scoring(config, mesh, engine) if config.logging.eval_tasks else None
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
@@ -288,9 +291,18 @@ class Trainer:
             tokens=self.progress.tokens,
             step_s=step_s,
             tokens_per_s=tokens_per_s,
-            mfu=tokens_per_s * self.flops_per_token / self.gemm_flops_per_s,
+            gemm_fraction=tokens_per_s * self.flops_per_token / self.gemm_flops_per_s,
+            mfu=tokens_per_s * self.flops_per_token / self.peak_flops_per_s
+            if self.peak_flops_per_s
+            else None,
             memory_bytes=peak_memory_bytes(self.mesh),
         )
+
+    def utilization(self, tokens_per_s: float) -> str:
+        """How much of the devices a rate uses: MFU where their peak is known."""
+        flops_per_s = tokens_per_s * self.flops_per_token
+        peak = self.peak_flops_per_s
+        return utilization(flops_per_s / self.gemm_flops_per_s, flops_per_s / peak if peak else None)
 
     def _evaluate(self, kind: str, metrics: MetricsWriter | None) -> list[Validation]:
         """Mean loss over the first global batches of each set of a kind, always the same samples."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.extras import install_command
 from megatron_nexus.log import logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -19,7 +20,11 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step: nats per token, seconds, tokens per second, share of the measured GEMM rate."""
+    """One optimizer step: nats per token, seconds, tokens per second; utilization of the devices.
+
+    `gemm_fraction` is of the rate that matrix products had at the start, `mfu` of the devices' peak, None
+    where that is not known.
+    """
 
     step: int
     loss: float
@@ -28,7 +33,8 @@ class StepMetrics:
     tokens: int
     step_s: float
     tokens_per_s: float
-    mfu: float
+    gemm_fraction: float
+    mfu: float | None
     memory_bytes: int
 
 
@@ -55,6 +61,11 @@ class TaskScores:
     seconds: float
 
 
+def utilization(gemm_fraction: float, mfu: float | None) -> str:
+    """MFU, or what there is where no peak of the device is known."""
+    return f"MFU {100 * mfu:.1f} %" if mfu is not None else f"{100 * gemm_fraction:.1f} % of measured GEMM"
+
+
 class MetricsWriter:
     """Appends to a run's metrics. On resume, records of later steps than the checkpoint's are dropped."""
 
@@ -71,8 +82,9 @@ class MetricsWriter:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # optional: an extra of the package
             except ImportError as error:
+                needed = install_command("tensorboard")
                 raise ConfigError(
-                    [f"--tensorboard-dir {tensorboard_dir} needs tensorboard: pip install tensorboard"]
+                    [f"--tensorboard-dir {tensorboard_dir} needs tensorboard: {needed}"]
                 ) from error
             try:
                 self._board = SummaryWriter(tensorboard_dir, purge_step=resumed_step + 1)
@@ -83,7 +95,8 @@ class MetricsWriter:
 
     def step(self, metrics: StepMetrics, train_iters: int, speak: bool) -> None:
         """Record a step, and show it on the console where `speak`."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        record = {name: value for name, value in asdict(metrics).items() if value is not None}
+        self._file.write(json.dumps(record) + "\n")
         self._scalars(
             metrics.step,
             {
@@ -91,14 +104,14 @@ class MetricsWriter:
                 "learning-rate": metrics.learning_rate,
                 "grad-norm": metrics.grad_norm,
                 "tokens-per-second": metrics.tokens_per_s,
-                "mfu": metrics.mfu,
+                "gemm-fraction": metrics.gemm_fraction,
+                **({"mfu": metrics.mfu} if metrics.mfu is not None else {}),
                 "memory-bytes": metrics.memory_bytes,
             },
         )
         if speak:
             logger.info(
-                "iteration %*d/%d | lm loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | MFU %.1f %%"
-                " | %.2f GB",
+                "iteration %*d/%d | lm loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | %s | %.2f GB",
                 len(str(train_iters)),
                 metrics.step,
                 train_iters,
@@ -106,7 +119,7 @@ class MetricsWriter:
                 metrics.learning_rate,
                 metrics.grad_norm,
                 f"{metrics.tokens_per_s:,.0f}",
-                100 * metrics.mfu,
+                utilization(metrics.gemm_fraction, metrics.mfu),
                 metrics.memory_bytes / 1e9,
             )
 

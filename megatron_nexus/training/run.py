@@ -3,7 +3,6 @@
 import dataclasses
 import shlex
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.models.nvidia_apex import require_apex
+from megatron_nexus.parallel.launch_command import launch_words
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import World
 from megatron_nexus.spec.cost import parameter_count
@@ -45,6 +45,7 @@ from megatron_nexus.training.machine import (
     untested_torch,
 )
 from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
+from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.scoring import Judge
 from megatron_nexus.training.stop import StopRequest
 
@@ -223,27 +224,25 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
         config.accumulation_steps(mesh.world_size),
         training.train_iters,
     )
-    logger.info("measured matrix products: %.1f GFLOP/s over all ranks", rate / 1e9)
+    logger.info("measured GEMM throughput: %.1f GFLOP/s over all ranks", rate / 1e9)
     logger.info("saving to %s", save)
     for note in notes(config):
         logger.info("note: %s", note)
 
 
-def launch_words(world: World, script: str) -> list[str]:
-    """The words that start `script` on such a world again; srun takes its flags from the job."""
-    is_file = script.endswith(".py")
-    program = ["python", script] if is_file else [Path(script).name]
-    match world.launcher:
-        case "torchrun":
-            return ["torchrun", "--nproc-per-node", str(world.local_size), script]
-        case "mpirun":
-            return ["mpirun", "-n", str(world.size), *program]
-        case "srun":
-            return ["srun", "--kill-on-bad-exit=1", *program]
-        case "deepspeed" if world.size > 1:
-            return ["deepspeed", "--num_gpus", str(world.local_size), script]
-        case _:
-            return ["deepspeed", script] if is_file else program
+def rate_note(config: RunConfig, step: int) -> str | None:
+    """What the resume line of a finished run does to the learning rate, where it makes it jump."""
+    optimizer, last = config.optimizer, config.training.train_iters
+    if step < last:
+        return None
+    ended = learning_rate(optimizer, step, last)
+    resumed = learning_rate(optimizer, step + 1, 2 * step)
+    if resumed < 1.01 * ended:
+        return None
+    return (
+        f"resumed so, the schedule spans {2 * step} iterations: the learning rate jumps from {ended:.2e} to "
+        f"{resumed:.2e}; --lr-decay-iters {last} keeps it, --lr-start-iter {step} begins a schedule anew"
+    )
 
 
 def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder: Location, step: int) -> str:
@@ -277,11 +276,10 @@ def _summarise(
     folder, notes = trainer.save_folder, trainer.notes_folder
     finished = outcome.progress.step >= config.training.train_iters
     count = parameter_count(decoder_specs(config.model).values())
-    mfu = outcome.tokens_per_s * trainer.flops_per_token / trainer.gemm_flops_per_s
     lines = {
         "parameters": f"{count:,} (true count of {model_name(config)})",
         "tokens": f"{outcome.progress.tokens:,} in {outcome.progress.step:,} iterations",
-        "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {100 * mfu:.1f} % of the measured GEMM rate"
+        "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {trainer.utilization(outcome.tokens_per_s)}"
         if outcome.tokens_per_s
         else "nothing was trained",
         **(
@@ -295,10 +293,10 @@ def _summarise(
         "loss curve": str(
             plot_losses(notes, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
         ),
-        "resume with": resume_command(
-            config, launch_words(world, sys.argv[0]), argv, folder, outcome.progress.step
-        ),
+        "resume with": resume_command(config, launch_words(world, argv), argv, folder, outcome.progress.step),
     }
+    if note := rate_note(config, outcome.progress.step):
+        lines["note"] = note
     logger.info("%s after iteration %d", "finished" if finished else "stopped", outcome.progress.step)
     for name, text in lines.items():
         logger.info("  %-16s %s", name, text)

@@ -1,13 +1,14 @@
 """A configuration file sets what flags set, loses against them, and is told what is wrong with it."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_nexus.config.command_line import build, given_flags, make_parser, over
 from megatron_nexus.config.config_file import config_text, read_config_file
-from megatron_nexus.config.megatron_flags import _INSTEAD, instead_of, instead_of_preprocessing
+from megatron_nexus.config.megatron_flags import _FAMILIES, _INSTEAD, instead_of, instead_of_preprocessing
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import SECTIONS, CheckpointConfig, RunConfig
@@ -136,7 +137,7 @@ def test_flags_of_megatron_are_answered_with_what_to_use() -> None:
 
 def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> None:
     ours = {flag for action in make_parser()._actions for flag in action.option_strings}
-    for flag, answer in _INSTEAD.items():
+    for flag, answer in [*_INSTEAD.items(), *_FAMILIES.items()]:
         assert f"--{flag}" not in ours, flag
         recommended = {word.strip(",;:") for word in answer.split() if word.startswith("--")}
         assert recommended <= ours, (flag, answer)
@@ -145,6 +146,34 @@ def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> No
             for word in answer.split()
             if "tools/" in word
         )
+
+
+COMMON = re.findall(
+    r"\S+",
+    """
+z-loss skip-train eval-only profile profile-step-start use-pytorch-profiler compile skip-iterations
+moe-grouped-gemm mtp-loss-scaling-factor fp8-margin cuda-graph-scope fim-rate rl-profile
+inference-max-requests ft-num-warmup-iters inprocess-restart dist-ckpt-workers ddp-num-buckets
+log-energy log-straggler wandb-tags exp-avg-dtype virtual-pipeline-model-parallel-size
+hybrid-layer-pattern linear-attention-freq kv-lora-rank muon-momentum tokenizer-hf-no-use-fast
+full-validation grad-reduce-in-bf16 multiple-validation-sets rerun-mode error-injection-rate
+cpu-offloading-num-layers yaml-cfg
+""",
+)
+
+
+@pytest.mark.parametrize("flag", COMMON)
+def test_a_flag_of_megatron_s_present_list_is_answered(flag: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        given_flags([f"--{flag}", "1"])
+    assert re.match(rf"unknown flag --{flag}: (use|drop|did you mean) ", caught.value.problems[0])
+
+
+def test_a_flag_of_ours_misspelt_is_not_taken_for_one_of_a_family() -> None:
+    words = {"--log-intervall": "--log-interval", "--tokenizer-modle": "--tokenizer-model"}
+    for wrong, right in words.items():
+        with pytest.raises(ConfigError, match=f"did you mean {right}"):
+            given_flags([wrong, "1"])
 
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))

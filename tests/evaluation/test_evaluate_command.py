@@ -77,4 +77,4 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, err = call(evaluate.main, monkeypatch, console, "--load", run[0], "--tasks", "piqa")
     assert code == 2
-    assert "pip install megatron-nexus[eval]" in err
+    assert "pip install 'lm-eval>=" in err

@@ -224,6 +224,27 @@ def test_its_tokenizer_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert config.data.tokenizer_model == str(tmp_path / "moved" / "tokenizer")
 
 
+def test_a_tokenizer_that_is_not_the_model_s_can_be_left_out_as_the_refusal_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+) -> None:
+    random_model("llama").save_pretrained(tmp_path / "hf")
+    words = {"type": "WordLevel", "vocab": {str(i): i for i in range(60)}, "unk_token": "0"}
+    end = {"id": 1, "content": "1", "special": True}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    record = {"version": "1.0", "added_tokens": [end], "model": words}
+    record |= dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(record))
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "1"}')
+    flags = ("--input", tmp_path / "hf", "--save", tmp_path / "run")
+    assert run(monkeypatch, *flags) == 2
+    error = console.readouterr().err
+    assert "has 60 tokens, the model 50" in error and "import without it: --no-tokenizer" in error, error
+    assert run(monkeypatch, *flags, "--no-tokenizer") == 0
+    assert "tokenizer: left out, as --no-tokenizer says" in console.readouterr().out
+    assert read_manifest(tmp_path / "run" / "iter_0000000").tokenizer_fingerprint == ""
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "bias": ({"attention_bias": True}, "attention_bias is True"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias is True"),

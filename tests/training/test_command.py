@@ -5,7 +5,9 @@ Every run is of a model of 13,000 parameters on random tokens, in a folder that 
 
 import os
 import re
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,18 @@ from pathlib import Path
 import pytest
 from conftest import Program, wait_for
 from processes import allowed, free_port
-from programs import DEEPSPEED, ENDLESS, TORCHRUN, Command, assert_refused, commands, ended, summary
+from programs import (
+    DEEPSPEED,
+    ENDLESS,
+    PYTHON,
+    SMALL,
+    TORCHRUN,
+    Command,
+    assert_refused,
+    commands,
+    ended,
+    summary,
+)
 
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
 from megatron_nexus.training.metrics import METRICS_FILE, PLOT_FILE
@@ -50,7 +63,9 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
     first = command.losses(run)
     assert list(first) == [1, 2, 3, 4, 5]
 
-    code, output = command.repeat(summary(output, "resume with"))
+    line = summary(output, "resume with")
+    assert line.startswith("deepspeed pretrain_nexus.py --data-path corpus"), line
+    code, output = command.repeat(line)
     assert code == 0, output
     assert f"resumed {run}/iter_0000005 at iteration 5, 20 samples" in output
     assert "finished after iteration 10" in output
@@ -77,6 +92,8 @@ def test_a_launcher_that_was_told_a_count_gives_the_ranks(
     assert code == 0, output
     assert "starting 2 local ranks" not in output
     assert "mesh: tensor 2 x pipeline 1 x data 1" in output
+    typed = shlex.join([Path(launcher[0]).name, *launcher[1:], "pretrain_nexus.py", "--data-path"])
+    assert summary(output, "resume with").startswith(typed), output
     # The same run on another topology reports the same losses to rounding (fp32, four steps).
     assert command.losses(save) == pytest.approx(command.losses(kept), rel=1e-5)
 
@@ -86,6 +103,27 @@ def test_a_count_that_does_not_fit_is_refused_once(command: Command, count: int,
     launcher = [*DEEPSPEED, "--num_gpus", str(count), "--master_port", str(free_port())]
     code, output = command.run("--tp 2", launcher)
     assert_refused(code, output, "ConfigError", f"the world has {count} rank", "--tp 2 x --pp 1 = 2", remedy)
+
+
+def test_the_module_is_the_script_and_ranks_of_it_are_started_alike(command: Command) -> None:
+    program = command._spawn(
+        [*PYTHON, "-m", "megatron_nexus", *SMALL, "--tp=2", "--train-iters=2"], command.folder
+    )
+    code, output = ended(program)
+    assert code == 0, output
+    assert "starting 2 local ranks" in output
+    line = summary(output, "resume with")
+    assert line.startswith(f"{sys.executable} -m megatron_nexus --data-path corpus"), line
+    assert "the learning rate jumps from" in summary(output, "note")
+    code, output = command.repeat(line)
+    assert code == 0 and "finished after iteration 4" in output, output
+
+
+def test_what_skip_train_is_answered_with_validates_and_trains_nothing(command: Command, kept: str) -> None:
+    code, output = command.run(f"--load {kept} --train-iters 4")
+    assert code == 0, output
+    assert "nothing is left to train" in output and "validation at 4 | loss" in output
+    assert summary(output, "throughput") == "nothing was trained"
 
 
 def test_ctrl_c_saves_leaves_nothing_running_and_load_auto_resumes(command: Command) -> None:

@@ -20,12 +20,13 @@ from megatron_nexus.training.metrics import (
     plot_losses,
     read_metrics,
 )
+from megatron_nexus.training.peak_flops import device_peak
 
-TAGS = {"lm loss", "learning-rate", "grad-norm", "tokens-per-second", "mfu", "memory-bytes"}
+TAGS = {"lm loss", "learning-rate", "grad-norm", "tokens-per-second", "gemm-fraction", "memory-bytes"}
 
 
-def step_of(step: int, loss: float = 4.0) -> StepMetrics:
-    return StepMetrics(step, loss, 1e-3, 0.7, 64 * step, 0.5, 128.0, 0.25, 2_000_000_000)
+def step_of(step: int, loss: float = 4.0, mfu: float | None = None) -> StepMetrics:
+    return StepMetrics(step, loss, 1e-3, 0.7, 64 * step, 0.5, 128.0, 0.25, mfu, 2_000_000_000)
 
 
 def write(folder: Path, first: int, last: int, loss: float = 4.0, board: str = "") -> None:
@@ -49,7 +50,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         "tokens": 128,
         "step_s": 0.5,
         "tokens_per_s": 128.0,
-        "mfu": 0.25,
+        "gemm_fraction": 0.25,
         "memory_bytes": 2_000_000_000,
     }
     assert records[3]["validation_loss"] == 4.0
@@ -104,11 +105,29 @@ def test_the_console_shows_the_steps_it_is_asked_to(
     writer = MetricsWriter(tmp_path, 0, "")
     writer.step(step_of(6), 300, speak=False)
     writer.step(step_of(7), 300, speak=True)
+    writer.step(step_of(8, mfu=0.2), 300, speak=True)
     writer.close()
+    begins = "lm loss 4.0000 | lr 1.00e-03 | grad norm 0.700 | 128 tokens/s"
     assert console.readouterr().out == (
-        "iteration   7/300 | lm loss 4.0000 | lr 1.00e-03 | grad norm 0.700 | 128 tokens/s | MFU 25.0 %"
-        " | 2.00 GB\n"
+        f"iteration   7/300 | {begins} | 25.0 % of measured GEMM | 2.00 GB\n"
+        f"iteration   8/300 | {begins} | MFU 20.0 % | 2.00 GB\n"
     )
+    assert [record.get("mfu") for record in read_metrics(tmp_path / METRICS_FILE)] == [None, None, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA Unheard Of", None),
+        ("CPU", None),
+    ],
+)
+def test_a_peak_is_told_of_whole_devices_that_are_known(device: str, peak: float | None) -> None:
+    assert device_peak(device, "bf16") == peak
 
 
 def test_perplexity_and_bits_per_byte_follow_from_the_loss() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.config.command_line import build, given_flags
-from megatron_nexus.training.run import resume_command
+from megatron_nexus.parallel.launch_command import typed_words
+from megatron_nexus.training.run import rate_note, resume_command
+from megatron_nexus.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,67 @@ def test_the_resume_line_says_the_length_and_the_folder_once(words: str, step: i
     )
     assert line == f"deepspeed pretrain_nexus.py {kept}"
     given_flags(shlex.split(kept))
+
+
+VENV = "/opt/venv/bin"
+DEEPSPEED = [f"{VENV}/python", f"{VENV}/deepspeed", "--num_gpus", "2", "pretrain_nexus.py", "--tp", "2"]
+DEEPSPEED_NODE = [
+    "python",
+    "-u",
+    "-m",
+    "deepspeed.launcher.launch",
+    "--world_info=e30=",
+    "pretrain_nexus.py",
+    "--tp",
+    "2",
+]
+RANK = ["/opt/venv/bin/python", "-u", "pretrain_nexus.py", "--local_rank=1", "--tp", "2"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([["python3", "pretrain_nexus.py", "--tp", "2"]], "python3 pretrain_nexus.py"),
+        ([RANK, DEEPSPEED_NODE, DEEPSPEED, ["bash"]], "deepspeed --num_gpus 2 pretrain_nexus.py"),
+        ([RANK, ["/usr/bin/torchrun", "--standalone", *RANK[2:]]], "torchrun --standalone pretrain_nexus.py"),
+        (
+            [RANK, ["mpirun", "-n", "2", "python", "pretrain_nexus.py", "--tp", "2"]],
+            "mpirun -n 2 python pretrain_nexus.py",
+        ),
+        ([[f"{VENV}/python", "-m", "megatron_nexus", "--tp", "2"]], f"{VENV}/python -m megatron_nexus"),
+        ([[f"{VENV}/python", f"{VENV}/nexus-pretrain", "--tp", "2"]], "nexus-pretrain"),
+        # Neither a shell that ran the line nor another program with the same flags.
+        ([RANK, ["bash", "-c", "pretrain_nexus.py", "--tp", "2"]], f"{VENV}/python pretrain_nexus.py"),
+        (
+            [RANK, ["timeout", "60", "deepspeed", "pretrain_nexus.py", "--tp", "2"]],
+            f"{VENV}/python pretrain_nexus.py",
+        ),
+    ],
+)
+def test_the_line_starts_as_it_was_typed(lines: list[list[str]], words: str) -> None:
+    installed = "nexus-pretrain" in words
+    script = f"{VENV}/nexus-pretrain" if installed else "pretrain_nexus.py"
+    assert shlex.join(typed_words(lines, script, ["--local_rank=1", "--tp", "2"])) == words
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "jumps"),
+    [
+        ("--train-iters 100 --lr 1e-3 --min-lr 1e-4", 100, True),
+        ("--train-iters 100 --lr 1e-3 --min-lr 1e-4", 50, False),
+        ("--train-iters 100 --lr 1e-3 --min-lr 1e-4 --lr-decay-style constant", 100, False),
+        ("--train-iters 100 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 100", 100, False),
+        ("--train-iters 100 --lr 1e-3 --min-lr 1e-4 --lr-decay-style WSD", 100, True),
+    ],
+)
+def test_going_on_past_a_finished_decay_says_what_the_rate_does(words: str, step: int, jumps: bool) -> None:
+    config = build(given_flags(shlex.split(words)))
+    note = rate_note(config, step)
+    assert (note is not None) is jumps
+    if note is not None:
+        # What it offers: the rate stays.
+        kept = build(given_flags(shlex.split(f"{words} --lr-decay-iters {step}")))
+        assert f"--lr-decay-iters {step} keeps it" in note
+        assert learning_rate(kept.optimizer, step + 1, 2 * step) == learning_rate(
+            config.optimizer, step, step
+        )
