@@ -340,7 +340,7 @@ _FAMILIES: dict[str, str] = {
     "rl-": _ONLY_PRETRAINING,
     "grpo-": _ONLY_PRETRAINING,
     "logits-": _ONLY_PRETRAINING,
-    "inference-": "use tools/generate.py, or tools/export_hf.py for other servers",
+    "inference-": "use tools/generate.py or tools/export_hf.py",
     "ckpt-": _ONE_FORMAT,
     "dist-ckpt-": _ONE_FORMAT,
     "non-persistent-": "use --save-interval with --async-save and --keep-latest",

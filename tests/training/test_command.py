@@ -107,7 +107,7 @@ def test_a_count_that_does_not_fit_is_refused_once(command: Command, count: int,
 
 def test_the_module_is_the_script_and_ranks_of_it_are_started_alike(command: Command) -> None:
     program = command._spawn(
-        [*PYTHON, "-m", "megatron_nexus", *SMALL, "--tp=2", "--train-iters=2"], command.folder
+        [*PYTHON, "-m", "megatron_nexus", *SMALL, "--tp=2", "--train-iters=4"], command.folder
     )
     code, output = ended(program)
     assert code == 0, output
@@ -116,7 +116,7 @@ def test_the_module_is_the_script_and_ranks_of_it_are_started_alike(command: Com
     assert line.startswith(f"{sys.executable} -m megatron_nexus --data-path corpus"), line
     assert "the learning rate jumps from" in summary(output, "note")
     code, output = command.repeat(line)
-    assert code == 0 and "finished after iteration 4" in output, output
+    assert code == 0 and "finished after iteration 8" in output, output
 
 
 def test_what_skip_train_is_answered_with_validates_and_trains_nothing(command: Command, kept: str) -> None:
