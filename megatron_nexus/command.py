@@ -34,7 +34,14 @@ from megatron_nexus.data.library import Library, tokenizer_path, training_source
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, CheckpointError, ConfigError, DataError, NexusError
+from megatron_nexus.errors import (
+    EXIT_CODE_USER_ERROR,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NexusError,
+    path_errors,
+)
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.imports import uncollected
@@ -61,14 +68,15 @@ def main() -> NoReturn:
         log.configure(speaks=world.rank == 0)
         if world.rank and {"-h", "--help", "--version"}.intersection(argv):
             sys.exit(0)  # rank 0 tells it
-        config, checkpoint = configure(argv)
-        wanted = config.model_parallel_size
-        planned = planned_world_size(argv, world, wanted)
-        if planned is not None:
-            check(config, planned)
-            _dry_run(config, planned, speaks=world.rank == 0)
-        check(config, wanted if missing_ranks(world, wanted) else world.size)
-        preflight(config, checkpoint, world)
+        with path_errors():
+            config, checkpoint = configure(argv)
+            wanted = config.model_parallel_size
+            planned = planned_world_size(argv, world, wanted)
+            if planned is not None:
+                check(config, planned)
+                _dry_run(config, planned, speaks=world.rank == 0)
+            check(config, wanted if missing_ranks(world, wanted) else world.size)
+            preflight(config, checkpoint, world)
         exit_signals = parse_exit_signals(config.checkpoint.exit_signal)
         if world.launcher != "local":  # those have a parent that passes signals on
             stop_without_launcher(exit_signals[0])
@@ -244,11 +252,13 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
         from megatron_nexus.training.run import run
     open_state: Callable[[Location], StateReader] = CheckpointReader
     try:
-        if config.checkpoint.grow and checkpoint is not None:
-            saved = saved_config(checkpoint, read_manifest(checkpoint))
-            open_state = partial(GrownReader, plan=plan_growth(saved, read_request(config.checkpoint.grow)))
-        record = tokenizer_record(read_manifest(checkpoint)) if checkpoint else NO_RECORD
-        run(config, world, checkpoint, argv, open_state, _open_judge, record)
+        with path_errors():
+            if config.checkpoint.grow and checkpoint is not None:
+                saved = saved_config(checkpoint, read_manifest(checkpoint))
+                request = read_request(config.checkpoint.grow)
+                open_state = partial(GrownReader, plan=plan_growth(saved, request))
+            record = tokenizer_record(read_manifest(checkpoint)) if checkpoint else NO_RECORD
+            run(config, world, checkpoint, argv, open_state, _open_judge, record)
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

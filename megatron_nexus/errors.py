@@ -4,7 +4,27 @@ The command lines print them without a traceback and exit with code 2. A broken 
 is an `assert`, never one of these.
 """
 
+import errno
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
 EXIT_CODE_USER_ERROR = 2
+SHOWN_CHARACTERS = 100
+_REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter name, of at most 255 bytes between two slashes",
+    errno.ENOENT: "give one that exists",
+    errno.EACCES: "give one that may be read and written, or change its permissions",
+    errno.EPERM: "give one that may be read and written, or change its permissions",
+    errno.EROFS: "give one on a disk that can be written",
+    errno.ENOSPC: "free some space, or give one on another disk",
+    errno.EDQUOT: "free some space, or give one on another disk",
+    errno.ENOTDIR: "a part of it is a file: give another",
+    errno.EISDIR: "add the name of a file",
+    errno.ELOOP: "its links lead to themselves: give another",
+}
 
 
 class NexusError(Exception):
@@ -35,3 +55,38 @@ class CheckpointError(NexusError):
 
 class TrainingError(NexusError):
     """Training cannot go on: a loss or a gradient is no longer finite, or another rank has failed."""
+
+
+@contextmanager
+def path_errors() -> Iterator[None]:
+    """Raise ConfigError for an error of a file or folder that nothing else answers: commands run in this."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise  # of no file: the network, a pipe
+        raise path_error(error, sys.argv[1:]) from error
+
+
+def path_error(error: OSError, words: Sequence[str]) -> ConfigError:
+    """Return what is wrong with a path, by the flag of `words`, a command line, that it was given with."""
+    path = str(error.filename) if isinstance(error.filename, int) else os.fsdecode(error.filename)
+    more = f"... ({len(path)} characters)" if len(path) > SHOWN_CHARACTERS else ""
+    remedy = _REMEDIES.get(error.errno or 0, "give another")
+    return ConfigError(
+        [f"{_flag_of(path, words)}{path[:SHOWN_CHARACTERS]}{more}: {error.strerror or error}: {remedy}"]
+    )
+
+
+def _flag_of(path: str, words: Sequence[str]) -> str:
+    """The flag with the longest value that a path begins with, and a space; "" where there is none."""
+    found, longest, flag = "", 0, ""
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+        else:
+            value = word
+        value = os.path.normpath(value.rpartition("=")[2]) if value else ""
+        if len(value) > longest and path.startswith((value, f"{Path.cwd()}/{value}")):
+            found, longest = flag, len(value)
+    return f"{found} " if found else ""

@@ -20,10 +20,13 @@ from processes import PATIENCE_S
 from programs import Command, assert_refused, commands, ended
 
 from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.data.indexed_dataset import HEADER, IndexedDatasetWriter
 from megatron_nexus.data.sentencepiece_tokenizer import train_sentencepiece_bpe
 
 pytestmark = pytest.mark.slow
+
+LONG = "x" * 300
 
 FLAGS = [
     ("--lrr 1e-3", ["unknown flag --lrr: did you mean --lr?"]),
@@ -69,6 +72,10 @@ FLAGS = [
     ("--save kept", ["--save kept holds iter_0000002", "use --load kept", "or another --save"]),
     ("--save corpus.bin", ["--save corpus.bin is a file: give a folder"]),
     ("--optimizer-impl apex", ["--optimizer-impl apex", "apex"]),
+    (f"--save {LONG}", [f"--save {LONG[:100]}... (300 characters): File name too long", "a shorter name"]),
+    (f"--load {LONG}", [f"--load {LONG[:100]}...", "a shorter name"]),
+    ("--deepspeed_config nested.json", ["nested.json is no JSON (nested too deeply): correct it"]),
+    ("--config values.yaml", ["values.yaml: day is out of range for month: correct the value"]),
 ]
 
 CHECKPOINTS = [
@@ -78,6 +85,7 @@ CHECKPOINTS = [
     ("--load stranger", ["stranger: no complete checkpoint"]),
     ("--load future", ["future", "format version", "99"]),
     ("--load garbled", ["garbled", "manifest.json"]),
+    ("--load infinite", ["infinite", "manifest.json", "Infinity is not a number of JSON"]),
     ("--load shortened --save new", ["shortened", "rank_00000"]),
     ("--load without-rank --save new", ["without-rank", "rank_00000"]),
 ]
@@ -154,6 +162,8 @@ def write_bad_corpora(folder: Path) -> None:
     (folder / "text.jsonl").write_text('{"text": "def f(x): return x"}\n' * 100)
     (folder / "malformed.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "nothing.jsonl").write_text("")
+    (folder / "nested.json").write_text("[" * 100_000)
+    (folder / "values.yaml").write_text("training:\n  seed: 2001-02-30\n")
     words = "--input text.jsonl --output-prefix mine --tokenizer-model small.model --append-eod --workers 1"
     code, output = tool(folder, "preprocess_data.py", words)
     assert code == 0, output
@@ -164,7 +174,7 @@ def write_bad_checkpoints(folder: Path) -> None:
     assert kept is not None
     (folder / "stranger").mkdir()
     (folder / "stranger" / "pytorch_model.bin").write_bytes(b"PK")
-    for name in ("future", "garbled", "shortened", "without-rank"):
+    for name in ("future", "garbled", "infinite", "shortened", "without-rank"):
         shutil.copytree(folder / "kept", folder / name)
     manifest = folder / "future" / kept.name / "manifest.json"
     text = manifest.read_text()
@@ -172,6 +182,10 @@ def write_bad_checkpoints(folder: Path) -> None:
     head, _, rest = text.partition('"format_version": ')
     manifest.write_text(head + '"format_version": 99' + rest[len(rest) - len(rest.lstrip("0123456789")) :])
     (folder / "garbled" / kept.name / "manifest.json").write_text("{")
+    record = unseal(text.encode())
+    record["progress"]["tokens"] = float("inf")
+    record.pop("crc32")
+    (folder / "infinite" / kept.name / "manifest.json").write_text(seal(record))
     weights = folder / "shortened" / kept.name / "rank_00000.safetensors"
     os.truncate(weights, weights.stat().st_size - 64)
     (folder / "without-rank" / kept.name / "rank_00000.safetensors").unlink()
@@ -250,6 +264,22 @@ TOOLS = [
     ),
     ("plot_runs.py", "kept --output kept", ["--output kept", "give a file such as losses.png"]),
     ("plot_runs.py", "kept --output losses", ["--output losses", "give a file such as losses.png"]),
+    (
+        "preprocess_data.py",
+        f"--input {LONG} --output-prefix x {SMALL_MODEL}",
+        ["--input xxx", "shorter name"],
+    ),
+    (
+        "preprocess_data.py",
+        f"--input text.jsonl --output-prefix {LONG} {SMALL_MODEL}",
+        ["--output-prefix xxx", "shorter name"],
+    ),
+    ("convert_checkpoint.py", f"--load kept --save {LONG}", ["--save xxx", "shorter name"]),
+    (
+        "convert_checkpoint.py",
+        "--load kept --save x --names nested.json",
+        ["nested.json", "nested too deeply"],
+    ),
 ]
 
 

@@ -3,7 +3,6 @@
 A sealed JSON file, written last: a folder that has one is complete. Needs no torch.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -11,6 +10,7 @@ from typing import Any, TypeAlias
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.errors import CheckpointError
+from megatron_nexus.json_text import parse_json, record_of, with_types
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
@@ -157,7 +157,7 @@ def manifest_to_json(manifest: Manifest) -> str:
 def is_of_another_format(contents: bytes) -> bool:
     """Whether a manifest says that it is not of this version's format."""
     try:
-        return int(json.loads(contents)["format_version"]) != FORMAT_VERSION
+        return bool(parse_json(contents)["format_version"] != FORMAT_VERSION)
     except (KeyError, TypeError, ValueError):
         return False
 
@@ -172,7 +172,9 @@ def read_manifest(folder: Location) -> Manifest:
     try:
         contents = path.read_bytes()
         # Before the seal is looked at: another version may have another one.
-        version = int(json.loads(contents)["format_version"])
+        version = parse_json(contents)["format_version"]
+        if type(version) is not int:
+            raise TypeError(f"format_version is {version!r:.80}")
         if version != FORMAT_VERSION:
             age, remedy = ("newer", ", or a later one") if version > FORMAT_VERSION else ("older", "")
             raise CheckpointError(
@@ -181,20 +183,22 @@ def read_manifest(folder: Location) -> Manifest:
             )
         raw = unseal(contents)
         specs = [spec_from_json(spec) for spec in raw["specs"]]
-        return Manifest(
-            progress=RunProgress(**raw["progress"]),
+        manifest = Manifest(
+            progress=record_of(RunProgress, raw["progress"]),
             specs={spec.name: spec for spec in specs},
             optimizer=_optimizer_from_json(raw["optimizer"]),
-            engine=EngineRecord(**raw["engine"]),
-            topology=Topology(**raw["topology"]),
+            engine=record_of(EngineRecord, raw["engine"]),
+            topology=record_of(Topology, raw["topology"]),
             config=raw["config"],
             tokenizer_fingerprint=raw["tokenizer_fingerprint"],
             lineage=raw["lineage"],
-            data=DataRecord(**raw.get("data", {})),
+            data=record_of(DataRecord, raw.get("data", {})),
             # Before there was a choice, what was trained was trained without BOS.
             prepend_bos=raw.get("prepend_bos", False if raw["progress"]["step"] else None),
             format_version=version,
         )
+        with_types(manifest.optimizer)
+        return with_types(manifest)
     except OSError as error:
         raise CheckpointError(
             f"{path}: {error.strerror}; a checkpoint without a manifest is incomplete: load another"

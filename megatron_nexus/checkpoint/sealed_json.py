@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_nexus.json_text import parse_json
+
 MARK = b',\n "crc32": '
 END = re.compile(re.escape(MARK) + rb"\d+}\n\Z")
 
@@ -26,6 +28,6 @@ def unseal(contents: bytes) -> dict[str, Any]:
     head, _, checksum = contents.rpartition(MARK)
     if checksum != b"%d}\n" % zlib.crc32(head):
         raise ValueError("its CRC-32 differs")
-    found = json.loads(contents)
+    found = parse_json(contents)
     assert isinstance(found, dict), "sealed as an object"
     return found

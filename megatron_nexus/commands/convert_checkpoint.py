@@ -22,6 +22,7 @@ from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.json_text import parse_json
 
 MODEL_FILE = "model.safetensors"
 
@@ -131,7 +132,7 @@ def read_names(file: str, manifest: Manifest) -> dict[str, str]:
     if not file:
         return names
     try:
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        given = parse_json(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"--names {file}: {error.strerror}: give a JSON file"]) from error
     except ValueError as error:

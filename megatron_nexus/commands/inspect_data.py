@@ -72,7 +72,7 @@ def _show(dataset: IndexedDataset, description: CorpusDescription | None) -> Non
         say("tokenizer        %s, %s ids", description.tokenizer, f"{description.vocab_size:,}")
         begin = f"begin with BOS, token {description.bos_id}" if description.prepend_bos else "have no BOS"
         say("documents        %s", begin)
-        say("bytes per token  %.2f", description.text_bytes / description.tokens)
+        say("bytes per token  %.2f", description.text_bytes / max(1, description.tokens))
         say(
             "left out         %s empty, %s malformed records; %s empty files",
             f"{description.empty_documents:,}",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError, path_errors
 from megatron_nexus.log import silence
 
 EXIT_CODE_INTERRUPTED = 130
@@ -23,7 +23,8 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
     # The 700 of Python are for small programs: a third of the time to import torch goes into collections.
     gc.set_threshold(100_000)
     try:
-        tool()
+        with path_errors():
+            tool()
     except NexusError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(EXIT_CODE_USER_ERROR)

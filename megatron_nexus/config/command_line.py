@@ -14,6 +14,7 @@ from megatron_nexus.config.megatron_flags import instead_of, instead_of_family
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
 from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig, TrainingConfig
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.json_text import fits
 
 # Flags that launchers and scripts add and nobody here reads.
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
@@ -166,6 +167,9 @@ def from_saved(saved: Mapping[str, object]) -> RunConfig:
             raise TypeError(f"{section} is no section")
         if section == "model" and values.get("attention_order", 1) != 1:
             values = {"attention_inner": INNER_BEFORE_IT_WAS_RECORDED, **values}
+        for name, hint in get_type_hints(kind).items():
+            if name in values and not fits(values[name], hint):
+                raise TypeError(f"{section}.{name} is {values[name]!r:.80}")
         # JSON has lists for our tuples.
         sections[section] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return RunConfig(preset=str(saved["preset"]), **sections)

@@ -50,6 +50,8 @@ def read_config_file(path: Path) -> dict[str, Value]:
         where = f":{error.problem_mark.line + 1}" if isinstance(error, yaml.MarkedYAMLError) else ""
         what = getattr(error, "problem", None) or "a character that YAML does not allow"
         raise ConfigError([f"--config {path}{where}: {what}: correct the YAML"]) from error
+    except ValueError as error:  # such as a date that does not exist, a number of 5,000 digits
+        raise ConfigError([f"--config {path}: {error}: correct the value"]) from error
     except RecursionError as error:
         raise ConfigError([f"--config {path} is nested too deeply: write sections with settings"]) from error
     if not isinstance(document, dict):

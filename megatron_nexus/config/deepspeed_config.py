@@ -5,7 +5,6 @@ profilers, monitors) it sets; what a checkpoint of ours could not hold, such as 
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from math import inf
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, cast
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.json_text import parse_json
 
 Json = dict[str, "bool | int | float | str | list[Json] | Json | None"]
 
@@ -125,7 +125,7 @@ def deepspeed_config(config: RunConfig, world_size: int, device_type: str = "cpu
 
 def _read(path: Path) -> Json:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"--deepspeed-config {path}: {error.strerror}: give a JSON file"]) from error
     except ValueError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_nexus.data.indexed_dataset import IndexedDataset, json_path
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
+from megatron_nexus.json_text import parse_json, record_of
 
 SAMPLED_DOCUMENTS = 64
 
@@ -71,7 +72,7 @@ def read_description(prefix: Path) -> CorpusDescription | None:
     """
     file = json_path(prefix)
     try:
-        return CorpusDescription(**json.loads(file.read_bytes()))
+        return record_of(CorpusDescription, parse_json(file.read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

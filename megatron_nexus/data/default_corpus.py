@@ -29,6 +29,7 @@ from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.file_lock import acquire
+from megatron_nexus.json_text import parse_json
 from megatron_nexus.log import Progress, logger
 
 NAME = "python-stdlib"
@@ -155,9 +156,9 @@ def _fingerprint(documents: dict[bytes, str], tokenizer: int | str) -> str:
 def _complete(folder: Path, fingerprint: str) -> DefaultCorpus | None:
     """The corpus in `folder` if all its files are there in full."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = parse_json((folder / "manifest.json").read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in manifest["file_bytes"]}
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
     if manifest["fingerprint"] != fingerprint or sizes != manifest["file_bytes"]:
         return None

@@ -10,7 +10,6 @@ Uncompressed files of lines are cut anywhere: a line belongs to the span that it
 files are cut between row groups, compressed ones not at all.
 """
 
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from megatron_nexus.data.parquet_columns import (
     read_column,
 )
 from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.json_text import NestingError, parse_record
 
 LONGEST_RECORD_BYTES = 1 << 30
 """Longer lines and files are no documents: lengths in the index are 32-bit, and workers hold a record."""
@@ -34,7 +34,6 @@ ROWS_PER_BATCH = 256
 COUNTING_BYTES = 1 << 24
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NAMES_CHARACTERS = 200
-_JSON = json.JSONDecoder(parse_int=float)  # int would refuse numbers of more than 4,300 digits
 
 
 @dataclass(frozen=True)
@@ -221,10 +220,10 @@ def _skip_line(stream: BinaryIO) -> int:
 def _field(line: bytes, key: str, span: Span, number: int) -> Document | Malformed:
     """The text in a line of JSON."""
     try:
-        record = _JSON.decode(line.decode())
+        record = parse_record(line.decode())
     except UnicodeDecodeError:
         return Malformed(span, number, "not UTF-8", _excerpt(line))
-    except RecursionError:
+    except NestingError:
         return Malformed(span, number, "nested too deeply", _excerpt(line))
     except ValueError:
         if not line.strip():

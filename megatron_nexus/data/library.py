@@ -77,7 +77,7 @@ class Library:
                 remedy = (
                     "raise the limit (ulimit -n), or merge corpora"
                     if error.errno == EMFILE
-                    else "make it readable"
+                    else "make it readable, or give another"
                 )
                 raise DataError(f"{prefix} cannot be opened ({error.strerror}): {remedy}") from error
             if self.tokenizer is not None:

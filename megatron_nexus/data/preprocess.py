@@ -41,7 +41,7 @@ from megatron_nexus.data.shards import (
 from megatron_nexus.data.team import Team, wait_for_message
 from megatron_nexus.data.text_change import loss_lines
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_nexus.errors import ConfigError, DataError, NexusError
+from megatron_nexus.errors import ConfigError, DataError, NexusError, path_errors
 from megatron_nexus.file_lock import LOCK_FILE, locked_folder
 from megatron_nexus.log import Progress, logger
 
@@ -104,7 +104,8 @@ def preprocess(job: Preprocessing, team: Team) -> CorpusDescription | None:
         return None
     others = range(1, team.size)
     try:
-        description = _lead(job, team)
+        with path_errors():
+            description = _lead(job, team)
     except NexusError as error:
         for rank in others:
             team.send(rank, _Failure(str(error)))
@@ -120,7 +121,10 @@ def _follow(job: Preprocessing, team: Team) -> None:
     if not isinstance(share, _Share):
         return
     try:
-        with closing(tokenize_shards(share.shards, _tokenizing(job), job.workers or team.cores)) as steps:
+        with (
+            path_errors(),
+            closing(tokenize_shards(share.shards, _tokenizing(job), job.workers or team.cores)) as steps,
+        ):
             for finished in steps:
                 if finished is not None:
                     team.send(0, finished)

@@ -34,6 +34,7 @@ from megatron_nexus.data.text_change import first_change
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.workers import end_workers, start_workers
 from megatron_nexus.errors import DataError
+from megatron_nexus.json_text import parse_json, record_of
 
 FORMAT_VERSION = 1
 """Part of the names: raise it when the same inputs would give other shards."""
@@ -134,7 +135,7 @@ def finished_counts(prefix: Path, itemsize: int) -> Counts | None:
     """The counts of a shard that is finished and whole; tokens take `itemsize` bytes."""
     try:
         sizes = idx_path(prefix).stat().st_size, bin_path(prefix).stat().st_size
-        counts = Counts(**json.loads(json_path(prefix).read_bytes()))
+        counts = record_of(Counts, parse_json(json_path(prefix).read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
     whole = (index_bytes(counts.documents, counts.documents + 1), counts.tokens * itemsize)

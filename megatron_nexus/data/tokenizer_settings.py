@@ -1,10 +1,10 @@
 """Special tokens by name, from the files that Hugging Face puts beside a tokenizer."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_nexus.errors import DataError
+from megatron_nexus.json_text import parse_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -28,10 +28,10 @@ def tokenizer_settings(model_path: Path, file: str) -> dict[str, object]:
     """What a file beside a tokenizer says; nothing where it does not exist. Raises DataError."""
     path = model_path.with_name(file)
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}): copy it again or remove it") from None
     if not isinstance(found, dict):
         raise DataError(f"{path} cannot be read (it is not a JSON object): copy it again or remove it")

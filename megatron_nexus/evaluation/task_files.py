@@ -9,13 +9,13 @@ Needs no lm-evaluation-harness: wrong files are answered before it is imported.
 """
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.extras import install_command
+from megatron_nexus.json_text import parse_record
 
 PAPER_TASKS = ("piqa", "openbookqa", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks of the paper's Table 1."""
@@ -86,7 +86,7 @@ def read_task_file(path: Path, task: str) -> list[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_record(line)
             problem = _problem(record, task)
         except ValueError as error:
             problem = f"is not JSON ({error})"

@@ -1,6 +1,5 @@
 """A folder of Hugging Face's: `config.json`, safetensors in one file or several, a `tokenizer.json`."""
 
-import json
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +15,7 @@ from megatron_nexus.interchange.architecture import JsonObject
 from megatron_nexus.interchange.foreign_model import Array, ForeignModel
 from megatron_nexus.interchange.safetensors_header import DTYPES, StoredTensor, read_header
 from megatron_nexus.interchange.tokenizer_files import copy_tokenizer
+from megatron_nexus.json_text import parse_json
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -60,7 +60,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_json(path: Path) -> JsonObject:
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         place = path if path.parent.is_dir() else path.parent
         raise CheckpointError(f"{place}: {error.strerror}{_remedy(place)}") from error
@@ -68,7 +68,7 @@ def _read_json(path: Path) -> JsonObject:
         raise CheckpointError(
             f"{path}: {error.strerror}: give a folder as Hugging Face's save_pretrained writes it"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is no JSON ({error}): copy it again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is no JSON object: copy it again")

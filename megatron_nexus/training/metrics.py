@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.extras import install_command
+from megatron_nexus.json_text import fits, parse_record
 from megatron_nexus.log import logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -180,10 +181,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_bytes().splitlines():
             try:
-                records.append(json.loads(line))
+                record = parse_record(line)
             except ValueError:  # no JSON, or no UTF-8
                 continue
+            if isinstance(record, dict) and type(record.get("step")) is int and _has_numbers(record):
+                records.append(record)
     return records
+
+
+def _has_numbers(record: dict[str, Any]) -> bool:
+    return all(fits(record.get(name, 0.0), float) for name in ("loss", "validation_loss"))
 
 
 def training_curve(records: list[dict[str, Any]]) -> Curve:
