@@ -24,7 +24,7 @@ from megatron_nexus.checkpoint.run_folder import (
     newest_checkpoint,
     require_own_folder,
 )
-from megatron_nexus.config.command_line import build, from_saved, given_flags, over
+from megatron_nexus.config.command_line import Consumed, build, from_saved, given_flags, over
 from megatron_nexus.config.config_file import config_text, read_config_file
 from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.presets import DEFAULT_PRESET, Value
@@ -125,10 +125,11 @@ def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
         if grow:
             raise ConfigError([f"--grow {grow!r} needs a checkpoint to grow: give --load"])
         return build(given), None
-    saved = saved_config(checkpoint, read_manifest(checkpoint))
+    manifest = read_manifest(checkpoint)
+    saved, done = saved_config(checkpoint, manifest), manifest.progress
     if grow:
         saved = grown_config(saved, read_request(grow))
-    return build(given, saved), checkpoint
+    return build(given, saved, Consumed(done.step, done.samples, done.tokens)), checkpoint
 
 
 def saved_config(checkpoint: Location, manifest: Manifest) -> RunConfig:

@@ -32,7 +32,7 @@ FLAGS = [
     ("--lrr 1e-3", ["unknown flag --lrr: did you mean --lr?"]),
     ("--tp_size 2", ["unknown flag --tp_size"]),
     ("--fp16", ["unknown flag --fp16: use --bf16"]),
-    ("--train-samples 100", ["unknown flag --train-samples: use --train-iters or --train-tokens"]),
+    ("--lr-warmup-tokens 100", ["unknown flag --lr-warmup-tokens: use --lr-warmup-samples"]),
     ("--lr fast", ["--lr", "'fast'"]),
     ("--lr", ["--lr", "expected one argument"]),
     ("--num-layers 2.5", ["--num-layers", "'2.5'"]),

@@ -6,6 +6,7 @@ Nothing here asks the machine, so it answers on a login node.
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import get_args, get_origin, get_type_hints
 
 from megatron_nexus.config.data_path import token_count
@@ -18,7 +19,7 @@ from megatron_nexus.json_text import fits
 
 # Flags that launchers and scripts add and nobody here reads.
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
-# What the command itself reads; the rest of the flags are fields, the preset and --train-tokens.
+# What the command itself reads; the rest of the flags are fields and the preset.
 COMMAND_FLAGS = ("config", "dry_run", "world_size")
 
 
@@ -63,9 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
             else:
                 group.add_argument(*flags, type=hint, help=text, metavar=hint.__name__.upper())
         if section == "training":
-            group.add_argument(
-                "--train-tokens", metavar="TOKENS", help="--train-iters by tokens, such as 100B; rounded up"
-            )
             for precision in ("bf16", "fp32"):
                 group.add_argument(
                     f"--{precision}",
@@ -86,33 +84,52 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(known).items()}
     for flag in LAUNCHER_FLAGS:
         given.pop(flag.strip("-").replace("-", "_"), None)
-    if "train_tokens" in given and "train_iters" in given:
-        raise ConfigError(["--train-tokens and --train-iters both say how long to train: give one of them"])
+    if len(lengths := [_flag(name) for name in LENGTHS if name in given]) > 1:
+        raise ConfigError([f"{' and '.join(lengths)} both say how long to train: give one of them"])
     return given
 
 
 def over(file: Mapping[str, Value], flags: Mapping[str, Value]) -> dict[str, Value]:
     """The settings of a configuration file with those of the command line over them."""
-    lengths = {"train_tokens", "train_iters"}
-    kept = {name: value for name, value in file.items() if name not in lengths or not lengths & flags.keys()}
-    return {**kept, **flags}
+    replaced = set(LENGTHS) if flags.keys() & set(LENGTHS) else set()
+    return {name: value for name, value in file.items() if name not in replaced} | dict(flags)
 
 
 INTERVALS = ("save_interval", "log_interval", "eval_interval", "eval_iters")
 """How often a run saves, tells and validates, and on how much; presets say it, and it outlives a restart."""
 
 
-def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConfig:
+LENGTHS: dict[str, Value] = {"train_iters": 0, "train_tokens": "", "train_samples": 0}
+"""How long to train: one of them is said, the others are not."""
+
+IN_STEPS = ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters", "lr_start_iter")
+IN_SAMPLES = ("lr_warmup_samples", "lr_decay_samples", "lr_wsd_decay_samples")
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """How far the checkpoint that a run starts from has come."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+def build(
+    given: Mapping[str, Value], saved: RunConfig | None = None, consumed: Consumed = Consumed()
+) -> RunConfig:
     """The configuration of `given` flags over a preset, or over that of the checkpoint a run starts from.
 
     A checkpoint hands on its model, which flags can only confirm, and its training, optimizer, data and
     intervals, which flags change. Where ranks lie, where checkpoints go and what is told are each run's own.
+    A budget of tokens or samples becomes the steps that read what `consumed` leaves of it, at the present
+    size of the batch and of a sample.
 
-    Raises ConfigError where flags contradict the checkpoint's model.
+    Raises ConfigError where flags contradict the checkpoint's model, or a budget is no number.
     """
     if saved is None:
         name = str(given.get("preset", DEFAULT_PRESET))
-        values: dict[str, object] = {**PRESETS.get(name, {}), **given}
+        values: dict[str, object] = dict(PRESETS.get(name, {}))
     else:
         name = saved.preset
         model = dataclasses.asdict(saved.model)
@@ -127,14 +144,24 @@ def build(given: Mapping[str, Value], saved: RunConfig | None = None) -> RunConf
         kept = (saved.model, saved.training, saved.optimizer, saved.data)
         values = {name: value for section in kept for name, value in vars(section).items()}
         often = vars(saved.checkpoint) | vars(saved.logging)
-        values |= {name: often[name] for name in INTERVALS} | dict(given)
-    if "train_tokens" in given:
-        values["train_iters"] = _iterations(str(given["train_tokens"]), values)
+        values |= {name: often[name] for name in INTERVALS}
+    if given.keys() & LENGTHS.keys():
+        values |= {name: unsaid for name, unsaid in LENGTHS.items() if name != "train_iters"}
+    if given.keys() & set(IN_SAMPLES):
+        values |= dict.fromkeys(IN_STEPS, 0)
+    elif given.keys() & set(IN_STEPS):
+        values |= dict.fromkeys(IN_SAMPLES, 0)
+    values |= dict(given)
     sections = {
         section: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
         for section, kind in SECTIONS.items()
     }
-    return RunConfig(preset=name, **sections)
+    config = RunConfig(preset=name, **sections)
+    training = config.training
+    if training.train_tokens or training.train_samples > 0:
+        steps = consumed.step + config.batches.steps(consumed.samples, _samples_left(training, consumed))
+        config = dataclasses.replace(config, training=dataclasses.replace(training, train_iters=steps))
+    return config
 
 
 def model_name(config: RunConfig) -> str:
@@ -144,18 +171,19 @@ def model_name(config: RunConfig) -> str:
     return f"{config.preset}, resized"
 
 
-def _iterations(tokens: str, values: Mapping[str, object]) -> int:
-    """--train-tokens as optimizer steps, the last one whole. Raises ConfigError where it is no number."""
-    defaults = TrainingConfig()
-    batch = values.get("global_batch_size", defaults.global_batch_size)
-    length = values.get("seq_length", defaults.seq_length)
-    assert isinstance(batch, int) and isinstance(length, int), "typed by the parser"
-    count = token_count(tokens)
-    if count is None or count < 1:
+def _samples_left(training: TrainingConfig, consumed: Consumed) -> int:
+    """The samples that are left of a budget. Raises ConfigError where it is no number of tokens."""
+    if training.train_samples > 0:
+        return training.train_samples - consumed.samples
+    wanted = token_count(training.train_tokens)
+    if wanted is None or wanted < 1:
         raise ConfigError(
-            [f"--train-tokens {tokens} is no number of tokens: write such as 100B, 1.5M or 4096"]
+            [
+                f"--train-tokens {training.train_tokens} is no number of tokens: write such as 100B, 1.5M or "
+                "4096"
+            ]
         )
-    return -(-count // max(1, batch * length))
+    return -(-(wanted - consumed.tokens) // max(1, training.seq_length))
 
 
 def from_saved(saved: Mapping[str, object]) -> RunConfig:

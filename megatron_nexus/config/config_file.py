@@ -19,8 +19,6 @@ from megatron_nexus.config.presets import PRESETS, Value
 from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
-# Read beside the fields of a section: other ways to say one of them.
-ALSO_READ: dict[str, dict[str, type]] = {"training": {"train_tokens": str}}
 # What the file that a run wrote says of its model, whatever version wrote it.
 ALWAYS_WRITTEN = {
     *("vocab_size", "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size"),
@@ -62,18 +60,25 @@ def read_config_file(path: Path) -> dict[str, Value]:
     problems = [f"--config {path}: {problem}" for problem in (*_twice(node), *_read(document, values))]
     if _says_all_sizes(document) and values.get("attention_order", 1) != 1:
         values.setdefault("attention_inner", INNER_BEFORE_IT_WAS_RECORDED)
-    if {"train_tokens", "train_iters"} <= values.keys():
-        problems.append(f"--config {path}: train_tokens and train_iters both say how long to train: keep one")
+    if len(said := [name for name in ("train_tokens", "train_samples", "train_iters") if name in values]) > 1:
+        problems.append(f"--config {path}: {' and '.join(said)} both say how long to train: keep one")
     if problems:
         raise ConfigError(problems)
     return values
 
 
 def config_text(config: RunConfig) -> str:
-    """The YAML of a resolved configuration, every field included but those of NEVER_WRITTEN."""
+    """The YAML of a resolved configuration, every field included but those of NEVER_WRITTEN.
+
+    A budget is written as it was given, without the steps that follow from it.
+    """
+    training = config.training
     sections: dict[str, object] = {"preset": config.preset}
+    budget = bool(training.train_tokens or training.train_samples)
+    unsaid = {"train_tokens": not training.train_tokens, "train_samples": not training.train_samples}
+    lengths = [name for name, left_out in {**unsaid, "train_iters": budget}.items() if left_out]
     for section in SECTIONS:
-        left_out = NEVER_WRITTEN.get(section, ())
+        left_out = (*NEVER_WRITTEN.get(section, ()), *lengths)
         fields = dataclasses.asdict(getattr(config, section))
         sections[section] = {
             name: list(value) if isinstance(value, tuple) else value
@@ -115,7 +120,7 @@ def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[
         elif not isinstance(content, dict):
             yield f"{key} {content!r} is no mapping: write {key}: and its fields below it"
         else:
-            hints = {**get_type_hints(SECTIONS[str(key)]), **ALSO_READ.get(str(key), {})}
+            hints = get_type_hints(SECTIONS[str(key)])
             for name, value in content.items():
                 if name not in hints:
                     yield _unknown(f"{key}.{name}", str(name), list(hints))

@@ -55,7 +55,13 @@ def notes(config: RunConfig) -> list[str]:
             f"--nexus-a {model.nexus_a}; a Nexus-Rank projection is meant to widen"
         )
     optimizer = config.optimizer
-    if optimizer.lr_start_iter + optimizer.lr_warmup_iters >= config.training.train_iters:
+    if optimizer.counts_samples:
+        if optimizer.lr_warmup_samples >= (read := config.batches.samples(0, config.training.train_iters)):
+            said.append(
+                f"--lr-warmup-samples {optimizer.lr_warmup_samples} is not over when the run of {read} "
+                "samples ends"
+            )
+    elif optimizer.lr_start_iter + optimizer.lr_warmup_iters >= config.training.train_iters:
         counted = f", from --lr-start-iter {optimizer.lr_start_iter} on," if optimizer.lr_start_iter else ""
         said.append(
             f"--lr-warmup-iters {optimizer.lr_warmup_iters}{counted} is not over when the run of "
@@ -147,6 +153,10 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--lr-start-iter": optimizer.lr_start_iter,
         "--lr-warmup-iters": optimizer.lr_warmup_iters,
         "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
+        "--lr-decay-samples": optimizer.lr_decay_samples,
+        "--lr-warmup-samples": optimizer.lr_warmup_samples,
+        "--lr-wsd-decay-samples": optimizer.lr_wsd_decay_samples,
+        "--train-samples": training.train_samples,
         "--weight-decay": optimizer.weight_decay,
         "--clip-grad": optimizer.clip_grad,
         "--save-interval": config.checkpoint.save_interval,
@@ -233,6 +243,15 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         yield (
             f"--keep-every {config.checkpoint.keep_every} excepts checkpoints from deletion, and without "
             "--keep-latest none is deleted: give --keep-latest too, or drop the flag"
+        )
+    in_steps = (
+        *(optimizer.lr_decay_iters, optimizer.lr_warmup_iters),
+        *(optimizer.lr_wsd_decay_iters, optimizer.lr_start_iter),
+    )
+    if optimizer.counts_samples and any(in_steps):
+        yield (
+            "the schedule is given in samples (--lr-decay-samples, --lr-warmup-samples, "
+            "--lr-wsd-decay-samples) and in steps: give all of it in one of them"
         )
     if 0 < optimizer.lr < optimizer.min_lr:
         yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}: use at most {optimizer.lr}"
@@ -323,6 +342,7 @@ def _data_problems(config: RunConfig) -> Iterable[str]:
         lambda: parse_sets("--test-data-path", "test", data.test_data_path),
         lambda: parse_token_range(data.data_range) if data.data_range else None,
         lambda: parse_exit_signals(config.checkpoint.exit_signal),
+        lambda: config.batches if config.training.global_batch_size > 0 else None,
     )
     for read in readings:
         try:
@@ -356,6 +376,17 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             f"--global-batch-size {training.global_batch_size} is not a multiple of micro batch "
             f"{training.micro_batch_size} x data parallel {dp} = {per_pass}: use {choices}"
         )
+    elif training.rampup_batch_size:
+        try:
+            batches = config.batches
+        except ConfigError:
+            return  # said already
+        if batches.start % per_pass or batches.increment % per_pass:
+            yield (
+                f"--rampup-batch-size {' '.join(training.rampup_batch_size)}: start and increment must be "
+                f"multiples of micro batch {training.micro_batch_size} x data parallel {dp} = {per_pass}: use "
+                f"such as {per_pass} {per_pass} {batches.ramp_samples}"
+            )
 
 
 def _task_problems(config: RunConfig) -> Iterable[str]:

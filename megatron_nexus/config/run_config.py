@@ -8,6 +8,7 @@ Megatron-LM's spelling where Megatron-LM has the flag, plus the aliases given he
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_type_hints
 
+from megatron_nexus.config.batch_schedule import BatchSchedule, batch_schedule
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS
 
 Precision = Literal["bf16", "fp32"]
@@ -210,7 +211,15 @@ class TrainingConfig:
     micro_batch_size: int = option(8, "samples per rank, forward and backward pass")
     global_batch_size: int = option(32, "samples per optimizer step over all ranks")
     seq_length: int = option(128, "tokens per sample")
+    rampup_batch_size: tuple[str, ...] = option(
+        (),
+        "start, increment, samples: the batch grows from start to --global-batch-size over so many samples",
+    )
     train_iters: int = option(300, "optimizer steps of the whole run, resumed steps included")
+    train_tokens: str = option(
+        "", "--train-iters by the tokens of the whole run, such as 100B; the last step is a whole one"
+    )
+    train_samples: int = option(0, "--train-iters by the samples of the whole run; 0: it is not")
     precision: Precision = option("bf16", "bf16 (fp32 master weights and accumulation) or fp32")
     recompute_granularity: Recompute = option(
         "none", "activations computed again in backward: none, selective (pointwise ones), full (each block)"
@@ -230,6 +239,11 @@ class OptimizerConfig:
     lr_start_iter: int = option(0, "step that warm-up and decay are counted from, for a new phase of a run")
     lr_warmup_iters: int = option(0, "steps of linear warm-up from zero")
     lr_wsd_decay_iters: int = option(0, "steps of the final decay of WSD; 0: a tenth of the run")
+    lr_decay_samples: int = option(0, "samples at which the decay ends; 0: the last of the run")
+    lr_warmup_samples: int = option(
+        0, "samples of linear warm-up; one of these has the schedule count samples"
+    )
+    lr_wsd_decay_samples: int = option(0, "samples of the final decay of WSD; 0: a tenth of the run")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices; norm gains have none")
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.95, "decay of the second moment")
@@ -239,6 +253,11 @@ class OptimizerConfig:
         "torch",
         "AdamW of torch (fused), of NVIDIA's apex (CUDA devices), or of DeepSpeed (compiled at first use)",
     )
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether the learning rate is a function of the samples read, not of the steps taken."""
+        return bool(self.lr_decay_samples or self.lr_warmup_samples or self.lr_wsd_decay_samples)
 
 
 @dataclass(frozen=True)
@@ -339,8 +358,13 @@ class RunConfig:
         """Copies of the model among `world_size` ranks, which the rules have checked to be a multiple."""
         return world_size // self.model_parallel_size
 
+    @property
+    def batches(self) -> BatchSchedule:
+        """The global batch of each step. Raises ConfigError on a --rampup-batch-size that cannot be meant."""
+        return batch_schedule(self.training.rampup_batch_size, self.training.global_batch_size)
+
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step."""
+        """Micro-batches per rank and optimizer step of a full batch."""
         per_pass = self.training.micro_batch_size * self.data_parallel_size(world_size)
         return self.training.global_batch_size // per_pass
 

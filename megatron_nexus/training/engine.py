@@ -100,7 +100,6 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._mesh = mesh
-        self._accumulation = config.accumulation_steps(mesh.world_size)
         self.shard = Shard(mesh.tensor, mesh.tensor_size, padding_multiple(config, mesh.device))
         tp = TensorParallel(mesh.tensor_group, config.parallel.sequence_parallel)
         context = Context(
@@ -151,6 +150,14 @@ class Engine:
                 )
         self.layers = stages[mesh.pipe]
 
+    def set_batch_size(self, samples: int) -> None:
+        """Have each step from now on take `samples` over all ranks: more, or fewer, micro-batches of each."""
+        if samples != self.deepspeed.train_batch_size():
+            self.deepspeed.set_train_batch_size(samples)
+            # A step ends where micro_steps is a multiple of their number in a step.
+            per_step = self.deepspeed.gradient_accumulation_steps()
+            self.deepspeed.micro_steps = self.deepspeed.global_steps * per_step
+
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over the next micro-batches.
 
@@ -163,7 +170,7 @@ class Engine:
         else:
             self.deepspeed.train()
             losses = []
-            for _ in range(self._accumulation):
+            for _ in range(self.deepspeed.gradient_accumulation_steps()):
                 loss_tensor = self.deepspeed(*self._to_device(next(batches)))
                 self.deepspeed.backward(loss_tensor)
                 self.deepspeed.step()

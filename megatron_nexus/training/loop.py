@@ -83,7 +83,7 @@ class Trainer:
         self._judge = judge
         self._scoring = Scoring(config, mesh, engine) if config.logging.eval_tasks else None
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
-        self.tokens_per_step = config.training.global_batch_size * config.training.seq_length
+        self._batch_schedule = config.batches
         self.evaluation_bytes = {name: corpus.evaluation_bytes(name, config) for name in corpus.evaluations}
         self.progress = RunProgress(step=0, samples=0, tokens=0, flops=0)
         self.data = DataRecord(corpus.fingerprint, corpus.description)
@@ -162,7 +162,10 @@ class Trainer:
         metrics = None
         if self.mesh.rank == 0:
             metrics = MetricsWriter(self.notes_folder, self.progress.step, logging.tensorboard_dir)
-        self._announce_epochs()
+        last_sample = self.progress.samples + self._batch_schedule.samples(
+            self.progress.samples, last - self.progress.step
+        )
+        self._announce_epochs(last_sample)
         batches = self._training_batches()
         trained_s, trained_tokens, told = 0.0, 0, 0.0
         evaluations: list[Validation] = []
@@ -170,15 +173,20 @@ class Trainer:
         stopping = False
         while self.progress.step < last and not stopping:
             step = self.progress.step + 1
-            rate = learning_rate(config.optimizer, step, last)
+            batch = self._batch_schedule.size(self.progress.samples)
+            self.engine.set_batch_size(batch)
+            samples = self.progress.samples + batch
+            when = (samples, last_sample) if config.optimizer.counts_samples else (step, last)
+            rate = learning_rate(config.optimizer, *when)
             began = time.perf_counter()
             result = self.engine.train_step(batches, rate)
             step_s = time.perf_counter() - began
             self._require_finite(step, result)
-            self._advance()
-            trained_s, trained_tokens = trained_s + step_s, trained_tokens + self.tokens_per_step
+            tokens = batch * config.training.seq_length
+            self._advance(batch)
+            trained_s, trained_tokens = trained_s + step_s, trained_tokens + tokens
             if metrics is not None:
-                record = self._step_metrics(step, rate, result, step_s)
+                record = self._step_metrics(step, rate, result, step_s, tokens)
                 due = step % logging.log_interval == 0 or step == last
                 speak = due or time.monotonic() - told > SILENCE_S
                 metrics.step(record, last, speak)
@@ -253,11 +261,9 @@ class Trainer:
     def _training_batches(self) -> Iterator[Batch]:
         return self._batches(self.corpus.training, self.progress.samples - self.data.first_sample)
 
-    def _announce_epochs(self) -> None:
-        """Say which corpora the rest of the run reads more than once."""
-        left = self.config.training.train_iters - self.progress.step
-        last = self.progress.samples + left * self.config.training.global_batch_size
-        for line in self.corpus.epochs(last - self.data.first_sample):
+    def _announce_epochs(self, last_sample: int) -> None:
+        """Say which corpora the run reads more than once up to its last sample."""
+        for line in self.corpus.epochs(last_sample - self.data.first_sample):
             logger.info("%s", line)
 
     def _batches(self, samples: Blend, consumed_samples: int) -> Iterator[Batch]:
@@ -272,17 +278,19 @@ class Trainer:
             packed=self.config.data.reset_position_ids or self.config.data.reset_attention_mask,
         )
 
-    def _advance(self) -> None:
-        done = self.progress
+    def _advance(self, batch: int) -> None:
+        done, tokens = self.progress, batch * self.config.training.seq_length
         self.progress = RunProgress(
             step=done.step + 1,
-            samples=done.samples + self.config.training.global_batch_size,
-            tokens=done.tokens + self.tokens_per_step,
-            flops=done.flops + self.tokens_per_step * self.flops_per_token,
+            samples=done.samples + batch,
+            tokens=done.tokens + tokens,
+            flops=done.flops + tokens * self.flops_per_token,
         )
 
-    def _step_metrics(self, step: int, rate: float, result: StepResult, step_s: float) -> StepMetrics:
-        tokens_per_s = self.tokens_per_step / step_s
+    def _step_metrics(
+        self, step: int, rate: float, result: StepResult, step_s: float, tokens: int
+    ) -> StepMetrics:
+        tokens_per_s = tokens / step_s
         return StepMetrics(
             step=step,
             loss=result.loss,
@@ -313,7 +321,7 @@ class Trainer:
                 continue
             count = self.corpus.evaluation_batches(name, self.config)
             loss = self.engine.evaluate(self._batches(samples, 0), count * accumulation)
-            targets = count * self.tokens_per_step
+            targets = count * self.config.training.global_batch_size * self.config.training.seq_length
             made.append(make_validation(name, self.progress.step, loss, targets, self.evaluation_bytes[name]))
             if metrics is not None:
                 metrics.validation(made[-1])

@@ -224,6 +224,15 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
         config.accumulation_steps(mesh.world_size),
         training.train_iters,
     )
+    if training.rampup_batch_size:
+        ramp = config.batches
+        logger.info(
+            "batch: from %d samples by %d up to %d over the first %s samples of the run",
+            ramp.start,
+            ramp.increment,
+            ramp.full,
+            f"{ramp.ramp_samples:,}",
+        )
     logger.info("measured GEMM throughput: %.1f GFLOP/s over all ranks", rate / 1e9)
     logger.info("saving to %s", save)
     for note in notes(config):
@@ -253,7 +262,7 @@ def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder
     for word in words:
         name = word.split("=")[0]
         if name in ("--load", "--save", "--grow") or (
-            finished and name in ("--train-iters", "--train-tokens")
+            finished and name in ("--train-iters", "--train-tokens", "--train-samples")
         ):
             if "=" not in word:
                 next(words, None)

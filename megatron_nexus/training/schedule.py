@@ -5,15 +5,20 @@ import math
 from megatron_nexus.config.run_config import OptimizerConfig
 
 
-def learning_rate(optimizer: OptimizerConfig, step: int, train_iters: int) -> float:
-    """The learning rate of the optimizer step `step`, counted from 1.
+def learning_rate(optimizer: OptimizerConfig, step: int, last: int) -> float:
+    """The learning rate of the optimizer step `step` of `last`, counted from 1.
 
     Linear warm-up from zero, then the chosen decay from `lr` to `min_lr`, reached at the end of the decay
     and kept after it; all counted from the step `lr_start_iter`. WSD stays at `lr` and decays linearly over
-    its last steps.
+    its last steps. Where the optimizer `counts_samples`, `step` is the samples read after the step, and
+    `last` all those of the run.
     """
-    warmup, peak, low = optimizer.lr_warmup_iters, optimizer.lr, optimizer.min_lr
-    end = max(1, (optimizer.lr_decay_iters or train_iters) - optimizer.lr_start_iter)
+    warmup, decay, wsd = optimizer.lr_warmup_iters, optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters
+    if optimizer.counts_samples:
+        warmup, decay = optimizer.lr_warmup_samples, optimizer.lr_decay_samples
+        wsd = optimizer.lr_wsd_decay_samples
+    peak, low = optimizer.lr, optimizer.min_lr
+    end = max(1, (decay or last) - optimizer.lr_start_iter)
     step = max(1, step - optimizer.lr_start_iter)
     if step <= warmup:
         return peak * step / warmup
@@ -29,5 +34,5 @@ def learning_rate(optimizer: OptimizerConfig, step: int, train_iters: int) -> fl
             done = (step - warmup) / (end - warmup)
             return low + (peak - low) * (1.0 - done)
         case "WSD":
-            length = optimizer.lr_wsd_decay_iters or max(1, end // 10)
+            length = wsd or max(1, end // 10)
             return low + (peak - low) * min(1.0, (end - step) / length)

@@ -6,7 +6,14 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from megatron_nexus.config.command_line import build, from_saved, given_flags, make_parser
+from megatron_nexus.config.command_line import (
+    IN_SAMPLES,
+    Consumed,
+    build,
+    from_saved,
+    given_flags,
+    make_parser,
+)
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
 from megatron_nexus.config.run_config import (
     SECTIONS,
@@ -22,6 +29,8 @@ FIELDS = [
     for section, kind in SECTIONS.items()
     for field in dataclasses.fields(kind)
 ]
+# A budget sets --train-iters too, and a schedule in samples is none in steps.
+ALONE = [field for field in FIELDS if field[1] not in {"train_tokens", "train_samples", *IN_SAMPLES}]
 
 
 def parse(*words: str) -> RunConfig:
@@ -59,7 +68,7 @@ def test_no_flags_give_the_default_preset() -> None:
     assert values == expected
 
 
-@pytest.mark.parametrize(("section", "name", "hint", "default"), FIELDS)
+@pytest.mark.parametrize(("section", "name", "hint", "default"), ALONE)
 def test_every_flag_sets_its_field_and_no_other(section: str, name: str, hint: type, default: object) -> None:
     flag, before = "--" + name.replace("_", "-"), parse()
     if hint is bool:
@@ -185,6 +194,40 @@ def test_a_saved_configuration_is_read_back_as_it_was() -> None:
     for broken in ({}, {"preset": "x", "model": 3}, {**dataclasses.asdict(SAVED), "model": {"nexus_z": 1}}):
         with pytest.raises((KeyError, TypeError)):
             from_saved(broken)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ("--global-batch-size 16 --train-tokens 20480", 20 + 10),
+        ("--global-batch-size 4 --train-tokens 20480", 20 + 40),
+        ("--global-batch-size 16 --train-tokens 20481", 20 + 11),
+        ("--seq-length 128 --train-tokens 20480", 20 + 10),
+        ("--seq-length 48 --train-tokens 20480", 20 + 27),
+        ("--train-tokens 10240", 20),
+        ("--train-tokens 1", 20),
+        ("--global-batch-size 16 --train-samples 320", 20 + 10),
+        ("--global-batch-size 16", 20 + 10),  # the budget of the first part holds
+        ("--global-batch-size 16 --train-iters 40", 40),
+        ("--global-batch-size 16 --rampup-batch-size 8 8 176 --train-samples 320", 20 + 2 + 9),
+    ],
+)
+def test_a_budget_counts_what_was_read_and_not_the_steps_that_it_took(words: str, steps: int) -> None:
+    sizes = ["--seq-length", "64", "--global-batch-size", "8"]
+    saved = build(given_flags([*sizes, "--train-tokens", "20480"]))
+    assert saved.training.train_iters == 40
+    consumed = Consumed(step=20, samples=160, tokens=10_240)
+    assert build(given_flags(words.split()), saved, consumed).training.train_iters == steps
+    assert build({}, saved, consumed) == saved
+
+
+def test_a_schedule_in_samples_takes_the_place_of_one_in_steps_and_the_reverse() -> None:
+    steps = parse("--lr-warmup-iters", "7", "--lr-decay-iters", "9")
+    samples = build(given_flags(["--lr-warmup-samples", "70"]), steps)
+    assert (samples.optimizer.lr_warmup_iters, samples.optimizer.lr_decay_iters) == (0, 0)
+    assert samples.optimizer.lr_warmup_samples == 70 and samples.optimizer.counts_samples
+    again = build(given_flags(["--lr-warmup-iters", "3"]), samples).optimizer
+    assert (again.lr_warmup_iters, again.lr_warmup_samples, again.counts_samples) == (3, 0, False)
 
 
 def test_flags_that_repeat_the_checkpoint_s_model_are_welcome() -> None:

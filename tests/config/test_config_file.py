@@ -57,6 +57,8 @@ def test_what_a_run_writes_is_read_back_whole(tmp_path: Path) -> None:
         ("training: {train_iters: 7}", "--train-tokens 1M", 245),
         ("training: {train_tokens: 100B}", "--train-iters 3", 3),
         ("preset: nexusformer-240m", "--train-tokens 4096", 1),
+        ("training: {train_samples: 1000, global_batch_size: 64}", "", 16),
+        ("training: {train_tokens: 100B}", "--train-samples 320", 10),
     ],
 )
 def test_a_run_s_length_is_told_in_iterations_or_tokens(
@@ -72,8 +74,16 @@ def test_tokens_that_are_no_number_are_named(tokens: str) -> None:
 
 
 def test_tokens_and_iterations_together_are_refused() -> None:
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match=r"--train-iters and --train-tokens both say .* give one of them"):
         given_flags(["--train-tokens", "1M", "--train-iters", "3"])
+
+
+@pytest.mark.parametrize("budget", ["--train-tokens 1M", "--train-samples 70"])
+def test_a_budget_is_written_as_it_was_given(tmp_path: Path, budget: str) -> None:
+    config = build(given_flags(budget.split()))
+    text = config_text(config)
+    assert "train_iters" not in text and budget.split()[1] in text
+    assert run_config(write(tmp_path, text)).training == config.training
 
 
 def test_the_file_of_a_run_that_began_grown_is_read_back_under_its_name(tmp_path: Path) -> None:

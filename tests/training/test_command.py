@@ -98,6 +98,28 @@ def test_a_launcher_that_was_told_a_count_gives_the_ranks(
     assert command.losses(save) == pytest.approx(command.losses(kept), rel=1e-5)
 
 
+RAMP_MODES = ["--pp 2", "--zero-stage 2 --bf16"]
+
+
+@pytest.mark.parametrize("mode", RAMP_MODES)
+def test_a_batch_that_ramps_up_trains_as_one_that_is_changed_by_hand(command: Command, mode: str) -> None:
+    steady = f"{mode} --lr-decay-style constant --lr-warmup-iters 2"
+    folder = f"ramp{RAMP_MODES.index(mode)}"
+    ramp = "--rampup-batch-size 2 2 8 --global-batch-size 4 --train-samples 20"
+    code, output = command.run(f"{steady} --save {folder} {ramp}")
+    assert code == 0, output
+    assert "batch: from 2 samples by 2 up to 4 over the first 8 samples of the run" in output
+    assert "finished after iteration 7" in output, "4 steps of 2 samples, 3 of 4"
+    assert summary(output, "tokens") == "320 in 7 iterations"
+    code, output = command.run(f"{steady} --save {folder}-hand --global-batch-size 2 --train-tokens 128")
+    assert code == 0, output
+    words = f"--load {folder}-hand --global-batch-size 4 --train-tokens 320"
+    code, output = command.run(f"{mode} {words}")
+    assert code == 0, output
+    assert "resumed" in output and "at iteration 4, 8 samples" in output
+    assert command.losses(f"{folder}-hand") == command.losses(folder)
+
+
 @pytest.mark.parametrize(("count", "remedy"), [(1, "start 2 ranks"), (3, "start 2 ranks")])
 def test_a_count_that_does_not_fit_is_refused_once(command: Command, count: int, remedy: str) -> None:
     launcher = [*DEEPSPEED, "--num_gpus", str(count), "--master_port", str(free_port())]

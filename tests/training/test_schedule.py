@@ -74,6 +74,17 @@ def test_a_run_no_longer_than_its_warm_up_is_possible(style: DecayStyle, warmup:
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_a_schedule_in_samples_is_that_in_steps_whatever_the_batch(style: DecayStyle) -> None:
+    in_steps = replace(BASE, lr_decay_style=style, lr_decay_iters=100, lr_wsd_decay_iters=20)
+    in_samples = OptimizerConfig(
+        *(1.0, 0.1, style), lr_decay_samples=800, lr_warmup_samples=80, lr_wsd_decay_samples=160
+    )
+    assert [learning_rate(in_samples, 8 * step, 8 * LAST) for step in range(1, LAST + 1)] == pytest.approx(
+        rates(in_steps)[1:]
+    )
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_a_later_phase_has_a_schedule_of_its_own(style: DecayStyle) -> None:
     first = replace(BASE, lr_decay_style=style)
     later = replace(first, lr_start_iter=100)
