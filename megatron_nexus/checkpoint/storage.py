@@ -201,18 +201,24 @@ class LocalFolder(Folder):
 @contextmanager
 def _durable(path: Path) -> Iterator[Write]:
     """A new file that survives a power cut once the context is left. Raises OSError, which names it."""
+    with named_in_errors(path), path.open("wb", buffering=0) as file:
+
+        def write(contents: bytes | memoryview) -> None:
+            view = memoryview(contents)
+            while view:
+                view = view[file.write(view[:WRITE_BYTES]) :]
+
+        yield write
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Have an OSError name the file: the system does not say where the disk is full."""
     try:
-        with path.open("wb", buffering=0) as file:
-
-            def write(contents: bytes | memoryview) -> None:
-                view = memoryview(contents)
-                while view:
-                    view = view[file.write(view[:WRITE_BYTES]) :]
-
-            yield write
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
-        error.filename = error.filename or str(path)  # the system does not say where the disk is full
+        error.filename = error.filename or str(path)
         raise
 
 

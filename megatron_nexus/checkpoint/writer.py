@@ -64,8 +64,9 @@ class Moment:
 
 @dataclass(frozen=True)
 class Saved:
-    """A complete checkpoint: its folder, for how long training stood still, and how long all of it took."""
+    """A complete checkpoint; for how long training stood still for it, and how long all of it took."""
 
+    step: int
     folder: Location
     stall_s: float
     total_s: float
@@ -181,7 +182,7 @@ class CheckpointWriter:
             return None
         self._save = None
         folder = self._root / checkpoint_name(progress.step)
-        return Saved(folder, save.stall_s, time.perf_counter() - save.began)
+        return Saved(progress.step, folder, save.stall_s, time.perf_counter() - save.began)
 
     def _publish(self, manifest: Manifest) -> None:
         """Make complete what all ranks have written; the affair of rank 0. Raises OSError."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import isfinite
 from pathlib import Path
 
 from megatron_nexus.errors import ConfigError
@@ -36,7 +37,10 @@ def parse_blend(flag: str, words: Sequence[str]) -> tuple[Source, ...]:
         for word, weight, prefix in zip(words[::2], weights, words[1::2], strict=True):
             if weight is None or weight <= 0:
                 raise ConfigError(
-                    [f"{flag}: the weight {word!r} of {prefix} is no number above 0: write 0.7 a 0.3 b"]
+                    [
+                        f"{flag}: the weight {word!r} of {prefix} is not a finite number above 0: write such "
+                        "as 0.7 a 0.3 b"
+                    ]
                 )
             sources.append(Source(Path(prefix), weight))
     else:
@@ -91,10 +95,15 @@ def parse_token_range(text: str) -> tuple[int, int | None]:
 
 
 def _number(word: str) -> Fraction | None:
+    """A word as a weight; 0 where it is a number that is none above 0, such as inf, 1e400 and 1e-400."""
     try:
-        return Fraction(word)
-    except (ValueError, ZeroDivisionError):
-        return Fraction(0) if word.lower().strip("+-") in ("nan", "inf", "infinity") else None
+        value = float(word)
+    except ValueError:
+        try:
+            return Fraction(word)  # such as 1/3
+        except (ValueError, ZeroDivisionError):
+            return None
+    return Fraction(word.replace("_", "")) if isfinite(value) and value else Fraction(0)
 
 
 def token_count(text: str) -> int | None:

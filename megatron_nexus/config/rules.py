@@ -127,7 +127,6 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--tp": config.parallel.tensor_model_parallel_size,
         "--pp": config.parallel.pipeline_model_parallel_size,
         "--log-interval": config.logging.log_interval,
-        "--eval-iters": config.logging.eval_iters,
         "--lr": optimizer.lr,
         "--adam-eps": optimizer.adam_eps,
         "--init-method-std": model.init_method_std,
@@ -163,6 +162,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--keep-latest": config.checkpoint.keep_latest,
         "--keep-every": config.checkpoint.keep_every,
         "--eval-interval": config.logging.eval_interval,
+        "--eval-iters": config.logging.eval_iters,
         "--eval-tasks-interval": config.logging.eval_tasks_interval,
         "--eval-tasks-limit": config.logging.eval_tasks_limit,
         "--padding-multiple": config.parallel.padding_multiple,
@@ -351,8 +351,11 @@ def _data_problems(config: RunConfig) -> Iterable[str]:
             yield from error.problems
     if data.data_path and data.train_data_path:
         yield "--data-path and --train-data-path both name what is trained on: drop one of them"
-    if data.train_data_path and not data.valid_data_path:
-        yield "--train-data-path keeps nothing back for validation: give --valid-data-path too"
+    if data.train_data_path and not data.valid_data_path and config.logging.eval_iters:
+        yield (
+            "--train-data-path keeps nothing back for validation: give --valid-data-path too, or "
+            "--eval-iters 0"
+        )
     given = data.data_path or data.train_data_path
     for flag, value in {
         "--valid-data-path": data.valid_data_path,
@@ -384,8 +387,8 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
         if batches.start % per_pass or batches.increment % per_pass:
             yield (
                 f"--rampup-batch-size {' '.join(training.rampup_batch_size)}: start and increment must be "
-                f"multiples of micro batch {training.micro_batch_size} x data parallel {dp} = {per_pass}: use "
-                f"such as {per_pass} {per_pass} {batches.ramp_samples}"
+                f"multiples of micro batch {training.micro_batch_size} x data parallel {dp} = {per_pass}: "
+                f"use such as {per_pass} {per_pass} {batches.ramp_samples}"
             )
 
 

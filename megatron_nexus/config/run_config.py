@@ -319,7 +319,7 @@ class LoggingConfig:
 
     log_interval: int = option(10, "steps between lines on the console")
     eval_interval: int = option(100, "steps between validations; 0: only at the end")
-    eval_iters: int = option(8, "global batches per validation")
+    eval_iters: int = option(8, "global batches per validation; 0: no validation")
     eval_tasks: str = option(
         "", "tasks of lm-evaluation-harness to score, with commas between them; rank 0 needs the extra eval"
     )

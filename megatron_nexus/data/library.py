@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from errno import EMFILE
 from fractions import Fraction
+from itertools import compress
 from pathlib import Path
 
 from megatron_nexus.config.data_path import Source, parse_blend, parse_sets, parse_token_range
@@ -15,7 +16,14 @@ from megatron_nexus.config.run_config import DataConfig, RunConfig
 from megatron_nexus.data.blend import LONGEST_PERIOD, Blend, whole_shares
 from megatron_nexus.data.corpus_description import begins_with, check_tokenizer, read_description
 from megatron_nexus.data.indexed_dataset import IndexedDataset
-from megatron_nexus.data.samples import SplitRange, Splits, TokenWindows, restrict, split_documents
+from megatron_nexus.data.samples import (
+    SplitRange,
+    Splits,
+    TokenWindows,
+    keeps_validation,
+    restrict,
+    split_documents,
+)
 from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.open_files import allow_open_files
@@ -49,7 +57,6 @@ class Library:
             DataError: files that are missing, damaged, too short or do not fit the model's vocabulary, or of
                 which some begin their documents with BOS and others do not.
         """
-        data = config.data
         self._config = config
         self.tokenizer = open_tokenizer(tokenizer_path) if tokenizer_path else None
         if self.tokenizer is not None and (needed := self.tokenizer.vocab_size) > config.model.vocab_size:
@@ -59,13 +66,9 @@ class Library:
             )
         self.datasets: dict[Path, IndexedDataset] = {}
         self.training = self._training(sources)
-        if data.valid_data_path:
-            held_out = parse_sets("--valid-data-path", "validation", data.valid_data_path)
-            self.evaluations = {name: self._whole(name, blend) for name, blend in held_out.items()}
-        else:
-            self.evaluations = {"validation": self._validation(sources)}
-        tests = parse_sets("--test-data-path", "test", data.test_data_path)
-        self.evaluations |= {name: self._whole(name, blend) for name, blend in tests.items()}
+        self.without_validation: list[Path] = []
+        """Corpora of the blend that --split leaves no sample to validate on, where others have some."""
+        self.evaluations = self._evaluations(sources) if config.logging.eval_iters else {}
         self.prepend_bos = self._begin_with_bos() if prepend_bos is None else prepend_bos
 
     def _open(self, prefix: Path) -> IndexedDataset:
@@ -129,11 +132,32 @@ class Library:
         # Each corpus is shuffled by a seed of its own; that of the first is the run's.
         return self._blend(sources, parts, shares, self._config.training.seed)
 
-    def _validation(self, sources: Sequence[Source]) -> Blend:
-        """The validation parts of what is trained on, in its shares."""
+    def _evaluations(self, sources: Sequence[Source]) -> dict[str, Blend]:
+        """What is validated on, and what a finished run is tested on, by name."""
+        data = self._config.data
+        held_out = parse_sets("--valid-data-path", "validation", data.valid_data_path)
+        tests = parse_sets("--test-data-path", "test", data.test_data_path)
+        evaluations = {name: self._whole(name, blend) for name, blend in {**held_out, **tests}.items()}
+        if not held_out and (validation := self._validation(sources)):
+            evaluations = {"validation": validation, **evaluations}
+        return evaluations
+
+    def _validation(self, sources: Sequence[Source]) -> Blend | None:
+        """The validation parts of what is trained on, in its shares; None where --split keeps none back."""
+        if not keeps_validation(self._config.data.split):
+            return None
         splits = self._parts(sources)
         shares = _shares(sources, [split.train for split in splits])
-        return self._blend(sources, [split.validation for split in splits], shares, seed=0)
+        needed = self._config.training.seq_length + 1
+        held = [len(split.validation.tokens) >= needed for split in splits]
+        if any(held):
+            self.without_validation = [s.prefix for s, h in zip(sources, held, strict=True) if not h]
+        else:
+            held = [True] * len(held)  # the first is refused with its remedies
+        parts = [split.validation for split in splits]
+        return self._blend(
+            list(compress(sources, held)), list(compress(parts, held)), list(compress(shares, held)), seed=0
+        )
 
     def _whole(self, name: str, sources: Sequence[Source]) -> Blend:
         """A set of an evaluation: all of its corpora."""

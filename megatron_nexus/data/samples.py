@@ -41,6 +41,26 @@ class Splits:
     test: SplitRange
 
 
+def keeps_validation(weights: str) -> bool:
+    """Whether `--split` keeps documents back for validation. Raises DataError as `split_documents` does."""
+    return split_shares(weights)[1] > 0
+
+
+def split_shares(weights: str) -> list[float]:
+    """The three shares of `--split`: training, validation and test. Raises DataError as `split_documents`."""
+    problem = DataError(
+        f"--split {weights!r} is not one to three non-negative numbers, the first above zero: "
+        'write the shares of training, validation and test, as in "969,30,1"'
+    )
+    try:
+        shares = [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise problem from None
+    if not (len(shares) <= 3 and min(shares) >= 0 and shares[0] > 0 and sum(shares) < float("inf")):
+        raise problem
+    return shares + [0.0] * (3 - len(shares))
+
+
 def split_documents(dataset: IndexedDataset, weights: str) -> Splits:
     """Cut a corpus into training, validation and test documents, in this order.
 
@@ -52,18 +72,8 @@ def split_documents(dataset: IndexedDataset, weights: str) -> Splits:
     Raises:
         DataError: the weights are no such numbers.
     """
-    problem = DataError(
-        f"--split {weights!r} is not one to three non-negative numbers, the first above zero: "
-        'write the shares of training, validation and test, as in "969,30,1"'
-    )
-    try:
-        shares = [float(weight) for weight in weights.split(",")]
-    except ValueError:
-        raise problem from None
+    shares = split_shares(weights)
     total = sum(shares)
-    if not (len(shares) <= 3 and min(shares) >= 0 and shares[0] > 0 and total < float("inf")):
-        raise problem
-    shares += [0.0] * (3 - len(shares))
     cuts = [round(share / total * dataset.document_count) for share in accumulate(shares, initial=0.0)]
     return Splits(
         *(
@@ -166,6 +176,7 @@ class TokenWindows:
                 f"the {split.name} part of {dataset.prefix} has {len(split.tokens):,} tokens, one sample of "
                 f"--seq-length {seq_length} needs {seq_length + 1:,}: give the part a larger share with "
                 "--split, use a larger corpus or shorter sequences"
+                + (", or --eval-iters 0 to train without validation" if split.name == "validation" else "")
             )
         self._seed = seed
         self._vocab_size = vocab_size

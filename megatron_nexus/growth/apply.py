@@ -37,6 +37,7 @@ from megatron_nexus.checkpoint.run_folder import (
     temporary_folder,
 )
 from megatron_nexus.checkpoint.run_lock import sole_user
+from megatron_nexus.checkpoint.storage import named_in_errors
 from megatron_nexus.checkpoint.store import (
     DTYPE,
     STATES,
@@ -140,7 +141,8 @@ def write_share(
     buffers = [np.empty(most, DTYPE) for _ in range(2)]
 
     def land(target: Target, written: Future[None], checksum: Future[tuple[int, ...]]) -> None:
-        written.result()
+        with named_in_errors(rank_files(folder, target.rank)[0]):
+            written.result()
         checksums.append((target.rank, target.number, checksum.result()))
         advance(target.bytes)
 
@@ -250,7 +252,8 @@ def _begin(root: Path, step: int, config: RunConfig) -> None:
 def _lay_out(folder: Path, files: Sequence[Sequence[Piece]]) -> None:
     """Make the data files, full length. Raises OSError."""
     for rank, pieces in enumerate(files):
-        with rank_files(folder, rank)[0].open("wb") as file:
+        path = rank_files(folder, rank)[0]
+        with named_in_errors(path), path.open("wb") as file:
             file.write(safetensors_header(pieces))
             file.truncate(piece_starts(pieces)[-1])
 
@@ -266,7 +269,8 @@ def _finish(
     folder = temporary_folder(root, step)
     found = {(rank, number): checksum for rank, number, checksum in checksums}
     for rank, pieces in enumerate(files):
-        with rank_files(folder, rank)[0].open("rb") as file:
+        path = rank_files(folder, rank)[0]
+        with named_in_errors(path), path.open("rb") as file:
             os.fsync(file.fileno())
         write_index(folder, rank, pieces, [found[rank, number] for number in range(len(pieces))], {})
     write_durably(folder / MANIFEST_FILE, manifest_to_json(manifest))
@@ -285,11 +289,15 @@ def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manife
             "earlier checkpoint"
         )
     told = f"logits moved by at most {found.largest_error:.1e}, the largest is {found.largest_logit:.3g}"
-    if not found.holds and plan.settings.init not in CHANGING:
+    init = plan.settings.init
+    if not found.holds and init not in CHANGING:
         raise CheckpointError(
             f"{source}: {told}, more than rounding: the growth is withdrawn; please report it"
         )
-    logger.info("verified in float64: %s", told)
+    if found.holds:
+        logger.info("verified in float64: %s", told)
+    else:
+        logger.info("the function changed, as --init %s does: in float64 %s", init, told)
     if plan.after.model.vocab_size > plan.before.model.vocab_size:
         logger.info("new tokens raise the loss by %.4f nats/token until they are learnt", found.loss_shift)
     if not plan.axes:

@@ -1,5 +1,6 @@
 """Crew: who shares the work of a growth: one process, forked workers, or the ranks of mpirun."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -62,7 +63,9 @@ class Crew:
             yield
         except ConfigError as error:
             problem = "; ".join(error.problems)
-        except (OSError, CheckpointError) as error:
+        except OSError as error:
+            problem = describe(error)
+        except CheckpointError as error:
             problem = str(error)
         problems = sorted({text for text in self.gather(problem) if text})
         if problems:
@@ -87,6 +90,14 @@ class Crew:
         with self.together(stage):
             results = _in_workers(mine, work, stage, total)
         return [result for of_rank in self.gather(results) for result in of_rank]
+
+
+def describe(error: OSError) -> str:
+    """What the system has refused, where, and what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "make room, or save to another disk" if full else "save to a folder that can be written"
+    where = error.filename or "a file of the new checkpoint"
+    return f"{where}: {error.strerror or error}: {remedy}"
 
 
 def make_crew(workers: int) -> Crew:
@@ -167,5 +178,7 @@ def _work_and_tell(
 
     try:
         pipe.send(("", work(share, advance)))
-    except (OSError, CheckpointError) as error:
+    except OSError as error:
+        pipe.send((describe(error), None))
+    except CheckpointError as error:
         pipe.send((str(error), None))

@@ -10,6 +10,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_nexus.checkpoint.agreement import exchange
+from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
@@ -68,6 +69,28 @@ class Corpus:
         return lines
 
 
+def data_changes(before: JsonObject, config: RunConfig, description: str, was: str) -> list[str]:
+    """How the order or the content of the training data differs from a checkpoint's.
+
+    `before` is the configuration of the checkpoint, `was` the description of its data.
+    """
+    flags = {
+        "training": ("seq_length", "seed"),
+        "data": ("tokenizer_model", "split", "data_range"),
+    }
+    changes = []
+    for section, names in flags.items():
+        values = before.get(section)
+        for name in names:
+            now = getattr(getattr(config, section), name)
+            old = values.get(name, now) if isinstance(values, Mapping) else now
+            if old != now:
+                changes.append(f"--{name.replace('_', '-')} {now}, was {old or 'not given'}")
+    if description != was and "split" not in "".join(changes) and "data-range" not in "".join(changes):
+        changes.append(f"other documents: {description}, was {was}")
+    return changes or ["the content of its files, under the same names and with as many tokens"]
+
+
 def open_corpus(
     config: RunConfig, mesh: Mesh, local_rank: int, record: TokenizerRecord = NO_RECORD
 ) -> Corpus:
@@ -112,6 +135,18 @@ def open_corpus(
             f"{part.dataset.document_count:,}",
             f"{len(part.split.tokens):,}",
             100 * share / sum(training.shares),
+        )
+    for prefix in library.without_validation:
+        logger.info(
+            "note: --split %s leaves %s no sample for validation: the rest of the blend is validated on",
+            config.data.split,
+            prefix,
+        )
+    if not library.evaluations:
+        logger.info(
+            "note: there is no validation (--split %s, --eval-iters %d)",
+            config.data.split,
+            config.logging.eval_iters,
         )
     logger.info("unigram entropy of the training data: %.3f nats/token", corpus.entropy)
     return corpus

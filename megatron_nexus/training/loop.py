@@ -23,7 +23,7 @@ from megatron_nexus.errors import CheckpointError, TrainingError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.training.corpus import Corpus
+from megatron_nexus.training.corpus import Corpus, data_changes
 from megatron_nexus.training.engine import Batch, Engine, StepResult
 from megatron_nexus.training.machine import peak_memory_bytes
 from megatron_nexus.training.metrics import (
@@ -90,6 +90,8 @@ class Trainer:
         self.lineage: Sequence[JsonObject] = ()
         self.births: Sequence[Birth] = ()
         self.last_checkpoint: Location | None = None
+        self._checkpoints: dict[int, Location] = {}  # that this run has loaded or saved, by step
+        self._finite_step = -1  # of the newest weights that have given a finite loss
         self._writer = CheckpointWriter(
             save,
             engine.deepspeed,
@@ -129,13 +131,17 @@ class Trainer:
             first_sample = manifest.data.first_sample
         else:
             first_sample = self.progress.samples
+            changes = data_changes(
+                manifest.config, self.config, self.data.description, manifest.data.description
+            )
             logger.info(
-                "the data differs from the checkpoint's and is read from its first sample: %s, was %s",
-                self.data.description,
-                manifest.data.description,
+                "the training data differs from the checkpoint's (%s): it is read from its first sample, and "
+                "none of the %s tokens that the run has read is left out",
+                "; ".join(changes),
+                f"{self.progress.tokens:,}",
             )
         self.data = dataclasses.replace(self.data, first_sample=first_sample)
-        self.last_checkpoint = checkpoint
+        self.last_checkpoint = self._checkpoints[self.progress.step] = checkpoint
         return manifest
 
     def _continue_optimizer(self, manifest: Manifest) -> None:
@@ -182,6 +188,7 @@ class Trainer:
             result = self.engine.train_step(batches, rate)
             step_s = time.perf_counter() - began
             self._require_finite(step, result)
+            self._finite_step = step - 1  # the loss is that of the weights before the step
             tokens = batch * config.training.seq_length
             self._advance(batch)
             trained_s, trained_tokens = trained_s + step_s, trained_tokens + tokens
@@ -252,7 +259,7 @@ class Trainer:
         """Note and tell that a checkpoint is complete."""
         if saved is None:
             return
-        self.last_checkpoint = saved.folder
+        self.last_checkpoint = self._checkpoints[saved.step] = saved.folder
         beside = (
             f", training stood still for {saved.stall_s:.2f} s" if self.config.checkpoint.async_save else ""
         )
@@ -323,6 +330,8 @@ class Trainer:
             loss = self.engine.evaluate(self._batches(samples, 0), count * accumulation)
             targets = count * self.config.training.global_batch_size * self.config.training.seq_length
             made.append(make_validation(name, self.progress.step, loss, targets, self.evaluation_bytes[name]))
+            if math.isfinite(loss):
+                self._finite_step = self.progress.step
             if metrics is not None:
                 metrics.validation(made[-1])
         return made
@@ -350,12 +359,21 @@ class Trainer:
         where = next(
             (f"rank {rank}: {text}" for rank, text in enumerate(found) if text), "no rank repeats it"
         )
-        kept = (
-            f"the last good checkpoint is {self.last_checkpoint}"
-            if self.last_checkpoint
-            else "none was saved"
-        )
         raise TrainingError(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite ({where}); "
-            f"{kept}. Lower --lr or lengthen --lr-warmup-iters, and resume with --load"
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite ({where}); lower "
+            f"--lr or lengthen --lr-warmup-iters, and {self._way_back()}"
         )
+
+    def _way_back(self) -> str:
+        """Where to resume after a step that is not finite: from weights that have given a finite loss."""
+        good = [
+            folder
+            for step, folder in sorted(self._checkpoints.items())
+            if step <= self._finite_step and folder.exists()
+        ]
+        if good:
+            return f"resume with --load {good[-1]}, the last checkpoint whose weights gave a finite loss"
+        if self._checkpoints:
+            held = self._checkpoints[max(self._checkpoints)]
+            return f"start again: {held} holds weights that never gave a finite loss"
+        return "start again: no checkpoint was saved"

@@ -293,7 +293,7 @@ def _summarise(
         else "nothing was trained",
         **(
             {evaluation.name: describe(evaluation) for evaluation in outcome.evaluations}
-            or {"validation": "left out: the run was stopped"}
+            or {"validation": "left out: the run was stopped" if corpus.evaluations else "none was asked for"}
         ),
         **({"tasks": describe_tasks(outcome.task_scores)} if outcome.task_scores else {}),
         "unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches",

@@ -1,5 +1,7 @@
 """The growth tool as a user runs it: what it tells, what it refuses, and what it leaves behind."""
 
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,8 +17,11 @@ from conftest import REPOSITORY, Spawn, wait_for
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint
 from megatron_nexus.checkpoint.run_lock import sole_user
+from megatron_nexus.checkpoint.storage import named_in_errors
+from megatron_nexus.checkpoint.store import write_at
 from megatron_nexus.commands.grow_sharded_checkpoint import main
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+from megatron_nexus.growth.crew import describe
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "grow_sharded_checkpoint.py")]
 Run = Callable[[str], tuple[int, str]]
@@ -63,6 +68,42 @@ def test_it_grows_verifies_and_says_how_to_go_on(run: Run, folder: Path) -> None
     assert manifest.lineage[-1]["verification"]["largest_error"] <= 1e-12
     assert manifest.topology.pipe_size == 2
     assert manifest.progress.step == grown.STEP
+
+
+def test_a_function_that_changed_is_not_called_verified(run: Run) -> None:
+    code, told = run("--load old --save new --nexus-m 20 --init noise --verify")
+    assert code == 0, told
+    assert "the function changed, as --init noise does: in float64 logits moved by at most" in told
+    assert "verified" not in told
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("most", [3_000, 20_000])
+def test_a_disk_that_is_full_is_told_with_the_file_and_a_remedy(
+    run: Run, folder: Path, workers: int, most: int
+) -> None:
+    before, limits = contents(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))  # to the system a disk of files so small
+    try:
+        code, told = run(f"--load old --save new --nexus-m 20 --workers {workers}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2, told
+    assert "/rank_00000.safetensors: File too large: make room, or save to another disk" in told
+    assert "Errno" not in told
+    assert contents(folder) == before
+
+
+def test_the_file_is_named_where_a_piece_does_not_fit() -> None:
+    with pytest.raises(OSError) as caught, named_in_errors(Path("run/rank_00000.safetensors")):
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+        try:
+            write_at(descriptor, memoryview(b"piece"), 0)
+        finally:
+            os.close(descriptor)
+    assert describe(caught.value) == (
+        "run/rank_00000.safetensors: No space left on device: make room, or save to another disk"
+    )
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:

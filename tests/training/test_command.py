@@ -216,8 +216,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(command: Command)
     code, output = command.run(
         "--tp 2 --save lost --save-interval 1 --train-iters 9 --lr 1e30 --clip-grad 0 --lr-warmup-iters 0"
     )
-    kept_at = "the last good checkpoint is lost/iter_0000001"
-    assert_refused(code, output, "TrainingError", "step 2: loss", "(rank 0: ", kept_at, "Lower --lr")
+    way_back = "start again: lost/iter_0000001 holds weights that never gave a finite loss"
+    assert_refused(code, output, "TrainingError", "step 2: loss", "(rank 0: ", way_back, "lower --lr")
+
+
+def test_after_a_ruinous_step_the_checkpoint_before_it_is_named(command: Command, kept: str) -> None:
+    code, output = command.run(
+        f"--load {kept} --save ruined --save-interval 1 --train-iters 9 --lr 1e30 --clip-grad 0"
+    )
+    way_back = f"resume with --load {kept}/iter_0000004, the last checkpoint whose weights gave a finite loss"
+    assert_refused(code, output, "TrainingError", "step 6: loss", way_back)
+    assert (command.folder / "ruined/iter_0000005").is_dir(), "saved after the ruinous step"
+
+
+def test_a_run_without_validation_says_what_differs_in_its_data(command: Command, kept: str) -> None:
+    code, output = command.run(f"--load {kept} --save shorter --seq-length 8 --train-iters 5 --eval-iters 0")
+    assert code == 0, output
+    differs = "the training data differs from the checkpoint's (--seq-length 8, was 16): it is read from its"
+    assert differs in output and "none of the 256 tokens that the run has read is left out" in output
+    assert "note: there is no validation (--split 8,2, --eval-iters 0)" in output
+    assert summary(output, "validation") == "none was asked for"
 
 
 def test_when_a_rank_is_killed_all_end_within_ten_seconds_with_one_message(command: Command) -> None:
