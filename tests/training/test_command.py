@@ -3,6 +3,7 @@
 Every run is of a model of 13,000 parameters on random tokens, in a folder that is not the repository.
 """
 
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Program, wait_for
+from conftest import REPOSITORY, Program, wait_for
 from processes import allowed, free_port
 from programs import (
     DEEPSPEED,
@@ -236,6 +237,24 @@ def test_a_run_without_validation_says_what_differs_in_its_data(command: Command
     assert differs in output and "none of the 256 tokens that the run has read is left out" in output
     assert "note: there is no validation (--split 8,2, --eval-iters 0)" in output
     assert summary(output, "validation") == "none was asked for"
+
+
+AT_EXIT = """
+import atexit, os, pathlib
+if "RANK" in os.environ:
+    atexit.register(lambda: pathlib.Path("exit-" + os.environ["RANK"]).touch())
+"""
+
+
+def test_libraries_do_at_the_end_of_a_run_what_they_do_at_exit(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
+    monitors = {name: {"enabled": True, "job_name": "run"} for name in ("csv_monitor", "tensorboard")}
+    (tmp_path / "monitors.json").write_text(json.dumps(monitors | {"steps_per_print": 1}))
+    words = f"--pp 2 --save monitored --train-iters 2 --deepspeed-config {tmp_path / 'monitors.json'}"
+    code, output = command.run(words, ["env", f"PYTHONPATH={tmp_path}:{REPOSITORY}", *PYTHON])
+    assert code == 0, output
+    assert all((command.folder / f"exit-{rank}").exists() for rank in range(2)), output
+    assert output.splitlines()[-1].startswith("  resume with"), "nothing is said at exit"
 
 
 def test_when_a_rank_is_killed_all_end_within_ten_seconds_with_one_message(command: Command) -> None:
