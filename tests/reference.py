@@ -5,6 +5,7 @@ It reads a dict of logical tensors by name and computes in their dtype.
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -110,8 +111,14 @@ def attention(y: Tensor, w: dict[str, Tensor], a: str, model: dict) -> Tensor:
         mask = mask.triu(1 - model["sliding_window"])
     layer = int(a.split(".")[1]) + 1 if "." in a else 1
     turns = not (model["no_rope_freq"] and layer % model["no_rope_freq"] == 0)
-    q, k, v = (project(y, w, f"{a}.{p}", model).view(batch, length, -1, size).transpose(1, 2) for p in "qkv")
-    if model["qk_layernorm"]:
+    q, k, v = (project(y, w, f"{a}.{p}", model) for p in "qkv")
+    if model["qk_layernorm_all_heads"]:
+        q, k = (
+            x / torch.sqrt((x * x).mean(-1, keepdim=True) + model["norm_epsilon"]) * w[f"{a}.{p}_norm.gain"]
+            for x, p in ((q, "q"), (k, "k"))
+        )
+    q, k, v = (x.view(batch, length, -1, size).transpose(1, 2) for x in (q, k, v))
+    if model["qk_layernorm"] and not model["qk_layernorm_all_heads"]:
         q, k = (head_norm(x, w[f"{a}.{p}_norm.gain"], model) for x, p in ((q, "q"), (k, "k")))
     # Neighbours share a head of keys and values.
     k, v = (torch.stack([x[:, i * x.shape[1] // heads] for i in range(heads)], 1) for x in (k, v))
@@ -155,13 +162,20 @@ def feed_forward(y: Tensor, w: dict[str, Tensor], f: str, model: dict) -> Tensor
     return (gate / (1.0 + torch.exp(-gate)) * (y @ w[f"{f}.up"].T)) @ w[f"{f}.down"].T
 
 
+def block(layer: Callable[..., Tensor], x: Tensor, w: dict[str, Tensor], name: str, model: dict) -> Tensor:
+    """An attention or feed-forward with its norm, of its input or of its output."""
+    if model["post_norm"]:
+        return norm(layer(x, w, name, model), w, f"{name}.post_norm", model)
+    return layer(norm(x, w, f"{name}.norm", model), w, name, model)
+
+
 def logits(w: dict[str, Tensor], tokens: Tensor, model: dict) -> Tensor:
     """Token ids [batch, tokens] -> logits [batch, tokens, vocabulary]."""
     x = w["embedding.weight"][tokens]
     for i in range(model["num_layers"]):
         a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        x = x + attention(norm(x, w, f"{a}.norm", model), w, a, model)
-        x = x + feed_forward(norm(x, w, f"{f}.norm", model), w, f, model)
+        x = x + block(attention, x, w, a, model)
+        x = x + block(feed_forward, x, w, f, model)
     return norm(x, w, "final_norm", model) @ w["head.weight"].T
 
 

@@ -35,8 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = FlagParser(
         description=(
-            "Make a checkpoint of a Llama, Mistral, Qwen2, Qwen3 or SmolLM3, to be trained on, grown and "
-            "evaluated here. The source is never touched."
+            "Make a checkpoint of a Llama, Mistral, Qwen2, Qwen3, OLMo 2 or SmolLM3, to be trained on, grown "
+            "and evaluated here. The source is never touched."
         ),
         allow_abbrev=False,
     )

@@ -205,6 +205,13 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
             f"--add-qkv-bias belongs to linear Q, K and V, and --projection is {model.projection}: drop the "
             "flag, or use --projection linear"
         )
+    if model.qk_layernorm_all_heads and not model.qk_layernorm:
+        yield "--qk-layernorm-all-heads says what --qk-layernorm is of: give both, or neither"
+    if model.qk_layernorm_all_heads and model.base_kv_channels:
+        yield (
+            f"--base-kv-channels {model.base_kv_channels} says that heads have grown, and with "
+            "--qk-layernorm-all-heads they do not: drop the flag"
+        )
     if model.sliding_window > 0 and model.attention_order > 1:
         yield (
             f"--sliding-window {model.sliding_window} belongs to --attention-order 1, and this is "

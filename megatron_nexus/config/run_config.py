@@ -76,6 +76,12 @@ class ModelConfig:
         0, "parameter tokens of each Pattention of the attention: Q, K, V and output"
     )
     qk_layernorm: bool = option(False, "RMSNorm of each head's query and key before the rotary embedding")
+    qk_layernorm_all_heads: bool = option(
+        False, "--qk-layernorm over the channels of all heads at once, as OLMo 2 has it"
+    )
+    post_norm: bool = option(
+        False, "norms of what attention and feed-forward give, not of what they read, as OLMo 2 has them"
+    )
     add_qkv_bias: bool = option(False, "biases of the linear Q, K and V projections, as Qwen2 has them")
     sliding_window: int = option(
         0, "tokens that each token sees, itself included, as Mistral has it; 0: all before it"

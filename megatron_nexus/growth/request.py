@@ -146,6 +146,23 @@ def _order_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthCo
     return []
 
 
+def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
+    """What cannot grow in a model of this kind without a change of its function or of its first steps."""
+    reasons: dict[str, str] = {}
+    if old.qk_layernorm_all_heads:
+        why = "the norm over the channels of all heads (--qk-layernorm-all-heads) would see new ones"
+        reasons |= dict.fromkeys(("num_attention_heads", "num_query_groups", "kv_channels"), why)
+    if old.post_norm:
+        reasons["num_layers"] = (
+            "norms of what new layers give (--post-norm) would begin with zeros and blow up their gradients"
+        )
+    return [
+        f"--{name.replace('_', '-')} {sizes[name]}: {why}; grow other sizes of this model"
+        for name, why in reasons.items()
+        if sizes.get(name, 0) > getattr(old, name)
+    ]
+
+
 def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
     """The model that `old` becomes with the given sizes of the fields in GROWING.
 
@@ -167,6 +184,7 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             f"new layers among the old ones would move those without rotary embedding (--no-rope-freq "
             f"{old.no_rope_freq}), and the function would change: use --depth-placement end"
         )
+    problems += _fixed_sizes(old, sizes)
     if not 0 <= growth.init_std < inf:
         problems.append(f"--init-std {growth.init_std} must not be negative: give 0 or a finite number above")
     if not 0 < growth.noise_share < inf:

@@ -1,7 +1,7 @@
 """Which class of transformers computes a model, and what its `config.json` says.
 
-Models of the shape of Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are told in transformers' own classes; all
-others, and those that have grown in a way that these know nothing of, in `modeling_nexusformer.py`, which
+Models of the shape of Llama, Mistral, Qwen2, Qwen3, OLMo 2 and SmolLM3 are told in transformers' own classes;
+all others, and those that have grown in a way that these know nothing of, in `modeling_nexusformer.py`, which
 goes with the files.
 """
 
@@ -31,8 +31,9 @@ LLAMA = Architecture("llama", "LlamaForCausalLM")
 MISTRAL = Architecture("mistral", "MistralForCausalLM")
 QWEN2 = Architecture("qwen2", "Qwen2ForCausalLM")
 QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM")
+OLMO2 = Architecture("olmo2", "Olmo2ForCausalLM")
 SMOLLM3 = Architecture("smollm3", "SmolLM3ForCausalLM")
-STOCK = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3)
+STOCK = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, SMOLLM3)
 """transformers' own, beside which each but Llama has one thing more: see `architecture_of`."""
 
 
@@ -45,11 +46,13 @@ def architecture_of(model: ModelConfig, origin: str = "") -> Architecture:
     features = {
         MISTRAL: model.sliding_window > 0,
         QWEN2: model.add_qkv_bias,
-        QWEN3: model.qk_layernorm,
+        QWEN3: model.qk_layernorm and not model.qk_layernorm_all_heads,
+        OLMO2: model.post_norm or model.qk_layernorm_all_heads,
         SMOLLM3: model.no_rope_freq > 0,
     }
     kinds = [kind for kind, is_there in features.items() if is_there]
-    if len(kinds) > 1:
+    half_olmo2 = kinds == [OLMO2] and not (model.post_norm and model.qk_layernorm_all_heads)
+    if len(kinds) > 1 or half_olmo2:
         return NEXUSFORMER
     if kinds:
         return kinds[0]
@@ -144,6 +147,8 @@ def config_json(
             "feed_forward": model.feed_forward,
             "normalization": model.normalization,
             "qk_norm": model.qk_layernorm,
+            "qk_norm_all_heads": model.qk_layernorm_all_heads,
+            "post_norm": model.post_norm,
             "qkv_bias": model.add_qkv_bias,
             "sliding_window": model.sliding_window or None,
             "no_rope_layer_interval": model.no_rope_freq,

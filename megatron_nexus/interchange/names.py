@@ -5,8 +5,8 @@
     layers.3.attention.q.w_m        model.layers.3.self_attn.q_proj.w_m.weight
     layers.3.feed_forward.gate      model.layers.3.mlp.gate_proj.weight
 
-transformers' own Llama, Mistral, Qwen2, Qwen3 and SmolLM3 and our `modeling_nexusformer.py` call the same
-things alike.
+transformers' own Llama, Mistral, Qwen2, Qwen3, OLMo 2 and SmolLM3 and our `modeling_nexusformer.py` call the
+same things alike.
 """
 
 ENDS = {
@@ -16,6 +16,7 @@ ENDS = {
 }
 PARTS = {
     "attention.norm": "input_layernorm",
+    "attention.post_norm": "post_attention_layernorm",
     "attention.q": "self_attn.q_proj",
     "attention.k": "self_attn.k_proj",
     "attention.v": "self_attn.v_proj",
@@ -25,6 +26,7 @@ PARTS = {
     "attention.k_gate": "self_attn.k_gate",
     "attention.output": "self_attn.o_proj",
     "feed_forward.norm": "post_attention_layernorm",
+    "feed_forward.post_norm": "post_feedforward_layernorm",
     "feed_forward.gate": "mlp.gate_proj",
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",

@@ -22,7 +22,7 @@ from megatron_nexus.models.higher_order import Refinement, each_head, gate_specs
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, attention_widths, nexus_rank_specs
-from megatron_nexus.models.norm import HeadNorm, make_norm, norm_specs, rms_norm_spec
+from megatron_nexus.models.norm import AllHeadsNorm, HeadNorm, block_norm_specs, make_norm, rms_norm_spec
 from megatron_nexus.models.packing import Packing, window_mask
 from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.models.projections import attention_slots, make_projections, projection_specs
@@ -38,13 +38,15 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
     if model.query_groups < model.num_attention_heads:
         keys = Axis("keys", model.key_width, group=model.kv_channels)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
-    parts: dict[str, tuple[ParamSpec, ...]] = {"norm": norm_specs(model, f"{prefix}.norm", hidden)}
+    parts: dict[str, tuple[ParamSpec, ...]] = {"norm": block_norm_specs(model, prefix, hidden)}
     outputs = {"q": (width, Flow.SCORES), "k": (keys, Flow.GATES), "v": (keys, Flow.WRITES)}
     for name, (axis, flow) in outputs.items():
         parts[name] = projection_specs(model, f"{prefix}.{name}", hidden, axis, flow)
     if model.qk_layernorm:
-        channels = Axis("channels", model.kv_channels)
-        for name in ("q_norm", "k_norm"):
+        for name, axis in (("q_norm", width), ("k_norm", keys)):
+            channels = Axis("channels", model.kv_channels)
+            if model.qk_layernorm_all_heads:
+                channels = replace(axis, layout=Layout.EXACT)
             parts[name] = (rms_norm_spec(f"{prefix}.{name}.gain", channels),)
     parts |= gate_specs(model, prefix)
     if model.projection == "pattention":
@@ -60,7 +62,7 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
 
 
 class Attention(nn.Module):
-    """x -> attention(norm(x)), without the residual."""
+    """x -> attention(norm(x)), or norm(attention(x)) with post-norm, without the residual."""
 
     def __init__(self, model: ModelConfig, prefix: str, context: Context, has_rotary: bool = True) -> None:
         super().__init__()
@@ -75,11 +77,13 @@ class Attention(nn.Module):
         self.window = model.sliding_window
         self.norm = make_norm(parts["norm"], model, context)
         self.qkv = make_projections(model, {name: parts[name] for name in ("q", "k", "v")}, context)
-        self.q_norm: HeadNorm | None = None
-        self.k_norm: HeadNorm | None = None
+        self.post_norm = model.post_norm
+        self.q_norm: HeadNorm | AllHeadsNorm | None = None
+        self.k_norm: HeadNorm | AllHeadsNorm | None = None
         if model.qk_layernorm:
+            qk_norm = AllHeadsNorm if model.qk_layernorm_all_heads else HeadNorm
             self.q_norm, self.k_norm = (
-                HeadNorm(parts[name][0], model, context) for name in ("q_norm", "k_norm")
+                qk_norm(parts[name][0], model, context) for name in ("q_norm", "k_norm")
             )
         self.refine: Refinement | None = None
         if model.attention_order > 1:
@@ -96,7 +100,7 @@ class Attention(nn.Module):
         self, x_TBD: Tensor, packing: Packing | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """[T, B, D] -> [T, B, D]; with a cache the tokens follow those that it holds, and join them."""
-        x_TBD = self.tp.enter(self.norm(x_TBD))
+        x_TBD = self.tp.enter(x_TBD if self.post_norm else self.norm(x_TBD))
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.qkv(x_TBD))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -122,7 +126,9 @@ class Attention(nn.Module):
         else:
             (mixed_TBW,) = self.tp.gather_features(mixed_TBW)
             (partial_sum,) = self.output(mixed_TBW)
-        return self.tp.leave(partial_sum)
+        y_TBD = self.tp.leave(partial_sum)
+        normed_TBD: Tensor = self.norm(y_TBD) if self.post_norm else y_TBD
+        return normed_TBD
 
     def _attend(self, packing: Packing | None, q_BNTH: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention [B, N, T, H] of this layer's scale; of all earlier tokens where no mask is."""

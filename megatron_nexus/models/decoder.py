@@ -118,7 +118,7 @@ class Embedding(SpecModule):
 
 
 class Block(nn.Module):
-    """x + attention(x), then x + feed_forward(x), pre-norm."""
+    """x + attention(x), then x + feed_forward(x), which hold their norms."""
 
     def __init__(self, model: ModelConfig, index: int, context: Context) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.nexus_rank import NexusRank, feed_forward_widths, nexus_rank_specs
-from megatron_nexus.models.norm import make_norm, norm_specs
+from megatron_nexus.models.norm import block_norm_specs, make_norm
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
@@ -26,7 +26,7 @@ def feed_forward_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[Param
     width = Axis("ffn", model.ffn_hidden_size, Layout.SPLIT)
     init = Normal(model.init_method_std)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
-    norm = norm_specs(model, f"{prefix}.norm", hidden)
+    norm = block_norm_specs(model, prefix, hidden)
     match model.feed_forward:
         case "swiglu":
             gates = (Flow.GATES, Flow.READS)
@@ -67,19 +67,22 @@ class SwiGLU(SpecModule):
 
 
 class FeedForward(nn.Module):
-    """x -> feed_forward(norm(x)), without the residual."""
+    """x -> feed_forward(norm(x)), or norm(feed_forward(x)) with post-norm, without the residual."""
 
     def __init__(self, model: ModelConfig, prefix: str, context: Context) -> None:
         super().__init__()
         parts = feed_forward_specs(model, prefix)
         self.tp = context.tp
         self.norm = make_norm(parts["norm"], model, context)
+        self.post_norm = model.post_norm
         self.inner = make_inner(model, parts, context)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
-        (partial_TBD,) = self.inner(self.tp.enter(self.norm(x_TBD)))
-        return self.tp.leave(partial_TBD)
+        (partial_TBD,) = self.inner(self.tp.enter(x_TBD if self.post_norm else self.norm(x_TBD)))
+        y_TBD = self.tp.leave(partial_TBD)
+        normed_TBD: Tensor = self.norm(y_TBD) if self.post_norm else y_TBD
+        return normed_TBD
 
 
 def make_inner(model: ModelConfig, parts: dict[str, tuple[ParamSpec, ...]], context: Context) -> nn.Module:

@@ -82,6 +82,11 @@ def norm_specs(model: ModelConfig, name: str, hidden: Axis) -> tuple[ParamSpec, 
             return ()
 
 
+def block_norm_specs(model: ModelConfig, prefix: str, hidden: Axis) -> tuple[ParamSpec, ...]:
+    """The parameters of the norm of an attention or feed-forward: of its input, or of its output."""
+    return norm_specs(model, f"{prefix}.{'post_norm' if model.post_norm else 'norm'}", hidden)
+
+
 def make_norm(specs: tuple[ParamSpec, ...], model: ModelConfig, context: Context) -> nn.Module:
     """The norm of the model's kind, whose `specs` are those of `norm_specs`."""
     match model.normalization:
@@ -113,6 +118,26 @@ class HeadNorm(SpecModule):
         wide = x_TBNH.to(torch.promote_types(x_TBNH.dtype, torch.float32))
         mean = wide[..., : self.counted].square().mean(dim=-1, keepdim=True)
         return (wide * (mean + self.epsilon).rsqrt()).to(x_TBNH.dtype) * gain_H
+
+
+class AllHeadsNorm(SpecModule):
+    """y = x / sqrt(mean of all channels' squares + eps) * gain of all heads: OLMo 2's QK norm.
+
+    Tensor-parallel ranks share the heads, hence the gain, and the mean: an all-reduce of a number a token.
+    """
+
+    def __init__(self, gain: ParamSpec, model: ModelConfig, context: Context) -> None:
+        super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
+        self.epsilon = model.norm_epsilon
+        self.size = gain.numel
+        self.tp = context.tp
+
+    def forward(self, x_TBNH: Tensor) -> Tensor:
+        """[T, B, N, H] -> [T, B, N, H]."""
+        wide = x_TBNH.to(torch.promote_types(x_TBNH.dtype, torch.float32))
+        squares = self.tp.shared_sum(wide.square().sum(dim=(-2, -1), keepdim=True))
+        gain_NH = self.get_parameter("gain").view(x_TBNH.shape[-2:])
+        return (wide * (squares / self.size + self.epsilon).rsqrt()).to(x_TBNH.dtype) * gain_NH
 
 
 def inner_norm(h: Tensor, scale: float, tp: TensorParallel) -> Tensor:

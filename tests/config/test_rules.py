@@ -43,6 +43,12 @@ REFUSED = [
     ("--num-query-groups 2 --tp 4", 4, ["--tp 4", "divide --num-query-groups 2", "use 1, 2"]),
     ("--projection linear --nexus-inner-norm", 1, ["--nexus-inner-norm", "this is linear", "drop the flag"]),
     ("--add-qkv-bias", 1, ["--add-qkv-bias belongs to linear", "--projection is nexus", "drop the flag"]),
+    ("--qk-layernorm-all-heads", 1, ["--qk-layernorm-all-heads", "give both, or neither"]),
+    (
+        "--qk-layernorm --qk-layernorm-all-heads --base-kv-channels 16",
+        1,
+        ["--base-kv-channels 16", "drop the flag"],
+    ),
     ("--rope-low-freq-factor 5", 1, ["--rope-low-freq-factor 5.0", "below --rope-high-freq-factor 4.0"]),
     ("--sliding-window -1", 1, ["--sliding-window -1 must not be negative"]),
     ("--sliding-window 9 --attention-order 2", 1, ["--sliding-window 9", "belongs to --attention-order 1"]),

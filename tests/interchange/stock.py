@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.smollm3 import modeling_smollm3
@@ -38,6 +39,7 @@ def exact_stock(monkeypatch: pytest.MonkeyPatch) -> None:
         (modeling_mistral, "Mistral"),
         (modeling_qwen2, "Qwen2"),
         (modeling_qwen3, "Qwen3"),
+        (modeling_olmo2, "Olmo2"),
         (modeling_smollm3, "SmolLM3"),
     ):
         monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", norm)

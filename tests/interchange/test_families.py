@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -55,6 +56,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral-window": MistralConfig(**SIZES, sliding_window=4),
     "qwen2": Qwen2Config(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "olmo2": Olmo2Config(**SIZES, pad_token_id=None),
+    "olmo2-tied": Olmo2Config(
+        **{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=True, pad_token_id=None
+    ),
     "smollm3": SmolLM3Config(**LAYERS, tie_word_embeddings=False, pad_token_id=None),
     "smollm3-tied": SmolLM3Config(**LAYERS, no_rope_layer_interval=3, pad_token_id=None),
 }
@@ -105,7 +110,12 @@ def test_it_is_imported_upcycled_grown_and_exported_as_it_computes(
     upcycled, after_config = grown.grow(checkpoint, tmp_path / "up", with_empty_branch(config), widths)
     assert (logits(upcycled, after_config, TOKENS) - expected).abs().max() < EXACT
     larger = {"hidden_size": 28, "kv_channels": 8, "ffn_hidden_size": 44, "num_layers": 6, "nexus_m": 34}
-    larger |= {"num_attention_heads": 6, "num_query_groups": 3}
+    heads = config.model.num_attention_heads + config.model.num_attention_heads // 2
+    larger |= {"num_attention_heads": heads, "num_query_groups": config.model.query_groups * 3 // 2}
+    if kind.startswith("olmo2"):  # its norms hold these sizes
+        for name in ("kv_channels", "num_layers", "num_attention_heads", "num_query_groups"):
+            with pytest.raises(ConfigError, match="grow other sizes of this model"):
+                grown.grow(upcycled, tmp_path / "no", after_config, {name: larger.pop(name)})
     last, last_config = grown.grow(upcycled, tmp_path / "last", after_config, larger, depth_placement="end")
     assert (logits(last, last_config, TOKENS) - expected).abs().max() < EXACT
     own = export_checkpoint(last, tmp_path / "own", last_config, None, "fp32", 10**9)

@@ -58,6 +58,13 @@ MODELS = {
         "sliding_window": 5,
         "no_rope_freq": 2,
     },
+    "olmo 2": {
+        "projection": "linear",
+        "num_query_groups": 1,
+        "qk_layernorm": True,
+        "qk_layernorm_all_heads": True,
+        "post_norm": True,
+    },
     "order 2": {"attention_order": 2},
     "order 3": {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True, "attention_order": 3},
     "order 3 cross": {"num_query_groups": 1, "attention_order": 3, "attention_inner": "cross"},

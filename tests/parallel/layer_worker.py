@@ -130,10 +130,10 @@ def run_case(mesh: Mesh, case: dict) -> float:
     context = Context(tp, shard, SEED, torch.float64, case["recompute"])
 
     def attention(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        return reference.attention(reference.norm(x, w, "a.norm", vars(model)), w, "a", vars(model))
+        return reference.block(reference.attention, x, w, "a", vars(model))
 
     def feed_forward(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        return reference.feed_forward(reference.norm(x, w, "f.norm", vars(model)), w, "f", vars(model))
+        return reference.block(reference.feed_forward, x, w, "f", vars(model))
 
     match case["layer"]:
         case "attention":

@@ -39,6 +39,13 @@ def _models(ranks: int) -> dict[str, dict]:
             "sliding_window": 5,
             "no_rope_freq": 2,
         },
+        "olmo2": {
+            "projection": "linear",
+            "num_query_groups": groups,
+            "qk_layernorm": True,
+            "qk_layernorm_all_heads": True,
+            "post_norm": True,
+        },
         "linear_nexus with biases": {"projection": "linear_nexus", "add_qkv_bias": True},
         "tokenformer": {
             "projection": "pattention",

@@ -61,6 +61,13 @@ FAMILIES = {
         "original_max_position_embeddings": 12,
         "sliding_window": 5,
     },
+    "olmo2": {
+        "projection": "linear",
+        "num_query_groups": 2,
+        "qk_layernorm": True,
+        "qk_layernorm_all_heads": True,
+        "post_norm": True,
+    },
     "order2": {"attention_order": 2, "num_query_groups": 2},
     "order3-cross": {"attention_order": 3, "num_query_groups": 2, "attention_inner": "cross"},
     "order2-gated": {"attention_order": 2, "num_query_groups": 2, "attention_gate": True},

@@ -55,6 +55,8 @@ class NexusformerConfig(PreTrainedConfig):
     nexus_inner_norm_scale: the length it gives: the root of the "hidden" size, or of the normalised "width".
     nexus_output_projection: Nexus-Rank for the attention's output projection too.
     qk_norm: RMSNorm of each head's query and key before the rotary embedding.
+    qk_norm_all_heads: that norm over the channels of all heads at once.
+    post_norm: norms of what attention and feed-forward give, not of what they read.
     qkv_bias: biases of linear queries, keys and values.
     sliding_window: tokens that each token sees, itself included; None: all before it.
     no_rope_layer_interval: every such layer has no rotary embedding; 0: all have it.
@@ -89,6 +91,8 @@ class NexusformerConfig(PreTrainedConfig):
     ffn_nexus_m: int = 0
     nexus_output_projection: bool = False
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
+    post_norm: bool = False
     qkv_bias: bool = False
     sliding_window: int | None = None
     no_rope_layer_interval: int = 0

@@ -108,6 +108,19 @@ class NexusformerHeadRMSNorm(nn.Module):
         return (wide(x_BTNH) * (mean + self.epsilon).rsqrt()).to(x_BTNH.dtype) * self.weight
 
 
+class NexusformerAllHeadsRMSNorm(nn.Module):
+    """y = x / sqrt(mean of all channels' squares + eps) * gain over the channels of all heads together."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x_BTNH: Tensor) -> Tensor:
+        """[B, T, N, H] -> [B, T, N, H]."""
+        return F.rms_norm(x_BTNH.flatten(-2), self.weight.shape, self.weight, self.epsilon).view_as(x_BTNH)
+
+
 class NexusRank(nn.Module):
     """Y = gelu(gelu(X W_M) W_A) W_D with the exact GELU, of the attention or the feed-forward."""
 
@@ -288,6 +301,9 @@ class NexusformerAttention(nn.Module):
         if config.qk_norm:
             sizes = (config.head_dim, config.rotary_channels, config.rms_norm_eps)
             self.q_norm, self.k_norm = NexusformerHeadRMSNorm(*sizes), NexusformerHeadRMSNorm(*sizes)
+        if config.qk_norm and config.qk_norm_all_heads:
+            self.q_norm = NexusformerAllHeadsRMSNorm(width, config.rms_norm_eps)
+            self.k_norm = NexusformerAllHeadsRMSNorm(key_width, config.rms_norm_eps)
         self.o_proj: nn.Module
         if config.projection == "pattention":
             self.o_proj = make_projection(config, width, hidden)
@@ -420,19 +436,28 @@ def make_norm(config: NexusformerConfig) -> nn.Module:
 
 
 class NexusformerDecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with post-norm the norms are outside."""
 
     def __init__(self, config: NexusformerConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = NexusformerAttention(config, layer_idx)
         self.mlp = make_feed_forward(config)
-        self.input_layernorm = make_norm(config)
+        self.post_norm = config.post_norm
         self.post_attention_layernorm = make_norm(config)
+        if config.post_norm:
+            self.post_feedforward_layernorm = make_norm(config)
+        else:
+            self.input_layernorm = make_norm(config)
 
     def forward(self, x_BTD: Tensor, **kwargs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
+        y_BTD: Tensor
+        if self.post_norm:
+            x_BTD = x_BTD + self.post_attention_layernorm(self.self_attn(x_BTD, **kwargs)[0])
+            y_BTD = x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD))
+            return y_BTD
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), **kwargs)[0]
-        y_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        y_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
         return y_BTD
 
 
