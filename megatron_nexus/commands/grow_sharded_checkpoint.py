@@ -20,7 +20,7 @@ from megatron_nexus.checkpoint.location import SCHEME, Location, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
 from megatron_nexus.command import saved_config
-from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool
+from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool, tell_next
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
@@ -151,7 +151,8 @@ def write_grown(
     steps, done = saved.training.train_iters, read_manifest(made).progress.step
     if done >= steps:
         flags += ["--train-iters", str(2 * max(steps, done))]
-    told("  continue with  %s", pretrain_command(*flags, ranks=given.tp * given.pp))
+    command = pretrain_command(*flags, ranks=given.tp * given.pp)
+    tell_next(command, plan.after, bool(read_manifest(made).tokenizer_fingerprint))
 
 
 def _target_folder(save: str, source: Location, dry_run: bool) -> Path:

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME
-from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool
+from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool, tell_next
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
@@ -95,13 +95,12 @@ def _run() -> None:
         )
     made = import_checkpoint(source, origin, root, config, given.allow_nonfinite)
     told("wrote %s", made)
-    if source.write_tokenizer is None:
-        why = "left out, as --no-tokenizer says" if given.no_tokenizer else "the source has no tokenizer.json"
-        told("tokenizer: %s; give one with --tokenizer-model wherever it counts", why)
-    else:
-        told("tokenizer: %s", root / "tokenizer")
+    has_tokenizer = source.write_tokenizer is not None
+    why = "left out, as --no-tokenizer says" if given.no_tokenizer else "the source has no tokenizer.json"
+    told("tokenizer: %s", root / "tokenizer" if has_tokenizer else why)
     tokens = min(config.training.seq_length, AFFORDABLE_TOKENS)
-    told("  continue with  %s", pretrain_command("--load", str(root), "--seq-length", str(tokens)))
+    command = pretrain_command("--load", str(root), "--seq-length", str(tokens))
+    tell_next(command, config, has_tokenizer)
 
 
 def open_source(path: Path) -> ForeignModel:

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.library import training_sources
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError, path_errors
-from megatron_nexus.log import silence
+from megatron_nexus.log import logger, silence
 
 EXIT_CODE_INTERRUPTED = 130
 
@@ -44,6 +46,18 @@ def pretrain_command(*flags: str, ranks: int = 1) -> str:
     else:
         launch = ["nexus-pretrain"]
     return shlex.join([*launch, *flags])
+
+
+def tell_next(command: str, config: RunConfig, knows_tokenizer: bool) -> None:
+    """Tell the command that continues from a checkpoint, and what it needs where no tokens are known."""
+    if knows_tokenizer or training_sources(config.data) or config.data.tokenizer_model:
+        logger.info("  continue with  %s", command)
+    else:
+        logger.info(
+            "to continue, add the tokenizer of the model (--tokenizer-model) or token files of it "
+            "(--data-path) to  %s",
+            command,
+        )
 
 
 def end_on_sigterm() -> None:
