@@ -137,7 +137,7 @@ def test_full_recompute_repeats_the_blocks_which_the_model_s_flops_leave_out(
     model = dataclasses.replace(MODEL, **fields)
     tokens = _tokens()
     blocks = sum(layer_flops_per_token(model, tokens.shape[1])[1:-1]) * tokens.numel()
-    # torch stops before each block's last product, of which backward needs the inputs only: but a norm after it.
+    # torch stops before each block's last product, unless a norm after it needs its outputs in backward.
     last = (
         0
         if model.post_norm
