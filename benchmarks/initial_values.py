@@ -48,7 +48,7 @@ GELU_GAIN = 1.5336
 INNER = ("inner_norm_d", "inner_norm_width")
 
 
-TOLD = ("rule", "width", "lr", "seed", "budget", "loss", "spike", "seconds")
+SHOWN = ("rule", "width", "lr", "seed", "budget", "loss", "spike", "seconds")
 
 
 Record = dict[str, Any]
@@ -353,7 +353,7 @@ def main() -> None:
             with results.open("a") as file:
                 for record in future.result():
                     file.write(json.dumps(record) + "\n")
-                    print(*(f"{key} {record[key]}" for key in TOLD), flush=True)
+                    print(*(f"{key} {record[key]}" for key in SHOWN), flush=True)
                     done.append(record)
     tell(done)
     draw(done, given.folder / "initial_values.png")
