@@ -158,7 +158,8 @@ def build(
     }
     config = RunConfig(preset=name, **sections)
     training = config.training
-    if training.train_tokens or training.train_samples > 0:
+    budget = training.train_tokens or training.train_samples > 0
+    if budget and training.global_batch_size > 0:  # else the rules refuse the batch
         steps = consumed.step + config.batches.steps(consumed.samples, _samples_left(training, consumed))
         config = dataclasses.replace(config, training=dataclasses.replace(training, train_iters=steps))
     return config

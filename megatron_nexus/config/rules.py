@@ -87,6 +87,7 @@ def _excessive_products(config: RunConfig) -> Iterable[str]:
             model.hidden_size,
             model.attention_width,
             model.ffn_hidden_size,
+            model.ffn_nexus_m,
             model.nexus_m,
             model.nexus_a,
             model.pattention_slots,

@@ -242,7 +242,9 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
 def rate_note(config: RunConfig, step: int) -> str | None:
     """What the resume line of a finished run does to the learning rate, where it makes it jump."""
     optimizer, last = config.optimizer, config.training.train_iters
-    if step < last or optimizer.counts_samples:
+    if step < last or optimizer.counts_samples or optimizer.lr_decay_iters:
+        return None
+    if step < optimizer.lr_start_iter + optimizer.lr_warmup_iters:
         return None
     ended = learning_rate(optimizer, step, last)
     resumed = learning_rate(optimizer, step + 1, 2 * step)
