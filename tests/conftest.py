@@ -45,6 +45,12 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
+def as_in_a_terminal() -> None:
+    """Heed the keys of a terminal, which a shell has all ignore that it starts in the background."""
+    for key in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(key, signal.SIG_DFL)
+
+
 @dataclass
 class Program:
     """A started command and all that descends from it, which a mark in the environment tells apart."""
@@ -111,8 +117,7 @@ def spawner(logs: Path) -> Iterator[Spawn]:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                # As in a terminal, even where the tests themselves run in the background.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=as_in_a_terminal,
             )
         programs.append(Program(process, mark, logs / mark))
         return programs[-1]
