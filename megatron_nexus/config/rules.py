@@ -67,6 +67,19 @@ def notes(config: RunConfig) -> list[str]:
             f"--lr-warmup-iters {optimizer.lr_warmup_iters}{counted} is not over when the run of "
             f"{config.training.train_iters} iterations ends"
         )
+    unit = "samples" if optimizer.counts_samples else "iters"
+    warmup, decay, wsd = optimizer.lr_spans
+    if 0 < decay <= optimizer.lr_start_iter + warmup:
+        start = f" --lr-start-iter {optimizer.lr_start_iter} and" if optimizer.lr_start_iter else ""
+        said.append(
+            f"--lr-decay-{unit} {decay} ends no later than{start} --lr-warmup-{unit} {warmup}: the learning "
+            "rate falls to --min-lr right after its warm-up"
+        )
+    if wsd and optimizer.lr_decay_style != "WSD":
+        said.append(
+            f"--lr-wsd-decay-{unit} {wsd} has no effect with --lr-decay-style {optimizer.lr_decay_style}: "
+            "give --lr-decay-style WSD, or drop the flag"
+        )
     return said
 
 

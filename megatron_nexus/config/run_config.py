@@ -265,6 +265,13 @@ class OptimizerConfig:
         """Whether the learning rate is a function of the samples read, not of the steps taken."""
         return bool(self.lr_decay_samples or self.lr_warmup_samples or self.lr_wsd_decay_samples)
 
+    @property
+    def lr_spans(self) -> tuple[int, int, int]:
+        """Warm-up, end of the decay and length of the final decay of WSD, in samples or steps."""
+        if self.counts_samples:
+            return self.lr_warmup_samples, self.lr_decay_samples, self.lr_wsd_decay_samples
+        return self.lr_warmup_iters, self.lr_decay_iters, self.lr_wsd_decay_iters
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, TrainingError
 from megatron_nexus.extras import install_command
 from megatron_nexus.json_text import fits, parse_record
 from megatron_nexus.log import logger
@@ -97,7 +97,7 @@ class MetricsWriter:
     def step(self, metrics: StepMetrics, train_iters: int, speak: bool) -> None:
         """Record a step, and show it on the console where `speak`."""
         record = {name: value for name, value in asdict(metrics).items() if value is not None}
-        self._file.write(json.dumps(record) + "\n")
+        self._write(record)
         self._scalars(
             metrics.step,
             {
@@ -126,13 +126,13 @@ class MetricsWriter:
 
     def validation(self, validation: Validation) -> None:
         """Record a validation and show it."""
-        self._file.write(json.dumps(asdict(validation)) + "\n")
+        self._write(asdict(validation))
         self._scalars(validation.step, {f"lm loss {validation.name}": validation.validation_loss})
         logger.info("%s at %d | %s", validation.name, validation.step, describe(validation))
 
     def task_scores(self, scores: TaskScores) -> None:
         """Record an evaluation of tasks and show it."""
-        self._file.write(json.dumps(asdict(scores)) + "\n")
+        self._write(asdict(scores))
         named = {
             f"{task}/{metric}": value
             for task, of_task in scores.tasks.items()
@@ -140,6 +140,15 @@ class MetricsWriter:
         }
         self._scalars(scores.step, named)
         logger.info("tasks at %d | %s | %.1f s", scores.step, describe_tasks(scores), scores.seconds)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """Append a record. Raise TrainingError where the disk does not take it."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: {error.strerror}: free some space, then resume from the newest checkpoint"
+            ) from error
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self._board is not None:

@@ -125,8 +125,14 @@ def _tell_what_is_left(config: RunConfig, manifest: Manifest, step: int) -> None
         logger.info(
             "nothing is left to train: the checkpoint is at iteration %d, --train-iters is %d", step, last
         )
-    elif last != before["train_iters"] and not config.optimizer.lr_decay_iters:
-        logger.info("the learning rate goes on as in a run of %d iterations from its start", last)
+    elif last != before["train_iters"] and _decay_follows_run(config):
+        logger.info("LR schedule recomputed for %d total iterations", last)
+
+
+def _decay_follows_run(config: RunConfig) -> bool:
+    """Return whether the learning rate depends on --train-iters: it decays, and no flag says until when."""
+    _, decay, _ = config.optimizer.lr_spans
+    return config.optimizer.lr_decay_style != "constant" and not decay
 
 
 def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
@@ -240,19 +246,26 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
 
 
 def rate_note(config: RunConfig, step: int) -> str | None:
-    """What the resume line of a finished run does to the learning rate, where it makes it jump."""
-    optimizer, last = config.optimizer, config.training.train_iters
-    if step < last or optimizer.counts_samples or optimizer.lr_decay_iters:
+    """Return what the resume line of a finished run does to the learning rate, where it makes it jump."""
+    optimizer, batches, last = config.optimizer, config.batches, config.training.train_iters
+    if step < last or not _decay_follows_run(config):
         return None
-    if step < optimizer.lr_start_iter + optimizer.lr_warmup_iters:
+    samples = optimizer.counts_samples
+
+    def position(iterations: int) -> int:
+        return batches.samples(0, iterations) if samples else iterations
+
+    if position(step) < optimizer.lr_start_iter + optimizer.lr_spans[0]:
         return None
-    ended = learning_rate(optimizer, step, last)
-    resumed = learning_rate(optimizer, step + 1, 2 * step)
+    ended = learning_rate(optimizer, position(step), position(last))
+    resumed = learning_rate(optimizer, position(step + 1), position(2 * step))
     if resumed < 1.01 * ended:
         return None
+    keep = f"--lr-decay-{'samples' if samples else 'iters'} {position(last)} keeps it"
+    anew = "" if samples else f", --lr-start-iter {step} begins a schedule anew"
     return (
         f"resumed so, the schedule spans {2 * step} iterations: the learning rate jumps from {ended:.2e} to "
-        f"{resumed:.2e}; --lr-decay-iters {last} keeps it, --lr-start-iter {step} begins a schedule anew"
+        f"{resumed:.2e}; {keep}{anew}"
     )
 
 

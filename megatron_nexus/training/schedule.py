@@ -13,10 +13,7 @@ def learning_rate(optimizer: OptimizerConfig, step: int, last: int) -> float:
     its last steps. Where the optimizer `counts_samples`, `step` is the samples read after the step, and
     `last` all those of the run.
     """
-    warmup, decay, wsd = optimizer.lr_warmup_iters, optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters
-    if optimizer.counts_samples:
-        warmup, decay = optimizer.lr_warmup_samples, optimizer.lr_decay_samples
-        wsd = optimizer.lr_wsd_decay_samples
+    warmup, decay, wsd = optimizer.lr_spans
     peak, low = optimizer.lr, optimizer.min_lr
     end = max(1, (decay or last) - optimizer.lr_start_iter)
     step = max(1, step - optimizer.lr_start_iter)

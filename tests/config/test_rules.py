@@ -236,3 +236,20 @@ def test_a_warm_up_that_outlasts_the_run_is_noted_wherever_it_begins() -> None:
         "--lr-warmup-iters 5, from --lr-start-iter 15 on, is not over when the run of 20 iterations ends"
     ]
     assert not noted("--train-iters 20 --lr-warmup-iters 5 --lr-start-iter 14")
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--lr-decay-iters 5 --lr-warmup-iters 5", "--lr-decay-iters 5"),
+        ("--lr-decay-iters 20 --lr-start-iter 16 --lr-warmup-iters 4", "--lr-decay-iters 20"),
+        ("--lr-decay-iters 21 --lr-start-iter 16 --lr-warmup-iters 4", ""),
+        ("--lr-decay-samples 64 --lr-warmup-samples 80", "--lr-decay-samples 64"),
+        ("--lr-wsd-decay-iters 10", "--lr-wsd-decay-iters 10"),
+        ("--lr-wsd-decay-samples 10 --lr-decay-style linear", "--lr-wsd-decay-samples 10"),
+        ("--lr-wsd-decay-iters 10 --lr-decay-style WSD", ""),
+    ],
+)
+def test_a_schedule_that_is_probably_not_meant_is_noted(words: str, flag: str) -> None:
+    noted = notes(build(given_flags(f"--train-iters 100 {words}".split())))
+    assert [note.split(" ")[:2] for note in noted] == ([flag.split(" ")] if flag else [])

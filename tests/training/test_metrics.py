@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_nexus import log
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, TrainingError
 from megatron_nexus.training.metrics import (
     METRICS_FILE,
     MetricsWriter,
@@ -61,6 +62,20 @@ def test_a_record_is_on_the_disk_before_the_run_ends(tmp_path: Path) -> None:
     writer.step(step_of(1), 100, speak=False)
     assert len(read_metrics(tmp_path / METRICS_FILE)) == 1
     writer.close()
+
+
+def test_a_disk_that_takes_no_more_records_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0, "")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=f"{METRICS_FILE}: File too large: free some space"):
+            for step in range(1, 10):
+                writer.step(step_of(step), 100, speak=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()
+    assert read_metrics(tmp_path / METRICS_FILE)[0]["step"] == 1
 
 
 def test_a_resumed_run_drops_what_it_will_repeat(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_the_line_starts_as_it_was_typed(lines: list[list[str]], words: str) -> 
         ("--train-iters 100 --lr 1e-3 --min-lr 1e-4 --lr-decay-style constant", 100, False),
         ("--train-iters 100 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 100", 100, False),
         ("--train-iters 100 --lr 1e-3 --min-lr 1e-4 --lr-decay-style WSD", 100, True),
+        ("--train-iters 100 --lr 1e-3 --min-lr 1e-4 --lr-warmup-samples 64", 100, True),
+        ("--train-iters 100 --lr 1e-3 --min-lr 1e-4 --lr-decay-samples 1600", 100, False),
     ],
 )
 def test_going_on_past_a_finished_decay_says_what_the_rate_does(words: str, step: int, jumps: bool) -> None:
@@ -87,8 +89,8 @@ def test_going_on_past_a_finished_decay_says_what_the_rate_does(words: str, step
     assert (note is not None) is jumps
     if note is not None:
         # What it offers: the rate stays.
-        kept = build(given_flags(shlex.split(f"{words} --lr-decay-iters {step}")))
-        assert f"--lr-decay-iters {step} keeps it" in note
-        assert learning_rate(kept.optimizer, step + 1, 2 * step) == learning_rate(
-            config.optimizer, step, step
-        )
+        unit, size = ("samples", config.training.global_batch_size) if "samples" in words else ("iters", 1)
+        kept = build(given_flags(shlex.split(f"{words} --lr-decay-{unit} {step * size}")))
+        assert f"--lr-decay-{unit} {step * size} keeps it" in note
+        ended = learning_rate(config.optimizer, step * size, step * size)
+        assert learning_rate(kept.optimizer, (step + 1) * size, 2 * step * size) == ended
