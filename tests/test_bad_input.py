@@ -39,7 +39,7 @@ FLAGS = [
     ("--precision fp16", ["--precision", "'fp16'", "'bf16', 'fp32'"]),
     ("--preset nexusformer-1t", ["'nexusformer-1t'", "'nexusformer-170m'"]),
     ("stray", ["'stray' belongs to no flag"]),
-    ("--train-tokens many", ["--train-tokens many is no number of tokens"]),
+    ("--train-tokens many", ["--train-tokens many is not a number of tokens"]),
     ("--train-tokens 1M --train-iters 3", ["give one of them"]),
     ("--tp 3", ["--tp 3 does not divide --num-attention-heads 2: use 1, 2"]),
     ("--tp 0", ["--tp 0 must be positive"]),
@@ -74,7 +74,7 @@ FLAGS = [
     ("--optimizer-impl apex", ["--optimizer-impl apex", "apex"]),
     (f"--save {LONG}", [f"--save {LONG[:100]}... (300 characters): File name too long", "a shorter name"]),
     (f"--load {LONG}", [f"--load {LONG[:100]}...", "a shorter name"]),
-    ("--deepspeed_config nested.json", ["nested.json is no JSON (nested too deeply): correct it"]),
+    ("--deepspeed_config nested.json", ["nested.json is not JSON (nested too deeply): correct it"]),
     ("--config values.yaml", ["values.yaml: day is out of range for month: correct the value"]),
 ]
 

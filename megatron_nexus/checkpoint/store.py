@@ -327,7 +327,7 @@ class CheckpointReader:
     def verify(self, advance: Callable[[int], None] = lambda _: None) -> NonFiniteValues:
         """Read everything and check that it is undamaged and complete; `advance` is told the bytes read.
 
-        Returns how many values of each tensor are not finite, which is no damage of the files.
+        Returns how many values of each tensor are not finite, which is not damage of the files.
 
         Raises:
             CheckpointError: one line for each damaged piece and each tensor that is not stored exactly once.

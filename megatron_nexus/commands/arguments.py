@@ -94,7 +94,7 @@ def count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     if value > MOST:
-        raise argparse.ArgumentTypeError(f"{text} is beyond the {MOST:,} that can be counted with")
+        raise argparse.ArgumentTypeError(f"{text} must be at most 2**48 ({MOST:,})")
     return value
 
 

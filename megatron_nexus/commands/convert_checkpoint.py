@@ -77,7 +77,7 @@ def _convert(argv: Sequence[str]) -> None:
             ["--format universal holds fp32 weights and both moments, always: drop --dtype and --moments"]
         )
     if SCHEME in given.save:
-        raise ConfigError([f"--save {given.save} is no folder: give one on a disk, and copy it"])
+        raise ConfigError([f"--save {given.save} is not a folder: give one on a disk, and copy it"])
     source = find_checkpoint(location(given.load))
     reader = CheckpointReader(source)
     manifest = reader.manifest
@@ -126,7 +126,7 @@ def _convert(argv: Sequence[str]) -> None:
 def read_names(file: str, manifest: Manifest) -> dict[str, str]:
     """The name that each parameter is written under, by its logical one.
 
-    Raises ConfigError: the file is no such object, or two parameters get one name.
+    Raises ConfigError: the file is not such an object, or two parameters get one name.
     """
     names = {name: name for name in manifest.specs}
     if not file:
@@ -136,11 +136,11 @@ def read_names(file: str, manifest: Manifest) -> dict[str, str]:
     except OSError as error:
         raise ConfigError([f"--names {file}: {error.strerror}: give a JSON file"]) from error
     except ValueError as error:
-        raise ConfigError([f"--names {file} is no JSON ({error}): correct it"]) from error
+        raise ConfigError([f"--names {file} is not JSON ({error}): correct it"]) from error
     if not isinstance(given, dict):
-        raise ConfigError([f'--names {file} is no JSON object: write {{"logical": "theirs", ...}}'])
+        raise ConfigError([f'--names {file} is not a JSON object: write {{"logical": "theirs", ...}}'])
     problems = [
-        f"--names {file} has {name!r}, which is no parameter of the checkpoint: "
+        f"--names {file} has {name!r}, which is not a parameter of the checkpoint: "
         "inspect_checkpoint.py --tensors lists them"
         for name in given
         if name not in names

@@ -135,7 +135,7 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}: give a text file that can be read") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is no UTF-8 text ({error}): convert it, or give another") from error
+            raise DataError(f"{path} is not UTF-8 text ({error}): convert it, or give another") from error
         if not texts[path]:
             raise DataError(f"{path} is empty, and perplexity is of a text: give a file with text")
     return texts

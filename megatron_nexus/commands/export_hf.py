@@ -68,7 +68,7 @@ def _run() -> None:
     manifest = read_manifest(source)
     config = saved_config(source, manifest)
     if SCHEME in given.output:
-        raise ConfigError([f"--output {given.output} is no folder on this disk: give one, and copy it"])
+        raise ConfigError([f"--output {given.output} is not a folder on this disk: give one, and copy it"])
     target = Path(given.output)
     require_new(target)
     if source.resolve() in target.resolve().parents:

@@ -68,7 +68,7 @@ def _run() -> None:
 
 
 def _read_prompt(given: str | None) -> str:
-    """The text to go on with. Raises DataError where it is no UTF-8."""
+    """The text to go on with. Raises DataError where it is not UTF-8."""
     if given is None:
         if sys.stdin.isatty():
             log.logger.info("type the text to go on with, and end it with Ctrl-D")
@@ -78,7 +78,7 @@ def _read_prompt(given: str | None) -> str:
     try:
         return contents.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"the prompt is no UTF-8 text ({error}): convert it") from error
+        raise DataError(f"the prompt is not UTF-8 text ({error}): convert it") from error
 
 
 def _generate(trained: TrainedModel, prompt: str, given: argparse.Namespace) -> None:

@@ -162,7 +162,9 @@ def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
             return Path()
         raise ConfigError(["--save is missing: give a folder for the new checkpoint, or --dry-run"])
     if SCHEME in save:
-        raise ConfigError([f"--save {save} is no folder, and growth writes to disks: give one, and copy it"])
+        raise ConfigError(
+            [f"--save {save} is not a folder, and growth writes to disks: give one, and copy it"]
+        )
     root = Path(save)
     if root.exists() and not root.is_dir():
         raise ConfigError([f"--save {root} is a file: give a folder, or a name that does not exist yet"])

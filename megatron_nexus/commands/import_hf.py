@@ -65,7 +65,7 @@ def main() -> NoReturn:
 def _run() -> None:
     given = make_parser().parse_args(sys.argv[1:])
     if SCHEME in given.save:
-        raise ConfigError([f"--save {given.save} is no folder on this disk: give one, and copy it"])
+        raise ConfigError([f"--save {given.save} is not a folder on this disk: give one, and copy it"])
     root, origin = Path(given.save), Path(given.input)
     require_new(root)
     if origin.resolve() in root.resolve().parents:

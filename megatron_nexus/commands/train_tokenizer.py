@@ -73,7 +73,7 @@ def _run() -> None:
                     else:
                         empty += 1
                 elif given.strict:
-                    raise DataError(f"{record.describe()}: mend it, or run without --strict to leave it out")
+                    raise DataError(f"{record.describe()}: fix it, or run without --strict to leave it out")
                 else:
                     left_out[record.reason] += 1
                     if len(samples) < REPORTED:

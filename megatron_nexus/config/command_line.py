@@ -125,7 +125,7 @@ def build(
     A budget of tokens or samples becomes the steps that read what `consumed` leaves of it, at the present
     size of the batch and of a sample.
 
-    Raises ConfigError where flags contradict the checkpoint's model, or a budget is no number.
+    Raises ConfigError where flags contradict the checkpoint's model, or a budget is not a number.
     """
     if saved is None:
         name = str(given.get("preset", DEFAULT_PRESET))
@@ -173,15 +173,15 @@ def model_name(config: RunConfig) -> str:
 
 
 def _samples_left(training: TrainingConfig, consumed: Consumed) -> int:
-    """The samples that are left of a budget. Raises ConfigError where it is no number of tokens."""
+    """The samples that are left of a budget. Raises ConfigError where it is not a number of tokens."""
     if training.train_samples > 0:
         return training.train_samples - consumed.samples
     wanted = token_count(training.train_tokens)
     if wanted is None or wanted < 1:
         raise ConfigError(
             [
-                f"--train-tokens {training.train_tokens} is no number of tokens: write such as 100B, 1.5M or "
-                "4096"
+                f"--train-tokens {training.train_tokens} is not a number of tokens: write such as 100B, "
+                "1.5M or 4096"
             ]
         )
     return -(-(wanted - consumed.tokens) // max(1, training.seq_length))
@@ -193,7 +193,7 @@ def from_saved(saved: Mapping[str, object]) -> RunConfig:
     for section, kind in SECTIONS.items():
         values = saved[section]
         if not isinstance(values, dict):
-            raise TypeError(f"{section} is no section")
+            raise TypeError(f"{section} is not a section")
         if section == "model" and values.get("attention_order", 1) != 1:
             values = {"attention_inner": INNER_BEFORE_IT_WAS_RECORDED, **values}
         for name, hint in get_type_hints(kind).items():

@@ -40,7 +40,7 @@ def read_config_file(path: Path) -> dict[str, Value]:
             [f"--config {path}: {error.strerror}: give a YAML file that can be read"]
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError([f"--config {path} is no text in UTF-8: give a YAML file"]) from error
+        raise ConfigError([f"--config {path} is not UTF-8 text: give a YAML file"]) from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         document = yaml.safe_load(text)
@@ -118,7 +118,7 @@ def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[
         elif content is None:
             continue  # a section whose lines are all commented out
         elif not isinstance(content, dict):
-            yield f"{key} {content!r} is no mapping: write {key}: and its fields below it"
+            yield f"{key} {content!r} is not a mapping: write {key}: and its fields below it"
         else:
             hints = get_type_hints(SECTIONS[str(key)])
             for name, value in content.items():

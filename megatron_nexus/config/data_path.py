@@ -79,7 +79,7 @@ def parse_sets(flag: str, kind: str, words: Sequence[str]) -> dict[str, tuple[So
 def parse_token_range(text: str) -> tuple[int, int | None]:
     """First token and end of `--data-range`: `0:100B`, `1.5M:2M`, `130B:` up to the end.
 
-    Raises ConfigError where `text` is no such range or holds nothing.
+    Raises ConfigError where `text` is not such a range or holds nothing.
     """
     first, colon, last = text.partition(":")
     start = token_count(first) if first else 0
@@ -107,7 +107,7 @@ def _number(word: str) -> Fraction | None:
 
 
 def token_count(text: str) -> int | None:
-    """Tokens of `100B`, `1.5M`, `4096`; None where `text` is no such number."""
+    """Tokens of `100B`, `1.5M`, `4096`; None where `text` is not such a number."""
     match = TOKENS.fullmatch(text)
     count = Fraction(match[1]) * SUFFIXES[match[2]] if match else Fraction(1, 2)
     return int(count) if count.denominator == 1 else None

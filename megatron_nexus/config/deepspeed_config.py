@@ -129,9 +129,9 @@ def _read(path: Path) -> Json:
     except OSError as error:
         raise ConfigError([f"--deepspeed-config {path}: {error.strerror}: give a JSON file"]) from error
     except ValueError as error:
-        raise ConfigError([f"--deepspeed-config {path} is no JSON ({error}): correct it"]) from error
+        raise ConfigError([f"--deepspeed-config {path} is not JSON ({error}): correct it"]) from error
     if not isinstance(loaded, dict):
-        raise ConfigError([f"--deepspeed-config {path} is no JSON object: write {{...}}"])
+        raise ConfigError([f"--deepspeed-config {path} is not a JSON object: write {{...}}"])
     return loaded
 
 

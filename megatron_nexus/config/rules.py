@@ -90,7 +90,7 @@ def _excessive_numbers(config: RunConfig, world_size: int) -> Iterable[str]:
     for name, number in numbers.items():
         if isinstance(number, int) and abs(number) > MOST:
             flag = f"--{name.replace('_', '-')}"
-            yield f"{flag} {number} is beyond the {MOST:,} that can be counted with: give a smaller number"
+            yield f"{flag} {number} must be at most 2**48 ({MOST:,}): give a smaller number"
 
 
 def _excessive_products(config: RunConfig) -> Iterable[str]:

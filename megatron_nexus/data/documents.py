@@ -135,8 +135,8 @@ def _row_groups(file: InputFile, key: str, span_bytes: int) -> list[Span]:
             inner = [name for name in column_keys(found[-1:]) if name != found[-1].name]
             such = f", such as {key.removesuffix(found[-1].name)}{inner[0]}" if inner else ""
             raise DataError(
-                f"{file.path}: the column {key!r} is of type {_excerpted(str(kind))}, which is no text: name "
-                f"the column of the text with --json-keys{such}"
+                f"{file.path}: the column {key!r} is of type {_excerpted(str(kind))}, which is not text: "
+                f"name the column of the text with --json-keys{such}"
             )
         place = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(key)
         spans: list[Span] = []
@@ -236,7 +236,7 @@ def _field(line: bytes, key: str, span: Span, number: int) -> Document | Malform
         names = _excerpted(", ".join(map(repr, record)))
         return Malformed(span, number, f"no key {key!r}", f"keys {names}")
     if not isinstance(text, str):
-        return Malformed(span, number, f"{key!r} is no string", _excerpt(line))
+        return Malformed(span, number, f"{key!r} is not a string", _excerpt(line))
     try:
         return Document(text, len(text) if text.isascii() else len(text.encode()))
     except UnicodeEncodeError:

@@ -49,7 +49,7 @@ class HuggingFaceTokenizer:
     """Text to token ids and back, through a `tokenizer.json`; see `Tokenizer` for the fields.
 
     Raises:
-        DataError: the file is missing or is no tokenizer, or no token is known to end a document.
+        DataError: the file is missing or is not a tokenizer, or no token is known to end a document.
     """
 
     def __init__(self, model_path: Path) -> None:
@@ -65,7 +65,7 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
         except Exception as error:  # noqa: BLE001 - the library raises nothing more special
             raise DataError(
-                f"the tokenizer {model_path} ({len(model)} bytes) is no tokenizer.json: {error}; it is "
+                f"the tokenizer {model_path} ({len(model)} bytes) is not a tokenizer.json: {error}; it is "
                 "damaged or of another kind, copy it again"
             ) from None
         self._tokenizer.no_truncation()

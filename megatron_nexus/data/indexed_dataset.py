@@ -105,7 +105,7 @@ class IndexedDataset:
             )
         if code not in DTYPES or DTYPES[code].kind == "f":
             raise DataError(
-                f"{idx_file} has the type code {code}, which is no integer type: "
+                f"{idx_file} has the type code {code}, which is not an integer type: "
                 "it does not hold token ids; tokenize the corpus again"
             )
         self.dtype: np.dtype = DTYPES[code]
@@ -230,7 +230,7 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.description = ""
         """Text of the `.json` beside the pair, set within the block; empty: none, an old one is removed."""
-        assert self.dtype in CODES and self.dtype.kind != "f", f"{dtype} is no type of token ids"
+        assert self.dtype in CODES and self.dtype.kind != "f", f"{dtype} is not a type of token ids"
         self._lengths = array("i")
         self._bin_draft, self._json_draft, self._idx_draft = _drafts(prefix, os.getpid()).values()
 

@@ -59,7 +59,7 @@ class InputFile:
         try:
             return pyarrow.parquet.ParquetFile(self.path)
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{self.path} is no parquet file ({error}): copy it again") from None
+            raise DataError(f"{self.path} is not a parquet file ({error}): copy it again") from None
 
     def has_changed(self) -> bool:
         """Whether somebody wrote to it since it was found."""

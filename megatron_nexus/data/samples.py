@@ -190,7 +190,7 @@ class TokenWindows:
     def sample(self, k: int) -> npt.NDArray[np.int64]:
         """Tokens of global sample `k`, counted from 0 over all epochs, [L + 1].
 
-        Raises DataError where one of them is no id of the vocabulary.
+        Raises DataError where one of them is not an id of the vocabulary.
         """
         start = self._start(k)
         tokens = self.dataset.tokens(start, start + self.seq_length + 1)

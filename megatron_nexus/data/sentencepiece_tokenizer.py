@@ -50,7 +50,7 @@ class SentencePieceTokenizer:
     others may normalize, drop blanks or add one, and `bytes_per_token` is then an approximation.
 
     Raises:
-        DataError: the file is missing, is no SentencePiece model, or the model has no end piece.
+        DataError: the file is missing, is not a SentencePiece model, or the model has no end piece.
     """
 
     def __init__(self, model_path: Path) -> None:
@@ -68,7 +68,7 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
         except RuntimeError:
             raise DataError(
-                f"the tokenizer model {model_path} ({len(model)} bytes) is no SentencePiece model: "
+                f"the tokenizer model {model_path} ({len(model)} bytes) is not a SentencePiece model: "
                 "it is damaged or of another kind; copy or train it again"
             ) from None
         self.vocab_size: int = self._processor.vocab_size()

@@ -198,7 +198,7 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
                     continue
                 if tokenizing.strict:
                     raise DataError(
-                        f"{record.describe()}: mend or remove the record, or leave it out by running "
+                        f"{record.describe()}: fix or remove the record, or leave it out by running "
                         "without --strict"
                     )
                 malformed[record.reason] += 1

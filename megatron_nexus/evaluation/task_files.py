@@ -76,7 +76,7 @@ def require_task_files(folder: Path, tasks: Sequence[str]) -> None:
 
 
 def read_task_file(path: Path, task: str) -> list[Record]:
-    """The records of a task. Raises DataError, which names the first line that is no record of it."""
+    """The records of a task. Raises DataError, which names the first line that is not a record of it."""
     records = []
     try:
         lines = path.read_bytes().splitlines()
@@ -91,7 +91,7 @@ def read_task_file(path: Path, task: str) -> list[Record]:
         except ValueError as error:
             problem = f"is not JSON ({error})"
         if problem:
-            raise DataError(f"{path}:{number} {problem}: mend the line, or leave it out")
+            raise DataError(f"{path}:{number} {problem}: fix the line, or remove it")
         records.append(record)
     if not records:
         raise DataError(f"{path} has no records: put one JSON object on each line")

@@ -39,7 +39,7 @@ def open_tasks(names: Sequence[str], folder: Path | None) -> Tasks:
 
     Raises:
         ConfigError: a task is unknown, has no file, or is none for a model of text.
-        DataError: a file is no file of its task, or a data set cannot be had.
+        DataError: a file is not a file of its task, or a data set cannot be had.
     """
     # It warns of settings that are meant so.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -58,7 +58,7 @@ def architecture_of(model: ModelConfig, origin: str = "") -> Architecture:
         return kinds[0]
     if origin == MISTRAL.model_type:
         return MISTRAL  # without a window
-    # transformers refuses a Llama whose hidden size is no multiple of its heads.
+    # transformers refuses a Llama whose hidden size is not a multiple of its heads.
     return NEXUSFORMER if model.hidden_size % model.num_attention_heads else LLAMA
 
 

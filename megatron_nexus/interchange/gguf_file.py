@@ -43,7 +43,7 @@ PARTS = {
 def open_gguf(path: Path) -> ForeignModel:
     """The model in a file.
 
-    Raises CheckpointError: it cannot be read, is no GGUF file, or of a kind that is not known here.
+    Raises CheckpointError: it cannot be read, is not a GGUF file, or of a kind that is not known here.
     """
     try:
         check_gguf(path)
@@ -52,7 +52,7 @@ def open_gguf(path: Path) -> ForeignModel:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}: give a .gguf file") from error
     except (ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} is no GGUF file ({error}): copy it again") from error
+        raise CheckpointError(f"{path} is not a GGUF file ({error}): copy it again") from error
     try:
         config = _config(fields, {tensor.name for tensor in reader.tensors})
     except KeyError as error:

@@ -69,9 +69,9 @@ def _read_json(path: Path) -> JsonObject:
             f"{path}: {error.strerror}: give a folder as Hugging Face's save_pretrained writes it"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}): copy it again") from error
+        raise CheckpointError(f"{path} is not JSON ({error}): copy it again") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no JSON object: copy it again")
+        raise CheckpointError(f"{path} is not a JSON object: copy it again")
     return found
 
 

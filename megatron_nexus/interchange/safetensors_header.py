@@ -53,7 +53,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}: copy the missing file") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file ({error}): copy it again") from error
+        raise CheckpointError(f"{path} is not a safetensors file ({error}): copy it again") from error
 
 
 def _tensors(path: Path, header: JsonObject, data_start: int, size: int) -> dict[str, StoredTensor]:

@@ -87,7 +87,7 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
         raise DataError(f"the tokenizer model {path} cannot be read: {error.strerror}") from error
     except (IndexError, KeyError, ValueError, struct.error) as error:
         raise DataError(
-            f"the tokenizer model {path} is no SentencePiece model ({error}): copy or train it again"
+            f"the tokenizer model {path} is not a SentencePiece model ({error}): copy or train it again"
         ) from error
 
 
@@ -102,7 +102,7 @@ def _piece(message: bytes) -> Piece:
 def _number(fields: dict[int, int | bytes], number: int, default: int) -> int:
     value = fields.get(number, default)
     if isinstance(value, bytes):
-        raise ValueError(f"field {number} is no number")
+        raise ValueError(f"field {number} is not a number")
     return value
 
 

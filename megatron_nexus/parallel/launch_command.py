@@ -4,7 +4,7 @@
     python -m megatron_nexus                      mpirun -n 4 python pretrain_nexus.py
 
 A process knows it from its own command line and those of its ancestors: the outermost that ends with the
-program and its flags is what was typed. Where a launcher is no ancestor, as srun, the line is made up.
+program and its flags is what was typed. Where a launcher is not an ancestor, as srun, the line is made up.
 """
 
 import sys

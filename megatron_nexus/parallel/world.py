@@ -118,7 +118,7 @@ def _world(names: _Names, environment: Mapping[str, str]) -> World:
     local_sizes = [int(count[0]) for count in counts if count]
     port = int(environment.get("MASTER_PORT") or _job_port(environment))
     if not 1 <= port <= 65535:
-        raise ConfigError([f"MASTER_PORT {port} is no port: use one from 1 to 65535"])
+        raise ConfigError([f"MASTER_PORT {port} is not a port: use one from 1 to 65535"])
     return World(
         launcher=names.launcher,
         rank=rank,

@@ -117,7 +117,7 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no format of pictures
+    except (OSError, ValueError) as error:  # ValueError: an ending that is not a format of pictures
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError([f"--output {path}: {reason}: give a file such as losses.png"]) from error
     finally:

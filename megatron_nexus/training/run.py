@@ -143,7 +143,7 @@ def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
     changes = []
     for section in ("training", "optimizer", "data"):
         before = saved[section]
-        assert isinstance(before, Mapping), f"{section} is no section"
+        assert isinstance(before, Mapping), f"{section} is not a section"
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             was = before.get(name, value)
             if (tuple(was) if isinstance(was, list) else was) != value:  # JSON has lists for our tuples

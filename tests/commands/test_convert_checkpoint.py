@@ -95,14 +95,14 @@ def test_bf16_is_the_nearest_and_the_header_tells_the_model(run: Run, folder: Pa
         ("--load old --save names.json/new", ["names.json/new: Not a directory"]),
         ("--load old --save /proc/new", ["/proc/new: ", "can be written"]),
         ("--load old --save old/iter_0000040/new", ["lies in the source"]),
-        ("--load old --save s3://bucket/new", ["--save s3://bucket/new is no folder"]),
+        ("--load old --save s3://bucket/new", ["--save s3://bucket/new is not a folder"]),
         ("--load old --save new --format universal --moments", ["both moments, always"]),
         ("--load old --save new --format universal --dtype bf16", ["both moments, always"]),
         ("--load old --save new --dtype fp16", ["--dtype", "'fp16'"]),
         ("--load old --save new --shards 3", ["--shards"]),
         ("--load old", ["--save"]),
         ("--load old --save new --names missing.json", ["--names missing.json: No such file"]),
-        ("--load old --save new --names old/latest", ["is no JSON"]),
+        ("--load old --save new --names old/latest", ["is not JSON"]),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(
@@ -120,8 +120,8 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["head.weight"], "is no JSON object"),
-        ({"heat.weight": "x"}, "'heat.weight', which is no parameter"),
+        (["head.weight"], "is not a JSON object"),
+        ({"heat.weight": "x"}, "'heat.weight', which is not a parameter"),
         ({"head.weight": "../x"}, "without slashes"),
         ({"head.weight": 3}, "without slashes"),
         ({"head.weight": "embedding.weight"}, "calls both embedding.weight and head.weight"),

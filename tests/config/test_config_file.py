@@ -69,7 +69,7 @@ def test_a_run_s_length_is_told_in_iterations_or_tokens(
 
 @pytest.mark.parametrize("tokens", ["many", "0", "1.5", "-3"])
 def test_tokens_that_are_no_number_are_named(tokens: str) -> None:
-    with pytest.raises(ConfigError, match=f"--train-tokens {tokens} is no number of tokens"):
+    with pytest.raises(ConfigError, match=f"--train-tokens {tokens} is not a number of tokens"):
         build(given_flags([f"--train-tokens={tokens}"]))
 
 
@@ -101,7 +101,7 @@ WRONG = [
     ("preset: [a]", ["unknown preset ['a']"]),
     ("training: {train_iters: 3, train_tokens: 1M}", ["train_tokens and train_iters", "keep one"]),
     ("training: &a {seed: *a}", ["training.seed", "must be a whole number"]),
-    ("model: 3", ["model 3 is no mapping"]),
+    ("model: 3", ["model 3 is not a mapping"]),
     ("model: {num_layers: twelve}", ["model.num_layers 'twelve' must be a whole number"]),
     ("model: {num_layers: 2.5}", ["model.num_layers 2.5 must be a whole number"]),
     ("model: {num_layers: true}", ["model.num_layers True must be a whole number"]),

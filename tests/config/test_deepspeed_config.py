@@ -118,13 +118,13 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
         ({"zero_optimization": {"sub_group_size": -1}}, ["sub_group_size is -1", "number, 0 or above"]),
         (
             {"zero_optimization": {"reduce_bucket_size": float("nan")}},
-            ["is no JSON (NaN is not a number of JSON)", "correct it"],
+            ["is not JSON (NaN is not a number of JSON)", "correct it"],
         ),
         ({"gradient_predivide_factor": 2}, ["gradient_predivide_factor is 2", "make it 1.0"]),
         ({"flops_profiler": {"enabled": "maybe"}}, ["flops_profiler.enabled is 'maybe'", "true or false"]),
         ({"communication_data_type": "half"}, ["communication_data_type is 'half'", "fp16, bf16, fp32"]),
-        ("{", ["is no JSON"]),
-        ("[]", ["is no JSON object"]),
+        ("{", ["is not JSON"]),
+        ("[]", ["is not a JSON object"]),
     ],
 )
 def test_what_a_file_may_not_set_is_named_with_both_values(

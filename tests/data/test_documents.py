@@ -65,11 +65,11 @@ def test_a_malformed_line_says_its_number_wherever_the_file_is_cut(tmp_path: Pat
         (b"\xff\xfe", "not UTF-8"),
         (b"{oops", "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"text": ' + b"1" * 5000 + b"}", "'text' is no string"),
-        (b'{"text": 1}', "'text' is no string"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "'text' is not a string"),
+        (b'{"text": 1}', "'text' is not a string"),
         (b'["text"]', "no JSON object"),
         (b'{"Text": "a"}', "no key 'text': keys 'Text'"),
-        (b'{"text": null}', "'text' is no string"),
+        (b'{"text": null}', "'text' is not a string"),
         (b'{"text": "\\ud83d"}', "lone surrogate"),
     ],
 )
@@ -98,8 +98,8 @@ def test_numbers_of_other_fields_do_not_matter(tmp_path: Path, number: str) -> N
         ("a.b.c", {"a": {"b.c": "inner"}}, "inner"),
         ("doc.text", {"doc": None}, "no key 'doc.text': keys 'doc'"),
         ("doc.text", {"doc": "text"}, "no key 'doc.text'"),
-        ("doc.text", {"doc": {"text": 3}}, "'doc.text' is no string"),
-        ("doc", {"doc": {"text": "in"}}, "'doc' is no string"),
+        ("doc.text", {"doc": {"text": 3}}, "'doc.text' is not a string"),
+        ("doc", {"doc": {"text": "in"}}, "'doc' is not a string"),
         ("doc..text", {"doc": {"": {"text": "in"}}}, "in"),
     ],
 )
@@ -218,7 +218,7 @@ def test_parquet_files_that_cannot_be_used_are_all_named(tmp_path: Path) -> None
         f"{tmp_path / 'b.parquet'}",
         caught.value.problems[2].split(":")[0],
     ]
-    assert "c.parquet is no parquet file" in caught.value.problems[2]
+    assert "c.parquet is not a parquet file" in caught.value.problems[2]
     pq.write_table(pa.table({"text": ["a" * 5000] * 50}), tmp_path / "d.parquet", compression="none")
     raw = bytearray((tmp_path / "d.parquet").read_bytes())
     raw[10:40] = bytes(30)

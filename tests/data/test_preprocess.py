@@ -109,7 +109,7 @@ def test_the_corpus_is_the_documents_in_order(folder: Path, reference: Path, tex
     assert (description.documents, description.tokens) == (len(texts), dataset.token_count)
     assert description.text_bytes == sum(len(text.encode()) for text in texts)
     assert description.empty_documents == 1
-    assert description.malformed == {"'text' is no string": 1, "not JSON": 1}
+    assert description.malformed == {"'text' is not a string": 1, "not JSON": 1}
     line = len(texts) // 4 * 2 + 2
     assert [sample.split(": ")[0] for sample in description.malformed_samples] == [
         f"{folder / 'inputs' / 'a.jsonl'}:{line}",
@@ -140,7 +140,7 @@ def test_workers_ranks_and_shards_change_nothing(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{2 if launcher else 1} ranks, 2 workers" in done.stdout
     assert contents(tmp_path / "corpus") == contents(reference)
-    assert "2 malformed records left out: 1 'text' is no string, 1 not JSON" in done.stdout
+    assert "2 malformed records left out: 1 'text' is not a string, 1 not JSON" in done.stdout
     assert list(tmp_path.glob("*.shards")) == []
 
 
@@ -221,7 +221,7 @@ def test_strict_finds_the_line_in_a_shard_that_is_finished(folder: Path, tmp_pat
     tokenize_shard(shard, tokenizing, tokenizer)
     publish(shard_prefix(shard, tokenizing, tokenizer), os.getpid())
     wanted = job(folder, tmp_path / "corpus", inputs=[str(file)], strict=True)
-    with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: '{oops': mend or remove"):
+    with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: '{oops': fix or remove"):
         preprocess(wanted, Alone())
     made = preprocess(dataclasses.replace(wanted, strict=False), Alone())
     assert made is not None

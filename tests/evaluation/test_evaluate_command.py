@@ -43,7 +43,7 @@ def test_tasks_and_perplexity_are_told_and_written(
         ((), "nothing to evaluate: give --tasks"),
         (("--perplexity", "gone.txt"), "gone.txt: No such file or directory"),
         (("--perplexity", "empty.txt"), "empty.txt is empty"),
-        (("--perplexity", "bytes.txt"), "bytes.txt is no UTF-8 text"),
+        (("--perplexity", "bytes.txt"), "bytes.txt is not UTF-8 text"),
         (("--perplexity", "a.txt", "--task-path", "."), "--task-path . belongs to --tasks"),
         (("--perplexity", "a.txt", "--output", "no/such/out.json"), "its folder does not exist"),
         (("--tasks", "piqa,arc", "--task-path", "."), "2 problems"),

@@ -47,7 +47,7 @@ def test_an_empty_prompt_begins_a_document(
     ("words", "told"),
     [
         (("--load", "nowhere"), "CheckpointError: nowhere: no such folder"),
-        (("--prompt", "\udcff"), "DataError: the prompt is no UTF-8 text"),
+        (("--prompt", "\udcff"), "DataError: the prompt is not UTF-8 text"),
         (("--top-p", "0"), "argument --top-p: 0 is not above 0"),
         (("--temperature", "-1"), "argument --temperature: -1 is below 0"),
         (("--tokenizer-model", "gone.model"), "DataError: the tokenizer model gone.model cannot be read"),

@@ -1,4 +1,4 @@
-"""Local files of tasks: what is no record of its task is answered with file, line and remedy."""
+"""Local files of tasks: what is not a record of its task is answered with file, line and remedy."""
 
 import json
 from pathlib import Path

@@ -126,7 +126,7 @@ def test_what_comes_back_knows_the_corpora_of_its_tokenizer(
         ("--load {source}/run --output {source}/run", "holds files, and nothing is ever overwritten"),
         ("--load {source}/run --output {source}/run/iter_0000040/hf", "never touched"),
         ("--load {source} --output {new}", "no complete checkpoint"),
-        ("--load {source}/run --output s3://bucket/x", "is no folder on this disk"),
+        ("--load {source}/run --output s3://bucket/x", "is not a folder on this disk"),
         ("--load {source}/nameless --output {new} --tokenizer-model {source}/spm.model", "500 tokens, the"),
         ("--load {source}/run --output {new} --tokenizer-model {source}/gone.model", "cannot be read"),
         ("--load {source}/run --output {new} --dtype fp16", "fp16"),

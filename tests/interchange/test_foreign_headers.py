@@ -78,7 +78,7 @@ def test_a_header_that_the_library_refuses_is_refused(change: str, sound: Path) 
     CHANGES[change](header)
     rewrite(sound, json.dumps(header))
     assert library_refuses(sound)
-    with pytest.raises(CheckpointError, match=r"is no safetensors file|nothing is imported"):
+    with pytest.raises(CheckpointError, match=r"is not a safetensors file|nothing is imported"):
         read_header(sound)
 
 
@@ -103,7 +103,7 @@ A = '"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}'
 )
 def test_a_text_that_is_no_header_is_refused(header: str | bytes, length: int | None, sound: Path) -> None:
     rewrite(sound, header, length)
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         read_header(sound)
 
 
@@ -176,7 +176,7 @@ def test_a_gguf_header_that_is_not_true_is_refused_at_once(change: str, tmp_path
     place = find(bytes(contents))
     contents[place : place + len(value)] = value
     (tmp_path / "model.gguf").write_bytes(contents)
-    with pytest.raises(CheckpointError, match="is no GGUF file"):
+    with pytest.raises(CheckpointError, match="is not a GGUF file"):
         open_gguf(tmp_path / "model.gguf")
 
 
@@ -189,5 +189,5 @@ def test_a_gguf_file_that_ends_early_is_refused_and_a_whole_one_is_not(tmp_path:
     padding = -(5 * 4) % 32
     for size in range(0, len(contents) - padding, 7):
         path.write_bytes(contents[:size])
-        with pytest.raises(CheckpointError, match="is no GGUF file"):
+        with pytest.raises(CheckpointError, match="is not a GGUF file"):
             open_gguf(path)

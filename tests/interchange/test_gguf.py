@@ -249,7 +249,7 @@ def test_a_tokenizer_that_is_not_known_is_refused(
 
 @pytest.mark.parametrize(
     ("contents", "told"),
-    [(b"no such thing", "is no GGUF file"), (b"GGUF", "is no GGUF file"), (None, "No such file")],
+    [(b"no such thing", "is not a GGUF file"), (b"GGUF", "is not a GGUF file"), (None, "No such file")],
 )
 def test_a_file_that_is_none_is_refused(
     contents: bytes | None,

@@ -351,9 +351,9 @@ def break_config(folder: Path) -> None:
         (break_missing, "up_proj.weight: nothing in the files, 40 x 24 in the model"),
         (break_type, "lm_head.weight is of the type I8"),
         (break_end, "its tensors end at byte"),
-        (break_header, "is no safetensors file"),
+        (break_header, "is not a safetensors file"),
         (break_kind, "but pytorch_model.bin: pickles are never loaded"),
-        (break_config, "is no JSON"),
+        (break_config, "is not JSON"),
     ],
 )
 def test_damaged_files_are_named_and_nothing_is_left(

@@ -92,5 +92,5 @@ def test_what_cannot_be_told_is_refused(
 @pytest.mark.parametrize("contents", [b"", b"empty", b"\x0a\xff\xff", b"\x0a\x02\x0a\x00" * 3 + b"\x12"])
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, contents: bytes) -> None:
     (tmp_path / "spm.model").write_bytes(contents)
-    with pytest.raises(DataError, match="is no SentencePiece model"):
+    with pytest.raises(DataError, match="is not a SentencePiece model"):
         read_sentencepiece_model(tmp_path / "spm.model")

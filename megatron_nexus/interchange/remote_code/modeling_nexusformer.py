@@ -481,7 +481,7 @@ class NexusformerPreTrainedModel(PreTrainedModel):
     }
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Random values of a model that is not loaded: transformers knows what is no matrix of its own."""
+        """Random values of a model that is not loaded: transformers knows what is not a matrix of its own."""
         super()._init_weights(module)
         if isinstance(module, LinearNexusRank):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
