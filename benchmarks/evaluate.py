@@ -34,7 +34,7 @@ from lm_eval.models.huggingface import HFLM
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.command import saved_config, tokenizer_record
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.standard_library import standard_library_documents

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.checkpoint.chunks import fragment_boxes
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
     JsonObject,
@@ -33,13 +34,12 @@ from megatron_nexus.checkpoint.manifest import (
     Topology,
     manifest_to_json,
 )
-from megatron_nexus.checkpoint.pieces import slabs
 from megatron_nexus.checkpoint.store import (
     DTYPE,
     STATES,
-    Piece,
+    Chunk,
     block_checksums,
-    piece_starts,
+    chunk_starts,
     rank_files,
     safetensors_header,
     write_index,
@@ -79,29 +79,29 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
     folder = root / "iter_0001000"
     folder.mkdir(parents=True)
     shard = Shard(0, 1)
-    pieces = [
-        Piece(spec.name, state, slab.box)
+    chunks = [
+        Chunk(spec.name, state, part.box)
         for spec in specs.values()
         for state in STATES
-        for slab in slabs(spec, shard, 0, prod(spec.shape))
+        for part in fragment_boxes(spec, shard, 0, prod(spec.shape))
     ]
     checksums = []
-    largest = max(piece.box.numel for piece in pieces)
+    largest = max(chunk.box.numel for chunk in chunks)
     random = np.random.default_rng(0).standard_normal(largest, dtype=np.float32)
     with rank_files(folder, 0)[0].open("wb") as file:
-        file.write(safetensors_header(pieces))
-        for piece in pieces:
-            count = piece.box.numel
+        file.write(safetensors_header(chunks))
+        for chunk in chunks:
+            count = chunk.box.numel
             if sparse:
                 checksums.append(checksums_of_zeros(count * DTYPE.itemsize))
             else:
                 contents = random[:count].view(np.uint8).data
                 checksums.append(block_checksums(contents))
                 file.write(contents)
-        file.truncate(piece_starts(pieces)[-1])
+        file.truncate(chunk_starts(chunks)[-1])
         file.flush()
         os.fsync(file.fileno())
-    write_index(folder, 0, pieces, checksums, {})
+    write_index(folder, 0, chunks, checksums, {})
     group: JsonObject = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     manifest = Manifest(
         progress=RunProgress(1000, 0, 0, 0),

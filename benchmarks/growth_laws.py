@@ -56,7 +56,7 @@ def row(folder: Path, model: str, axes: str, init: Init) -> str:
     new = trained = 0
     plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(init=init)))
     for name, tensor in plan.tensors.items():
-        for block in tensor.blocks:
+        for block in tensor.boxes:
             if block.fill is not Fill.KEPT:
                 part = tuple(slice(o, o + s) for o, s in zip(block.box.offsets, block.box.sizes, strict=True))
                 new += reached[name][part].numel()

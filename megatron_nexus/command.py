@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_nexus import log
+from megatron_nexus.base.gc_paused import gc_paused
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
-from megatron_nexus.checkpoint.run_folder import (
+from megatron_nexus.checkpoint.run_dir import (
     TOKENIZER_FOLDER,
+    check_save_folder,
     find_checkpoint,
     newest_checkpoint,
-    require_own_folder,
 )
 from megatron_nexus.config.command_line import Consumed, build, from_saved, given_flags, over
 from megatron_nexus.config.config_file import config_text, read_config_file
@@ -44,7 +45,6 @@ from megatron_nexus.errors import (
 )
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.growth.request import grown_config, read_request
-from megatron_nexus.imports import uncollected
 from megatron_nexus.parallel.launch_command import program_words
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
@@ -165,7 +165,7 @@ def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> N
     """Look at the files that a run will read and the folder it will write, before torch is imported.
 
     Raises:
-        ConfigError, DataError: as `Library`, `require_own_folder` and `require_tasks` do.
+        ConfigError, DataError: as `Library`, `check_save_folder` and `require_tasks` do.
     """
     if world.rank == 0 and config.logging.eval_tasks:
         folder = config.logging.eval_task_path
@@ -178,7 +178,7 @@ def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> N
     if world.rank == 0 and config.checkpoint.save:
         # A grown model is another run than the checkpoint's.
         continued = None if config.checkpoint.grow else checkpoint
-        require_own_folder(location(config.checkpoint.save), continued)
+        check_save_folder(location(config.checkpoint.save), continued)
 
 
 def _check_tokenizer(config: RunConfig, checkpoint: Location | None) -> None:
@@ -227,7 +227,7 @@ def _dry_run(config: RunConfig, world_size: int, speaks: bool) -> NoReturn:
     if speaks:
         log.logger.info("%s\n", config_text(config).rstrip())
         with log.Progress("planning the memory of each rank"):
-            with uncollected():
+            with gc_paused():
                 from megatron_nexus.training.dry_run import report
             lines = report(config, world_size)
         for line in lines:
@@ -239,7 +239,7 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
     """Train, and end this rank so that of all ranks only the first to fail says why."""
     # Ranks that lose a peer are told of here; c10d would add the frames of its C++ stack.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with log.Progress("importing torch and DeepSpeed"), uncollected():
+    with log.Progress("importing torch and DeepSpeed"), gc_paused():
         import torch
 
         if not torch.cuda.is_available():

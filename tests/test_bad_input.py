@@ -19,8 +19,8 @@ from conftest import REPOSITORY
 from processes import PATIENCE_S
 from programs import Command, assert_refused, commands, ended
 
-from megatron_nexus.checkpoint.run_folder import newest_checkpoint
-from megatron_nexus.checkpoint.sealed_json import seal, unseal
+from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_with_crc
+from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.data.indexed_dataset import HEADER, IndexedDatasetWriter
 from megatron_nexus.data.sentencepiece_tokenizer import train_sentencepiece_bpe
 
@@ -182,10 +182,10 @@ def write_bad_checkpoints(folder: Path) -> None:
     head, _, rest = text.partition('"format_version": ')
     manifest.write_text(head + '"format_version": 99' + rest[len(rest) - len(rest.lstrip("0123456789")) :])
     (folder / "garbled" / kept.name / "manifest.json").write_text("{")
-    record = unseal(text.encode())
+    record = loads_with_crc(text.encode())
     record["progress"]["tokens"] = float("inf")
     record.pop("crc32")
-    (folder / "infinite" / kept.name / "manifest.json").write_text(seal(record))
+    (folder / "infinite" / kept.name / "manifest.json").write_text(dumps_with_crc(record))
     weights = folder / "shortened" / kept.name / "rank_00000.safetensors"
     os.truncate(weights, weights.stat().st_size - 64)
     (folder / "without-rank" / kept.name / "rank_00000.safetensors").unlink()

@@ -1,1 +1,1 @@
-"""How training state is kept: pieces of logical tensors on disk, readable at any topology."""
+"""How training state is kept: chunks of logical tensors on disk, readable at any topology."""

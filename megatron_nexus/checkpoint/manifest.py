@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
+from megatron_nexus.base.json_text import parse_json, record_of, with_types
+from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_with_crc
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.json_text import parse_json, record_of, with_types
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
@@ -57,24 +57,24 @@ class Topology:
 
 
 @dataclass(frozen=True)
-class Birth:
-    """A part of a tensor that growth has added, and the optimizer's count of steps at that moment."""
+class GrownRegion:
+    """A part of a tensor that a growth added, and Adam's step count at that growth."""
 
     tensor: str
     box: Box
-    step_count: int
+    adam_step: int
 
 
 @dataclass(frozen=True)
 class OptimizerRecord:
     """The optimizer's own count of steps, and the hyper-parameters of each of its groups by name.
 
-    `births` are the parts of tensors for which the count began later.
+    Weights in `grown_regions` have taken `adam_step` steps fewer.
     """
 
     step_count: int
     groups: Mapping[str, JsonObject]
-    births: Sequence[Birth] = ()
+    grown_regions: Sequence[GrownRegion] = ()
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,27 @@ def spec_from_json(raw: Mapping[str, Any]) -> ParamSpec:
     )
 
 
+def _optimizer_to_json(record: OptimizerRecord) -> JsonObject:
+    return {
+        "step_count": record.step_count,
+        "groups": record.groups,
+        "births": [
+            {"tensor": region.tensor, "box": asdict(region.box), "step_count": region.adam_step}
+            for region in record.grown_regions
+        ],
+    }
+
+
 def _optimizer_from_json(raw: Mapping[str, Any]) -> OptimizerRecord:
-    births = tuple(
-        Birth(b["tensor"], Box(tuple(b["box"]["offsets"]), tuple(b["box"]["sizes"])), b["step_count"])
-        for b in raw["births"]
+    grown_regions = tuple(
+        GrownRegion(
+            entry["tensor"],
+            Box(tuple(entry["box"]["offsets"]), tuple(entry["box"]["sizes"])),
+            entry["step_count"],
+        )
+        for entry in raw["births"]
     )
-    return OptimizerRecord(raw["step_count"], raw["groups"], births)
+    return OptimizerRecord(raw["step_count"], raw["groups"], grown_regions)
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -142,7 +157,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "format_version": manifest.format_version,
         "progress": asdict(manifest.progress),
         "topology": asdict(manifest.topology),
-        "optimizer": asdict(manifest.optimizer),
+        "optimizer": _optimizer_to_json(manifest.optimizer),
         "engine": asdict(manifest.engine),
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "lineage": manifest.lineage,
@@ -151,7 +166,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "config": manifest.config,
         "specs": [spec_to_json(spec) for spec in manifest.specs.values()],
     }
-    return seal(record, indent=1)
+    return dumps_with_crc(record, indent=1)
 
 
 def is_of_another_format(contents: bytes) -> bool:
@@ -171,7 +186,7 @@ def read_manifest(folder: Location) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
         contents = path.read_bytes()
-        # Before the seal is looked at: another version may have another one.
+        # Before the checksum is verified: another version may compute another one.
         version = parse_json(contents)["format_version"]
         if type(version) is not int:
             raise TypeError(f"format_version is {version!r:.80}")
@@ -181,7 +196,7 @@ def read_manifest(folder: Location) -> Manifest:
                 f"{path}: format version {version} is {age} than {FORMAT_VERSION}, the one that this "
                 f"version of megatron_nexus reads: load it with the version that wrote it{remedy}"
             )
-        raw = unseal(contents)
+        raw = loads_with_crc(contents)
         specs = [spec_from_json(spec) for spec in raw["specs"]]
         manifest = Manifest(
             progress=record_of(RunProgress, raw["progress"]),

@@ -11,22 +11,22 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megatron_nexus.checkpoint.agreement import exchange, from_each_stage, together
+from megatron_nexus.checkpoint.chunks import fragment_boxes
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
     Topology,
 )
-from megatron_nexus.checkpoint.pieces import slabs
 from megatron_nexus.checkpoint.store import (
     STATES,
     CheckpointReader,
-    Piece,
+    Chunk,
     StateReader,
 )
-from megatron_nexus.checkpoint.zero_pieces import Engine, Parameters, ZeroState, zero_state
+from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, ZeroState, zero_state
 from megatron_nexus.errors import CheckpointError
+from megatron_nexus.parallel.host_collectives import all_gather_str, gather_from_stages, raise_on_all_ranks
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
@@ -39,7 +39,7 @@ def topology_of(mesh: Mesh) -> Topology:
 
 def load_checkpoint(
     folder: Location,
-    engine: Engine,
+    engine: DeepSpeedEngine,
     parameters: Parameters,
     mesh: Mesh,
     shard: Shard,
@@ -59,16 +59,16 @@ def load_checkpoint(
     """
     purpose = f"{folder}: cannot load the checkpoint"
     zero = zero_state(engine.optimizer)
-    with together(mesh, purpose):
+    with raise_on_all_ranks(mesh, purpose):
         reader = open_state(folder)
         _check_specs(reader, parameters)
         identity = zlib.crc32((folder / MANIFEST_FILE).read_bytes())
     _check_agreement(reader, identity, parameters, mesh)
-    with together(mesh, purpose):
+    with raise_on_all_ranks(mesh, purpose):
         zero.restore_groups(reader.manifest.optimizer.groups)
         zero.clear()
-        for piece, values in slab_views(zero, parameters, shard):
-            values.copy_(torch.from_numpy(reader.read_box(piece.tensor, piece.state, piece.box)))
+        for chunk, values in state_views(zero, parameters, shard):
+            values.copy_(torch.from_numpy(reader.read_box(chunk.tensor, chunk.state, chunk.box)))
         as_written = reader.manifest.topology == topology_of(mesh)
         random_states = reader.random_states(mesh.rank) if as_written else {}
     zero.step_count = reader.manifest.optimizer.step_count
@@ -83,16 +83,16 @@ def load_checkpoint(
     return reader.manifest
 
 
-def slab_views(zero: ZeroState, parameters: Parameters, shard: Shard) -> Iterator[tuple[Piece, Tensor]]:
+def state_views(zero: ZeroState, parameters: Parameters, shard: Shard) -> Iterator[tuple[Chunk, Tensor]]:
     """Each box of this rank's state with a view of the optimizer's memory that holds it."""
     for fragment in zero.fragments(parameters):
         spec = fragment.spec
         held, expected = fragment.local_shape, shard.local_shape(spec)
         assert held == expected, f"{spec.name} has the local shape {held}, its spec and shard say {expected}"
-        for slab in slabs(spec, shard, fragment.start, fragment.count):
+        for part in fragment_boxes(spec, shard, fragment.start, fragment.count):
             for state in STATES:
-                run = fragment.states[state][slab.start : slab.start + slab.run_length]
-                yield Piece(spec.name, state, slab.box), run.view(slab.stored)[slab.corner]
+                run = fragment.states[state][part.start : part.start + part.run_length]
+                yield Chunk(spec.name, state, part.box), run.view(part.stored)[part.corner]
 
 
 def _check_specs(reader: StateReader, parameters: Parameters) -> None:
@@ -112,9 +112,9 @@ def _check_agreement(reader: StateReader, identity: int, parameters: Parameters,
 
     Every rank comes to the same answer.
     """
-    if len(set(exchange(mesh, str(identity)))) > 1:
+    if len(set(all_gather_str(mesh, str(identity)))) > 1:
         raise CheckpointError(f"{reader.folder}: the ranks see different checkpoints: use a shared folder")
-    stages = from_each_stage(mesh, json.dumps(list(parameters)))
+    stages = gather_from_stages(mesh, json.dumps(list(parameters)))
     held = {name for stage in stages for name in json.loads(stage)}
     extra = [spec for name, spec in reader.manifest.specs.items() if name not in held]
     _raise_mismatch(reader, [f"{s.name}: {_axes(s)} in the checkpoint, not in the model" for s in extra])

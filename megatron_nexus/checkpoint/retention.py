@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.run_folder import checkpoint_name, complete_checkpoints, latest_step
+from megatron_nexus.checkpoint.run_dir import checkpoint_name, complete_checkpoints, latest_step
 from megatron_nexus.checkpoint.storage import folder_of
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import logger

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from megatron_nexus.base.file_lock import LOCK_FILE, locked_folder
 from megatron_nexus.errors import CheckpointError, ConfigError
-from megatron_nexus.file_lock import LOCK_FILE, locked_folder
 
 
 @contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
+def run_dir_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which is made where it is missing.
 
     Afterwards the lock is gone, and so are those of the folders made here in which nothing was written.
@@ -31,14 +31,14 @@ def sole_user(folder: Path) -> Iterator[None]:
                 [f"--save {folder} is in use by {user or 'another run'}: wait for it, or give another --save"]
             ) from error
         except OSError as error:
-            raise unwritable(folder, error) from error
+            raise not_writable_error(folder, error) from error
         with suppress(OSError):  # on a full disk it says nothing
             os.truncate(lock, 0)
             os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
-def unwritable(folder: object, error: OSError) -> CheckpointError:
+def not_writable_error(folder: object, error: OSError) -> CheckpointError:
     """That a run cannot save in a folder, and what to do."""
     return CheckpointError(
         f"--save {folder}: {error.strerror}: give a folder that can be written, on a disk that all ranks "

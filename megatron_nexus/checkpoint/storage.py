@@ -3,7 +3,7 @@
     LocalFolder    has another name until it is complete, then it is renamed; what is written is durable
     ObjectFolder   is a checkpoint by its manifest, which is written last and deleted first
 
-Names of checkpoints, and which one is the latest: see run_folder.
+Names of checkpoints, and which one is the latest: see run_dir.
 """
 
 import mmap
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.base.file_lock import lock, share
 from megatron_nexus.checkpoint.location import Location, ObjectPath
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.file_lock import lock, share
 
 LATEST_FILE = "latest"
 CHECKPOINT = "iter_"
@@ -75,7 +75,7 @@ class Folder(ABC):
         """Finish the deletions in a run's folder that a crash cut short."""
 
     @abstractmethod
-    def hold(self) -> Callable[[], None]:
+    def lock_for_reading(self) -> Callable[[], None]:
         """Keep a checkpoint from being deleted until what is returned is called."""
 
     @abstractmethod
@@ -183,7 +183,7 @@ class LocalFolder(Folder):
         for dead in self.path.glob(f"{self.deleted}{CHECKPOINT}*"):
             shutil.rmtree(dead)
 
-    def hold(self) -> Callable[[], None]:
+    def lock_for_reading(self) -> Callable[[], None]:
         return share(self.path / MANIFEST_FILE)
 
     def create(self, name: str) -> AbstractContextManager[Write]:
@@ -281,7 +281,7 @@ class ObjectFolder(Folder):
             if MANIFEST_FILE not in folder.sizes():
                 folder.delete()
 
-    def hold(self) -> Callable[[], None]:
+    def lock_for_reading(self) -> Callable[[], None]:
         return lambda: None
 
     @contextmanager

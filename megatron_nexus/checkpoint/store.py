@@ -1,7 +1,7 @@
-"""The store: one rank's pieces on disk, and the reader that puts logical tensors together again.
+"""The store: one rank's chunks on disk, and the reader that puts logical tensors together again.
 
-    rank_00000.safetensors   float32 pieces, one after the other; any safetensors library opens it
-    rank_00000.json          what each piece is: tensor, state, global offsets, sizes, first byte, and the
+    rank_00000.safetensors   float32 chunks, one after the other; any safetensors library opens it
+    rank_00000.json          what each chunk is: tensor, state, global offsets, sizes, first byte, and the
                              CRC-32 of each MiB of it; sealed
 
 Needs numpy and json only: no torch, no process group, no DeepSpeed.
@@ -22,11 +22,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_with_crc
+from megatron_nexus.checkpoint.chunks import BoxIndex, are_disjoint, full_box, index_within, intersect
 from megatron_nexus.checkpoint.location import Location, Place
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.pieces import Extents, are_disjoint, index_within, intersect, whole_box
-from megatron_nexus.checkpoint.sealed_json import seal, unseal
 from megatron_nexus.checkpoint.storage import WRITE_BYTES, Bytes, DataFile, folder_of
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
@@ -35,7 +35,7 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """What is kept of each parameter: the master weights and Adam's two moments."""
 
 BLOCK_BYTES = 1 << 20
-"""Bytes of a piece that have one checksum: what must be read, at most, to check a single element."""
+"""Bytes of a chunk that have one checksum: what must be read, at most, to check a single element."""
 
 LISTED_PROBLEMS = 10
 
@@ -44,7 +44,7 @@ DTYPE = np.dtype("<f4")
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A box of one state of a logical tensor."""
 
     tensor: str
@@ -53,10 +53,10 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class StoredPiece:
-    """A piece in a file: where its bytes begin, and the CRC-32 of each of its blocks."""
+class StoredChunk:
+    """A chunk in a file: where its bytes begin, and the CRC-32 of each of its blocks."""
 
-    piece: Piece
+    chunk: Chunk
     path: Location
     start: int
     checksums: tuple[int, ...]
@@ -73,32 +73,32 @@ def write_durably(path: Location, text: str) -> None:
         write(text.encode())
 
 
-def write_pieces(
+def write_chunks(
     folder: Location,
     rank: int,
-    pieces: Sequence[Piece],
+    chunks: Sequence[Chunk],
     arrays: Iterable[Array],
     random_states: Mapping[str, bytes],
 ) -> None:
-    """Write the two files of a rank, durably. `arrays` are the pieces' values, asked for one at a time.
+    """Write the two files of a rank, durably. `arrays` are the chunks' values, asked for one at a time.
 
     Raises OSError, which names the file.
     """
     checksums = []
-    # The checksum of a piece is computed while the piece is written: both run without the GIL.
+    # The checksum of a chunk is computed while the chunk is written: both run without the GIL.
     with folder_of(folder).create(rank_files(folder, rank)[0].name) as write, ThreadPoolExecutor(1) as beside:
-        write(safetensors_header(pieces))
-        for piece, array in zip(pieces, arrays, strict=True):
-            assert array.shape == piece.box.sizes, f"{piece}: values of shape {array.shape}"
+        write(safetensors_header(chunks))
+        for chunk, array in zip(chunks, arrays, strict=True):
+            assert array.shape == chunk.box.sizes, f"{chunk}: values of shape {array.shape}"
             contents = np.ascontiguousarray(array, dtype=DTYPE).reshape(-1).view(np.uint8).data
             checksum = beside.submit(block_checksums, contents)
             write(contents)
             checksums.append(checksum.result())
-    write_index(folder, rank, pieces, checksums, random_states)
+    write_index(folder, rank, chunks, checksums, random_states)
 
 
 def block_checksums(contents: memoryview) -> tuple[int, ...]:
-    """The CRC-32 of each block of a piece's bytes."""
+    """The CRC-32 of each block of a chunk's bytes."""
     return tuple(
         zlib.crc32(contents[start : start + BLOCK_BYTES]) for start in range(0, len(contents), BLOCK_BYTES)
     )
@@ -111,50 +111,50 @@ def write_at(descriptor: int, contents: memoryview, start: int) -> None:
         done += os.pwrite(descriptor, contents[done : done + WRITE_BYTES], start + done)
 
 
-def piece_starts(pieces: Sequence[Piece]) -> list[int]:
-    """The first byte of each piece in the data file, and the file's length."""
-    starts = [len(safetensors_header(pieces))]
-    for piece in pieces:
-        starts.append(starts[-1] + piece.box.numel * DTYPE.itemsize)
+def chunk_starts(chunks: Sequence[Chunk]) -> list[int]:
+    """The first byte of each chunk in the data file, and the file's length."""
+    starts = [len(safetensors_header(chunks))]
+    for chunk in chunks:
+        starts.append(starts[-1] + chunk.box.numel * DTYPE.itemsize)
     return starts
 
 
 def write_index(
     folder: Location,
     rank: int,
-    pieces: Sequence[Piece],
+    chunks: Sequence[Chunk],
     checksums: Sequence[Sequence[int]],
     random_states: Mapping[str, bytes],
 ) -> None:
     """Write the index file of a rank, durably. Raises OSError."""
-    *starts, length = piece_starts(pieces)
+    *starts, length = chunk_starts(chunks)
     entries = [
         {
-            "tensor": piece.tensor,
-            "state": piece.state,
-            "offsets": piece.box.offsets,
-            "sizes": piece.box.sizes,
+            "tensor": chunk.tensor,
+            "state": chunk.state,
+            "offsets": chunk.box.offsets,
+            "sizes": chunk.box.sizes,
             "start": start,
             "crc32": of_blocks,
         }
-        for piece, start, of_blocks in zip(pieces, starts, checksums, strict=True)
+        for chunk, start, of_blocks in zip(chunks, starts, checksums, strict=True)
     ]
     random = {name: base64.b64encode(state).decode() for name, state in random_states.items()}
     index = {"rank": rank, "bytes": length, "random_states": random, "entries": entries}
-    write_durably(rank_files(folder, rank)[1], seal(index))
+    write_durably(rank_files(folder, rank)[1], dumps_with_crc(index))
 
 
-def safetensors_header(pieces: Sequence[Piece]) -> bytes:
+def safetensors_header(chunks: Sequence[Chunk]) -> bytes:
     """The length and the JSON that a safetensors file begins with, padded so that data starts aligned."""
     header: dict[str, dict[str, object]] = {}
     numbers: Counter[str] = Counter()
     end = 0
-    for piece in pieces:
-        name = f"{piece.tensor}|{piece.state}"
-        begin, end = end, end + piece.box.numel * DTYPE.itemsize
+    for chunk in chunks:
+        name = f"{chunk.tensor}|{chunk.state}"
+        begin, end = end, end + chunk.box.numel * DTYPE.itemsize
         header[f"{name}|{numbers[name]}"] = {
             "dtype": "F32",
-            "shape": piece.box.sizes,
+            "shape": chunk.box.sizes,
             "data_offsets": (begin, end),
         }
         numbers[name] += 1
@@ -183,7 +183,7 @@ class CheckpointReader:
 
     Opening checks manifest, indices and headers, and that all files are there and as long as they should be;
     reading checks that each element is stored exactly once, and the checksum of each block of which anything
-    is read. Memory is needed for one piece at a time. While a reader lives no run deletes its checkpoint.
+    is read. Memory is needed for one chunk at a time. While a reader lives no run deletes its checkpoint.
     """
 
     def __init__(self, folder: Location) -> None:
@@ -191,12 +191,12 @@ class CheckpointReader:
         self.folder = folder
         self.manifest = read_manifest(folder)
         try:
-            weakref.finalize(self, folder_of(folder).hold())
+            weakref.finalize(self, folder_of(folder).lock_for_reading())
         except OSError as error:
             raise CheckpointError(f"{error.filename or folder}: {error.strerror}: load another") from error
         self._checked: set[tuple[Location, int]] = set()
-        self._stored: dict[tuple[str, str], list[StoredPiece]] = {}
-        self._extents: dict[tuple[str, str], Extents] = {}
+        self._stored: dict[tuple[str, str], list[StoredChunk]] = {}
+        self._box_index: dict[tuple[str, str], BoxIndex] = {}
         self._random_states: list[dict[str, str]] = []
         self._files: dict[Location, DataFile] = {}
         problems = []
@@ -209,16 +209,16 @@ class CheckpointReader:
 
     def _read_index(self, rank: int) -> None:
         data_path, index_path = rank_files(self.folder, rank)
-        pieces = []
+        chunks = []
         try:
-            raw = unseal(index_path.read_bytes())
+            raw = loads_with_crc(index_path.read_bytes())
             for entry in raw["entries"]:
                 box = Box(tuple(entry["offsets"]), tuple(entry["sizes"]))
-                pieces.append(Piece(entry["tensor"], entry["state"], box))
-                stored = StoredPiece(pieces[-1], data_path, entry["start"], tuple(entry["crc32"]))
-                self._stored.setdefault((pieces[-1].tensor, pieces[-1].state), []).append(stored)
+                chunks.append(Chunk(entry["tensor"], entry["state"], box))
+                stored = StoredChunk(chunks[-1], data_path, entry["start"], tuple(entry["crc32"]))
+                self._stored.setdefault((chunks[-1].tensor, chunks[-1].state), []).append(stored)
             self._random_states.append(raw["random_states"])
-            expected_bytes, header = int(raw["bytes"]), safetensors_header(pieces)
+            expected_bytes, header = int(raw["bytes"]), safetensors_header(chunks)
             file = self._files[data_path] = folder_of(self.folder).open(data_path.name)
         except OSError as error:
             raise CheckpointError(
@@ -251,9 +251,9 @@ class CheckpointReader:
         return {name: base64.b64decode(state) for name, state in self._random_states[rank].items()}
 
     @contextmanager
-    def _checked_bytes(self, stored: StoredPiece, start: int, stop: int) -> Iterator[Bytes]:
-        """A piece's bytes, of which those in [start, stop) are there and checked."""
-        length = stored.piece.box.numel * DTYPE.itemsize
+    def _checked_bytes(self, stored: StoredChunk, start: int, stop: int) -> Iterator[Bytes]:
+        """A chunk's bytes, of which those in [start, stop) are there and checked."""
+        length = stored.chunk.box.numel * DTYPE.itemsize
         start = start // BLOCK_BYTES * BLOCK_BYTES
         stop = min(length, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
         try:
@@ -263,15 +263,15 @@ class CheckpointReader:
         except OSError as error:
             raise CheckpointError(f"{stored.path}: {error.strerror}: load another checkpoint") from error
 
-    def _check(self, stored: StoredPiece, contents: Bytes, start: int, stop: int) -> None:
-        """Check the blocks that hold the bytes [start, stop) of a piece, unless they are checked already."""
+    def _check(self, stored: StoredChunk, contents: Bytes, start: int, stop: int) -> None:
+        """Check the blocks that hold the bytes [start, stop) of a chunk, unless they are checked already."""
         for number in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
             first = number * BLOCK_BYTES
             if (stored.path, stored.start + first) in self._checked:
                 continue
             if zlib.crc32(contents[first : first + BLOCK_BYTES].data) != stored.checksums[number]:
                 raise CheckpointError(
-                    f"{stored.path}: {_named(stored.piece)} is damaged within a MiB of byte "
+                    f"{stored.path}: {_named(stored.chunk)} is damaged within a MiB of byte "
                     f"{stored.start + first:,} (its CRC-32 differs): copy the file again, or load another "
                     "checkpoint"
                 )
@@ -289,30 +289,30 @@ class CheckpointReader:
 
     def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
         """As `read_box`, into an array of the caller's."""
-        for share, stored in self._shares(tensor, state, box):
-            with self._checked_bytes(stored, *_extent(share, stored.piece.box)) as contents:
-                held = contents.view(DTYPE).reshape(stored.piece.box.sizes)
-                values[index_within(share, box)] = held[index_within(share, stored.piece.box)]
+        for overlap, stored in self._overlaps(tensor, state, box):
+            with self._checked_bytes(stored, *_extent(overlap, stored.chunk.box)) as contents:
+                held = contents.view(DTYPE).reshape(stored.chunk.box.sizes)
+                values[index_within(overlap, box)] = held[index_within(overlap, stored.chunk.box)]
 
-    def _shares(self, tensor: str, state: str, box: Box) -> list[tuple[Box, StoredPiece]]:
+    def _overlaps(self, tensor: str, state: str, box: Box) -> list[tuple[Box, StoredChunk]]:
         """The stored parts that make up a box, each element once."""
         key = tensor, state
-        pieces = self._stored.get(key, [])
-        if pieces and key not in self._extents:
-            self._extents[key] = Extents([stored.piece.box for stored in pieces])
-        shares = [
-            (share, pieces[number])
-            for number in (self._extents[key].meeting(box) if pieces else ())
-            if (share := intersect(pieces[number].piece.box, box)) is not None
+        chunks = self._stored.get(key, [])
+        if chunks and key not in self._box_index:
+            self._box_index[key] = BoxIndex([stored.chunk.box for stored in chunks])
+        overlaps = [
+            (overlap, chunks[number])
+            for number in (self._box_index[key].overlapping(box) if chunks else ())
+            if (overlap := intersect(chunks[number].chunk.box, box)) is not None
         ]
-        covered = sum(share.numel for share, _ in shares)
-        if covered != box.numel or not are_disjoint([share for share, _ in shares]):
+        covered = sum(overlap.numel for overlap, _ in overlaps)
+        if covered != box.numel or not are_disjoint([overlap for overlap, _ in overlaps]):
             raise CheckpointError(
-                f"{self.folder}: {_named(Piece(tensor, state, box))} has {box.numel:,} elements, of which "
+                f"{self.folder}: {_named(Chunk(tensor, state, box))} has {box.numel:,} elements, of which "
                 f"{covered:,} are stored, counted with repetition; each must be stored exactly once: "
                 "load another checkpoint"
             )
-        return shares
+        return overlaps
 
     @property
     def file_sizes(self) -> dict[str, int]:
@@ -320,8 +320,8 @@ class CheckpointReader:
         return folder_of(self.folder).sizes()
 
     @property
-    def piece_count(self) -> int:
-        """How many pieces are stored, of all tensors and states."""
+    def chunk_count(self) -> int:
+        """How many chunks are stored, of all tensors and states."""
         return sum(map(len, self._stored.values()))
 
     def verify(self, advance: Callable[[int], None] = lambda _: None) -> NonFiniteValues:
@@ -330,33 +330,35 @@ class CheckpointReader:
         Returns how many values of each tensor are not finite, which is not damage of the files.
 
         Raises:
-            CheckpointError: one line for each damaged piece and each tensor that is not stored exactly once.
+            CheckpointError: one line for each damaged chunk and each tensor that is not stored exactly once.
         """
         problems = []
         non_finite = NonFiniteValues()
         for spec in self.manifest.specs.values():
             for state in STATES:
                 try:
-                    self._shares(spec.name, state, whole_box(spec.shape))
+                    self._overlaps(spec.name, state, full_box(spec.shape))
                 except CheckpointError as error:
                     problems.append(str(error))
-        for pieces in self._stored.values():
-            for stored in pieces:
+        for chunks in self._stored.values():
+            for stored in chunks:
                 try:
-                    with self._checked_bytes(stored, 0, stored.piece.box.numel * DTYPE.itemsize) as contents:
-                        name = f"{stored.piece.tensor} ({stored.piece.state})"
+                    with self._checked_bytes(stored, 0, stored.chunk.box.numel * DTYPE.itemsize) as contents:
+                        name = f"{stored.chunk.tensor} ({stored.chunk.state})"
                         non_finite.add(name, contents.view(DTYPE))
                 except CheckpointError as error:
                     problems.append(str(error))
-                advance(stored.piece.box.numel * DTYPE.itemsize)
+                advance(stored.chunk.box.numel * DTYPE.itemsize)
         _raise_all(problems)
         return non_finite
 
 
-def _extent(share: Box, box: Box) -> tuple[int, int]:
-    """The bytes [start, stop) of a piece of `box` between which all of `share` lies."""
+def _extent(overlap: Box, box: Box) -> tuple[int, int]:
+    """The bytes [start, stop) of a chunk of `box` between which all of `overlap` lies."""
     first = last = 0
-    for offset, size, origin, length in zip(share.offsets, share.sizes, box.offsets, box.sizes, strict=True):
+    for offset, size, origin, length in zip(
+        overlap.offsets, overlap.sizes, box.offsets, box.sizes, strict=True
+    ):
         first = first * length + offset - origin
         last = last * length + offset - origin + size - 1
     return first * DTYPE.itemsize, (last + 1) * DTYPE.itemsize
@@ -369,6 +371,6 @@ def _raise_all(problems: Sequence[str]) -> None:
         raise CheckpointError("\n".join([*problems[:LISTED_PROBLEMS], *more]))
 
 
-def _named(piece: Piece) -> str:
-    ranges = ", ".join(f"{o}:{o + s}" for o, s in zip(piece.box.offsets, piece.box.sizes, strict=True))
-    return f"{piece.tensor}[{ranges}] ({piece.state})"
+def _named(chunk: Chunk) -> str:
+    ranges = ", ".join(f"{o}:{o + s}" for o, s in zip(chunk.box.offsets, chunk.box.sizes, strict=True))
+    return f"{chunk.tensor}[{ranges}] ({chunk.state})"

@@ -1,6 +1,6 @@
 """Save the training state of a DeepSpeed engine, at once or beside the training, without gathering anything.
 
-Every rank streams the pieces it owns into a temporary folder; when all have succeeded rank 0 writes the
+Every rank streams the chunks it owns into a temporary folder; when all have succeeded rank 0 writes the
 manifest, renames the folder and replaces `latest`. Files are written by one thread of each rank; the ranks
 agree in their main threads only, so that no collective runs beside those of the training.
 """
@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nexus.checkpoint.agreement import exchange, from_each_stage, together
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
     UNKNOWN_DATA,
-    Birth,
     DataRecord,
     EngineRecord,
+    GrownRegion,
     JsonObject,
     Manifest,
     OptimizerRecord,
@@ -32,33 +31,34 @@ from megatron_nexus.checkpoint.manifest import (
     spec_from_json,
     spec_to_json,
 )
-from megatron_nexus.checkpoint.resume import random_states, slab_views, topology_of
+from megatron_nexus.checkpoint.resume import random_states, state_views, topology_of
 from megatron_nexus.checkpoint.retention import KEEP_ALL, Retention, delete_outdated
-from megatron_nexus.checkpoint.run_folder import (
+from megatron_nexus.checkpoint.run_dir import (
     abandon_checkpoint,
     begin_checkpoint,
     checkpoint_name,
     publish_checkpoint,
     temporary_folder,
 )
-from megatron_nexus.checkpoint.store import Piece, write_durably, write_pieces
-from megatron_nexus.checkpoint.zero_pieces import Engine, Parameters, ZeroState, zero_state
+from megatron_nexus.checkpoint.store import Chunk, write_chunks, write_durably
+from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, ZeroState, zero_state
 from megatron_nexus.errors import CheckpointError
+from megatron_nexus.parallel.host_collectives import all_gather_str, gather_from_stages, raise_on_all_ranks
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What the manifest says of the run at the moment of a save, beside what the engine knows."""
+class SaveRequest:
+    """What the manifest records of the run at a save, in addition to the state of the engine."""
 
     progress: RunProgress
     config: JsonObject
     tokenizer_fingerprint: str
     lineage: Sequence[JsonObject] = ()
     data: DataRecord = UNKNOWN_DATA
-    births: Sequence[Birth] = ()
+    grown_regions: Sequence[GrownRegion] = ()
     prepend_bos: bool | None = None
 
 
@@ -92,7 +92,7 @@ class CheckpointWriter:
     def __init__(
         self,
         root: Location,
-        engine: Engine,
+        engine: DeepSpeedEngine,
         parameters: Parameters,
         mesh: Mesh,
         shard: Shard,
@@ -112,16 +112,16 @@ class CheckpointWriter:
         """Whether a save is under way, of which all ranks know."""
         return self._save is not None
 
-    def begin(self, moment: Moment, copy: bool) -> None:
+    def begin(self, request: SaveRequest, async_save: bool) -> None:
         """Begin to write `root`/iter_<step> between two optimizer steps; no save is under way.
 
-        With `copy` training may go on once this returns: it takes host memory for what this rank owns.
+        With `async_save` training may go on once this returns: it takes host memory for what this rank owns.
         Without it nothing may change before `finish`. A checkpoint of the same step is replaced.
 
         Raises:
             CheckpointError: on every rank, if one cannot write; the previous checkpoint stays the latest.
         """
-        engine, mesh, step = self._engine, self._mesh, moment.progress.step
+        engine, mesh, step = self._engine, self._mesh, request.progress.step
         assert self._save is None, "one save at a time"
         assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "gradients would be lost"
         began = time.perf_counter()
@@ -131,24 +131,24 @@ class CheckpointWriter:
         zero = zero_state(engine.optimizer)
         specs, groups = _of_all_stages(zero, self._parameters, mesh)
         manifest = Manifest(
-            progress=moment.progress,
+            progress=request.progress,
             specs=specs,
-            optimizer=OptimizerRecord(zero.step_count, groups, moment.births),
+            optimizer=OptimizerRecord(zero.step_count, groups, request.grown_regions),
             engine=EngineRecord(engine.global_steps, engine.global_samples, engine.skipped_steps),
             topology=topology_of(mesh),
-            config=moment.config,
-            tokenizer_fingerprint=moment.tokenizer_fingerprint,
-            lineage=moment.lineage,
-            data=moment.data,
-            prepend_bos=moment.prepend_bos,
+            config=request.config,
+            tokenizer_fingerprint=request.tokenizer_fingerprint,
+            lineage=request.lineage,
+            data=request.data,
+            prepend_bos=request.prepend_bos,
         )
         owned = list(_owned(zero, self._parameters, mesh, self._shard))
-        values = [tensor.to("cpu", copy=True) for _, tensor in owned] if copy else [t for _, t in owned]
+        values = [tensor.to("cpu", copy=True) for _, tensor in owned] if async_save else [t for _, t in owned]
         job = self._thread.submit(
-            write_pieces,
+            write_chunks,
             temporary_folder(self._root, step),
             mesh.rank,
-            [piece for piece, _ in owned],
+            [chunk for chunk, _ in owned],
             (tensor.cpu().numpy() for tensor in values),
             random_states(mesh),
         )
@@ -200,13 +200,13 @@ class CheckpointWriter:
             "make room, or save to another folder that all ranks share; earlier checkpoints are untouched"
         )
         try:
-            with together(self._mesh, purpose, remedy):
+            with raise_on_all_ranks(self._mesh, purpose, remedy):
                 yield
         except CheckpointError:
             self._save = None
             if self._mesh.rank == 0:
                 abandon_checkpoint(self._root, step)
-            exchange(self._mesh, "")  # a barrier: no rank goes on while the folder is still there
+            all_gather_str(self._mesh, "")  # a barrier: no rank goes on while the folder is still there
             raise
 
 
@@ -221,11 +221,11 @@ def _raise_error(job: Future[None]) -> None:
 
 def _owned(
     zero: ZeroState, parameters: Parameters, mesh: Mesh, shard: Shard
-) -> Iterator[tuple[Piece, Tensor]]:
+) -> Iterator[tuple[Chunk, Tensor]]:
     """The boxes that this rank writes; of tensor-parallel ranks that all hold the same, the first writes."""
-    for piece, values in slab_views(zero, parameters, shard):
-        if parameters[piece.tensor][0].is_sharded or mesh.tensor == 0:
-            yield piece, values
+    for chunk, values in state_views(zero, parameters, shard):
+        if parameters[chunk.tensor][0].is_sharded or mesh.tensor == 0:
+            yield chunk, values
 
 
 def _of_all_stages(
@@ -235,7 +235,7 @@ def _of_all_stages(
     mine = {"specs": [spec_to_json(spec) for spec, _ in parameters.values()], "groups": zero.groups}
     specs: dict[str, ParamSpec] = {}
     groups: dict[str, JsonObject] = {}
-    for stage in map(json.loads, from_each_stage(mesh, json.dumps(mine))):
+    for stage in map(json.loads, gather_from_stages(mesh, json.dumps(mine))):
         for spec in map(spec_from_json, stage["specs"]):
             assert spec.name not in specs, f"two pipeline stages hold {spec.name}"
             specs[spec.name] = spec

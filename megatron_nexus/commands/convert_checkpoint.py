@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
+from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.json_text import parse_json
 
 MODEL_FILE = "model.safetensors"
 
@@ -85,12 +85,12 @@ def _convert(argv: Sequence[str]) -> None:
     save = Path(given.save)
     _require_outside(save, source)
     # torch is imported only now: wrong flags are answered at once.
-    from megatron_nexus.interchange.new_folder import new_folder
-    from megatron_nexus.interchange.plain_tensors import (
+    from megatron_nexus.base.atomic_dir import atomic_dir
+    from megatron_nexus.interchange.safetensors_writer import (
         Precision,
         plain_bytes,
         require_finite,
-        write_plain_tensors,
+        write_safetensors,
     )
     from megatron_nexus.interchange.universal_checkpoint import universal_bytes, write_universal
 
@@ -103,7 +103,7 @@ def _convert(argv: Sequence[str]) -> None:
         total = sum(plain_bytes(manifest.specs, precision) for precision in files.values())
     non_finite = NonFiniteValues()
     with (
-        new_folder(save, total) as folder,
+        atomic_dir(save, total) as folder,
         log.Progress(f"converting {source}", total / 1e6, "MB") as progress,
     ):
 
@@ -116,7 +116,7 @@ def _convert(argv: Sequence[str]) -> None:
             metadata = _metadata(manifest)
             for state, precision in files.items():
                 path = folder / (MODEL_FILE if state == "fp32" else f"{state}.safetensors")
-                write_plain_tensors(path, reader, state, precision, names, metadata, advance, non_finite)
+                write_safetensors(path, reader, state, precision, names, metadata, advance, non_finite)
         require_finite(source, non_finite, given.allow_nonfinite)
     log.logger.info("wrote %s: %s bytes of tensors", save, f"{total:,}")
     if is_universal:
@@ -190,9 +190,9 @@ def _tell_how_to_load(save: Path, manifest: Manifest) -> None:
     told("  engine.load_checkpoint(%r, load_lr_scheduler_states=False)", str(save))
     groups = ", ".join(manifest.optimizer.groups)
     told("  its optimizer must have the groups %s, in this order", groups)
-    if manifest.optimizer.births:
+    if manifest.optimizer.grown_regions:
         log.logger.warning(
             "note: %d parts of tensors that growth added count their own steps of Adam; DeepSpeed has one "
             "count for all, under which their first updates are biased",
-            len(manifest.optimizer.births),
+            len(manifest.optimizer.grown_regions),
         )

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
+from megatron_nexus.base.atomic_dir import check_is_new
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.command import saved_config, tokenizer_record
 from megatron_nexus.commands.arguments import positive
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.interchange.new_folder import require_new
 
 NO_TOKENIZER = "none"
 
@@ -70,7 +70,7 @@ def _run() -> None:
     if SCHEME in given.output:
         raise ConfigError([f"--output {given.output} is not a folder on this disk: give one, and copy it"])
     target = Path(given.output)
-    require_new(target)
+    check_is_new(target)
     if source.resolve() in target.resolve().parents:
         raise ConfigError([f"--output {target} lies in the source {source}, which is never touched"])
     told = log.logger.info

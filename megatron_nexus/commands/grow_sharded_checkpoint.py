@@ -18,7 +18,7 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME, Location, location
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint, newest_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint, newest_checkpoint
 from megatron_nexus.command import saved_config
 from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool, tell_next
 from megatron_nexus.config.flag_parser import FlagParser
@@ -123,30 +123,29 @@ def write_grown(
     # torch is imported only now: wrong flags are answered at once.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from megatron_nexus.growth.apply import grow_checkpoint
-    from megatron_nexus.growth.crew import make_crew
     from megatron_nexus.growth.plan import plan_growth
     from megatron_nexus.growth.report import plan_table, size_lines
+    from megatron_nexus.growth.worker_group import make_worker_group
 
     plan = plan_growth(saved, request)
     after = dataclasses.replace(plan.after, parallel=parallel)
     check(after, given.tp * given.pp)
     plan = dataclasses.replace(plan, after=after)
-    crew = make_crew(given.workers)
-    log.configure(speaks=crew.rank == 0)
-    told = log.logger.info
-    told("%s %s", "growing" if plan.axes else "resharding", source)
+    group = make_worker_group(given.workers)
+    log.configure(speaks=group.rank == 0)
+    log.logger.info("%s %s", "growing" if plan.axes else "resharding", source)
     if plan.axes and request.settings.init == "zero":
-        told("%s", ZERO_WARNING)
+        log.logger.info("%s", ZERO_WARNING)
     if given.dry_run:
         for line in plan_table(plan):
-            told("%s", line)
+            log.logger.info("%s", line)
     for line in size_lines(plan):
-        told("%s", line)
+        log.logger.info("%s", line)
     if given.dry_run:
-        told("nothing was written: --dry-run")
+        log.logger.info("nothing was written: --dry-run")
         return
-    made = grow_checkpoint(plan, source, root, crew, given.verify)
-    told("wrote %s", made)
+    made = grow_checkpoint(plan, source, root, group, given.verify)
+    log.logger.info("wrote %s", made)
     flags = ["--tp", str(given.tp), "--pp", str(given.pp), "--load", str(root)]
     steps, done = saved.training.train_iters, read_manifest(made).progress.step
     if done >= steps:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
+from megatron_nexus.base.atomic_dir import check_is_new
 from megatron_nexus.checkpoint.location import SCHEME
 from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool, tell_next
 from megatron_nexus.config.command_line import build
@@ -24,7 +25,6 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.interchange.foreign_config import context_length, model_of, ties_head
 from megatron_nexus.interchange.foreign_model import ForeignModel
-from megatron_nexus.interchange.new_folder import require_new
 from megatron_nexus.interchange.safetensors_folder import open_folder
 
 AFFORDABLE_TOKENS = 512
@@ -67,7 +67,7 @@ def _run() -> None:
     if SCHEME in given.save:
         raise ConfigError([f"--save {given.save} is not a folder on this disk: give one, and copy it"])
     root, origin = Path(given.save), Path(given.input)
-    require_new(root)
+    check_is_new(root)
     if origin.resolve() in root.resolve().parents:
         raise ConfigError([f"--save {root} lies in the source {origin}, which is never touched"])
     source = open_source(origin)

@@ -7,7 +7,7 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import Manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.command import saved_config
 from megatron_nexus.commands.outcome import run_tool
@@ -38,7 +38,7 @@ def _run() -> None:
     lines = {
         "checkpoint": f"{folder}, format version {manifest.format_version}",
         **_describe(manifest, saved_config(folder, manifest)),
-        "files": f"{len(sizes):,}, {total_bytes:,} bytes, {reader.piece_count:,} pieces",
+        "files": f"{len(sizes):,}, {total_bytes:,} bytes, {reader.chunk_count:,} pieces",
     }
     for name, text in lines.items():
         log.logger.info("%-12s %s", name, text)
@@ -62,7 +62,7 @@ def _run() -> None:
 def _describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
     """What the manifest tells, by topic."""
     done, ranks, model = manifest.progress, manifest.topology, config.model
-    births = len(manifest.optimizer.births)
+    grown_regions = len(manifest.optimizer.grown_regions)
     groups = ", ".join(
         f"{name} (lr {group['lr']:.3g}, weight decay {group['weight_decay']:g})"
         for name, group in manifest.optimizer.groups.items()
@@ -77,7 +77,11 @@ def _describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
         f"{ranks.tensor_size} x pipeline {ranks.pipe_size} x data {ranks.data_size}, "
         f"ZeRO {max(1, config.parallel.zero_stage)}, {config.training.precision}",
         "optimizer": f"{manifest.optimizer.step_count:,} steps of AdamW; {groups}"
-        + (f"; {births} parts of tensors that growth added count from their birth" if births else ""),
+        + (
+            f"; {grown_regions} parts of tensors that growth added count from their birth"
+            if grown_regions
+            else ""
+        ),
         "data": f"{manifest.data.description or 'unknown'}, from sample {manifest.data.first_sample:,} on",
         "tokenizer": manifest.tokenizer_fingerprint or "none",
     }

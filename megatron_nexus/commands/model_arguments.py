@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.command import saved_config, tokenizer_record
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_tokenizer import find_tokenizer

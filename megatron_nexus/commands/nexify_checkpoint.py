@@ -19,7 +19,7 @@ from typing import NoReturn
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.command import saved_config
 from megatron_nexus.commands.grow_sharded_checkpoint import add_writing_flags, write_grown
 from megatron_nexus.commands.outcome import end_on_sigterm, run_tool

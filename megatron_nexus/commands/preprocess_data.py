@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
+from megatron_nexus.base.communicator import get_communicator
 from megatron_nexus.commands.arguments import add_reading_arguments, positive, prefix
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import instead_of_preprocessing
 from megatron_nexus.data.documents import Reading
-from megatron_nexus.data.team import read_team
 from megatron_nexus.data.workers import start_server
 from megatron_nexus.errors import NexusError
 
@@ -48,17 +48,17 @@ def _run() -> None:
         workers=given.workers,
         log_interval_s=given.log_interval,
     )
-    team = read_team(os.environ)
-    log.configure(speaks=team.rank == 0)
+    comm = get_communicator(os.environ)
+    log.configure(speaks=comm.rank == 0)
     try:
-        preprocess(job, team)
+        preprocess(job, comm)
     except NexusError:
         raise
     except BaseException as error:
-        if team.size > 1:
+        if comm.size > 1:
             # Other ranks wait for messages of this one.
             sys.stderr.write("".join(traceback.format_exception(error)))
-            team.abort()
+            comm.abort()
         shards = work_folder(job.output_prefix)
         if isinstance(error, KeyboardInterrupt) and shards.exists():
             kept = f"finished shards are kept in {shards}: the same command goes on from there"

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args, get_origin, get_type_hints
 
+from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.data_path import token_count
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import instead_of, instead_of_family
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
 from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig, TrainingConfig
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.json_text import fits
 
 # Flags that launchers and scripts add and nobody here reads.
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")

@@ -10,9 +10,9 @@ from math import inf
 from pathlib import Path
 from typing import Any, cast
 
+from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.json_text import parse_json
 
 Json = dict[str, "bool | int | float | str | list[Json] | Json | None"]
 

@@ -7,10 +7,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+from megatron_nexus.base.json_text import parse_json, record_of
 from megatron_nexus.data.indexed_dataset import IndexedDataset, json_path
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
-from megatron_nexus.json_text import parse_json, record_of
 
 SAMPLED_DOCUMENTS = 64
 

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.base.file_lock import acquire
+from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
-from megatron_nexus.file_lock import acquire
-from megatron_nexus.json_text import parse_json
 from megatron_nexus.log import Progress, logger
 
 NAME = "python-stdlib"

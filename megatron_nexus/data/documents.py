@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Literal, NamedTuple
 
+from megatron_nexus.base.json_text import NestingError, parse_record
 from megatron_nexus.data.input_files import InputFile
 from megatron_nexus.data.parquet_columns import (
     column_keys,
@@ -24,7 +25,6 @@ from megatron_nexus.data.parquet_columns import (
     read_column,
 )
 from megatron_nexus.errors import ConfigError, DataError
-from megatron_nexus.json_text import NestingError, parse_record
 
 LONGEST_RECORD_BYTES = 1 << 30
 """Longer lines and files are no documents: lengths in the index are 32-bit, and workers hold a record."""

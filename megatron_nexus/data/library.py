@@ -11,6 +11,7 @@ from fractions import Fraction
 from itertools import compress
 from pathlib import Path
 
+from megatron_nexus.base.open_files import allow_open_files
 from megatron_nexus.config.data_path import Source, parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.run_config import DataConfig, RunConfig
 from megatron_nexus.data.blend import LONGEST_PERIOD, Blend, whole_shares
@@ -26,7 +27,6 @@ from megatron_nexus.data.samples import (
 )
 from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import DataError
-from megatron_nexus.open_files import allow_open_files
 
 
 def training_sources(data: DataConfig) -> tuple[Source, ...]:

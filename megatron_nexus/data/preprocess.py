@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.base.communicator import Communicator, wait_for_message
+from megatron_nexus.base.file_lock import LOCK_FILE, locked_folder
 from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.documents import Reading, cut_into_spans
 from megatron_nexus.data.indexed_dataset import (
@@ -38,11 +40,9 @@ from megatron_nexus.data.shards import (
     shard_prefix,
     tokenize_shards,
 )
-from megatron_nexus.data.team import Team, wait_for_message
 from megatron_nexus.data.text_change import loss_lines
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import ConfigError, DataError, NexusError, path_errors
-from megatron_nexus.file_lock import LOCK_FILE, locked_folder
 from megatron_nexus.log import Progress, logger
 
 MEGABYTE = MILLION = 1e6
@@ -89,8 +89,8 @@ class _Done:
     """A rank to rank 0: its share is finished. Rank 0 to all: the corpus is."""
 
 
-def preprocess(job: Preprocessing, team: Team) -> CorpusDescription | None:
-    """Write the corpus of `job`; to be called by all ranks of `team`.
+def preprocess(job: Preprocessing, comm: Communicator) -> CorpusDescription | None:
+    """Write the corpus of `job`; to be called by all ranks of `comm`.
 
     Returns the corpus' description on rank 0, which also raises for all; other ranks return None.
 
@@ -99,45 +99,45 @@ def preprocess(job: Preprocessing, team: Team) -> CorpusDescription | None:
         DataError: damaged inputs, malformed records under `strict`, no documents, a full disk; finished
             shards stay for the next run.
     """
-    if team.rank > 0:
-        _follow(job, team)
+    if comm.rank > 0:
+        _follow(job, comm)
         return None
-    others = range(1, team.size)
+    others = range(1, comm.size)
     try:
         with path_errors():
-            description = _lead(job, team)
+            description = _lead(job, comm)
     except NexusError as error:
         for rank in others:
-            team.send(rank, _Failure(str(error)))
+            comm.send(rank, _Failure(str(error)))
         raise
     for rank in others:
-        team.send(rank, _Done())
+        comm.send(rank, _Done())
     return description
 
 
-def _follow(job: Preprocessing, team: Team) -> None:
+def _follow(job: Preprocessing, comm: Communicator) -> None:
     """Tokenize the share that rank 0 sends, and tell it of every finished shard."""
-    share = wait_for_message(team)
+    share = wait_for_message(comm)
     if not isinstance(share, _Share):
         return
     try:
         with (
             path_errors(),
-            closing(tokenize_shards(share.shards, _tokenizing(job), job.workers or team.cores)) as steps,
+            closing(tokenize_shards(share.shards, _tokenizing(job), job.workers or comm.cores)) as steps,
         ):
             for finished in steps:
                 if finished is not None:
-                    team.send(0, finished)
-                if any(isinstance(message, _Failure) for message in team.received()):
+                    comm.send(0, finished)
+                if any(isinstance(message, _Failure) for message in comm.received()):
                     return
-        team.send(0, _Done())
+        comm.send(0, _Done())
     except NexusError as error:
-        team.send(0, _Failure(f"rank {team.rank}: {error}"))
+        comm.send(0, _Failure(f"rank {comm.rank}: {error}"))
     # Leaving earlier could make mpirun end rank 0 before it has said what happened.
-    wait_for_message(team)
+    wait_for_message(comm)
 
 
-def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
+def _lead(job: Preprocessing, comm: Communicator) -> CorpusDescription:
     """Share the work out, do a part of it, and merge."""
     tokenizer, files, shards = _plan(job)
     tokenizing = _tokenizing(job)
@@ -168,12 +168,12 @@ def _lead(job: Preprocessing, team: Team) -> CorpusDescription:
             f"{sum(file.size for file in files) / MEGABYTE:,.1f}",
             f"{len(shards):,}",
             f", {len(counts):,} of them finished by an earlier run" if counts else "",
-            team.size,
-            job.workers or team.cores,
+            comm.size,
+            job.workers or comm.cores,
         )
         with _corpus(job.output_prefix, dtype) as corpus:
             merging = _merge(corpus, prefixes, counts)
-            with closing(_tokenize(missing, counts, tokenizing, team, job)) as steps:
+            with closing(_tokenize(missing, counts, tokenizing, comm, job)) as steps:
                 merged = sum(next(merging, 0) for _ in steps)
             ordered = [counts[number] for number in range(len(shards))]
             total, samples = _sum(ordered), _samples(shards, ordered)
@@ -314,19 +314,19 @@ def _tokenize(
     shards: dict[int, Shard],
     counts: dict[int, Counts],
     tokenizing: Tokenizing,
-    team: Team,
+    comm: Communicator,
     job: Preprocessing,
 ) -> Generator[None, None, None]:
     """Tokenize shards by all ranks and put the counts of each into `counts`; yields now and then."""
-    shares = _shared_out(shards, team.size)
-    for rank in range(1, team.size):
-        team.send(rank, _Share(shares[rank]))
-    working = team.size - 1
+    shares = _shared_out(shards, comm.size)
+    for rank in range(1, comm.size):
+        comm.send(rank, _Share(shares[rank]))
+    working = comm.size - 1
     total = sum(shard.size for shard in shards.values()) / MEGABYTE
 
     with (
         Progress("Tokenizing", total, "MB", job.log_interval_s) as progress,
-        closing(tokenize_shards(shares[0], tokenizing, job.workers or team.cores)) as steps,
+        closing(tokenize_shards(shares[0], tokenizing, job.workers or comm.cores)) as steps,
     ):
 
         def take(message: object) -> None:
@@ -344,11 +344,11 @@ def _tokenize(
         for finished in steps:
             if finished is not None:
                 take(finished)
-            for message in team.received():
+            for message in comm.received():
                 take(message)
             yield
         while working:
-            take(wait_for_message(team))
+            take(wait_for_message(comm))
             yield
 
 

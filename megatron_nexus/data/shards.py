@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.base.json_text import parse_json, record_of
 from megatron_nexus.data.documents import Document, Malformed, Reading, Span, read_span
 from megatron_nexus.data.indexed_dataset import (
     IndexedDatasetWriter,
@@ -34,7 +35,6 @@ from megatron_nexus.data.text_change import first_change
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.workers import end_workers, start_workers
 from megatron_nexus.errors import DataError
-from megatron_nexus.json_text import parse_json, record_of
 
 FORMAT_VERSION = 1
 """Part of the names: raise it when the same inputs would give other shards."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.errors import DataError
-from megatron_nexus.json_text import parse_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_nexus.checkpoint.full_tensors import read_full_tensor
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.checkpoint.whole_tensors import read_whole
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.models.context import Context
@@ -50,7 +50,7 @@ def load_model(
     context = Context(TensorParallel(None), Shard(0, 1), seed=None, dtype=dtype)
     decoder = DecoderStage(model, range(model.num_layers + 2), context).requires_grad_(False).eval()
     for name, (_, parameter) in logical_parameters(decoder).items():
-        read_whole(reader, name, parameter)
+        read_full_tensor(reader, name, parameter)
     return LoadedModel(model, decoder.to(device), device, seq_length, checkpoint)
 
 

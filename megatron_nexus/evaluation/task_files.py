@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from megatron_nexus.base.json_text import parse_record
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.extras import install_command
-from megatron_nexus.json_text import parse_record
 
 PAPER_TASKS = ("piqa", "openbookqa", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks of the paper's Table 1."""

@@ -1,7 +1,7 @@
-"""Write the grown checkpoint: target files piece by piece, shared out over workers, in bounded memory.
+"""Write the grown checkpoint: target files chunk by chunk, shared out over workers, in bounded memory.
 
 The files are laid out as the ranks of the target topology would write them. Their headers and lengths
-are known beforehand, so any worker can put any piece in its place. The folder gets its name last:
+are known beforehand, so any worker can put any chunk in its place. The folder gets its name last:
 an interrupted growth leaves nothing; after a kill, which nothing can tidy, the next growth or run that saves
 there removes the temporary folder.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.checkpoint.chunks import fragment_boxes
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -27,8 +28,7 @@ from megatron_nexus.checkpoint.manifest import (
     manifest_to_json,
     read_manifest,
 )
-from megatron_nexus.checkpoint.pieces import slabs
-from megatron_nexus.checkpoint.run_folder import (
+from megatron_nexus.checkpoint.run_dir import (
     abandon_checkpoint,
     begin_checkpoint,
     checkpoint_name,
@@ -36,14 +36,14 @@ from megatron_nexus.checkpoint.run_folder import (
     publish_checkpoint,
     temporary_folder,
 )
-from megatron_nexus.checkpoint.run_lock import sole_user
+from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.storage import named_in_errors
 from megatron_nexus.checkpoint.store import (
     DTYPE,
     STATES,
-    Piece,
+    Chunk,
     block_checksums,
-    piece_starts,
+    chunk_starts,
     rank_files,
     safetensors_header,
     write_at,
@@ -52,12 +52,12 @@ from megatron_nexus.checkpoint.store import (
 )
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.growth.crew import Advance, Crew
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import GrowthPlan
 from megatron_nexus.growth.report import checkpoint_bytes
 from megatron_nexus.growth.request import CHANGING
 from megatron_nexus.growth.verify import compare
+from megatron_nexus.growth.worker_group import Advance, WorkerGroup
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import layer_specs, stage_layers
 from megatron_nexus.spec.shard import Shard
@@ -65,21 +65,21 @@ from megatron_nexus.spec.shard import Shard
 
 @dataclass(frozen=True)
 class Target:
-    """One piece of the new checkpoint: whose file it lies in, its number there, its first byte."""
+    """One chunk of the new checkpoint: whose file it lies in, its number there, its first byte."""
 
     rank: int
     number: int
     start: int
-    piece: Piece
+    chunk: Chunk
 
     @property
     def bytes(self) -> int:
         """Its length."""
-        return self.piece.box.numel * DTYPE.itemsize
+        return self.chunk.box.numel * DTYPE.itemsize
 
 
-def target_files(config: RunConfig) -> list[list[Piece]]:
-    """The pieces in the file of each rank of the topology in `config`, with one copy of the model."""
+def target_files(config: RunConfig) -> list[list[Chunk]]:
+    """The chunks in the file of each rank of the topology in `config`, with one copy of the model."""
     tp = config.parallel.tensor_model_parallel_size
     pp = config.parallel.pipeline_model_parallel_size
     layers = layer_specs(config.model)
@@ -91,44 +91,44 @@ def target_files(config: RunConfig) -> list[list[Piece]]:
             shard = Shard(rank, tp)
             files.append(
                 [
-                    Piece(spec.name, state, slab.box)
+                    Chunk(spec.name, state, part.box)
                     for spec in specs
                     if spec.is_sharded or rank == 0
                     for state in STATES
-                    for slab in slabs(spec, shard, 0, prod(shard.local_shape(spec)))
+                    for part in fragment_boxes(spec, shard, 0, prod(shard.local_shape(spec)))
                 ]
             )
     return files
 
 
-def targets_of(files: Sequence[Sequence[Piece]]) -> list[Target]:
-    """All pieces, those of the same part of a tensor together: what they read lies together too."""
+def targets_of(files: Sequence[Sequence[Chunk]]) -> list[Target]:
+    """All chunks, those of the same part of a tensor together: what they read lies together too."""
     order: dict[tuple[str, str], int] = {}
     targets = []
-    for rank, pieces in enumerate(files):
-        for number, (piece, start) in enumerate(zip(pieces, piece_starts(pieces)[:-1], strict=True)):
-            order.setdefault((piece.tensor, piece.state), len(order))
-            targets.append(Target(rank, number, start, piece))
-    return sorted(targets, key=lambda t: (order[t.piece.tensor, t.piece.state], t.piece.box.offsets))
+    for rank, chunks in enumerate(files):
+        for number, (chunk, start) in enumerate(zip(chunks, chunk_starts(chunks)[:-1], strict=True)):
+            order.setdefault((chunk.tensor, chunk.state), len(order))
+            targets.append(Target(rank, number, start, chunk))
+    return sorted(targets, key=lambda t: (order[t.chunk.tensor, t.chunk.state], t.chunk.box.offsets))
 
 
-def shares_of(targets: Sequence[Target], workers: int) -> list[list[Target]]:
-    """Runs of pieces of about equal bytes, one for each worker."""
+def split_work(targets: Sequence[Target], workers: int) -> list[list[Target]]:
+    """Runs of chunks of about equal bytes, one for each worker."""
     total = sum(target.bytes for target in targets)
-    shares: list[list[Target]] = [[] for _ in range(workers)]
+    parts: list[list[Target]] = [[] for _ in range(workers)]
     done = 0
     for target in targets:
-        shares[min(workers - 1, done * workers // max(1, total))].append(target)
+        parts[min(workers - 1, done * workers // max(1, total))].append(target)
         done += target.bytes
-    return shares
+    return parts
 
 
-def write_share(
-    open_reader: Callable[[], GrownReader], folder: Path, share: Sequence[Target], advance: Advance
+def write_chunks_at(
+    open_reader: Callable[[], GrownReader], folder: Path, work_items: Sequence[Target], advance: Advance
 ) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Put a worker's pieces in their places; (rank, number, CRC-32 of its blocks) of each.
+    """Put a worker's chunks in their places; (rank, number, CRC-32 of its blocks) of each.
 
-    While a piece is written and its checksum computed the next one is read: memory for two pieces.
+    While a chunk is written and its checksum computed the next one is read: memory for two chunks.
 
     Raises CheckpointError, OSError.
     """
@@ -137,7 +137,7 @@ def write_share(
     checksums: list[tuple[int, int, tuple[int, ...]]] = []
     in_flight: tuple[Target, Future[None], Future[tuple[int, ...]]] | None = None
     # Two buffers by turns: fresh memory costs more than all else that is done with it.
-    most = max((target.piece.box.numel for target in share), default=0)
+    most = max((target.chunk.box.numel for target in work_items), default=0)
     buffers = [np.empty(most, DTYPE) for _ in range(2)]
 
     def land(target: Target, written: Future[None], checksum: Future[tuple[int, ...]]) -> None:
@@ -148,12 +148,12 @@ def write_share(
 
     try:
         with ThreadPoolExecutor(2) as beside:
-            for target, buffer in zip(share, cycle(buffers)):
+            for target, buffer in zip(work_items, cycle(buffers)):
                 if target.rank not in files:
                     files[target.rank] = os.open(rank_files(folder, target.rank)[0], os.O_WRONLY)
-                piece = target.piece
-                values = buffer[: piece.box.numel]
-                reader.read_into(values.reshape(piece.box.sizes), piece.tensor, piece.state, piece.box)
+                chunk = target.chunk
+                values = buffer[: chunk.box.numel]
+                reader.read_into(values.reshape(chunk.box.sizes), chunk.tensor, chunk.state, chunk.box)
                 contents = values.view(np.uint8).data
                 if in_flight:
                     land(*in_flight)
@@ -169,11 +169,13 @@ def write_share(
 
 def _write(descriptor: int, contents: memoryview, start: int) -> None:
     write_at(descriptor, contents, start)
-    # Begins to write back at once, so that the disk works from the first piece on and not from a full cache.
+    # Begins to write back at once, so that the disk works from the first chunk on and not from a full cache.
     os.posix_fadvise(descriptor, start, len(contents), os.POSIX_FADV_DONTNEED)
 
 
-def grow_checkpoint(plan: GrowthPlan, source: Location, root: Path, crew: Crew, verify: bool = False) -> Path:
+def grow_checkpoint(
+    plan: GrowthPlan, source: Location, root: Path, group: WorkerGroup, verify: bool = False
+) -> Path:
     """Write the checkpoint `source`, grown as planned, as the latest in `root`; a collective call.
 
     The topology of `plan.after` shapes the files. `verify` compares the logits of both checkpoints before the
@@ -184,11 +186,11 @@ def grow_checkpoint(plan: GrowthPlan, source: Location, root: Path, crew: Crew, 
             logits differ; nothing is left behind.
     """
     with ExitStack() as held:
-        with crew.together(f"{root}: cannot write the checkpoint"):
-            if crew.rank == 0:
-                held.enter_context(sole_user(root))
+        with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
+            if group.rank == 0:
+                held.enter_context(run_dir_lock(root))
                 _require_empty(root)
-        _grow(plan, source, root, crew, verify)
+        _grow(plan, source, root, group, verify)
     return root / checkpoint_name(read_manifest(source).progress.step)
 
 
@@ -201,7 +203,7 @@ def _require_empty(root: Path) -> None:
         )
 
 
-def _grow(plan: GrowthPlan, source: Location, root: Path, crew: Crew, verify: bool) -> None:
+def _grow(plan: GrowthPlan, source: Location, root: Path, group: WorkerGroup, verify: bool) -> None:
     """As `grow_checkpoint`, in a folder that is ours."""
     config = plan.after
     open_reader = partial(GrownReader, source, plan)
@@ -212,34 +214,34 @@ def _grow(plan: GrowthPlan, source: Location, root: Path, crew: Crew, verify: bo
     step = manifest.progress.step
     folder = temporary_folder(root, step)
     try:
-        with crew.together(f"{root}: cannot write the checkpoint"):
-            if crew.rank == 0:
+        with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
+            if group.rank == 0:
                 _begin(root, step, config)
         files = target_files(config)
         targets = targets_of(files)
-        with crew.together(f"{root}: cannot write the checkpoint"):
-            if crew.rank == 0:
+        with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
+            if group.rank == 0:
                 _lay_out(folder, files)
-        stage = f"writing {len(targets):,} pieces"
-        work = partial(write_share, open_reader, folder)
-        shares = crew.share_out(partial(shares_of, targets), work, lambda target: target.bytes, stage)
-        with crew.together(f"{root}: cannot write the checkpoint"):
-            if crew.rank == 0:
-                _finish(root, step, files, [entry for share in shares for entry in share], manifest)
+        stage = f"writing {len(targets):,} chunks"
+        work = partial(write_chunks_at, open_reader, folder)
+        parts = group.map_partitions(partial(split_work, targets), work, lambda target: target.bytes, stage)
+        with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
+            if group.rank == 0:
+                _finish(root, step, files, [entry for part in parts for entry in part], manifest)
                 if verify:
                     verified = _verified(plan, source, folder, manifest)
                     write_durably(folder / MANIFEST_FILE, manifest_to_json(verified))
                 publish_checkpoint(root, step)
     except BaseException as error:
-        if crew.rank == 0:
+        if group.rank == 0:
             abandon_checkpoint(root, step)
         if not isinstance(error, CheckpointError):  # of those every rank knows
-            crew.abort()
+            group.abort()
         raise
 
 
 def _begin(root: Path, step: int, config: RunConfig) -> None:
-    """Make the temporary folder, before pieces without end are listed. Raises OSError, CheckpointError."""
+    """Make the temporary folder, before chunks without end are listed. Raises OSError, CheckpointError."""
     begin_checkpoint(root, step)
     needed, free = checkpoint_bytes(config.model), shutil.disk_usage(root).free
     if needed > free:
@@ -249,30 +251,30 @@ def _begin(root: Path, step: int, config: RunConfig) -> None:
         )
 
 
-def _lay_out(folder: Path, files: Sequence[Sequence[Piece]]) -> None:
+def _lay_out(folder: Path, files: Sequence[Sequence[Chunk]]) -> None:
     """Make the data files, full length. Raises OSError."""
-    for rank, pieces in enumerate(files):
+    for rank, chunks in enumerate(files):
         path = rank_files(folder, rank)[0]
         with named_in_errors(path), path.open("wb") as file:
-            file.write(safetensors_header(pieces))
-            file.truncate(piece_starts(pieces)[-1])
+            file.write(safetensors_header(chunks))
+            file.truncate(chunk_starts(chunks)[-1])
 
 
 def _finish(
     root: Path,
     step: int,
-    files: Sequence[Sequence[Piece]],
+    files: Sequence[Sequence[Chunk]],
     checksums: Sequence[tuple[int, int, tuple[int, ...]]],
     manifest: Manifest,
 ) -> None:
     """Write indices and manifest, and make all durable. Raises OSError."""
     folder = temporary_folder(root, step)
     found = {(rank, number): checksum for rank, number, checksum in checksums}
-    for rank, pieces in enumerate(files):
+    for rank, chunks in enumerate(files):
         path = rank_files(folder, rank)[0]
         with named_in_errors(path), path.open("rb") as file:
             os.fsync(file.fileno())
-        write_index(folder, rank, pieces, [found[rank, number] for number in range(len(pieces))], {})
+        write_index(folder, rank, chunks, [found[rank, number] for number in range(len(chunks))], {})
     write_durably(folder / MANIFEST_FILE, manifest_to_json(manifest))
 
 
@@ -288,16 +290,16 @@ def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manife
             "tools/inspect_checkpoint.py --verify names the tensors that hold NaN or infinity; take an "
             "earlier checkpoint"
         )
-    told = f"logits moved by at most {found.largest_error:.1e}, the largest is {found.largest_logit:.3g}"
+    message = f"logits moved by at most {found.largest_error:.1e}, the largest is {found.largest_logit:.3g}"
     init = plan.settings.init
     if not found.holds and init not in CHANGING:
         raise CheckpointError(
-            f"{source}: {told}, more than rounding: the growth is withdrawn; please report it"
+            f"{source}: {message}, more than rounding: the grown checkpoint was discarded; please report this"
         )
     if found.holds:
-        logger.info("verified in float64: %s", told)
+        logger.info("verified in float64: %s", message)
     else:
-        logger.info("the function changed, as --init %s does: in float64 %s", init, told)
+        logger.info("the function changed, as --init %s does: in float64 %s", init, message)
     if plan.after.model.vocab_size > plan.before.model.vocab_size:
         logger.info("new tokens raise the loss by %.4f nats/token until they are learnt", found.loss_shift)
     if not plan.axes:

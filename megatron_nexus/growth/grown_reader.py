@@ -8,13 +8,13 @@ from math import prod, sqrt
 
 import numpy as np
 
+from megatron_nexus.checkpoint.chunks import full_box, index_within, intersect, split_box
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest
-from megatron_nexus.checkpoint.pieces import index_within, intersect, split_box, whole_box
 from megatron_nexus.checkpoint.store import DTYPE, Array, CheckpointReader
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, moved
-from megatron_nexus.spec.grow import Block, Fill
+from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, translate
+from megatron_nexus.spec.grow import Fill, FilledBox
 from megatron_nexus.spec.initialise import logical_values
 from megatron_nexus.spec.param import Axis, Normal, ParamSpec
 from megatron_nexus.spec.shard import Box
@@ -62,37 +62,37 @@ class GrownReader:
     def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
         """As `read_box`, into an array of the caller's."""
         plan = self._plan.tensors[tensor]
-        for block in plan.blocks:
-            share = intersect(block.box, box)
-            if share is None:
+        for filled in plan.boxes:
+            overlap = intersect(filled.box, box)
+            if overlap is None:
                 continue
-            part = values[index_within(share, box)]
-            if block.old is not None:
+            part = values[index_within(overlap, box)]
+            if filled.old is not None:
                 assert plan.old is not None, f"{tensor} keeps elements of nothing"
-                self._source.read_into(part, plan.old.name, state, moved(share, block.box, block.old))
-            elif block.fill is Fill.ZERO or state != "fp32":
+                self._source.read_into(part, plan.old.name, state, translate(overlap, filled.box, filled.old))
+            elif filled.fill is Fill.ZERO or state != "fp32":
                 part[...] = 0.0  # moments begin at zero
             else:
-                part[...] = self._drawn(plan, block, share)
+                part[...] = self._drawn(plan, filled, overlap)
 
-    def _drawn(self, plan: TensorPlan, block: Block, box: Box) -> Array:
-        """New values: a function of (growth seed, generation, parameter name, block, element).
+    def _drawn(self, plan: TensorPlan, filled: FilledBox, box: Box) -> Array:
+        """New values: a function of (growth seed, generation, parameter name, box, element).
 
-        A block is drawn as a tensor of its own, so that nothing is drawn for the old elements between. Its
-        name keeps its values apart from those drawn at birth and by other growths.
+        A box is drawn as a tensor of its own, so that nothing is drawn for the old elements between. Its
+        name keeps its values apart from those drawn at region and by other growths.
         """
-        spec, start = plan.spec, block.box.offsets
-        init = Normal(self._deviation(plan, block)) if isinstance(spec.init, Normal) else spec.init
+        spec, start = plan.spec, filled.box.offsets
+        init = Normal(self._deviation(plan, filled)) if isinstance(spec.init, Normal) else spec.init
         name = f"growth {self._generation} of {spec.name} at {start}"
-        axes = tuple(Axis(axis.name, size) for axis, size in zip(spec.axes, block.box.sizes, strict=True))
+        axes = tuple(Axis(axis.name, size) for axis, size in zip(spec.axes, filled.box.sizes, strict=True))
         drawn = ParamSpec(name, axes, init, spec.role, spec.grown)
         within = Box(tuple(o - first for o, first in zip(box.offsets, start, strict=True)), box.sizes)
         return logical_values(drawn, self._plan.settings.growth_seed, within)
 
-    def _deviation(self, plan: TensorPlan, block: Block) -> float:
+    def _deviation(self, plan: TensorPlan, filled: FilledBox) -> float:
         settings, init = self._plan.settings, plan.spec.init
         assert isinstance(init, Normal), f"{plan.spec.name} is not drawn"
-        if block.fill is Fill.NOISE:
+        if filled.fill is Fill.NOISE:
             old = self._old_deviation(plan.old) if plan.old is not None and plan.old.numel else init.std
             return settings.noise_share * old
         if settings.init_std:
@@ -104,7 +104,7 @@ class GrownReader:
     def _old_deviation(self, spec: ParamSpec) -> float:
         """The standard deviation of an old tensor's weights, in bounded memory."""
         total = squares = 0.0
-        for box in split_box(whole_box(spec.shape), DEVIATION_ELEMENTS):
+        for box in split_box(full_box(spec.shape), DEVIATION_ELEMENTS):
             values = self._source.read_box(spec.name, "fp32", box).astype(np.float64)
             total += float(values.sum())
             squares += float(np.square(values).sum())

@@ -6,23 +6,23 @@ Pure: from the configuration of a checkpoint and what is asked for. No file is r
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from megatron_nexus.checkpoint.manifest import Birth, Manifest, OptimizerRecord
-from megatron_nexus.checkpoint.pieces import intersect
+from megatron_nexus.checkpoint.chunks import intersect
+from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest, OptimizerRecord
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.request import GROWING, GrowthConfig, GrowthRequest, grown_config, layer_origins
 from megatron_nexus.models.decoder import decoder_specs, layer_parts
-from megatron_nexus.spec.grow import Block, grown_blocks, inserted_blocks
+from megatron_nexus.spec.grow import FilledBox, grown_boxes, inserted_boxes
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor of the larger model: its spec, the name it had, its blocks; an inserted one had no name."""
+    """A tensor of the larger model: its spec, the name it had, its boxes; an inserted one had no name."""
 
     spec: ParamSpec
     old: ParamSpec | None
-    blocks: tuple[Block, ...]
+    boxes: tuple[FilledBox, ...]
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
             befores = None if origin is None else old_layers[origin].get(part)
             for spec, before in zip(specs, befores or [None] * len(specs), strict=True):
                 parts = (
-                    grown_blocks(before, spec, settings.init)
+                    grown_boxes(before, spec, settings.init)
                     if before
-                    else inserted_blocks(spec, settings.init)
+                    else inserted_boxes(spec, settings.init)
                 )
                 tensors[spec.name] = TensorPlan(spec, before, tuple(parts))
     return GrowthPlan(saved, after, settings, tensors)
@@ -86,7 +86,7 @@ def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:
                 "flops": source.progress.flops,
             }
         )
-    optimizer = replace(source.optimizer, births=grown_births(source.optimizer, plan))
+    optimizer = replace(source.optimizer, grown_regions=regions_after_growth(source.optimizer, plan))
     return replace(
         source,
         specs=decoder_specs(plan.after.model),
@@ -101,28 +101,30 @@ def generation(source: Manifest) -> int:
     return 1 + sum("generation" in entry for entry in source.lineage)
 
 
-def grown_births(optimizer: OptimizerRecord, plan: GrowthPlan) -> tuple[Birth, ...]:
+def regions_after_growth(optimizer: OptimizerRecord, plan: GrowthPlan) -> tuple[GrownRegion, ...]:
     """The parts of tensors whose count of steps began later: those recorded, moved, and the new ones."""
-    recorded: dict[str, list[Birth]] = {}
-    for birth in optimizer.births:
-        recorded.setdefault(birth.tensor, []).append(birth)
-    births = []
+    recorded: dict[str, list[GrownRegion]] = {}
+    for region in optimizer.grown_regions:
+        recorded.setdefault(region.tensor, []).append(region)
+    grown_regions = []
     for tensor in plan.tensors.values():
         name = tensor.spec.name
-        for block in tensor.blocks:
-            if block.old is None:
+        for filled in tensor.boxes:
+            if filled.old is None:
                 if optimizer.step_count:
-                    births.append(Birth(name, block.box, optimizer.step_count))
+                    grown_regions.append(GrownRegion(name, filled.box, optimizer.step_count))
                 continue
             assert tensor.old is not None, f"{name} keeps elements of nothing"
-            for birth in recorded.get(tensor.old.name, []):
-                shared = intersect(birth.box, block.old)
+            for region in recorded.get(tensor.old.name, []):
+                shared = intersect(region.box, filled.old)
                 if shared is not None:
-                    births.append(Birth(name, moved(shared, block.old, block.box), birth.step_count))
-    return tuple(births)
+                    grown_regions.append(
+                        GrownRegion(name, translate(shared, filled.old, filled.box), region.adam_step)
+                    )
+    return tuple(grown_regions)
 
 
-def moved(box: Box, origin: Box, target: Box) -> Box:
+def translate(box: Box, origin: Box, target: Box) -> Box:
     """Where `box` lies when the box `origin` around it is moved to `target`."""
     offsets = zip(box.offsets, origin.offsets, target.offsets, strict=True)
     return Box(tuple(offset - start + new for offset, start, new in offsets), box.sizes)

@@ -35,7 +35,7 @@ def _rows(plan: GrowthPlan) -> Iterator[tuple[str, str, str, str, str, str]]:
                 kind if kind in (0, last) else "block",
                 place,
                 tensor.old and tensor.old.shape,
-                tensor.blocks,
+                tensor.boxes,
             )
             alike.setdefault(key, []).append(tensor)
     for tensors in alike.values():
@@ -54,9 +54,9 @@ def _filling(tensor: TensorPlan) -> str:
     """What fills how many of a tensor's elements: "kept 600,000, zero 240,000"."""
     init = tensor.spec.init
     counts: Counter[str] = Counter()
-    for block in tensor.blocks:
-        label = f"{init.value:g}" if isinstance(init, Constant) and block.old is None else block.fill
-        counts[label] += prod(block.box.sizes)
+    for filled in tensor.boxes:
+        label = f"{init.value:g}" if isinstance(init, Constant) and filled.old is None else filled.fill
+        counts[label] += prod(filled.box.sizes)
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{fill} {count:,}" for fill, count in counts.items())

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_nexus.checkpoint.full_tensors import read_full_tensor
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.checkpoint.whole_tensors import read_whole
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.growth.plan import GrowthPlan
 from megatron_nexus.log import Progress
@@ -66,7 +66,7 @@ def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progre
     for index in range(model.num_layers + 2):
         stage = _layer(model, index)
         for name, (_, parameter) in logical_parameters(stage).items():
-            read_whole(reader, name, parameter)
+            read_full_tensor(reader, name, parameter)
         x = stage(x)
         progress.advance(1)
     return x

@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes a folder that transformers loads, written piece by piece in bounded memory.
+"""Export: a checkpoint becomes a folder that transformers loads, written chunk by chunk in bounded memory.
 
     README.md (the model card)
     config.json  generation_config.json  model.safetensors, or several and their index
@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.base.atomic_dir import atomic_dir
+from megatron_nexus.checkpoint.chunks import full_box, split_box
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.pieces import split_box, whole_box
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import Tokenizer
@@ -27,13 +28,12 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import Architecture, JsonObject, architecture_of, config_json
 from megatron_nexus.interchange.model_card import CARD_FILE, write_model_card
 from megatron_nexus.interchange.names import huggingface_name
-from megatron_nexus.interchange.new_folder import new_folder
-from megatron_nexus.interchange.plain_tensors import (
+from megatron_nexus.interchange.safetensors_writer import (
     BLOCK_ELEMENTS,
     Precision,
     plain_bytes,
     require_finite,
-    write_plain_tensors,
+    write_safetensors,
 )
 from megatron_nexus.interchange.tokenizer_files import write_tokenizer
 from megatron_nexus.log import Progress
@@ -94,7 +94,7 @@ def export_checkpoint(
     shards = _shards(specs, precision, shard_bytes)
     names = _file_names(len(shards))
     non_finite = NonFiniteValues()
-    with new_folder(target, needed) as folder:
+    with atomic_dir(target, needed) as folder:
         record = config_json(model, architecture, length, DTYPES[precision], end_token, tied, begin_token)
         _write_json(folder / "config.json", record)
         ends: JsonObject = {"bos_token_id": begin_token, "eos_token_id": end_token, "pad_token_id": end_token}
@@ -112,7 +112,7 @@ def export_checkpoint(
         told = write_tokenizer(tokenizer, folder, length) if tokenizer is not None else ""
         with Progress("writing weights", needed / MEGABYTE, "MB") as progress:
             for name, shard in zip(names, shards, strict=True):
-                write_plain_tensors(
+                write_safetensors(
                     folder / name,
                     reader,
                     "fp32",
@@ -140,7 +140,7 @@ def _is_tied(reader: CheckpointReader) -> bool:
         np.array_equal(
             reader.read_box("head.weight", "fp32", box), reader.read_box("embedding.weight", "fp32", box)
         )
-        for box in split_box(whole_box(shape), BLOCK_ELEMENTS)
+        for box in split_box(full_box(shape), BLOCK_ELEMENTS)
     )
 
 

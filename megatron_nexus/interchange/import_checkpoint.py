@@ -1,6 +1,6 @@
 """Import: a model of others becomes a checkpoint of a run that has not taken a step.
 
-Weights are read and written a piece at a time, moments are zero: memory is needed for one piece. The run's
+Weights are read and written a chunk at a time, moments are zero: memory is needed for one chunk. The run's
 folder gets its name when it is complete: an interrupted import leaves nothing.
 """
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.base.atomic_dir import atomic_dir
+from megatron_nexus.checkpoint.chunks import full_box, split_box
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
     EngineRecord,
@@ -20,15 +22,14 @@ from megatron_nexus.checkpoint.manifest import (
     manifest_to_json,
 )
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.pieces import split_box, whole_box
-from megatron_nexus.checkpoint.run_folder import (
+from megatron_nexus.checkpoint.run_dir import (
     TOKENIZER_FOLDER,
     begin_checkpoint,
     checkpoint_name,
     publish_checkpoint,
     temporary_folder,
 )
-from megatron_nexus.checkpoint.store import STATES, Array, Piece, piece_starts, write_durably, write_pieces
+from megatron_nexus.checkpoint.store import STATES, Array, Chunk, chunk_starts, write_chunks, write_durably
 from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY, group_settings
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import open_tokenizer
@@ -36,13 +37,12 @@ from megatron_nexus.errors import CheckpointError, DataError
 from megatron_nexus.interchange.foreign_config import ties_head
 from megatron_nexus.interchange.foreign_model import ForeignModel
 from megatron_nexus.interchange.names import ENDS, huggingface_name
-from megatron_nexus.interchange.new_folder import new_folder
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
 
 MEGABYTE = 1e6
-PIECE_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 EMBEDDING, HEAD = ENDS["embedding.weight"], ENDS["head.weight"]
 SHOWN = 10
 
@@ -63,16 +63,16 @@ def import_checkpoint(
     """
     specs = decoder_specs(config.model)
     places = _places(source, specs)
-    pieces = [
-        Piece(name, state, box)
+    chunks = [
+        Chunk(name, state, box)
         for name, spec in specs.items()
         for state in STATES
-        for box in split_box(whole_box(spec.shape), PIECE_ELEMENTS)
+        for box in split_box(full_box(spec.shape), CHUNK_ELEMENTS)
     ]
-    needed = piece_starts(pieces)[-1]
+    needed = chunk_starts(chunks)[-1]
     non_finite = NonFiniteValues()
     with (
-        new_folder(root, needed) as folder,
+        atomic_dir(root, needed) as folder,
         Progress("writing weights and zero moments", needed / MEGABYTE, "MB") as progress,
     ):
         fingerprint = ""
@@ -94,7 +94,7 @@ def import_checkpoint(
             config = dataclasses.replace(config, data=data)
         begin_checkpoint(folder, 0)
         unfinished = temporary_folder(folder, 0)
-        write_pieces(unfinished, 0, pieces, _values(source, places, pieces, progress, non_finite), {})
+        write_chunks(unfinished, 0, chunks, _values(source, places, chunks, progress, non_finite), {})
         if non_finite.counts and not allow_non_finite:
             raise CheckpointError(
                 f"{origin} holds {non_finite}, as float32: the model computes nothing; get sound weights, or "
@@ -142,17 +142,17 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def _values(
     source: ForeignModel,
     places: dict[str, str],
-    pieces: list[Piece],
+    chunks: list[Chunk],
     progress: Progress,
     non_finite: NonFiniteValues,
 ) -> Iterator[Array]:
-    """The values of all pieces, one at a time, those that are not finite counted."""
-    for piece in pieces:
-        box = piece.box  # whole rows: none is as long as a piece
-        if piece.state == "fp32":
+    """The values of all chunks, one at a time, those that are not finite counted."""
+    for chunk in chunks:
+        box = chunk.box  # whole rows: none is as long as a chunk
+        if chunk.state == "fp32":
             first = box.offsets[0]
-            values = source.weights.read_rows(places[piece.tensor], first, first + box.sizes[0])
-            non_finite.add(places[piece.tensor], values)
+            values = source.weights.read_rows(places[chunk.tensor], first, first + box.sizes[0])
+            non_finite.add(places[chunk.tensor], values)
             yield values
         else:
             yield np.zeros(box.sizes, np.float32)

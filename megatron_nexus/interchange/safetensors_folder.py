@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.data.tokenizer import JSON_NAME
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import JsonObject
 from megatron_nexus.interchange.foreign_model import Array, ForeignModel
 from megatron_nexus.interchange.safetensors_header import DTYPES, StoredTensor, read_header
 from megatron_nexus.interchange.tokenizer_files import copy_tokenizer
-from megatron_nexus.json_text import parse_json
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_nexus.checkpoint.chunks import full_box
 from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.pieces import whole_box
 from megatron_nexus.checkpoint.store import DTYPE, STATES, StateReader
 from megatron_nexus.spec.param import Flow, Layout, ParamSpec
 
@@ -62,7 +62,7 @@ def write_universal(
     count = torch.tensor(float(manifest.optimizer.step_count))
     for name, spec in manifest.specs.items():
         for state in STATES:
-            held = reader.read_box(name, state, whole_box(spec.shape))
+            held = reader.read_box(name, state, full_box(spec.shape))
             non_finite.add(name, held)
             values = torch.from_numpy(held)
             _save({"param": values, **_sharding(spec)}, zero / names[name] / f"{state}.pt")
@@ -80,10 +80,10 @@ def write_universal(
 def _sharding(spec: ParamSpec) -> dict[str, object]:
     """What tells tensor-parallel ranks which part of a parameter is theirs."""
     cut = [i for i, axis in enumerate(spec.axes) if axis.layout in (Layout.SPLIT, Layout.EXACT)]
-    told: dict[str, object] = {"cat_dim": cut[0] if cut else 0}
+    metadata: dict[str, object] = {"cat_dim": cut[0] if cut else 0}
     if cut == [0] and spec.grown[0] is Flow.ENDS:
-        told["vocab_tensor"] = True  # rows of zeros are added until they divide
-    return told
+        metadata["vocab_tensor"] = True  # rows of zeros are added until they divide
+    return metadata
 
 
 def _optimizer_state(manifest: Manifest, count: Tensor) -> dict[str, object]:

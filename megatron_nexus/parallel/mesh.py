@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from megatron_nexus.base.open_files import allow_open_files
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.open_files import allow_open_files
 from megatron_nexus.parallel.world import World
 
 GROUPS = 16

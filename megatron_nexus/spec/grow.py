@@ -12,7 +12,7 @@ Or on neither side, and the function changes: `noise` draws a share of the old d
 values, as the released code of Tokenformer does.
 
 The residual stream is read through norms and so is closed where it is written, whatever the choice.
-A block that is new along several axes is zero only where all of them are closed by this parameter: an
+A box that is new along several axes is zero only where all of them are closed by this parameter: an
 axis that it leaves open has its zero elsewhere on the same path. Pure arithmetic; needs no torch.
 """
 
@@ -29,7 +29,7 @@ Init = Literal["out_rand", "in_rand", "zero", "noise", "random"]
 
 
 class Fill(StrEnum):
-    """What fills a block of a grown tensor."""
+    """What fills a box of a grown tensor."""
 
     KEPT = "kept"  # the old elements, bit for bit
     ZERO = "zero"
@@ -51,8 +51,8 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A part of a grown tensor, what fills it, and where its elements were if they are kept."""
+class FilledBox:
+    """A box of a grown tensor, what fills it, and where its elements were if they are kept."""
 
     box: Box
     fill: Fill
@@ -105,10 +105,10 @@ def _fill(spec: ParamSpec, parts: tuple[Segment, ...], init: Init) -> Fill:
     return Fill.ZERO if closed else Fill.RANDOM
 
 
-def grown_blocks(old: ParamSpec, new: ParamSpec, init: Init) -> list[Block]:
-    """The blocks that make up the tensor `new`, which was `old`."""
+def grown_boxes(old: ParamSpec, new: ParamSpec, init: Init) -> list[FilledBox]:
+    """The boxes that make up the tensor `new`, which was `old`."""
     rows = (segments(*axes) for axes in zip(old.axes, new.axes, strict=True))
-    blocks = []
+    boxes = []
     for parts in product(*rows):
         sizes = tuple(part.stop - part.start for part in parts)
         box = Box(tuple(part.start for part in parts), sizes)
@@ -116,12 +116,12 @@ def grown_blocks(old: ParamSpec, new: ParamSpec, init: Init) -> list[Block]:
             continue
         offsets = tuple(part.old for part in parts if part.old is not None)
         kept = Box(offsets, sizes) if len(offsets) == len(parts) else None
-        blocks.append(Block(box, _fill(new, parts, init), kept))
-    return blocks
+        boxes.append(FilledBox(box, _fill(new, parts, init), kept))
+    return boxes
 
 
-def inserted_blocks(new: ParamSpec, init: Init) -> list[Block]:
-    """The one block of a tensor of a new layer: zero where it writes to the residual stream."""
+def inserted_boxes(new: ParamSpec, init: Init) -> list[FilledBox]:
+    """The one box of a tensor of a new layer: zero where it writes to the residual stream."""
     whole = Box((0,) * len(new.shape), new.shape)
     writes = any(a.residual and flow is Flow.WRITES for a, flow in zip(new.axes, new.grown, strict=True))
     if isinstance(new.init, Constant):
@@ -132,4 +132,4 @@ def inserted_blocks(new: ParamSpec, init: Init) -> list[Block]:
         fill = Fill.NOISE if init == "noise" else Fill.ZERO
     else:
         fill = Fill.RANDOM
-    return [Block(whole, fill)]
+    return [FilledBox(whole, fill)]

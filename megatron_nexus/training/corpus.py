@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch.distributed as dist
 
-from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
@@ -22,6 +21,7 @@ from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import logger
+from megatron_nexus.parallel.host_collectives import all_gather_str
 from megatron_nexus.parallel.mesh import Mesh
 
 
@@ -193,7 +193,7 @@ def _require_same_data(library: Library, mesh: Mesh) -> None:
     contents = [dataset.fingerprint for dataset in library.datasets.values()]
     tokenizer = library.tokenizer and library.tokenizer.fingerprint
     mine = hashlib.sha256(json.dumps([contents, tokenizer]).encode()).hexdigest()
-    seen = exchange(mesh, mine)
+    seen = all_gather_str(mesh, mine)
     if len(set(seen)) > 1:
         other = next(rank for rank, theirs in enumerate(seen) if theirs != seen[0])
         names = ", ".join(map(str, library.datasets))

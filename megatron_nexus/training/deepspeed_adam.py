@@ -16,11 +16,11 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
-from megatron_nexus.checkpoint.agreement import exchange
+from megatron_nexus.base.file_lock import LOCK_FILE, locked
 from megatron_nexus.data.default_corpus import cache_folder
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.file_lock import LOCK_FILE, locked
 from megatron_nexus.log import Progress
+from megatron_nexus.parallel.host_collectives import all_gather_str
 from megatron_nexus.parallel.mesh import Mesh
 
 
@@ -31,7 +31,7 @@ def build_deepspeed_adam(mesh: Mesh) -> None:
     """
     on_cpu = mesh.device.type == "cpu"
     with Progress("compiling DeepSpeed's Adam, or loading it"):
-        problems = sorted({problem for problem in exchange(mesh, _problem(on_cpu)) if problem})
+        problems = sorted({problem for problem in all_gather_str(mesh, _problem(on_cpu)) if problem})
     if problems:
         raise ConfigError([f"--optimizer-impl deepspeed: {problem}" for problem in problems])
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import Birth, DataRecord, JsonObject, Manifest, RunProgress
+from megatron_nexus.checkpoint.manifest import DataRecord, GrownRegion, JsonObject, Manifest, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
-from megatron_nexus.checkpoint.writer import CheckpointWriter, Moment, Saved
-from megatron_nexus.checkpoint.zero_pieces import zero_state
+from megatron_nexus.checkpoint.writer import CheckpointWriter, Saved, SaveRequest
+from megatron_nexus.checkpoint.zero_state import zero_state
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches
@@ -25,6 +25,7 @@ from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.corpus import Corpus, data_changes
 from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.grown_adam import install_bias_correction, needing_correction
 from megatron_nexus.training.machine import peak_memory_bytes
 from megatron_nexus.training.metrics import (
     MetricsWriter,
@@ -39,7 +40,6 @@ from megatron_nexus.training.peak_flops import peak_flops_per_s
 from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.scoring import Judge, Scoring
 from megatron_nexus.training.stop import StopRequest
-from megatron_nexus.training.young_weights import still_young, watch_young_weights
 
 SILENCE_S = 5.0
 
@@ -88,7 +88,7 @@ class Trainer:
         self.progress = RunProgress(step=0, samples=0, tokens=0, flops=0)
         self.data = DataRecord(corpus.fingerprint, corpus.description)
         self.lineage: Sequence[JsonObject] = ()
-        self.births: Sequence[Birth] = ()
+        self.grown_regions: Sequence[GrownRegion] = ()
         self.last_checkpoint: Location | None = None
         self._checkpoints: dict[int, Location] = {}  # that this run has loaded or saved, by step
         self._finite_step = -1  # of the newest weights that have given a finite loss
@@ -149,13 +149,15 @@ class Trainer:
         optimizer, count = self.config.optimizer, manifest.optimizer.step_count
         if self.config.checkpoint.reset_optimizer:
             zero_state(self.engine.optimizer).forget_moments()
-            logger.info("the optimizer begins anew: moments and count of steps are zero")
+            logger.info("optimizer state reset (moments and step count are zero)")
             return
         betas = (optimizer.adam_beta1, optimizer.adam_beta2)
-        self.births = still_young(manifest.optimizer.births, count, betas)
-        watch_young_weights(self.engine.deepspeed, self.engine.parameters, self.engine.shard, self.births)
-        if self.births:
-            logger.info("weights that growth added count their own optimizer steps until the counts agree")
+        self.grown_regions = needing_correction(manifest.optimizer.grown_regions, count, betas)
+        install_bias_correction(
+            self.engine.deepspeed, self.engine.parameters, self.engine.shard, self.grown_regions
+        )
+        if self.grown_regions:
+            logger.info("newly grown weights use their own Adam step count for bias correction")
 
     def fit(self, stop: StopRequest) -> Outcome:
         """Train up to `train_iters` optimizer steps and validate; saves at intervals and at the end.
@@ -173,7 +175,7 @@ class Trainer:
         )
         self._announce_epochs(last_sample)
         batches = self._training_batches()
-        trained_s, trained_tokens, told = 0.0, 0, 0.0
+        trained_s, trained_tokens, last_log_s = 0.0, 0, 0.0
         evaluations: list[Validation] = []
         task_scores: TaskScores | None = None
         stopping = False
@@ -195,9 +197,9 @@ class Trainer:
             if metrics is not None:
                 record = self._step_metrics(step, rate, result, step_s, tokens)
                 due = step % logging.log_interval == 0 or step == last
-                speak = due or time.monotonic() - told > SILENCE_S
+                speak = due or time.monotonic() - last_log_s > SILENCE_S
                 metrics.step(record, last, speak)
-                told = time.monotonic() if speak else told
+                last_log_s = time.monotonic() if speak else last_log_s
             evaluations = []
             if logging.eval_interval and step % logging.eval_interval == 0:
                 evaluations = self._evaluate("validation", metrics)
@@ -208,7 +210,7 @@ class Trainer:
             if self._writer.is_busy:
                 self._saved(self._writer.advance())
             if interval and step % interval == 0 and step != last and not stopping:
-                self.save(beside=config.checkpoint.async_save)
+                self.save(async_save=config.checkpoint.async_save)
         if stopping:
             received = stop.signal_name or "a signal on another rank"
             logger.info("received %s: saving a checkpoint and exiting", received)
@@ -231,24 +233,24 @@ class Trainer:
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
         )
 
-    def save(self, beside: bool = False) -> None:
-        """Write a checkpoint of this moment, `beside` the training or at once; a collective call.
+    def save(self, async_save: bool = False) -> None:
+        """Write a checkpoint, in the background with `async_save`; a collective call.
 
         Raises CheckpointError where this save or the one before it failed.
         """
         self._finish_saving()
         tokenizer = self.corpus.tokenizer
-        moment = Moment(
+        request = SaveRequest(
             self.progress,
             dataclasses.asdict(self.config),
             tokenizer.fingerprint if tokenizer is not None else "",
             self.lineage,
             self.data,
-            self.births,
+            self.grown_regions,
             self.corpus.prepend_bos,
         )
-        self._writer.begin(moment, copy=beside)
-        if not beside:
+        self._writer.begin(request, async_save)
+        if not async_save:
             self._finish_saving()
 
     def _finish_saving(self) -> None:
@@ -260,10 +262,10 @@ class Trainer:
         if saved is None:
             return
         self.last_checkpoint = self._checkpoints[saved.step] = saved.folder
-        beside = (
-            f", training stood still for {saved.stall_s:.2f} s" if self.config.checkpoint.async_save else ""
+        blocked = (
+            f" (training blocked for {saved.stall_s:.2f} s)" if self.config.checkpoint.async_save else ""
         )
-        logger.info("saved %s in %.1f s%s", saved.folder, saved.total_s, beside)
+        logger.info("saved %s in %.1f s%s", saved.folder, saved.total_s, blocked)
 
     def _training_batches(self) -> Iterator[Batch]:
         return self._batches(self.corpus.training, self.progress.samples - self.data.first_sample)

@@ -13,8 +13,8 @@ from math import floor
 import torch
 import torch.distributed as dist
 
-from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.config.run_config import Precision, RunConfig
+from megatron_nexus.parallel.host_collectives import all_gather_str
 from megatron_nexus.parallel.mesh import Mesh
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -49,7 +49,7 @@ def untested_torch(version: str) -> str:
 def share_cores(mesh: Mesh) -> None:
     """Give this rank its share of the cores, where OMP_NUM_THREADS does not say it; a collective call."""
     cores = " ".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-    places = [place.split(" ", 1) for place in exchange(mesh, f"{socket.gethostname()} {cores}")]
+    places = [place.split(" ", 1) for place in all_gather_str(mesh, f"{socket.gethostname()} {cores}")]
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(core_share(mesh.rank, [(host, cores.split()) for host, cores in places]))
 

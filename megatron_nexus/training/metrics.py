@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_nexus.base.json_text import fits, parse_record
 from megatron_nexus.errors import ConfigError, TrainingError
 from megatron_nexus.extras import install_command
-from megatron_nexus.json_text import fits, parse_record
 from megatron_nexus.log import logger
 
 METRICS_FILE = "metrics.jsonl"

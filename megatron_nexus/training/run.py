@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_nexus.checkpoint.agreement import exchange
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
-from megatron_nexus.checkpoint.run_folder import claim_run_folder
-from megatron_nexus.checkpoint.run_lock import sole_user
+from megatron_nexus.checkpoint.run_dir import check_writable
+from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.config_file import config_text
@@ -29,6 +28,7 @@ from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.models.nvidia_apex import require_apex
+from megatron_nexus.parallel.host_collectives import all_gather_str
 from megatron_nexus.parallel.launch_command import launch_words
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import World
@@ -87,10 +87,10 @@ def run(
     if config.logging.eval_tasks and mesh.rank == 0:
         assert open_judge is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
         judge = open_judge(config, corpus.tokenizer)
-    with sole_user(notes) if mesh.rank == 0 else nullcontext():
+    with run_dir_lock(notes) if mesh.rank == 0 else nullcontext():
         if mesh.rank == 0:
             # A grown model is another run than the checkpoint's.
-            claim_run_folder(save, None if config.checkpoint.grow else checkpoint)
+            check_writable(save, None if config.checkpoint.grow else checkpoint)
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             import_muon_uncompiled()
@@ -153,7 +153,7 @@ def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
 
 def _require_one_start(mesh: Mesh, checkpoint: Location | None) -> None:
     """Raise CheckpointError where ranks found different checkpoints, as on disks that they do not share."""
-    found = exchange(mesh, str(checkpoint or "no checkpoint"))
+    found = all_gather_str(mesh, str(checkpoint or "no checkpoint"))
     if len(set(found)) > 1:
         listed = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(found))
         raise CheckpointError(

@@ -12,8 +12,8 @@ from megatron_nexus.checkpoint.manifest import (
     Topology,
     manifest_to_json,
 )
-from megatron_nexus.checkpoint.run_folder import begin_checkpoint, publish_checkpoint, temporary_folder
-from megatron_nexus.checkpoint.store import STATES, Piece, write_pieces
+from megatron_nexus.checkpoint.run_dir import begin_checkpoint, publish_checkpoint, temporary_folder
+from megatron_nexus.checkpoint.store import STATES, Chunk, write_chunks
 from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
@@ -41,9 +41,9 @@ def write(root: Path, step: int = 3, boxes: list[list[Box]] = BOXES) -> Path:
     begin_checkpoint(root, step)
     folder = temporary_folder(root, step)
     for rank, of_rank in enumerate(boxes):
-        pieces = [Piece("w", state, box) for box in of_rank for state in STATES]
-        write_pieces(
-            folder, rank, pieces, (VALUES[p.state][slices(p.box)] for p in pieces), {"cpu": bytes([rank])}
+        chunks = [Chunk("w", state, box) for box in of_rank for state in STATES]
+        write_chunks(
+            folder, rank, chunks, (VALUES[p.state][slices(p.box)] for p in chunks), {"cpu": bytes([rank])}
         )
     (folder / "manifest.json").write_text(manifest_to_json(MANIFEST))
     publish_checkpoint(root, step)

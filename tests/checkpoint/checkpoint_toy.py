@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from megatron_nexus.checkpoint import writer
 from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.checkpoint.writer import CheckpointWriter, Moment
-from megatron_nexus.checkpoint.zero_pieces import PRIVATE_NAMES, PRIVATE_PARAMETER_NAMES
+from megatron_nexus.checkpoint.writer import CheckpointWriter, SaveRequest
+from megatron_nexus.checkpoint.zero_state import PRIVATE_NAMES, PRIVATE_PARAMETER_NAMES
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
@@ -188,19 +188,19 @@ class Run:
             MICRO_BATCH, 2 * D, generator=random
         )
 
-    def begin_save(self, root: Path, step: int, copy: bool) -> CheckpointWriter:
+    def begin_save(self, root: Path, step: int, async_save: bool) -> CheckpointWriter:
         saving = CheckpointWriter(root, self.engine, self.parameters, self.mesh, self.shard)
-        moment = Moment(
+        request = SaveRequest(
             RunProgress(step, samples=8 * step, tokens=64 * step, flops=10**18 * step),
             config={"kind": self.kind.name},
             tokenizer_fingerprint="none",
             lineage=[{"parent": None}],
         )
-        saving.begin(moment, copy)
+        saving.begin(request, async_save)
         return saving
 
     def save(self, root: Path, step: int) -> Path:
-        return self.begin_save(root, step, copy=False).finish().folder
+        return self.begin_save(root, step, async_save=False).finish().folder
 
     def load(self, folder: Path) -> None:
         load_checkpoint(folder, self.engine, self.parameters, self.mesh, self.shard)
@@ -228,7 +228,7 @@ def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
     optimizer = run.engine.optimizer
     run.save(folder / "through", 0)
     first = run.train(0, 3)
-    saving = run.begin_save(folder / "through", 3, copy=True)
+    saving = run.begin_save(folder / "through", 3, async_save=True)
     random_before = torch.rand(2).tolist()
     through = run.train(3, 6)
     while saving.is_busy:
@@ -283,24 +283,24 @@ def fail_cleanly(base: Mesh, folder: Path) -> dict[str, object]:
     run, root = Run(base, Kind(1)), folder / "failing"
     run.train(0, 1)
     run.save(root, 1)
-    write_pieces = writer.write_pieces
+    write_chunks = writer.write_chunks
 
     def full_disk(*arguments: object) -> None:
-        write_pieces(*arguments)
+        write_chunks(*arguments)
         if base.rank == base.world_size - 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    writer.write_pieces = full_disk
+    writer.write_chunks = full_disk
     outcome: dict[str, object] = {"full_disk": error_of(run.save, root, 2)}
 
     def crash(*arguments: object) -> None:
         if base.rank == 0:
             raise MemoryError("no more")
 
-    writer.write_pieces = crash
-    saving = run.begin_save(root, 2, copy=True)
+    writer.write_chunks = crash
+    saving = run.begin_save(root, 2, async_save=True)
     outcome["crash"] = error_of(lambda: [saving.advance() for _ in iter(lambda: saving.is_busy, False)])
-    writer.write_pieces = write_pieces
+    writer.write_chunks = write_chunks
     outcome["after_full_disk"] = sorted(path.name for path in root.iterdir())
     spec, parameter = run.parameters["up.weight"]
     right = run.parameters
@@ -323,14 +323,14 @@ def be_killed_while_saving(base: Mesh, folder: Path) -> None:
     run = Run(base, KILLED)
     run.train(0, 1)
     run.save(folder / "killed", 1)
-    write_pieces = writer.write_pieces
+    write_chunks = writer.write_chunks
 
     def die(*arguments: object) -> None:
-        write_pieces(*arguments)
+        write_chunks(*arguments)
         if base.rank == base.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    writer.write_pieces = die
+    writer.write_chunks = die
     run.train(1, 2)
     run.save(folder / "killed", 2)
 

@@ -10,9 +10,9 @@ import pytest
 from checkpoint_files import BOXES, MANIFEST, SPEC, write
 
 from megatron_nexus.checkpoint import store
+from megatron_nexus.checkpoint.chunks import full_box
 from megatron_nexus.checkpoint.manifest import FORMAT_VERSION, manifest_to_json
-from megatron_nexus.checkpoint.pieces import whole_box
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Piece, write_pieces
+from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Chunk, write_chunks
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
 
@@ -40,7 +40,7 @@ def positions(path: Path) -> list[int]:
 def read_all(folder: Path) -> None:
     reader = CheckpointReader(folder)
     for state in STATES:
-        reader.read_box("w", state, whole_box(SPEC.shape))
+        reader.read_box("w", state, full_box(SPEC.shape))
 
 
 def flip(contents: bytes, position: int) -> bytes:
@@ -121,8 +121,8 @@ def test_a_part_is_checked_by_the_blocks_that_hold_it(
         )
     )
     # 5 rows of 4 elements: 80 bytes, rows 0 to 3 in the first block, row 4 in the second.
-    pieces = [Piece("w", state, whole_box(SPEC.shape)) for state in STATES]
-    write_pieces(tmp_path, 0, pieces, (np.ones(SPEC.shape, np.float32) for _ in pieces), {})
+    chunks = [Chunk("w", state, full_box(SPEC.shape)) for state in STATES]
+    write_chunks(tmp_path, 0, chunks, (np.ones(SPEC.shape, np.float32) for _ in chunks), {})
     data = tmp_path / "rank_00000.safetensors"
     data.write_bytes(flip(data.read_bytes(), data.stat().st_size - 1))  # in row 4 of exp_avg_sq
     reader = CheckpointReader(tmp_path)

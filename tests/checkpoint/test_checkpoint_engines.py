@@ -15,8 +15,8 @@ import checkpoint_kinds as toy
 import pytest
 from processes import PATIENCE_S, REPOSITORY, TESTS
 
-from megatron_nexus.checkpoint.pieces import whole_box
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.chunks import full_box
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert first.manifest.specs.keys() == second.manifest.specs.keys()
     for spec in first.manifest.specs.values():
         for state in STATES:
-            box = whole_box(spec.shape)
+            box = full_box(spec.shape)
             values = first.read_box(spec.name, state, box)
             assert (values == second.read_box(spec.name, state, box)).all(), (spec.name, state)
             assert values.any(), "a comparison of zeros shows nothing"

@@ -15,7 +15,8 @@ import pytest
 from checkpoint_files import BOXES, MANIFEST, SPEC, VALUES, slices, write
 from safetensors.numpy import load_file
 
-from megatron_nexus.checkpoint import run_folder
+from megatron_nexus.checkpoint import run_dir
+from megatron_nexus.checkpoint.chunks import full_box
 from megatron_nexus.checkpoint.manifest import (
     Topology,
     manifest_to_json,
@@ -23,12 +24,11 @@ from megatron_nexus.checkpoint.manifest import (
     spec_from_json,
     spec_to_json,
 )
-from megatron_nexus.checkpoint.pieces import whole_box
-from megatron_nexus.checkpoint.run_folder import (
+from megatron_nexus.checkpoint.run_dir import (
+    check_save_folder,
     complete_checkpoints,
     find_checkpoint,
     newest_checkpoint,
-    require_own_folder,
 )
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.errors import CheckpointError
@@ -72,7 +72,7 @@ def test_stock_safetensors_opens_the_data(folder: Path) -> None:
 
 
 def test_a_rank_may_own_nothing(tmp_path: Path) -> None:
-    folder = write(tmp_path, boxes=[[whole_box(SPEC.shape)], []])
+    folder = write(tmp_path, boxes=[[full_box(SPEC.shape)], []])
     CheckpointReader(folder).verify()
     assert load_file(folder / "rank_00001.safetensors") == {}
 
@@ -95,12 +95,12 @@ def test_more_ranks_may_have_written_than_files_may_be_open(tmp_path: Path, few_
     (folder / "manifest.json").write_text(manifest_to_json(written_by_all))
     reader = CheckpointReader(folder)
     reader.verify()
-    assert (reader.read_box("w", "fp32", whole_box(SPEC.shape)) == VALUES["fp32"]).all()
+    assert (reader.read_box("w", "fp32", full_box(SPEC.shape)) == VALUES["fp32"]).all()
 
 
 def test_reading_needs_neither_torch_nor_deepspeed() -> None:
     code = (
-        "import sys, megatron_nexus.checkpoint.store, megatron_nexus.checkpoint.run_folder;"
+        "import sys, megatron_nexus.checkpoint.store, megatron_nexus.checkpoint.run_dir;"
         "sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": "."})
@@ -111,7 +111,7 @@ def test_reading_needs_neither_torch_nor_deepspeed() -> None:
 )
 def test_elements_must_be_stored_exactly_once(tmp_path: Path, second_rank: list[Box]) -> None:
     reader = CheckpointReader(write(tmp_path, boxes=[BOXES[0], second_rank]))
-    for check in (lambda: reader.read_box("w", "fp32", whole_box(SPEC.shape)), reader.verify):
+    for check in (lambda: reader.read_box("w", "fp32", full_box(SPEC.shape)), reader.verify):
         with pytest.raises(CheckpointError, match="exactly once"):
             check()
     reader.read_box("w", "fp32", BOXES[1][1])
@@ -152,13 +152,13 @@ def test_load_goes_back_to_the_newest_whole_one_and_says_so(
     second, third = write(root, 2), write(root, 3)
     file = third / name
     os.truncate(file, file.stat().st_size - cut if cut else 0)
-    run_folder._tell_once.cache_clear()
+    run_dir._tell_once.cache_clear()
     with caplog.at_level("INFO", logger="megatron_nexus"):
         assert find_checkpoint(root) == newest_checkpoint(root) == second
     assert caplog.text.count(f"warning: {third} is damaged ({name} ") == 1
     assert "going back to iter_0000002" in caplog.text
     assert list(complete_checkpoints(root)) == [1, 2]
-    require_own_folder(root, second)  # the run goes on in its folder
+    check_save_folder(root, second)  # the run goes on in its folder
     with pytest.raises(CheckpointError, match=re.escape(f"{file}: ")):
         CheckpointReader(third)
 
@@ -166,7 +166,7 @@ def test_load_goes_back_to_the_newest_whole_one_and_says_so(
 def test_a_folder_in_which_no_checkpoint_is_whole_is_never_begun_anew(tmp_path: Path) -> None:
     file = write(tmp_path, 3) / "rank_00000.safetensors"
     os.truncate(file, 10)
-    for look in (lambda: newest_checkpoint(tmp_path), lambda: require_own_folder(tmp_path, None)):
+    for look in (lambda: newest_checkpoint(tmp_path), lambda: check_save_folder(tmp_path, None)):
         with pytest.raises(
             CheckpointError,
             match=r"no checkpoint in it is whole: .*iter_0000003 \(rank_00000.safetensors has 10 of",

@@ -7,7 +7,7 @@ import pytest
 from checkpoint_files import write
 
 from megatron_nexus.checkpoint.retention import Retention, delete_outdated
-from megatron_nexus.checkpoint.run_folder import begin_checkpoint, find_checkpoint
+from megatron_nexus.checkpoint.run_dir import begin_checkpoint, find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 
 

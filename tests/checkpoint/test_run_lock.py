@@ -7,35 +7,35 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.checkpoint.run_lock import sole_user
+from megatron_nexus.base.file_lock import LOCK_FILE
+from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.errors import CheckpointError, ConfigError
-from megatron_nexus.file_lock import LOCK_FILE
 
 
 def test_what_was_made_and_not_used_is_gone(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     folder = tmp_path / "runs" / "of" / "mine"
-    with pytest.raises(CheckpointError), sole_user(folder):
+    with pytest.raises(CheckpointError), run_dir_lock(folder):
         assert (folder / LOCK_FILE).exists()
         raise CheckpointError("refused")
     assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
 
 
 def test_what_was_written_stays_and_so_does_a_folder_that_was_there(tmp_path: Path) -> None:
-    with sole_user(tmp_path / "used"):
+    with run_dir_lock(tmp_path / "used"):
         (tmp_path / "used" / "metrics.jsonl").touch()
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["metrics.jsonl"]
     (tmp_path / "empty").mkdir()
-    with sole_user(tmp_path / "empty"):
+    with run_dir_lock(tmp_path / "empty"):
         pass
     assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_the_second_is_told_who_is_the_first(tmp_path: Path) -> None:
     with (
-        sole_user(tmp_path),
+        run_dir_lock(tmp_path),
         pytest.raises(ConfigError, match=r"in use by process \d+ on .*another --save"),
-        sole_user(tmp_path),
+        run_dir_lock(tmp_path),
     ):
         pass
 
@@ -45,7 +45,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> 
     (tmp_path / "file").touch()
     with (
         pytest.raises(CheckpointError, match="give a folder that can be written"),
-        sole_user(tmp_path / place),
+        run_dir_lock(tmp_path / place),
     ):
         pass
 
@@ -59,7 +59,7 @@ def test_of_many_that_come_and_go_one_at_a_time_holds_it(tmp_path: Path) -> None
         rng = random.Random(seed)
         while time.monotonic() < until:
             try:
-                with sole_user(folder):
+                with run_dir_lock(folder):
                     inside.append(seed)
                     most.append(len(inside))
                     time.sleep(rng.random() / 1000)

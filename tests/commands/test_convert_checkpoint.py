@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_nexus.commands.convert_checkpoint import main
-from megatron_nexus.interchange import plain_tensors
+from megatron_nexus.interchange import safetensors_writer
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py")]
 Run = Callable[[str], tuple[int, str]]
@@ -52,11 +52,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("block", [1, 50, plain_tensors.BLOCK_ELEMENTS])
+@pytest.mark.parametrize("block", [1, 50, safetensors_writer.BLOCK_ELEMENTS])
 def test_a_plain_file_holds_every_tensor_by_its_logical_name(
     block: int, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain_tensors, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(safetensors_writer, "BLOCK_ELEMENTS", block)
     before = contents(folder / "old")
     code, told = run("--load old --save new --moments")
     assert code == 0, told
@@ -175,7 +175,7 @@ def test_what_a_killed_conversion_left_is_cleared_and_two_at_once_are_told(run: 
 @pytest.mark.slow
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, spawn: Spawn) -> None:
     config = grown.configure(nexus_m=600, nexus_a=700)
-    grown.write_checkpoint(tmp_path / "old", config, piece_elements=1 << 24)
+    grown.write_checkpoint(tmp_path / "old", config, chunk_elements=1 << 24)
     words = "--load old --save new --format universal"
     converting = spawn([*TOOL, *words.split()], tmp_path)
     wait_for(lambda: any(tmp_path.glob(".tmp_new/*/zero/*")), "the conversion begins")

@@ -13,7 +13,7 @@ from programs import DEEPSPEED, PYTHON, Command, commands, ended
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 

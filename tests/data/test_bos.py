@@ -13,6 +13,7 @@ from test_huggingface_tokenizer import END, train
 from tokenizers import Tokenizer as HuggingFace
 from tokenizers import processors
 
+from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.data_path import Source
 from megatron_nexus.data.corpus_description import CorpusDescription, begins_with, read_description
@@ -22,7 +23,6 @@ from megatron_nexus.data.indexed_dataset import IndexedDataset, json_path
 from megatron_nexus.data.inspection import find_problems
 from megatron_nexus.data.library import Library
 from megatron_nexus.data.preprocess import Preprocessing, preprocess
-from megatron_nexus.data.team import Alone
 from megatron_nexus.data.tokenizer import encode_prompt, open_tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.post_processor import beginning_with
@@ -66,7 +66,7 @@ def write(folder: Path, tokenizer: Path, name: str, prepend_bos: bool | None = N
         workers=1,
         overwrite=True,
     )
-    preprocess(job, Alone())
+    preprocess(job, SingleProcess())
     return folder / name
 
 

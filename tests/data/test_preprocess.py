@@ -17,6 +17,7 @@ import tokenizers
 from conftest import REPOSITORY, Spawn, wait_for
 from processes import PATIENCE_S
 
+from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.data.corpus_description import check_tokenizer, read_description
 from megatron_nexus.data.documents import Reading, cut_into_spans
 from megatron_nexus.data.indexed_dataset import IndexedDataset, publish
@@ -25,7 +26,6 @@ from megatron_nexus.data.preprocess import Preprocessing, preprocess
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.shards import Tokenizing, make_shards, shard_prefix, tokenize_shard
 from megatron_nexus.data.standard_library import standard_library_documents
-from megatron_nexus.data.team import Alone
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.log import logger
 
@@ -92,7 +92,7 @@ def contents(prefix: Path) -> list[bytes]:
 def reference(folder: Path) -> Path:
     """The corpus, made by one worker in one shard."""
     prefix = folder / "reference"
-    assert preprocess(job(folder, prefix), Alone()) == read_description(prefix)
+    assert preprocess(job(folder, prefix), SingleProcess()) == read_description(prefix)
     return prefix
 
 
@@ -222,8 +222,8 @@ def test_strict_finds_the_line_in_a_shard_that_is_finished(folder: Path, tmp_pat
     publish(shard_prefix(shard, tokenizing, tokenizer), os.getpid())
     wanted = job(folder, tmp_path / "corpus", inputs=[str(file)], strict=True)
     with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: '{oops': fix or remove"):
-        preprocess(wanted, Alone())
-    made = preprocess(dataclasses.replace(wanted, strict=False), Alone())
+        preprocess(wanted, SingleProcess())
+    made = preprocess(dataclasses.replace(wanted, strict=False), SingleProcess())
     assert made is not None
     assert (made.documents, made.malformed) == (1, {"not JSON": 1})
 
@@ -270,7 +270,9 @@ def test_one_tokenizer_belongs_to_a_corpus(folder: Path, reference: Path, tmp_pa
 
 def test_all_that_cannot_work_is_said_at_once(folder: Path, reference: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        preprocess(job(folder, reference, inputs=["missing"], tokenizer_path=tmp_path / "no.model"), Alone())
+        preprocess(
+            job(folder, reference, inputs=["missing"], tokenizer_path=tmp_path / "no.model"), SingleProcess()
+        )
     said = caught.value.problems
     assert len(said) == 3
     assert "missing stands for no file" in said[0]
@@ -281,10 +283,10 @@ def test_all_that_cannot_work_is_said_at_once(folder: Path, reference: Path, tmp
 
 def test_outputs_that_cannot_be_written_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out\.bin: give it without the ending: .*out$"):
-        preprocess(job(folder, tmp_path / "out.bin"), Alone())
+        preprocess(job(folder, tmp_path / "out.bin"), SingleProcess())
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/corpus\.shards cannot be written"):
-        preprocess(job(folder, tmp_path / "file" / "corpus"), Alone())
+        preprocess(job(folder, tmp_path / "file" / "corpus"), SingleProcess())
 
 
 def test_an_empty_file_among_others_is_left_out_counted_and_shown(
@@ -301,12 +303,12 @@ def test_an_empty_file_among_others_is_left_out_counted_and_shown(
     }.items():
         (inputs / name).write_text(text)
     monkeypatch.setattr(logger, "propagate", True)
-    made = preprocess(job(folder, prefix, inputs=[str(inputs)]), Alone())
+    made = preprocess(job(folder, prefix, inputs=[str(inputs)]), SingleProcess())
     assert made is not None and (made.documents, made.empty_files, made.input_files) == (2, 3, 5)
     names = ", ".join(str(inputs / name) for name in ("b.txt", "c.parquet", "d.jsonl.gz"))
     assert f"3 files are empty and left out: {names}" in caplog.text
     with pytest.raises(ConfigError) as caught:
-        preprocess(job(folder, tmp_path / "strict", inputs=[str(inputs)], strict=True), Alone())
+        preprocess(job(folder, tmp_path / "strict", inputs=[str(inputs)], strict=True), SingleProcess())
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [
         f"--input {name} is empty" for name in names.split(", ")
     ]
@@ -320,7 +322,7 @@ def test_an_empty_file_among_others_is_left_out_counted_and_shown(
 def test_inputs_that_are_all_empty_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"")
     with pytest.raises(DataError, match=r"hold no document:(\n.*)*1 file is empty and left out: .*a\.txt"):
-        preprocess(job(folder, tmp_path / "corpus", inputs=[str(tmp_path / "a.txt")]), Alone())
+        preprocess(job(folder, tmp_path / "corpus", inputs=[str(tmp_path / "a.txt")]), SingleProcess())
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,7 @@ def test_inputs_without_documents_are_refused(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match="hold no document:") as caught:
-        preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(tmp_path / name)]), Alone())
+        preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(tmp_path / name)]), SingleProcess())
     assert all(part in str(caught.value) for part in told), caught.value
     assert ("--json-keys" in str(caught.value)) == (name == "in.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -351,7 +353,7 @@ def test_nothing_stays_of_a_run_that_finished_no_shard(folder: Path, tmp_path: P
     damaged = tmp_path / "in.jsonl.gz"
     damaged.write_bytes(b"no gzip")
     with pytest.raises(DataError, match="damaged or incomplete"):
-        preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(damaged)]), Alone())
+        preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(damaged)]), SingleProcess())
     assert list(tmp_path.iterdir()) == [damaged]
 
 
@@ -365,7 +367,7 @@ def test_no_end_tokens_where_none_are_wanted(folder: Path, tmp_path: Path) -> No
             reading=Reading("text", "line"),
             append_eod=False,
         ),
-        Alone(),
+        SingleProcess(),
     )
     assert made is not None
     assert (made.documents, made.empty_documents) == (2, 1)
@@ -392,7 +394,7 @@ def test_a_hugging_face_tokenizer_and_texts_that_it_drops(folder: Path, tmp_path
                 append_eod=append_eod,
                 overwrite=True,
             ),
-            Alone(),
+            SingleProcess(),
         )
         assert made is not None
         assert (made.documents, made.empty_documents, made.text_bytes) == (2, 1, 21)

@@ -8,8 +8,8 @@ from pathlib import Path
 import grown
 import pytest
 
+from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, RunProgress, manifest_to_json, read_manifest
-from megatron_nexus.checkpoint.sealed_json import seal
 from megatron_nexus.command import tokenizer_record
 from megatron_nexus.config.command_line import build
 from megatron_nexus.data.run_tokenizer import find_tokenizer
@@ -73,5 +73,5 @@ def test_checkpoints_from_before_the_choice_go_on_without_bos_and_imports_as_the
         assert read_manifest(checkpoint).prepend_bos is True
         record = json.loads(manifest_to_json(done))
         record = {name: value for name, value in record.items() if name not in ("prepend_bos", "crc32")}
-        (checkpoint / MANIFEST_FILE).write_text(seal(record, indent=1))
+        (checkpoint / MANIFEST_FILE).write_text(dumps_with_crc(record, indent=1))
         assert tokenizer_record(read_manifest(checkpoint)).prepend_bos is expected

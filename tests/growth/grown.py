@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_nexus.base.communicator import SingleProcess
+from megatron_nexus.checkpoint.chunks import fragment_boxes, full_box, index_within
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
     Manifest,
@@ -16,21 +18,19 @@ from megatron_nexus.checkpoint.manifest import (
     Topology,
     manifest_to_json,
 )
-from megatron_nexus.checkpoint.pieces import index_within, slabs, whole_box
-from megatron_nexus.checkpoint.run_folder import (
+from megatron_nexus.checkpoint.run_dir import (
     begin_checkpoint,
     checkpoint_name,
     publish_checkpoint,
     temporary_folder,
 )
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Piece, write_pieces
+from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Chunk, write_chunks
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
-from megatron_nexus.data.team import Alone
 from megatron_nexus.growth.apply import grow_checkpoint
-from megatron_nexus.growth.crew import Crew
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from megatron_nexus.growth.worker_group import WorkerGroup
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.initialise import logical_values
 from megatron_nexus.spec.param import Constant, Normal
@@ -94,7 +94,7 @@ def configure(**options: object) -> RunConfig:
 
 
 def write_checkpoint(
-    root: Path, config: RunConfig, tp: int = 1, seed: int = 7, piece_elements: int = 100
+    root: Path, config: RunConfig, tp: int = 1, seed: int = 7, chunk_elements: int = 100
 ) -> Path:
     """A checkpoint with random weights and moments as `tp` ranks would write it."""
     specs = decoder_specs(config.model)
@@ -106,21 +106,21 @@ def write_checkpoint(
             # Gates too, which are zeros at first.
             init = Normal(0.5) if spec.init == Constant(0.0) else spec.init
             drawn = dataclasses.replace(spec, name=f"{name} {state}", init=init)
-            values = logical_values(drawn, seed + i, whole_box(spec.shape))
+            values = logical_values(drawn, seed + i, full_box(spec.shape))
             whole[name, state] = np.abs(values) if state == "exp_avg_sq" else values
     for rank in range(tp):
         shard = Shard(rank, tp)
-        pieces = [
-            Piece(name, state, slab.box)
+        chunks = [
+            Chunk(name, state, part.box)
             for name, spec in specs.items()
             if spec.is_sharded or rank == 0
             for state in STATES
-            for slab in slabs(spec, shard, 0, prod(shard.local_shape(spec)), most=piece_elements)
+            for part in fragment_boxes(spec, shard, 0, prod(shard.local_shape(spec)), most=chunk_elements)
         ]
         arrays = (
-            whole[p.tensor, p.state][index_within(p.box, whole_box(specs[p.tensor].shape))] for p in pieces
+            whole[p.tensor, p.state][index_within(p.box, full_box(specs[p.tensor].shape))] for p in chunks
         )
-        write_pieces(folder, rank, pieces, arrays, {"cpu": b"random"})
+        write_chunks(folder, rank, chunks, arrays, {"cpu": b"random"})
     groups = {"decay": GROUP, "no_decay": {**GROUP, "weight_decay": 0.0}}
     if all(spec.decays for spec in specs.values()):  # a model without gains
         del groups["no_decay"]
@@ -155,14 +155,14 @@ def grow(
         plan.after.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
     )
     plan = dataclasses.replace(plan, after=dataclasses.replace(plan.after, parallel=parallel))
-    return grow_checkpoint(plan, source, root, Crew(Alone(), workers)), plan.after
+    return grow_checkpoint(plan, source, root, WorkerGroup(SingleProcess(), workers)), plan.after
 
 
 def tensors(folder: Path, state: str = "fp32") -> dict[str, np.ndarray]:
     """All logical tensors of a checkpoint."""
     reader = CheckpointReader(folder)
     reader.verify()
-    return {n: reader.read_box(n, state, whole_box(s.shape)) for n, s in reader.manifest.specs.items()}
+    return {n: reader.read_box(n, state, full_box(s.shape)) for n, s in reader.manifest.specs.items()}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

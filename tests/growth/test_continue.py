@@ -16,8 +16,8 @@ import torch
 from law_worker import STEPS, global_batches
 from processes import TESTS, run_ranks
 
+from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.pieces import index_within, whole_box
 from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.config.command_line import build
 
@@ -59,8 +59,8 @@ def expected(folder: Path, config: dict) -> dict:
     """What plain AdamW makes of the grown checkpoint, in float32."""
     w, first, second = ({n: torch.from_numpy(t) for n, t in grown.tensors(folder, s).items()} for s in STATES)
     steps = {name: torch.full_like(t, grown.STEP) for name, t in w.items()}
-    for birth in read_manifest(folder).optimizer.births:
-        steps[birth.tensor][index_within(birth.box, whole_box(tuple(w[birth.tensor].shape)))] = 0.0
+    for region in read_manifest(folder).optimizer.grown_regions:
+        steps[region.tensor][index_within(region.box, full_box(tuple(w[region.tensor].shape)))] = 0.0
     state = {name: (first[name], second[name], steps[name]) for name in w}
     batches = global_batches(config["model"]["vocab_size"], 4, OLD["seq_length"])
     return reference.train(w, batches, config, state=state)

@@ -15,13 +15,13 @@ import pytest
 from conftest import REPOSITORY, Spawn, wait_for
 
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
-from megatron_nexus.checkpoint.run_lock import sole_user
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
+from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.storage import named_in_errors
 from megatron_nexus.checkpoint.store import write_at
 from megatron_nexus.commands.grow_sharded_checkpoint import main
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megatron_nexus.growth.crew import describe
+from megatron_nexus.growth.worker_group import os_error_message
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "grow_sharded_checkpoint.py")]
 Run = Callable[[str], tuple[int, str]]
@@ -98,10 +98,10 @@ def test_the_file_is_named_where_a_piece_does_not_fit() -> None:
     with pytest.raises(OSError) as caught, named_in_errors(Path("run/rank_00000.safetensors")):
         descriptor = os.open("/dev/full", os.O_WRONLY)
         try:
-            write_at(descriptor, memoryview(b"piece"), 0)
+            write_at(descriptor, memoryview(b"chunk"), 0)
         finally:
             os.close(descriptor)
-    assert describe(caught.value) == (
+    assert os_error_message(caught.value) == (
         "run/rank_00000.safetensors: No space left on device: make room, or save to another disk"
     )
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
 
 
 def test_two_at_once_are_told_and_neither_harms_the_other(run: Run, folder: Path) -> None:
-    with sole_user(folder / "new"):
+    with run_dir_lock(folder / "new"):
         code, output = run("--load old --save new --nexus-m 20")
         assert code == 2
         assert "--save new is in use by process" in output
@@ -228,7 +228,7 @@ def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn
     manifest = read_manifest(find_checkpoint(tmp_path / "new"))
     assert manifest.progress.step == 42
     assert manifest.optimizer.step_count == 2
-    assert manifest.optimizer.births == ()
+    assert manifest.optimizer.grown_regions == ()
     assert manifest.lineage[-1]["settings"]["init"] == "in_rand"
     assert manifest.specs["layers.2.attention.q.w_m"].shape == (20, 12)
     assert "resume with" in training.output() and "--grow" not in training.output().split("resume with")[1]

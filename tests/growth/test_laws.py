@@ -13,8 +13,8 @@ import pytest
 import reference
 import torch
 
+from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.pieces import index_within, whole_box
 from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import plan_growth
@@ -104,9 +104,9 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
     plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(init=init)))
     new = 0
     for name, tensor in plan.tensors.items():
-        for block in tensor.blocks:
+        for block in tensor.boxes:
             if block.fill is not Fill.KEPT:
-                there = reached[name][index_within(block.box, whole_box(tensor.spec.shape))]
+                there = reached[name][index_within(block.box, full_box(tensor.spec.shape))]
                 new += there.numel()
                 assert not there.any() if init == "zero" else there.all(), (name, block)
     assert new > 0
@@ -121,10 +121,10 @@ def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Pat
         old, new = grown.tensors(source, state), grown.tensors(made, state)
         for name, tensor in plan.tensors.items():
             rest = new[name].copy()
-            for block in tensor.blocks:
+            for block in tensor.boxes:
                 if block.old is not None:
-                    there = index_within(block.box, whole_box(tensor.spec.shape))
-                    here = index_within(block.old, whole_box(tensor.old.shape))
+                    there = index_within(block.box, full_box(tensor.spec.shape))
+                    here = index_within(block.old, full_box(tensor.old.shape))
                     assert np.array_equal(new[name][there], old[tensor.old.name][here])
                     rest[there] = 0.0
             assert state == "fp32" or not rest.any()
@@ -207,9 +207,9 @@ def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
     manifest = read_manifest(twice)
     old = read_manifest(source).specs
     born = {name: np.zeros(spec.shape, int) for name, spec in manifest.specs.items()}
-    for birth in manifest.optimizer.births:
-        assert birth.step_count == grown.STEP
-        born[birth.tensor][index_within(birth.box, whole_box(born[birth.tensor].shape))] += 1
+    for region in manifest.optimizer.grown_regions:
+        assert region.adam_step == grown.STEP
+        born[region.tensor][index_within(region.box, full_box(born[region.tensor].shape))] += 1
     assert all(values.max() <= 1 for values in born.values())
     kept = sum(int((values == 0).sum()) for values in born.values())
     assert kept == sum(spec.numel for spec in old.values())
@@ -217,7 +217,7 @@ def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
 
 def test_new_weights_are_drawn_as_a_new_model_of_the_new_widths_draws_them(tmp_path: Path) -> None:
     config = grown.configure(nexus_m=400, nexus_a=500)
-    source = grown.write_checkpoint(tmp_path / "0", config, piece_elements=1 << 24)
+    source = grown.write_checkpoint(tmp_path / "0", config, chunk_elements=1 << 24)
     made, _ = grown.grow(source, tmp_path / "1", config, {"nexus_m": 600, "nexus_a": 800})
     new, q = grown.tensors(made), "layers.0.attention.q"
     gelu = 0.6521  # sqrt(E[gelu(z)^2]), from tables of the normal distribution
@@ -230,7 +230,7 @@ def test_new_weights_are_drawn_as_a_new_model_of_the_new_widths_draws_them(tmp_p
 
 def test_noise_is_a_share_of_the_old_deviation(tmp_path: Path) -> None:
     config = grown.configure(nexus_m=400, nexus_a=500)
-    source = grown.write_checkpoint(tmp_path / "0", config, piece_elements=1 << 24)
+    source = grown.write_checkpoint(tmp_path / "0", config, chunk_elements=1 << 24)
     sizes = {"nexus_m": 600, "nexus_a": 800}
     made, _ = grown.grow(source, tmp_path / "1", config, sizes, init="noise", noise_share=0.2)
     old, new = grown.tensors(source), grown.tensors(made)

@@ -10,7 +10,7 @@ import reference
 import torch
 
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_folder import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.commands.nexify_checkpoint import main
 from megatron_nexus.config.command_line import from_saved
 from megatron_nexus.growth.request import with_empty_branch
@@ -46,7 +46,7 @@ def test_the_function_stays_every_new_weight_trains_and_the_branch_grows(init: s
             for name, t in w.items():
                 t -= 0.1 * gradients[name]
     assert all(there.all() for there in reached.values())
-    assert {birth.tensor for birth in read_manifest(made).optimizer.births} == new
+    assert {region.tensor for region in read_manifest(made).optimizer.grown_regions} == new
 
     larger = {"nexus_m": 20, "nexus_a": 26, "hidden_size": 14}
     again, last = grown.grow(made, tmp_path / "larger", after, larger, init=init)
@@ -87,7 +87,7 @@ def test_a_trained_model_gains_an_order_whose_gates_train_at_once_and_grows_on(
     gradients = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
     if not more:
         assert all((gradients[name] != 0).all() and not w[name].any() for name in gates)
-        assert {birth.tensor for birth in read_manifest(made).optimizer.births} == gates
+        assert {region.tensor for region in read_manifest(made).optimizer.grown_regions} == gates
     with torch.no_grad():  # open the gates, and grow what they made
         w = {name: t + (0.3 if name in gates else 0.0) for name, t in w.items()}
         moved = (reference.logits(w, tokens, model) - before).abs().max()

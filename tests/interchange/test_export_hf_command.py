@@ -9,7 +9,7 @@ import grown
 import pytest
 
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_folder import TOKENIZER_FOLDER
+from megatron_nexus.checkpoint.run_dir import TOKENIZER_FOLDER
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.commands.export_hf import main
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
@@ -17,7 +17,7 @@ from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange import export as export_module
-from megatron_nexus.interchange import plain_tensors, tokenizer_files
+from megatron_nexus.interchange import safetensors_writer, tokenizer_files
 from megatron_nexus.interchange.import_checkpoint import import_checkpoint
 from megatron_nexus.interchange.safetensors_folder import open_folder
 
@@ -64,7 +64,7 @@ def test_it_writes_a_folder_and_says_how_to_load_it(
         return read(self, tensor, state, box)
 
     monkeypatch.setattr(CheckpointReader, "read_box", counted)
-    monkeypatch.setattr(plain_tensors, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(safetensors_writer, "BLOCK_ELEMENTS", 64)
     assert export(monkeypatch, "--load", source / "run", "--output", tmp_path / "hf" / "a") == 0
     output = console.readouterr().out
     for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
@@ -150,7 +150,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None)
-    monkeypatch.setattr(export_module, "new_folder", None)  # whoever begins to write fails
+    monkeypatch.setattr(export_module, "atomic_dir", None)  # whoever begins to write fails
     words = ("--load", source / "run", "--output", tmp_path / "new")
     assert export(monkeypatch, *words) == 2
     assert "pip install tokenizers; or export without" in console.readouterr().err

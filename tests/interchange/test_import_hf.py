@@ -122,15 +122,15 @@ def test_logits_are_those_of_transformers_and_nothing_is_held_whole(
 ) -> None:
     model = random_model(kind)
     model.save_pretrained(tmp_path / "hf")
-    monkeypatch.setattr(import_checkpoint, "PIECE_ELEMENTS", 100)
+    monkeypatch.setattr(import_checkpoint, "CHUNK_ELEMENTS", 100)
     checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
     with torch.no_grad():
         expected = model.double()(TOKENS).logits
     assert (logits(checkpoint, config, TOKENS) - expected).abs().max() < EXACT
     reader = CheckpointReader(checkpoint)
     reader.verify()
-    stored = [piece for pieces in reader._stored.values() for piece in pieces]
-    assert max(entry.piece.box.numel for entry in stored) <= 100
+    stored = [chunk for chunks in reader._stored.values() for chunk in chunks]
+    assert max(entry.chunk.box.numel for entry in stored) <= 100
     moments = [grown.tensors(checkpoint, state) for state in ("exp_avg", "exp_avg_sq")]
     assert not any(values.any() for state in moments for values in state.values())
     manifest = read_manifest(checkpoint)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_nexus.spec.grow import Fill, Init, grown_blocks, inserted_blocks, segments
+from megatron_nexus.spec.grow import Fill, Init, grown_boxes, inserted_boxes, segments
 from megatron_nexus.spec.param import Axis, Constant, Flow, Normal, ParamSpec, Role
 
 READS, WRITES = Flow.READS, Flow.WRITES
@@ -18,7 +18,7 @@ def axes(name: str, old: int, new: int, residual: bool = False) -> tuple[Axis, A
 
 
 def fills(old: ParamSpec, new: ParamSpec, init: Init) -> dict[tuple[int, ...], Fill]:
-    return {block.box.offsets: block.fill for block in grown_blocks(old, new, init)}
+    return {block.box.offsets: block.fill for block in grown_boxes(old, new, init)}
 
 
 M, A, D = axes("m", 3, 5), axes("a", 4, 9), axes("hidden", 2, 6, residual=True)
@@ -44,7 +44,7 @@ def test_blocks_cover_the_new_tensor_once_and_keep_all_of_the_old() -> None:
     old = spec(Axis("heads", 6, group=2), A[0])
     new = spec(Axis("heads", 20, group=5), A[1])
     covered, kept = np.zeros(new.shape, int), np.zeros(old.shape, int)
-    for block in grown_blocks(old, new, "out_rand"):
+    for block in grown_boxes(old, new, "out_rand"):
         covered[tuple(slice(o, o + s) for o, s in zip(block.box.offsets, block.box.sizes, strict=True))] += 1
         assert (block.old is not None) == (block.fill is Fill.KEPT)
         if block.old:
@@ -94,11 +94,11 @@ def test_queries_close_the_new_channels_of_old_heads_only() -> None:
 
 def test_an_inserted_layer_writes_nothing_at_first() -> None:
     reads, writes = spec(M[0], D[0]), spec(D[0], A[0])
-    assert inserted_blocks(reads, "in_rand")[0].fill is Fill.RANDOM
-    assert inserted_blocks(writes, "in_rand")[0].fill is Fill.ZERO
-    assert inserted_blocks(reads, "zero")[0].fill is Fill.ZERO
-    assert inserted_blocks(writes, "noise")[0].fill is Fill.NOISE
-    assert inserted_blocks(writes, "random")[0].fill is Fill.RANDOM
+    assert inserted_boxes(reads, "in_rand")[0].fill is Fill.RANDOM
+    assert inserted_boxes(writes, "in_rand")[0].fill is Fill.ZERO
+    assert inserted_boxes(reads, "zero")[0].fill is Fill.ZERO
+    assert inserted_boxes(writes, "noise")[0].fill is Fill.NOISE
+    assert inserted_boxes(writes, "random")[0].fill is Fill.RANDOM
 
 
 @pytest.mark.parametrize("init", ["out_rand", "in_rand", "zero", "noise", "random"])

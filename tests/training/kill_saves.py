@@ -26,7 +26,7 @@ from processes import PATIENCE_S, free_port
 from programs import SMALL
 
 from megatron_nexus import log
-from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.command import configure
 from megatron_nexus.config.rules import check

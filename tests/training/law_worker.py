@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_nexus.checkpoint.manifest import RunProgress, read_manifest
 from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.checkpoint.writer import CheckpointWriter, Moment
+from megatron_nexus.checkpoint.writer import CheckpointWriter, SaveRequest
 from megatron_nexus.config.command_line import build, from_saved
 from megatron_nexus.config.rules import check
 from megatron_nexus.growth.grown_reader import GrownReader
@@ -28,8 +28,8 @@ from megatron_nexus.models.packing import Stream
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
+from megatron_nexus.training.grown_adam import install_bias_correction
 from megatron_nexus.training.scoring import Judge, Scoring, Text
-from megatron_nexus.training.young_weights import watch_young_weights
 
 STEPS = 5
 
@@ -95,15 +95,15 @@ def begin_from(case: dict, engine: Engine, mesh: Mesh, out: Path) -> None:
         plan = plan_growth(from_saved(read_manifest(folder).config), read_request(case["grow"]))
         open_state = partial(GrownReader, plan=plan)
     manifest = load_checkpoint(folder, engine.deepspeed, engine.parameters, mesh, engine.shard, open_state)
-    births = manifest.optimizer.births
-    watch_young_weights(engine.deepspeed, engine.parameters, engine.shard, births)
+    grown_regions = manifest.optimizer.grown_regions
+    install_bias_correction(engine.deepspeed, engine.parameters, engine.shard, grown_regions)
     start = RunProgress(0, 0, 0, 0)
-    save(engine, mesh, out / case["name"], Moment(start, {}, "", births=births))
+    save(engine, mesh, out / case["name"], SaveRequest(start, {}, "", grown_regions=grown_regions))
 
 
-def save(engine: Engine, mesh: Mesh, folder: Path, moment: Moment) -> None:
+def save(engine: Engine, mesh: Mesh, folder: Path, request: SaveRequest) -> None:
     writer = CheckpointWriter(folder, engine.deepspeed, engine.parameters, mesh, engine.shard)
-    writer.begin(moment, copy=False)
+    writer.begin(request, async_save=False)
     writer.finish()
 
 
@@ -135,8 +135,8 @@ def run_case(case: dict, out: Path, index: int) -> None:
         if step in (2, STEPS):  # the law of the steps between says that training does not notice
             scores = Scoring(config, mesh, engine).run(judge(texts if step == STEPS else texts[:4]))
         if step in (1, STEPS):
-            moment = Moment(RunProgress(step, 0, 0, 0), dataclasses.asdict(config), "")
-            save(engine, mesh, out / case["name"], moment)
+            request = SaveRequest(RunProgress(step, 0, 0, 0), dataclasses.asdict(config), "")
+            save(engine, mesh, out / case["name"], request)
     again = my_batches(batches[:1], training.micro_batch_size, mesh, positions)
     evaluation = engine.evaluate(again, config.accumulation_steps(world.size))
     record = {

@@ -29,7 +29,7 @@ from programs import (
     summary,
 )
 
-from megatron_nexus.checkpoint.run_folder import newest_checkpoint
+from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.training.metrics import METRICS_FILE, PLOT_FILE
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from programs import ENDLESS, Command, assert_refused, commands, summary
 
 from megatron_nexus.checkpoint import location
 from megatron_nexus.checkpoint.location import ObjectPath
-from megatron_nexus.checkpoint.run_folder import complete_checkpoints, find_checkpoint, newest_checkpoint
+from megatron_nexus.checkpoint.run_dir import complete_checkpoints, find_checkpoint, newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box

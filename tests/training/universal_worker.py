@@ -14,7 +14,7 @@ import law_worker
 
 from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
-from megatron_nexus.checkpoint.writer import Moment
+from megatron_nexus.checkpoint.writer import SaveRequest
 from megatron_nexus.config.command_line import build
 from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
@@ -42,7 +42,7 @@ def load(case: dict, how: str, out: Path, index: int) -> dict:
         load_checkpoint(Path(case["source"]), engine.deepspeed, engine.parameters, mesh, engine.shard)
         client = {}
     folder = out / case["name"] / how
-    law_worker.save(engine, mesh, folder, Moment(RunProgress(40, 0, 0, 0), {}, ""))
+    law_worker.save(engine, mesh, folder, SaveRequest(RunProgress(40, 0, 0, 0), {}, ""))
     batches = law_worker.global_batches(
         config.model.vocab_size, training.global_batch_size, training.seq_length
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_nexus.checkpoint.pieces import split_box, whole_box
+from megatron_nexus.checkpoint.chunks import full_box, split_box
 from megatron_nexus.checkpoint.store import StateReader
 
 READ_ELEMENTS = 1 << 22
@@ -11,8 +11,8 @@ READ_ELEMENTS = 1 << 22
 
 
 @torch.no_grad()
-def read_whole(reader: StateReader, name: str, values: Tensor) -> None:
+def read_full_tensor(reader: StateReader, name: str, values: Tensor) -> None:
     """Fill `values`, of the logical shape and any type, with the weights `name`. Raises CheckpointError."""
-    for box in split_box(whole_box(tuple(values.shape)), READ_ELEMENTS):
+    for box in split_box(full_box(tuple(values.shape)), READ_ELEMENTS):
         part = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
         values[part] = torch.from_numpy(reader.read_box(name, "fp32", box)).to(values.dtype)

@@ -1,6 +1,6 @@
 """Weights that growth has added count their optimizer steps from their own first one.
 
-Adam divides its moments by 1 - beta^t. All elements of a buffer share t; a new element, whose moments began
+Adam divides its moments by 1 - beta^t. All elements of a buffer overlap t; a new element, whose moments began
 at zero k steps ago, needs k. With the shared t its first updates would be up to 6.6 times the learning
 rate at beta2 = 0.999 and half of it at 0.95. So after each step of the optimizer
 
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_nexus.checkpoint.manifest import Birth
-from megatron_nexus.checkpoint.pieces import index_within, intersect, slabs
-from megatron_nexus.checkpoint.zero_pieces import Engine, Parameters, zero_state
+from megatron_nexus.checkpoint.chunks import fragment_boxes, index_within, intersect
+from megatron_nexus.checkpoint.manifest import GrownRegion
+from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, zero_state
 from megatron_nexus.spec.shard import Shard
 
 VISIBLE = 2.0**-25
@@ -26,39 +26,41 @@ VISIBLE = 2.0**-25
 
 
 @dataclass(frozen=True)
-class _Young:
+class _GrownView:
     """A part of a buffer that growth has added: the count at its birth, views of its weights and moments."""
 
     born: int
     states: Mapping[str, Tensor]
 
 
-def still_young(births: Sequence[Birth], step_count: int, betas: tuple[float, float]) -> list[Birth]:
-    """The births whose own count still differs visibly from the shared one."""
-    return [birth for birth in births if max(betas) ** (step_count - birth.step_count) > VISIBLE]
+def needing_correction(
+    regions: Sequence[GrownRegion], step: int, betas: tuple[float, float]
+) -> list[GrownRegion]:
+    """Return the grown regions whose Adam bias correction still differs in float32."""
+    return [region for region in regions if max(betas) ** (step - region.adam_step) > VISIBLE]
 
 
-def watch_young_weights(
-    engine: Engine, parameters: Parameters, shard: Shard, births: Sequence[Birth]
+def install_bias_correction(
+    engine: DeepSpeedEngine, parameters: Parameters, shard: Shard, regions: Sequence[GrownRegion]
 ) -> None:
-    """Correct every optimizer step of `engine` for the weights that `births` describe, on this rank."""
+    """Correct the bias correction of grown weights on this rank after every optimizer step of `engine`."""
     state = zero_state(engine.optimizer)
-    of_tensor: dict[str, list[Birth]] = {}
-    for birth in births:
-        of_tensor.setdefault(birth.tensor, []).append(birth)
-    parts: dict[int, list[_Young]] = {}
+    of_tensor: dict[str, list[GrownRegion]] = {}
+    for region in regions:
+        of_tensor.setdefault(region.tensor, []).append(region)
+    parts: dict[int, list[_GrownView]] = {}
     for fragment in state.fragments(parameters):
-        for slab in slabs(fragment.spec, shard, fragment.start, fragment.count):
-            for birth in of_tensor.get(fragment.spec.name, []):
-                share = intersect(birth.box, slab.box)
-                if share is not None:
-                    run = slice(slab.start, slab.start + slab.run_length)
-                    within = index_within(share, slab.box)
+        for part in fragment_boxes(fragment.spec, shard, fragment.start, fragment.count):
+            for region in of_tensor.get(fragment.spec.name, []):
+                overlap = intersect(region.box, part.box)
+                if overlap is not None:
+                    run = slice(part.start, part.start + part.run_length)
+                    within = index_within(overlap, part.box)
                     views = {
-                        name: flat[run].view(slab.stored)[slab.corner][within]
+                        name: flat[run].view(part.stored)[part.corner][within]
                         for name, flat in fragment.states.items()
                     }
-                    parts.setdefault(_buffer(views["fp32"]), []).append(_Young(birth.step_count, views))
+                    parts.setdefault(_buffer(views["fp32"]), []).append(_GrownView(region.adam_step, views))
 
     @torch.no_grad()
     def correct(adam: torch.optim.Optimizer, *_: object) -> None:
@@ -77,7 +79,7 @@ def _buffer(view: Tensor) -> int:
     return view.untyped_storage().data_ptr()
 
 
-def _correct(part: _Young, count: int, lr: float, betas: tuple[float, float], eps: float) -> None:
+def _correct(part: _GrownView, count: int, lr: float, betas: tuple[float, float], eps: float) -> None:
     age = count - part.born
     if max(betas) ** age <= VISIBLE:
         return

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus import file_lock, log
+from megatron_nexus import log
+from megatron_nexus.base import file_lock
+from megatron_nexus.base.file_lock import LOCK_FILE, acquire, locked, locked_folder
 from megatron_nexus.checkpoint.storage import LocalFolder
-from megatron_nexus.file_lock import LOCK_FILE, acquire, locked, locked_folder
 
 
 def test_a_lock_file_that_was_removed_and_made_anew_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_without_flock_work_goes_on_and_one_warning_says_so(
     checkpoint = tmp_path / "iter_0000001"
     checkpoint.mkdir()
     (checkpoint / "manifest.json").touch()
-    LocalFolder(checkpoint).hold()()
+    LocalFolder(checkpoint).lock_for_reading()()
     assert console.readouterr().out == "", "a reader needs no lock"
     for _ in range(2):
         with locked_folder(tmp_path):
@@ -63,6 +64,6 @@ def test_another_error_of_flock_is_raised_to_writers_alone(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / "manifest.json").touch()
-    LocalFolder(tmp_path).hold()()
+    LocalFolder(tmp_path).lock_for_reading()()
     with pytest.raises(OSError, match="Input/output"):
         acquire(tmp_path / "lock")

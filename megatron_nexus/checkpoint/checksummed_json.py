@@ -6,24 +6,24 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_nexus.json_text import parse_json
+from megatron_nexus.base.json_text import parse_json
 
 MARK = b',\n "crc32": '
 END = re.compile(re.escape(MARK) + rb"\d+}\n\Z")
 
 
-def seal(record: Mapping[str, object], indent: int | None = None) -> str:
+def dumps_with_crc(record: Mapping[str, object], indent: int | None = None) -> str:
     """The text of a JSON object, sealed; `record` has at least one entry."""
     head = json.dumps(record, indent=indent).removesuffix("}").rstrip()
     return f"{head}{MARK.decode()}{zlib.crc32(head.encode())}}}\n"
 
 
-def is_cut_short(contents: bytes) -> bool:
+def is_truncated(contents: bytes) -> bool:
     """Whether the end of a sealed text is missing, as after a crash of the disk or an interrupted copy."""
     return END.search(contents, max(0, len(contents) - 64)) is None
 
 
-def unseal(contents: bytes) -> dict[str, Any]:
+def loads_with_crc(contents: bytes) -> dict[str, Any]:
     """The object in a sealed text. Raises ValueError where a byte differs from what was sealed."""
     head, _, checksum = contents.rpartition(MARK)
     if checksum != b"%d}\n" % zlib.crc32(head):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from megatron_nexus.json_text import fits, parse_json, parse_record, record_of
+from megatron_nexus.base.json_text import fits, parse_json, parse_record, record_of
 
 DIGITS = "1" * 5000
 

@@ -1,17 +1,17 @@
-"""Laws of pieces: the boxes of flat ranges cover them once, and no padding is among them."""
+"""Laws of chunks: the boxes of flat ranges cover them once, and no padding is among them."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from megatron_nexus.checkpoint.pieces import (
-    Extents,
+from megatron_nexus.checkpoint.chunks import (
+    BoxIndex,
     are_disjoint,
     flat_boxes,
+    fragment_boxes,
     index_within,
     intersect,
-    slabs,
     split_box,
 )
 from megatron_nexus.spec.param import Axis, Constant, Layout, ParamSpec, Role
@@ -70,9 +70,9 @@ def test_slabs_of_all_ranks_are_the_logical_tensor(
         edges = [local.size * cut // cuts for cut in range(cuts + 1)]
         for start, stop in itertools.pairwise(edges):
             flat = local.reshape(-1)[start:stop]
-            for slab in slabs(spec, shard, start, stop - start, most=4):
-                run = flat[slab.start : slab.start + np.prod(slab.stored)].reshape(slab.stored)
-                found[index_within(slab.box, Box((0, 0), spec.shape))] += run[slab.corner]
+            for part in fragment_boxes(spec, shard, start, stop - start, most=4):
+                run = flat[part.start : part.start + np.prod(part.stored)].reshape(part.stored)
+                found[index_within(part.box, Box((0, 0), spec.shape))] += run[part.corner]
     assert (found == logical).all()
 
 
@@ -94,7 +94,7 @@ def test_extents_meet_what_intersects() -> None:
                 int(rng.integers(1, size - start + 1)) for start, size in zip(starts, shape, strict=True)
             ]
             boxes.append(Box(tuple(starts), tuple(sizes)))
-        extents = Extents(boxes)
+        index = BoxIndex(boxes)
         for box in boxes:
             expected = [n for n, other in enumerate(boxes) if intersect(other, box) is not None]
-            assert extents.meeting(box) == expected
+            assert index.overlapping(box) == expected

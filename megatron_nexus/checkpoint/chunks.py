@@ -1,4 +1,4 @@
-"""Pieces: how a flat range of a rank's tensor is made of rectangular parts of the logical tensor.
+"""Chunks: how a flat range of a rank's tensor is made of rectangular parts of the logical tensor.
 
 ZeRO cuts row-major local tensors into flat ranges. Such a range is a few boxes: part of a first row, whole
 rows, part of a last row; at most 2 (n - 1) + 1 of them in n dimensions. Each box is cropped to the
@@ -14,12 +14,12 @@ import numpy as np
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box, Shard
 
-PIECE_ELEMENTS = 1 << 24
-"""Largest piece, in elements (64 MiB of float32): the host memory that saving and loading need."""
+CHUNK_ELEMENTS = 1 << 24
+"""Largest chunk, in elements (64 MiB of float32): the host memory that saving and loading need."""
 
 
 @dataclass(frozen=True)
-class Slab:
+class FragmentBox:
     """A run of a flat fragment that holds one box of the logical tensor.
 
     `start` counts elements from the fragment's first; the run has the shape `stored` and `box` lies at
@@ -85,10 +85,10 @@ def split_box(box: Box, most: int) -> Iterator[Box]:
         yield from split_box(Box(tuple(offsets), tuple(sizes)), most)
 
 
-def slabs(
-    spec: ParamSpec, shard: Shard, start: int, count: int, most: int = PIECE_ELEMENTS
-) -> Iterator[Slab]:
-    """The slabs of the `count` elements from `start` of this rank's row-major tensor, padding left out."""
+def fragment_boxes(
+    spec: ParamSpec, shard: Shard, start: int, count: int, most: int = CHUNK_ELEMENTS
+) -> Iterator[FragmentBox]:
+    """Yield the boxes of the `count` elements from `start` of this rank's tensor, without padding."""
     shape, logical = shard.local_shape(spec), shard.box(spec)
     assert start >= 0 and start + count <= prod(shape), f"{spec.name}: {start} + {count} is outside {shape}"
     strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -102,10 +102,10 @@ def slabs(
                 continue
             offsets = tuple(a + b for a, b in zip(logical.offsets, part.offsets, strict=True))
             position = sum(offset * stride for offset, stride in zip(part.offsets, strides, strict=True))
-            yield Slab(position - start, part.sizes, Box(offsets, sizes))
+            yield FragmentBox(position - start, part.sizes, Box(offsets, sizes))
 
 
-def whole_box(shape: tuple[int, ...]) -> Box:
+def full_box(shape: tuple[int, ...]) -> Box:
     """All of a logical tensor."""
     return Box((0,) * len(shape), shape)
 
@@ -129,7 +129,7 @@ def index_within(box: Box, outer: Box) -> tuple[slice, ...]:
     )
 
 
-class Extents:
+class BoxIndex:
     """Where boxes of one tensor begin and end: asked at once which of them a box meets.
 
     A tensor is stored in up to three boxes for each rank, and each rank asks for its own.
@@ -139,7 +139,7 @@ class Extents:
         self._starts = np.array([box.offsets for box in boxes])
         self._stops = self._starts + np.array([box.sizes for box in boxes])
 
-    def meeting(self, box: Box) -> list[int]:
+    def overlapping(self, box: Box) -> list[int]:
         """The numbers of the boxes that share an element with `box`, ascending."""
         start = np.array(box.offsets)
         shared = np.minimum(self._stops, start + box.sizes) > np.maximum(self._starts, start)

@@ -15,7 +15,7 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh
 
 
-def exchange(mesh: Mesh, message: str) -> list[str]:
+def all_gather_str(mesh: Mesh, message: str) -> list[str]:
     """The short message of every rank, on every rank; a collective call."""
     contents = _bytes_of(message)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
@@ -36,7 +36,7 @@ def _bytes_of(message: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(message.encode(), np.uint8).copy())
 
 
-def tell(mesh: Mesh, message: str, source: int) -> str:
+def broadcast_str(mesh: Mesh, message: str, source: int) -> str:
     """The message of the rank `source`, on every rank; a collective call."""
     contents = _bytes_of(message)
     length = torch.tensor([contents.numel()])
@@ -47,14 +47,14 @@ def tell(mesh: Mesh, message: str, source: int) -> str:
     return contents.numpy().tobytes().decode()
 
 
-def from_each_stage(mesh: Mesh, message: str) -> list[str]:
+def gather_from_stages(mesh: Mesh, message: str) -> list[str]:
     """The messages of the first rank of each pipeline stage; a collective call."""
     per_stage = mesh.data_size * mesh.tensor_size
-    return [tell(mesh, message, pipe * per_stage) for pipe in range(mesh.pipe_size)]
+    return [broadcast_str(mesh, message, pipe * per_stage) for pipe in range(mesh.pipe_size)]
 
 
 @contextmanager
-def together(mesh: Mesh, purpose: str, remedy: str = "") -> Iterator[None]:
+def raise_on_all_ranks(mesh: Mesh, purpose: str, remedy: str = "") -> Iterator[None]:
     """Run a block on every rank: all ranks leave it as from a barrier, or all raise.
 
     Raises:
@@ -65,7 +65,7 @@ def together(mesh: Mesh, purpose: str, remedy: str = "") -> Iterator[None]:
         yield
     except (OSError, CheckpointError) as error:
         problem = str(error)
-    problems = exchange(mesh, problem)
+    problems = all_gather_str(mesh, problem)
     if any(problems):
         ranks_of: dict[str, list[int]] = {}
         for rank, text in enumerate(problems):

@@ -19,7 +19,7 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 POLL_S = 0.02
 
 
-class Team(Protocol):
+class Communicator(Protocol):
     """The processes that share the work; rank 0 leads."""
 
     rank: int
@@ -37,7 +37,7 @@ class Team(Protocol):
         """End all ranks at once."""
 
 
-class Alone:
+class SingleProcess:
     """One process."""
 
     rank = 0
@@ -56,7 +56,7 @@ class Alone:
         raise AssertionError("one process ends by itself")
 
 
-class MpiTeam:
+class MpiCommunicator:
     """The processes of an MPI world. Ranks of one machine that may use the same cores share them."""
 
     def __init__(self, world: "MPI.Comm") -> None:
@@ -85,23 +85,23 @@ class MpiTeam:
         self._world.Abort(1)
 
 
-def wait_for_message(team: Team) -> object:
+def wait_for_message(comm: Communicator) -> object:
     """The next message; waits for it."""
     while True:
-        for message in team.received():
+        for message in comm.received():
             return message
         time.sleep(POLL_S)
 
 
-def read_team(environment: Mapping[str, str]) -> Team:
-    """The team that the environment describes.
+def get_communicator(environment: Mapping[str, str]) -> Communicator:
+    """The comm that the environment describes.
 
     Raises:
         ConfigError: several processes were started, and MPI is missing or of another kind.
     """
     started = next((int(environment[name]) for name in SIZES if environment.get(name, "").isdigit()), 1)
     if started == 1:
-        return Alone()
+        return SingleProcess()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -119,4 +119,4 @@ def read_team(environment: Mapping[str, str]) -> Team:
                 "library that mpi4py finds, under srun the option --mpi=pmix, or start one process"
             ]
         )
-    return MpiTeam(MPI.COMM_WORLD)
+    return MpiCommunicator(MPI.COMM_WORLD)

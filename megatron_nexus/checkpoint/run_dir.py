@@ -10,10 +10,10 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from megatron_nexus.checkpoint.checksummed_json import is_truncated, loads_with_crc
 from megatron_nexus.checkpoint.location import Location, Place
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, is_of_another_format, read_manifest
-from megatron_nexus.checkpoint.run_lock import unwritable
-from megatron_nexus.checkpoint.sealed_json import is_cut_short, unseal
+from megatron_nexus.checkpoint.run_lock import not_writable_error
 from megatron_nexus.checkpoint.storage import LATEST_FILE, LocalFolder, folder_of
 from megatron_nexus.checkpoint.store import rank_files
 from megatron_nexus.errors import CheckpointError, ConfigError
@@ -61,7 +61,7 @@ def _defects(folder: Location) -> list[str]:
         if MANIFEST_FILE not in held:
             return [f"without {MANIFEST_FILE}"]
         contents = (folder / MANIFEST_FILE).read_bytes()
-        if is_cut_short(contents) and not is_of_another_format(contents):
+        if is_truncated(contents) and not is_of_another_format(contents):
             return [f"{MANIFEST_FILE} is cut short"]
         ranks = range(read_manifest(folder).topology.world_size)
         return [defect for rank in ranks if (defect := _rank_defect(folder, rank, held))]
@@ -76,10 +76,10 @@ def _rank_defect(folder: Location, rank: int, held: Mapping[str, int]) -> str:
         if file.name not in held:
             return f"without {file.name}"
     contents = index.read_bytes()
-    if is_cut_short(contents):
+    if is_truncated(contents):
         return f"{index.name} is cut short"
     try:
-        expected = int(unseal(contents)["bytes"])
+        expected = int(loads_with_crc(contents)["bytes"])
     except (KeyError, TypeError, ValueError):
         return ""  # wrong bytes: loading refuses them
     found = held[data.name]
@@ -194,7 +194,7 @@ def _listing(folder: Location) -> str:
     return f"{folder} holds {shown or 'nothing'}"
 
 
-def require_own_folder(folder: Location, checkpoint: Location | None) -> None:
+def check_save_folder(folder: Location, checkpoint: Location | None) -> None:
     """Raise ConfigError where a run from `checkpoint` cannot save in `folder`.
 
     It is a file, or holds checkpoints that the run does not continue: none is ever overwritten. Only looks.
@@ -211,14 +211,14 @@ def require_own_folder(folder: Location, checkpoint: Location | None) -> None:
         )
 
 
-def claim_run_folder(folder: Location, checkpoint: Location | None) -> None:
+def check_writable(folder: Location, checkpoint: Location | None) -> None:
     """Find out whether a run that starts from `checkpoint` can save in `folder`, which exists on a disk.
 
     Raises:
-        ConfigError: as `require_own_folder`.
+        ConfigError: as `check_save_folder`.
         CheckpointError: it cannot be written.
     """
-    require_own_folder(folder, checkpoint)
+    check_save_folder(folder, checkpoint)
     trial = folder / ".writable"
     try:
         trial.write_text(" " * 4096)
@@ -226,4 +226,4 @@ def claim_run_folder(folder: Location, checkpoint: Location | None) -> None:
     except OSError as error:
         with suppress(OSError):
             trial.unlink()
-        raise unwritable(folder, error) from error
+        raise not_writable_error(folder, error) from error

@@ -56,7 +56,7 @@ PRIVATE_PARAMETER_NAMES: dict[type[ZeROOptimizer], tuple[str, ...]] = {
 HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
-class Engine(Protocol):
+class DeepSpeedEngine(Protocol):
     """What a checkpoint needs of `deepspeed.DeepSpeedEngine` and `PipelineEngine`."""
 
     optimizer: ZeROOptimizer
@@ -90,7 +90,7 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _FragmentAddress:
     """Where a parameter's fragment lies: its first element in the local tensor; buffer, position, length."""
 
     local_shape: tuple[int, ...]
@@ -116,7 +116,7 @@ class ZeroState(ABC):
         """Each flat fp32 buffer with the index of its parameter group."""
 
     @abstractmethod
-    def _place(self, parameter: nn.Parameter) -> _Place | None:
+    def _address(self, parameter: nn.Parameter) -> _FragmentAddress | None:
         """Where the parameter's fragment lies; None where this rank has none."""
 
     @abstractmethod
@@ -146,12 +146,14 @@ class ZeroState(ABC):
     def fragments(self, parameters: Parameters) -> Iterator[Fragment]:
         """The fragments of the parameters that lie on this rank, in the order of `parameters`."""
         for spec, parameter in parameters.values():
-            place = self._place(parameter)
-            if place is None:
+            address = self._address(parameter)
+            if address is None:
                 continue
-            buffers = self._buffers(self._flats[place.buffer][0])
-            states = {state: whole.narrow(0, place.position, place.count) for state, whole in buffers.items()}
-            yield Fragment(spec, place.local_shape, place.start, states)
+            buffers = self._buffers(self._flats[address.buffer][0])
+            states = {
+                state: whole.narrow(0, address.position, address.count) for state, whole in buffers.items()
+            }
+            yield Fragment(spec, address.local_shape, address.start, states)
 
     def _buffers(self, flat: Tensor) -> dict[str, Tensor]:
         held = {"fp32": flat.detach(), **self._adam.state[flat]}
@@ -223,7 +225,7 @@ def _plain(value: float | Tensor | tuple[float | Tensor, ...]) -> JsonValue:
     return float(value)
 
 
-class _CutByGroup(ZeroState):
+class _FlatGroupState(ZeroState):
     """ZeRO-1, ZeRO-2, BF16_Optimizer: a rank holds one range of each flattened parameter group."""
 
     @property
@@ -232,19 +234,21 @@ class _CutByGroup(ZeroState):
         name = "fp32_groups_flat_partition" if is_bf16 else "single_partition_of_fp32_groups"
         return [(flat, group) for group, flat in enumerate(getattr(self._zero, name))]
 
-    def _place(self, parameter: nn.Parameter) -> _Place | None:
+    def _address(self, parameter: nn.Parameter) -> _FragmentAddress | None:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # hung on by DeepSpeed
         if mapping is None:
             return None
         low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return _Place(tuple(parameter.shape), low.start, mapping.param_group_index, high.start, high.numel)
+        return _FragmentAddress(
+            tuple(parameter.shape), low.start, mapping.param_group_index, high.start, high.numel
+        )
 
     def refresh_model(self) -> None:
         self._zero._lazy_init_hp_params_optimizer_state()
         self._zero.update_lp_params()
 
 
-class _CutByParameter(ZeroState):
+class _PerParameterState(ZeroState):
     """ZeRO-3: a rank holds one range of every parameter, padded to equal lengths."""
 
     @property
@@ -252,12 +256,12 @@ class _CutByParameter(ZeroState):
         groups = self._zero.sub_group_to_group_id
         return [(flat, groups[i]) for i, flat in enumerate(self._zero.fp32_partitioned_groups_flat)]
 
-    def _place(self, parameter: nn.Parameter) -> _Place | None:
+    def _address(self, parameter: nn.Parameter) -> _FragmentAddress | None:
         index, position, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
         local_shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]  # hung on by DeepSpeed
         start = self._zero._get_param_partition_rank(parameter) * padded
         count = min(padded, prod(local_shape) - start)
-        return _Place(local_shape, start, index, position, count) if count > 0 else None
+        return _FragmentAddress(local_shape, start, index, position, count) if count > 0 else None
 
     def refresh_model(self) -> None:
         self._zero.checkpoint_event_prologue()
@@ -272,4 +276,4 @@ def zero_state(optimizer: ZeROOptimizer) -> ZeroState:
     assert kind in PRIVATE_NAMES, f"{kind.__name__} keeps no fp32 master copy that a checkpoint could hold"
     missing = [name for name in PRIVATE_NAMES[kind] if not hasattr(optimizer, name)]
     assert not missing, f"{kind.__name__} of this DeepSpeed has no {missing}: install the pinned version"
-    return (_CutByParameter if kind is DeepSpeedZeroOptimizer_Stage3 else _CutByGroup)(optimizer)
+    return (_PerParameterState if kind is DeepSpeedZeroOptimizer_Stage3 else _FlatGroupState)(optimizer)

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
+from megatron_nexus.checkpoint.chunks import full_box, split_box
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.pieces import split_box, whole_box
 from megatron_nexus.checkpoint.storage import LocalFolder
 from megatron_nexus.checkpoint.store import StateReader
 from megatron_nexus.errors import CheckpointError
@@ -33,7 +33,7 @@ def plain_bytes(specs: Mapping[str, ParamSpec], precision: Precision) -> int:
     return sum(spec.numel for spec in specs.values()) * ITEM_BYTES[precision]
 
 
-def write_plain_tensors(
+def write_safetensors(
     path: Path,
     reader: StateReader,
     state: str,
@@ -57,7 +57,7 @@ def write_plain_tensors(
     with LocalFolder(path.parent).create(path.name) as write:
         write(_header(specs, precision, names, metadata))
         for name, spec in specs.items():
-            for box in split_box(whole_box(spec.shape), BLOCK_ELEMENTS):
+            for box in split_box(full_box(spec.shape), BLOCK_ELEMENTS):
                 held = reader.read_box(name, state, box)
                 non_finite.add(name, held)
                 values = torch.from_numpy(held).reshape(-1)

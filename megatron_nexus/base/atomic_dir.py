@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_nexus.base.file_lock import acquire
 from megatron_nexus.errors import CheckpointError, ConfigError
-from megatron_nexus.file_lock import acquire
 
 TEMPORARY = ".tmp_"
 
 
-def require_new(folder: Path) -> None:
+def check_is_new(folder: Path) -> None:
     """Raise ConfigError where a folder cannot be made new. Only looks."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
@@ -26,14 +26,14 @@ def require_new(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
+def atomic_dir(folder: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder to write in, which becomes `folder` when the context is left without an error.
 
     Raises:
-        ConfigError: as `require_new`, or another process writes it.
+        ConfigError: as `check_is_new`, or another process writes it.
         CheckpointError: it cannot be written, or does not fit on the disk.
     """
-    require_new(folder)
+    check_is_new(folder)
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
