@@ -1,24 +1,23 @@
 """The laws of growth as a table: for each axis and init, how far the logits move and what gradients reach.
 
-    PYTHONPATH=.:tests:tests/growth python benchmarks/growth_laws.py
+    PYTHONPATH=. python benchmarks/growth_laws.py
 
 Checkpoints with random weights and moments are grown by the library and judged by the equations of
-`tests/reference.py` in float64, as `tests/growth/test_laws.py` does; the tests assert what is printed here.
+`tests/support/reference.py` in float64, as in `tests/growth/test_laws.py`, which asserts what this prints.
 """
 
 import dataclasses
 import tempfile
 from pathlib import Path
 
-import grown
 import numpy as np
-import reference
 import torch
 
 from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
 from megatron_nexus.spec.grow import Fill, Init
+from tests.support import checkpoints, reference
 
 QWEN3 = {
     "projection": "linear",
@@ -33,13 +32,13 @@ STEPS, RATE = 3, 0.1
 
 def row(folder: Path, model: str, axes: str, init: Init) -> str:
     """A line of the table: grow, compare logits, take a few steps, and grow after and before resharding."""
-    config = grown.configure(**MODELS[model])
-    sizes = grown.sizes_for(config, axes)
-    source = grown.write_checkpoint(folder / "old", config)
-    made, after = grown.grow(source, folder / "new", config, sizes, init=init)
-    tokens = grown.sample(config.model)
-    before = reference.logits(grown.weights(source), tokens, dataclasses.asdict(config.model))
-    w = {name: t.requires_grad_() for name, t in grown.weights(made).items()}
+    config = checkpoints.configure(**MODELS[model])
+    sizes = checkpoints.sizes_for(config, axes)
+    source = checkpoints.write_checkpoint(folder / "old", config)
+    made, after = checkpoints.grow(source, folder / "new", config, sizes, init=init)
+    tokens = checkpoints.sample(config.model)
+    before = reference.logits(checkpoints.weights(source), tokens, dataclasses.asdict(config.model))
+    w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
     with torch.no_grad():
         logits = reference.logits(w, tokens, dataclasses.asdict(after.model))
     error = float((logits[..., : config.model.vocab_size] - before).abs().max())
@@ -62,13 +61,13 @@ def row(folder: Path, model: str, axes: str, init: Init) -> str:
                 new += reached[name][part].numel()
                 trained += int(reached[name][part].sum())
 
-    split, _ = grown.grow(source, folder / "split", config, {}, pp=2)
-    first, _ = grown.grow(split, folder / "first", config, sizes, init=init, pp=2)
-    second, _ = grown.grow(made, folder / "second", after, {}, pp=2)
+    split, _ = checkpoints.grow(source, folder / "split", config, {}, pp=2)
+    first, _ = checkpoints.grow(split, folder / "first", config, sizes, init=init, pp=2)
+    second, _ = checkpoints.grow(made, folder / "second", after, {}, pp=2)
     same = all(
-        np.array_equal(values, grown.tensors(second, state)[name])
+        np.array_equal(values, checkpoints.tensors(second, state)[name])
         for state in STATES
-        for name, values in grown.tensors(first, state).items()
+        for name, values in checkpoints.tensors(first, state).items()
     )
     return f"| {model} | {axes} | {init} | {error:.1e} | {trained:,} of {new:,} | {'yes' if same else 'NO'} |"
 
@@ -78,7 +77,7 @@ def main() -> None:
     print("| model | axes | init | largest change of a logit | new elements reached in 3 steps | commutes |")
     print("|---|---|---|---:|---:|---|")
     for model in MODELS:
-        for axes in grown.AXES:
+        for axes in checkpoints.AXES:
             if model == "Qwen3" and axes in ("M", "A", "M-A"):
                 continue
             for init in ("out_rand", "in_rand", "zero"):

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
-from processes import PATIENCE_S
-from programs import Command, assert_refused, commands, ended
 
 from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_with_crc
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.data.indexed_dataset import HEADER, IndexedDatasetWriter
 from megatron_nexus.data.sentencepiece_tokenizer import train_sentencepiece_bpe
+from tests.support.cli import Command, assert_refused, commands, ended
+from tests.support.paths import REPOSITORY
+from tests.support.waiting import TIMEOUT_S
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +206,7 @@ def tool(folder: Path, name: str, words: str) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
     )
     return done.returncode, done.stdout
 

@@ -5,9 +5,9 @@ import re
 import time
 
 import pytest
-from conftest import wait_for
 
 from megatron_nexus import log
+from tests.support.waiting import wait_for
 
 
 def test_a_rank_that_does_not_speak_shows_warnings_only(console: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from processes import REPOSITORY
+
+from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.torch_versions
 PACKAGE = REPOSITORY / "megatron_nexus"

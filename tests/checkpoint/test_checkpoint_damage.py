@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import BOXES, MANIFEST, SPEC, write
 
 from megatron_nexus.checkpoint import store
 from megatron_nexus.checkpoint.chunks import full_box
@@ -15,6 +14,7 @@ from megatron_nexus.checkpoint.manifest import FORMAT_VERSION, manifest_to_json
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Chunk, write_chunks
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
+from tests.support.two_rank_checkpoint import BOXES, MANIFEST, SPEC, write
 
 FILES = [
     "manifest.json",

@@ -1,6 +1,6 @@
 """Checkpoints of real DeepSpeed engines in real processes: going on is the same as never stopping.
 
-Every rank of a start runs all cases of `checkpoint_toy.py`; the tests read what it left.
+Every rank of a start runs all cases of `engines_worker.py`; the tests read what it left.
 """
 
 import json
@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import checkpoint_kinds as toy
 import pytest
-from processes import PATIENCE_S, REPOSITORY, TESTS
 
 from megatron_nexus.checkpoint.chunks import full_box
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
+from tests.checkpoint import engine_kinds as toy
+from tests.support.paths import REPOSITORY
+from tests.support.waiting import TIMEOUT_S
 
 pytestmark = pytest.mark.slow
 
@@ -26,11 +27,10 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the toy left behind."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    paths = os.pathsep.join([str(REPOSITORY), str(TESTS)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, str(Path(__file__).with_name("checkpoint_toy.py")), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(Path(__file__).with_name("engines_worker.py")), str(folder)]
     with (folder / "log").open("w") as log:
-        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=2 * PATIENCE_S, check=False)
+        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=2 * TIMEOUT_S, check=False)
     return folder
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import BOXES, MANIFEST, SPEC, VALUES, slices, write
 from safetensors.numpy import load_file
 
 from megatron_nexus.checkpoint import run_dir
@@ -34,6 +33,7 @@ from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Normal, ParamSpec
 from megatron_nexus.spec.shard import Box
+from tests.support.two_rank_checkpoint import BOXES, MANIFEST, SPEC, VALUES, slices, write
 
 
 @pytest.fixture

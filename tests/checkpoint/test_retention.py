@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_files import write
 
 from megatron_nexus.checkpoint.retention import Retention, delete_outdated
 from megatron_nexus.checkpoint.run_dir import begin_checkpoint, find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
+from tests.support.two_rank_checkpoint import write
 
 
 def names(root: Path) -> list[str]:

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import grown
 import pytest
 import torch
-from conftest import REPOSITORY, Spawn, wait_for
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_nexus.commands.convert_checkpoint import main
 from megatron_nexus.interchange import safetensors_writer
+from tests.support import checkpoints
+from tests.support.paths import REPOSITORY
+from tests.support.subprocesses import Spawn
+from tests.support.waiting import wait_for
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py")]
 Run = Callable[[str], tuple[int, str]]
@@ -26,7 +28,7 @@ Run = Callable[[str], tuple[int, str]]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the checkpoints of a run in `old`."""
-    grown.write_checkpoint(tmp_path / "old", grown.configure(), tp=2)
+    checkpoints.write_checkpoint(tmp_path / "old", checkpoints.configure(), tp=2)
     (tmp_path / "names.json").write_text('{"head.weight": "lm_head.weight"}')
     return tmp_path
 
@@ -62,7 +64,7 @@ def test_a_plain_file_holds_every_tensor_by_its_logical_name(
     assert code == 0, told
     for state, file in (("fp32", "model"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
         found = load_file(folder / "new" / f"{file}.safetensors")
-        expected = grown.tensors(folder / "old" / "iter_0000040", state)
+        expected = checkpoints.tensors(folder / "old" / "iter_0000040", state)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], torch.from_numpy(values)) for name, values in expected.items())
     assert contents(folder / "old") == before
@@ -75,13 +77,13 @@ def test_bf16_is_the_nearest_and_the_header_tells_the_model(run: Run, folder: Pa
     path = folder / "deep" / "er" / "new" / "model.safetensors"
     found = load_file(path)
     assert "head.weight" not in found
-    expected = grown.tensors(folder / "old" / "iter_0000040")
+    expected = checkpoints.tensors(folder / "old" / "iter_0000040")
     for name, values in expected.items():
         theirs = "lm_head.weight" if name == "head.weight" else name
         assert torch.equal(found[theirs], torch.from_numpy(values).to(torch.bfloat16))
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["model"])["nexus_m"] == grown.SIZES["nexus_m"]
+    assert json.loads(metadata["model"])["nexus_m"] == checkpoints.SIZES["nexus_m"]
     assert metadata["step"] == "40"
     assert metadata["format"] == "pt"
 
@@ -174,8 +176,8 @@ def test_what_a_killed_conversion_left_is_cleared_and_two_at_once_are_told(run: 
 
 @pytest.mark.slow
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, spawn: Spawn) -> None:
-    config = grown.configure(nexus_m=600, nexus_a=700)
-    grown.write_checkpoint(tmp_path / "old", config, chunk_elements=1 << 24)
+    config = checkpoints.configure(nexus_m=600, nexus_a=700)
+    checkpoints.write_checkpoint(tmp_path / "old", config, chunk_elements=1 << 24)
     words = "--load old --save new --format universal"
     converting = spawn([*TOOL, *words.split()], tmp_path)
     wait_for(lambda: any(tmp_path.glob(".tmp_new/*/zero/*")), "the conversion begins")

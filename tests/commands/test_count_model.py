@@ -8,10 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import grown
 import pytest
-from conftest import REPOSITORY
-from processes import PATIENCE_S
 
 from megatron_nexus.commands.count_model import count
 from megatron_nexus.config.paper import PRINTED_FLOPS_PER_TOKEN, PRINTED_SIZES
@@ -19,6 +16,9 @@ from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.cost import parameter_count
+from tests.support import checkpoints
+from tests.support.paths import REPOSITORY
+from tests.support.waiting import TIMEOUT_S
 
 PAGE = REPOSITORY / "docs" / "paper_numbers.md"
 TEXT = PAGE.read_text()
@@ -41,7 +41,7 @@ def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
     )
 
 
@@ -90,8 +90,8 @@ def test_flags_change_sizes_and_lay_the_model_on_ranks() -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_is_counted_and_nothing_is_started(tmp_path: Path) -> None:
-    config = grown.configure()
-    checkpoint = grown.write_checkpoint(tmp_path, config, tp=2)
+    config = checkpoints.configure()
+    checkpoint = checkpoints.write_checkpoint(tmp_path, config, tp=2)
     done = run("--load", checkpoint)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{parameter_count(decoder_specs(config.model).values()):,} parameters" in done.stdout

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
-from processes import PATIENCE_S
 
 from megatron_nexus.commands import inspect_data, train_tokenizer
 from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_nexus.data.inspection import Bin, find_problems, length_histogram, sample_documents
+from tests.support.paths import REPOSITORY
+from tests.support.waiting import TIMEOUT_S
 
 WORDS = ["one two three", "four five", "six seven eight nine ten eleven"] * 50
 
@@ -27,7 +27,7 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
     )
 
 

@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import grown
 import pytest
-from conftest import REPOSITORY
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.spec.cost import parameter_count
+from tests.support import checkpoints
+from tests.support.paths import REPOSITORY
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return grown.write_checkpoint(tmp_path_factory.mktemp("inspect"), grown.configure(), tp=2)
+    return checkpoints.write_checkpoint(tmp_path_factory.mktemp("inspect"), checkpoints.configure(), tp=2)
 
 
 def inspect(*words: str | Path) -> tuple[int, str]:

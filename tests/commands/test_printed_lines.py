@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, Spawn
-from programs import DEEPSPEED, PYTHON, Command, commands, ended
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
+from tests.support.cli import DEEPSPEED, PYTHON, Command, commands, ended
+from tests.support.paths import REPOSITORY
+from tests.support.subprocesses import Spawn
 
 pytestmark = pytest.mark.slow
 

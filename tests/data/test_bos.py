@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from test_huggingface_tokenizer import END, train
 from tokenizers import Tokenizer as HuggingFace
 from tokenizers import processors
 
@@ -26,6 +25,7 @@ from megatron_nexus.data.preprocess import Preprocessing, preprocess
 from megatron_nexus.data.tokenizer import encode_prompt, open_tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.post_processor import beginning_with
+from tests.data.test_huggingface_tokenizer import END, train
 
 TEXTS = ["def f(x):\n    if x:\n        return  1\n", "The quick brown fox jumps over the lazy dog.\n" * 9]
 BOS = "<s>"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import REPOSITORY
 
 from megatron_nexus.config.command_line import build
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.library import Library, training_sources
 from megatron_nexus.errors import DataError
+from tests.support.paths import REPOSITORY
 
 CORPORA = 320
 OPEN_ALL = """

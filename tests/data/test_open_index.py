@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import REPOSITORY
+
+from tests.support.paths import REPOSITORY
 
 
 @pytest.mark.slow

@@ -14,8 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from conftest import REPOSITORY, Spawn, wait_for
-from processes import PATIENCE_S
 
 from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.data.corpus_description import check_tokenizer, read_description
@@ -28,6 +26,9 @@ from megatron_nexus.data.shards import Tokenizing, make_shards, shard_prefix, to
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.log import logger
+from tests.support.paths import REPOSITORY
+from tests.support.subprocesses import Spawn
+from tests.support.waiting import TIMEOUT_S, wait_for
 
 ENDINGS = (".bin", ".idx", ".json")
 # The real command, with shards so small that a test has many of them.
@@ -127,7 +128,7 @@ def run(command: list[str], folder: Path, output: Path, *flags: str) -> subproce
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
     )
 
 

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import grown
 import pytest
 
 from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc
@@ -16,6 +15,7 @@ from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import DataError
+from tests.support import checkpoints
 
 TEXTS = ["for i in range(3):\n    print(i)\n", "The quick brown fox jumps over the lazy dog.\n"]
 
@@ -65,7 +65,7 @@ def test_that_of_the_built_in_corpus_is_found_by_its_fingerprint(models: list[Pa
 def test_checkpoints_from_before_the_choice_go_on_without_bos_and_imports_as_their_tokenizer_says(
     tmp_path: Path,
 ) -> None:
-    checkpoint = grown.write_checkpoint(tmp_path, grown.configure())
+    checkpoint = checkpoints.write_checkpoint(tmp_path, checkpoints.configure())
     manifest = dataclasses.replace(read_manifest(checkpoint), prepend_bos=True)
     for step, expected in ((40, False), (0, None)):
         done = dataclasses.replace(manifest, progress=RunProgress(step, 4 * step, 100 * step, 10**9))

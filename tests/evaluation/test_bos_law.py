@@ -11,13 +11,11 @@ from pathlib import Path
 # Before the import: what transformers keeps of the code of a model goes nowhere else.
 os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}
 
-import judged
 import pytest
 import torch
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from task_records import ITEMS, write_task_files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -32,6 +30,8 @@ from megatron_nexus.evaluation.tasks import open_tasks
 from megatron_nexus.interchange.export import export_checkpoint
 from megatron_nexus.interchange.import_checkpoint import import_checkpoint
 from megatron_nexus.interchange.safetensors_folder import open_folder
+from tests.support import eval_model
+from tests.support.task_files import ITEMS, write_task_files
 
 pytestmark = pytest.mark.slow  # the imports
 
@@ -51,7 +51,7 @@ def write_llama(folder: Path, prepends: bool) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=350, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(judged.TEXTS, trainer)
+    tokenizer.train_from_iterator(eval_model.TEXTS, trainer)
     bytes_only = processors.ByteLevel(trim_offsets=False)
     template = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     tokenizer.post_processor = processors.Sequence([bytes_only, template]) if prepends else bytes_only
@@ -64,7 +64,7 @@ def write_llama(folder: Path, prepends: bool) -> None:
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=judged.SEQ_LENGTH,
+        max_position_embeddings=eval_model.SEQ_LENGTH,
         bos_token_id=0,
         eos_token_id=1,
         initializer_range=0.3,
@@ -79,7 +79,7 @@ def ours(checkpoint: Path, export: Path) -> NexusLM:
     tokenizer = find_tokenizer(config, tokenizer_record(manifest))
     assert tokenizer is not None
     export_checkpoint(checkpoint, export, config, tokenizer, "fp32", 10**9)
-    loaded = judged.load(checkpoint, config)
+    loaded = eval_model.load(checkpoint, config)
     scorer = LocalScorer(loaded)
     model = NexusLM(scorer, tokenizer, loaded)
     rolled = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXT,), 0)])

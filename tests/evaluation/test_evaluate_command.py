@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from task_records import write_task_files
-from test_data_tools import call
 
 from megatron_nexus.commands import evaluate
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.evaluation.task_files import PAPER_TASKS
+from tests.commands.test_data_tools import call
+from tests.support.task_files import write_task_files
 
 Console = pytest.CaptureFixture[str]
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_data_tools import call
 
 from megatron_nexus.commands import generate
 from megatron_nexus.config.run_config import RunConfig
+from tests.commands.test_data_tools import call
 
 Console = pytest.CaptureFixture[str]
 

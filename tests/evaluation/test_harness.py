@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from task_records import ITEMS, write_task_files
 
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.errors import ConfigError, DataError
@@ -17,6 +16,7 @@ from megatron_nexus.evaluation.results import task_table
 from megatron_nexus.evaluation.scores import Request
 from megatron_nexus.evaluation.task_files import PAPER_TASKS
 from megatron_nexus.evaluation.tasks import open_tasks
+from tests.support.task_files import ITEMS, write_task_files
 
 
 def log_p(loaded: LoadedModel, tokenizer: SentencePieceTokenizer, context: str, continuation: str) -> float:

@@ -11,13 +11,11 @@ from collections.abc import Mapping
 # Before the import: what transformers keeps of the code of a model goes nowhere else.
 os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}
 
-import judged
 import pytest
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from task_records import ITEMS, write_task_files
 
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.evaluation.harness import NexusLM
@@ -25,6 +23,8 @@ from megatron_nexus.evaluation.local_scorer import LocalScorer
 from megatron_nexus.evaluation.task_files import PAPER_TASKS
 from megatron_nexus.evaluation.tasks import Tasks, open_tasks
 from megatron_nexus.interchange.export import export_checkpoint
+from tests.support import eval_model
+from tests.support.task_files import ITEMS, write_task_files
 
 pytestmark = pytest.mark.slow  # the imports
 
@@ -51,10 +51,10 @@ def backends(
     """Ours on a checkpoint, theirs on what it was exported to, and how far they may differ."""
     root = tmp_path_factory.mktemp("law")
     # transformers may generate ids that no piece stands for: there are none.
-    options = {"vocab_size": judged.PIECES, **KINDS[request.param]}
-    checkpoint, config = judged.write_run(root / "run", tokenizer.model_path, **options)
+    options = {"vocab_size": eval_model.PIECES, **KINDS[request.param]}
+    checkpoint, config = eval_model.write_run(root / "run", tokenizer.model_path, **options)
     export_checkpoint(checkpoint, root / "hf", config, tokenizer, "fp32", 10**9)
-    loaded = judged.load(checkpoint, config)
+    loaded = eval_model.load(checkpoint, config)
     ours = NexusLM(LocalScorer(loaded, tokens_per_pass=512), tokenizer, loaded)
     theirs = HFLM(str(root / "hf"), dtype="float64", device="cpu", batch_size=5, trust_remote_code=True)
     return ours, theirs, TOLERANCES[request.param]

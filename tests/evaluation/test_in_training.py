@@ -5,17 +5,18 @@ import shlex
 import sys
 from pathlib import Path
 
-import judged
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Spawn
-from programs import assert_refused, ended, summary
-from task_records import write_task_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.training.metrics import read_metrics
+from tests.support import eval_model
+from tests.support.cli import assert_refused, ended, summary
+from tests.support.paths import REPOSITORY
+from tests.support.subprocesses import Spawn
+from tests.support.task_files import write_task_files
 
 FLAGS = shlex.split(
     "--data-path corpus --split 8,2 --tokenizer-model tokenizer.model --vocab-size 400 --num-layers 2 "
@@ -30,7 +31,7 @@ TASKS = ("piqa", "arc_easy", "hellaswag")
 @pytest.fixture
 def folder(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> Path:
     with IndexedDatasetWriter(tmp_path / "corpus", np.uint16) as writer:
-        for text in judged.TEXTS:
+        for text in eval_model.TEXTS:
             writer.add_document(np.array([*tokenizer.encode(text), tokenizer.eod_id]))
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_path.read_bytes())
     write_task_files(tmp_path / "tasks")

@@ -3,7 +3,6 @@
 import random
 from pathlib import Path
 
-import judged
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from megatron_nexus.errors import DataError
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer, make_rows
 from megatron_nexus.evaluation.scores import Request, Score
+from tests.support import eval_model
 
 
 def alone(loaded: LoadedModel, request: Request) -> Score:
@@ -53,7 +53,7 @@ def requests(loaded: LoadedModel) -> list[Request]:
 def test_each_score_is_that_of_the_request_alone_in_every_family(
     kind: dict[str, object], tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
-    loaded = judged.load(*judged.write_run(tmp_path, tokenizer.model_path, **kind))
+    loaded = eval_model.load(*eval_model.write_run(tmp_path, tokenizer.model_path, **kind))
     asked = requests(loaded)
     found = LocalScorer(loaded, tokens_per_pass=512).score(asked)
     for mine, request in zip(found, asked, strict=True):

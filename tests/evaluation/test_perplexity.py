@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from judged import load
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -17,6 +16,7 @@ from megatron_nexus.evaluation.harness import NexusLM
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer
 from megatron_nexus.evaluation.perplexity import measure_perplexity, windows
+from tests.support.eval_model import load
 
 TEXT = "The old man opens the door at night.  Why?\nNobody knows \U0001f680.\n" * 7
 

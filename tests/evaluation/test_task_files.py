@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from task_records import ITEMS, write_task_files
 
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.evaluation.task_files import PAPER_TASKS, read_task_file, require_task_files, task_file
+from tests.support.task_files import ITEMS, write_task_files
 
 
 @pytest.mark.parametrize("task", PAPER_TASKS)

@@ -8,18 +8,18 @@ import dataclasses
 import json
 from pathlib import Path
 
-import grown
 import numpy as np
 import pytest
-import reference
 import torch
-from law_worker import STEPS, global_batches
-from processes import TESTS, run_ranks
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.config.command_line import build
+from tests.support import checkpoints, reference
+from tests.support.paths import TESTS
+from tests.support.ranks import run_ranks
+from tests.support.train_worker import STEPS, global_batches
 
 OLD = {
     "num_layers": 2,
@@ -57,8 +57,10 @@ WEIGHT_TOLERANCE = 2e-4
 
 def expected(folder: Path, config: dict) -> dict:
     """What plain AdamW makes of the grown checkpoint, in float32."""
-    w, first, second = ({n: torch.from_numpy(t) for n, t in grown.tensors(folder, s).items()} for s in STATES)
-    steps = {name: torch.full_like(t, grown.STEP) for name, t in w.items()}
+    w, first, second = (
+        {n: torch.from_numpy(t) for n, t in checkpoints.tensors(folder, s).items()} for s in STATES
+    )
+    steps = {name: torch.full_like(t, checkpoints.STEP) for name, t in w.items()}
     for region in read_manifest(folder).optimizer.grown_regions:
         steps[region.tensor][index_within(region.box, full_box(tuple(w[region.tensor].shape)))] = 0.0
     state = {name: (first[name], second[name], steps[name]) for name in w}
@@ -79,10 +81,10 @@ def expected(folder: Path, config: dict) -> dict:
 def test_training_goes_on_as_plain_adamw_at_every_topology(
     ranks: int, family: dict[str, str | int], growth: str, tmp_path: Path
 ) -> None:
-    config = grown.configure(**OLD, **family)
-    source = grown.write_checkpoint(tmp_path / "source", config, tp=2)
+    config = checkpoints.configure(**OLD, **family)
+    source = checkpoints.write_checkpoint(tmp_path / "source", config, tp=2)
     sizes = {name: int(size) for name, size in (word.split("=") for word in growth.split())}
-    made, after = grown.grow(source, tmp_path / "grown", config, sizes, tp=2)
+    made, after = checkpoints.grow(source, tmp_path / "grown", config, sizes, tp=2)
     flags = {**vars(after.model), **OLD, **sizes, "micro_batch_size": 1, "global_batch_size": 4}
     cases = [
         {"name": name, "flags": {**flags, **topology}, **start}
@@ -91,14 +93,14 @@ def test_training_goes_on_as_plain_adamw_at_every_topology(
         for start in ([{"load": str(made)}, {"load": str(source), "grow": growth}][i % 2],)
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run_ranks(ranks, TESTS / "training" / "law_worker.py", str(tmp_path / "cases.json"), str(tmp_path))
+    run_ranks(ranks, TESTS / "support" / "train_worker.py", str(tmp_path / "cases.json"), str(tmp_path))
     plain = expected(made, dataclasses.asdict(build(flags)))
-    tool = {state: grown.tensors(made, state) for state in STATES}
+    tool = {state: checkpoints.tensors(made, state) for state in STATES}
     for case in cases:
         name, folder = case["name"], tmp_path / case["name"]
         assert read_manifest(folder / "iter_0000000").optimizer == read_manifest(made).optimizer, name
         for state in STATES:
-            loaded = grown.tensors(folder / "iter_0000000", state)
+            loaded = checkpoints.tensors(folder / "iter_0000000", state)
             assert all(np.array_equal(loaded[key], values) for key, values in tool[state].items()), name
         records = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
         if case["flags"]["precision"] == "bf16":
@@ -106,6 +108,6 @@ def test_training_goes_on_as_plain_adamw_at_every_topology(
             continue
         assert records[0]["losses"] == pytest.approx(plain["losses"], abs=LOSS_TOLERANCE), name
         assert all(record["padding"] == 0.0 for record in records)
-        ended = grown.tensors(folder / f"iter_{STEPS:07d}")
+        ended = checkpoints.tensors(folder / f"iter_{STEPS:07d}")
         for key, weights in plain["weights"].items():
             assert np.abs(ended[key] - weights.detach().numpy()).max() <= WEIGHT_TOLERANCE, (name, key)

@@ -9,10 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grown
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Spawn, wait_for
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
@@ -22,6 +20,10 @@ from megatron_nexus.checkpoint.store import write_at
 from megatron_nexus.commands.grow_sharded_checkpoint import main
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.growth.worker_group import os_error_message
+from tests.support import checkpoints
+from tests.support.paths import REPOSITORY
+from tests.support.subprocesses import Spawn
+from tests.support.waiting import wait_for
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "grow_sharded_checkpoint.py")]
 Run = Callable[[str], tuple[int, str]]
@@ -30,7 +32,7 @@ Run = Callable[[str], tuple[int, str]]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the checkpoints of a run in `old`."""
-    grown.write_checkpoint(tmp_path / "old", grown.configure(nexus_inner_norm=True), tp=2)
+    checkpoints.write_checkpoint(tmp_path / "old", checkpoints.configure(nexus_inner_norm=True), tp=2)
     return tmp_path
 
 
@@ -67,7 +69,7 @@ def test_it_grows_verifies_and_says_how_to_go_on(run: Run, folder: Path) -> None
     manifest = read_manifest(find_checkpoint(folder / "new"))
     assert manifest.lineage[-1]["verification"]["largest_error"] <= 1e-12
     assert manifest.topology.pipe_size == 2
-    assert manifest.progress.step == grown.STEP
+    assert manifest.progress.step == checkpoints.STEP
 
 
 def test_a_function_that_changed_is_not_called_verified(run: Run) -> None:
@@ -219,8 +221,8 @@ def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn
     with IndexedDatasetWriter(tmp_path / "corpus", token_dtype(37)) as writer:
         for document in np.random.default_rng(3).integers(0, 37, size=(40, 50)):
             writer.add_document(document)
-    config = grown.configure(seq_length=12, precision="fp32", lr=1e-3)
-    before = contents(grown.write_checkpoint(tmp_path / "old", config))
+    config = checkpoints.configure(seq_length=12, precision="fp32", lr=1e-3)
+    before = contents(checkpoints.write_checkpoint(tmp_path / "old", config))
     words = "--data-path corpus --split 8,2 --eval-iters 1 --train-iters 42 --load old --reset-optimizer"
     pretrain = [sys.executable, str(REPOSITORY / "pretrain_nexus.py"), *words.split()]
     training = spawn([*pretrain, "--grow", "nexus_m=20 num_layers=3 init=in_rand", "--save", "new"], tmp_path)

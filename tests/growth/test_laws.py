@@ -7,10 +7,8 @@ commute; the same seed gives the same weights whatever topology wrote, reads or 
 import dataclasses
 from pathlib import Path
 
-import grown
 import numpy as np
 import pytest
-import reference
 import torch
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within
@@ -20,6 +18,7 @@ from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
 from megatron_nexus.spec.grow import Fill
+from tests.support import checkpoints, reference
 
 # Sums over longer rows in float64, of logits of size one.
 TOLERANCE = 1e-12
@@ -55,7 +54,7 @@ OPTIONS = {
 CASES = [
     (init, axes, option)
     for init in ("out_rand", "in_rand", "zero")
-    for axes in grown.AXES
+    for axes in checkpoints.AXES
     # The options change what M and A, the attention's width and the hidden size lead to.
     for option in (
         OPTIONS if axes in ("M-A", "D", "heads-head-dim", "all") else ["plain", "tokenformer", "released"]
@@ -76,13 +75,13 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
     init: str, axes: str, option: str, tmp_path: Path
 ) -> None:
     """But for `zero`, where no gradient reaches a new block; of new tokens alone the weights are drawn."""
-    config = grown.configure(**OPTIONS[option])
-    source = grown.write_checkpoint(tmp_path / "old", config)
-    sizes = grown.sizes_for(config, axes)
-    made, after = grown.grow(source, tmp_path / "new", config, sizes, init=init)
-    tokens = grown.sample(config.model)
-    before = reference.logits(grown.weights(source), tokens, dataclasses.asdict(config.model))
-    w = {name: t.requires_grad_() for name, t in grown.weights(made).items()}
+    config = checkpoints.configure(**OPTIONS[option])
+    source = checkpoints.write_checkpoint(tmp_path / "old", config)
+    sizes = checkpoints.sizes_for(config, axes)
+    made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, init=init)
+    tokens = checkpoints.sample(config.model)
+    before = reference.logits(checkpoints.weights(source), tokens, dataclasses.asdict(config.model))
+    w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
     with torch.no_grad():
         logits = reference.logits(w, tokens, dataclasses.asdict(after.model))
     assert logits.shape[-1] == after.model.vocab_size
@@ -99,7 +98,7 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
             for (name, t), gradient in zip(w.items(), gradients, strict=True):
                 reached[name] |= gradient != 0
                 t -= 0.1 * gradient
-    if init == "zero" and "vocab_size" in grown.AXES[axes]:
+    if init == "zero" and "vocab_size" in checkpoints.AXES[axes]:
         return
     plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(init=init)))
     new = 0
@@ -113,12 +112,14 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
 
 
 def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Path) -> None:
-    config = grown.configure()
-    source = grown.write_checkpoint(tmp_path / "old", config)
-    made, _ = grown.grow(source, tmp_path / "new", config, grown.AXES["all"], depth_placement="end")
-    plan = plan_growth(config, GrowthRequest(grown.AXES["all"], GrowthConfig(depth_placement="end")))
+    config = checkpoints.configure()
+    source = checkpoints.write_checkpoint(tmp_path / "old", config)
+    made, _ = checkpoints.grow(
+        source, tmp_path / "new", config, checkpoints.AXES["all"], depth_placement="end"
+    )
+    plan = plan_growth(config, GrowthRequest(checkpoints.AXES["all"], GrowthConfig(depth_placement="end")))
     for state in STATES:
-        old, new = grown.tensors(source, state), grown.tensors(made, state)
+        old, new = checkpoints.tensors(source, state), checkpoints.tensors(made, state)
         for name, tensor in plan.tensors.items():
             rest = new[name].copy()
             for block in tensor.boxes:
@@ -132,18 +133,18 @@ def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Pat
 
 @pytest.mark.parametrize(("axes", "option"), [("M-A", "plain"), ("all", "plain"), ("all", "tokenformer")])
 def test_growth_and_resharding_commute_bit_for_bit(axes: str, option: str, tmp_path: Path) -> None:
-    config = grown.configure(**OPTIONS[option])
-    sizes = grown.sizes_for(config, axes)
-    sources = {tp: grown.write_checkpoint(tmp_path / f"source{tp}", config, tp) for tp in (1, 2)}
-    moved, same = grown.grow(sources[2], tmp_path / "moved", config, {}, tp=1, pp=2)
+    config = checkpoints.configure(**OPTIONS[option])
+    sizes = checkpoints.sizes_for(config, axes)
+    sources = {tp: checkpoints.write_checkpoint(tmp_path / f"source{tp}", config, tp) for tp in (1, 2)}
+    moved, same = checkpoints.grow(sources[2], tmp_path / "moved", config, {}, tp=1, pp=2)
     assert same.model == config.model
-    first, _ = grown.grow(moved, tmp_path / "first", config, sizes, tp=1, pp=2, workers=2)
-    alone, after = grown.grow(sources[1], tmp_path / "alone", config, sizes)
-    second, _ = grown.grow(alone, tmp_path / "second", after, {}, tp=1, pp=2, workers=3)
+    first, _ = checkpoints.grow(moved, tmp_path / "first", config, sizes, tp=1, pp=2, workers=2)
+    alone, after = checkpoints.grow(sources[1], tmp_path / "alone", config, sizes)
+    second, _ = checkpoints.grow(alone, tmp_path / "second", after, {}, tp=1, pp=2, workers=3)
     for state in STATES:
-        expected = grown.tensors(alone, state)
+        expected = checkpoints.tensors(alone, state)
         for folder in (first, second):
-            found = grown.tensors(folder, state)
+            found = checkpoints.tensors(folder, state)
             assert all(np.array_equal(found[name], values) for name, values in expected.items())
     # Down to the bytes of the files.
     for one in sorted(first.glob("rank_*")):
@@ -151,17 +152,17 @@ def test_growth_and_resharding_commute_bit_for_bit(axes: str, option: str, tmp_p
 
 
 def test_a_growth_of_a_growth_keeps_its_function_and_its_lineage(tmp_path: Path) -> None:
-    config = grown.configure()
-    folder, tokens = grown.write_checkpoint(tmp_path / "0", config), grown.sample(config.model)
-    expected = reference.logits(grown.weights(folder), tokens, dataclasses.asdict(config.model))
+    config = checkpoints.configure()
+    folder, tokens = checkpoints.write_checkpoint(tmp_path / "0", config), checkpoints.sample(config.model)
+    expected = reference.logits(checkpoints.weights(folder), tokens, dataclasses.asdict(config.model))
     for generation, (axes, placement) in enumerate((("all", "interleaved"), ("larger", "end")), start=1):
-        sizes = {**grown.AXES["all"]}
+        sizes = {**checkpoints.AXES["all"]}
         if axes == "larger":
             sizes = {name: size + 2 for name, size in sizes.items()}
-        folder, config = grown.grow(
+        folder, config = checkpoints.grow(
             folder, tmp_path / str(generation), config, sizes, depth_placement=placement
         )
-        logits = reference.logits(grown.weights(folder), tokens, dataclasses.asdict(config.model))
+        logits = reference.logits(checkpoints.weights(folder), tokens, dataclasses.asdict(config.model))
         assert (logits[..., :37] - expected).abs().max() <= TOLERANCE
     manifest = read_manifest(folder)
     assert [entry["generation"] for entry in manifest.lineage] == [1, 2]
@@ -173,42 +174,42 @@ def test_a_growth_of_a_growth_keeps_its_function_and_its_lineage(tmp_path: Path)
 
 def test_a_pattention_keeps_the_scale_of_its_birth_over_growths(tmp_path: Path) -> None:
     """But by `random`, as in the released code of Tokenformer, where it follows the slots and all changes."""
-    config = grown.configure(**OPTIONS["tokenformer"])
-    folder, tokens = grown.write_checkpoint(tmp_path / "0", config), grown.sample(config.model)
-    expected = reference.logits(grown.weights(folder), tokens, dataclasses.asdict(config.model))
+    config = checkpoints.configure(**OPTIONS["tokenformer"])
+    folder, tokens = checkpoints.write_checkpoint(tmp_path / "0", config), checkpoints.sample(config.model)
+    expected = reference.logits(checkpoints.weights(folder), tokens, dataclasses.asdict(config.model))
     slots = {"pattention_slots": 30, "ffn_hidden_size": 20}
-    once, middle = grown.grow(folder, tmp_path / "1", config, slots)
-    twice, after = grown.grow(once, tmp_path / "2", middle, {name: n + 5 for name, n in slots.items()})
+    once, middle = checkpoints.grow(folder, tmp_path / "1", config, slots)
+    twice, after = checkpoints.grow(once, tmp_path / "2", middle, {name: n + 5 for name, n in slots.items()})
     for made, model in ((once, middle.model), (twice, after.model)):
         assert (model.base_pattention_slots, model.base_ffn_hidden_size) == (26, 17)
-        logits = reference.logits(grown.weights(made), tokens, dataclasses.asdict(model))
+        logits = reference.logits(checkpoints.weights(made), tokens, dataclasses.asdict(model))
         assert (logits - expected).abs().max() <= TOLERANCE
-    released, other = grown.grow(folder, tmp_path / "3", config, slots, init="random")
+    released, other = checkpoints.grow(folder, tmp_path / "3", config, slots, init="random")
     assert (other.model.base_pattention_slots, other.model.base_ffn_hidden_size) == (0, 0)
-    logits = reference.logits(grown.weights(released), tokens, dataclasses.asdict(other.model))
+    logits = reference.logits(checkpoints.weights(released), tokens, dataclasses.asdict(other.model))
     assert (logits - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["pattention_slots", "ffn_hidden_size"])
 def test_active_new_slots_are_refused(name: str) -> None:
     """Random keys enter the norm over all slots at once."""
-    config = grown.configure(**OPTIONS["tokenformer"])
+    config = checkpoints.configure(**OPTIONS["tokenformer"])
     flag = "--" + name.replace("_", "-")
     with pytest.raises(ConfigError, match=f"in_rand gives new slots .{flag}.*use --init out_rand"):
         plan_growth(config, GrowthRequest({name: 40}, GrowthConfig(init="in_rand")))
 
 
 def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
-    config = grown.configure()
-    source = grown.write_checkpoint(tmp_path / "0", config)
-    once, middle = grown.grow(source, tmp_path / "1", config, grown.AXES["all"])
-    larger = {name: size + 2 for name, size in grown.AXES["all"].items()}
-    twice, _ = grown.grow(once, tmp_path / "2", middle, larger)
+    config = checkpoints.configure()
+    source = checkpoints.write_checkpoint(tmp_path / "0", config)
+    once, middle = checkpoints.grow(source, tmp_path / "1", config, checkpoints.AXES["all"])
+    larger = {name: size + 2 for name, size in checkpoints.AXES["all"].items()}
+    twice, _ = checkpoints.grow(once, tmp_path / "2", middle, larger)
     manifest = read_manifest(twice)
     old = read_manifest(source).specs
     born = {name: np.zeros(spec.shape, int) for name, spec in manifest.specs.items()}
     for region in manifest.optimizer.grown_regions:
-        assert region.adam_step == grown.STEP
+        assert region.adam_step == checkpoints.STEP
         born[region.tensor][index_within(region.box, full_box(born[region.tensor].shape))] += 1
     assert all(values.max() <= 1 for values in born.values())
     kept = sum(int((values == 0).sum()) for values in born.values())
@@ -216,10 +217,10 @@ def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
 
 
 def test_new_weights_are_drawn_as_a_new_model_of_the_new_widths_draws_them(tmp_path: Path) -> None:
-    config = grown.configure(nexus_m=400, nexus_a=500)
-    source = grown.write_checkpoint(tmp_path / "0", config, chunk_elements=1 << 24)
-    made, _ = grown.grow(source, tmp_path / "1", config, {"nexus_m": 600, "nexus_a": 800})
-    new, q = grown.tensors(made), "layers.0.attention.q"
+    config = checkpoints.configure(nexus_m=400, nexus_a=500)
+    source = checkpoints.write_checkpoint(tmp_path / "0", config, chunk_elements=1 << 24)
+    made, _ = checkpoints.grow(source, tmp_path / "1", config, {"nexus_m": 600, "nexus_a": 800})
+    new, q = checkpoints.tensors(made), "layers.0.attention.q"
     gelu = 0.6521  # sqrt(E[gelu(z)^2]), from tables of the normal distribution
     # A deviation of n values is known to 1 / sqrt(2 n).
     corner = new[f"{q}.w_a"][500:, 400:]
@@ -229,11 +230,11 @@ def test_new_weights_are_drawn_as_a_new_model_of_the_new_widths_draws_them(tmp_p
 
 
 def test_noise_is_a_share_of_the_old_deviation(tmp_path: Path) -> None:
-    config = grown.configure(nexus_m=400, nexus_a=500)
-    source = grown.write_checkpoint(tmp_path / "0", config, chunk_elements=1 << 24)
+    config = checkpoints.configure(nexus_m=400, nexus_a=500)
+    source = checkpoints.write_checkpoint(tmp_path / "0", config, chunk_elements=1 << 24)
     sizes = {"nexus_m": 600, "nexus_a": 800}
-    made, _ = grown.grow(source, tmp_path / "1", config, sizes, init="noise", noise_share=0.2)
-    old, new = grown.tensors(source), grown.tensors(made)
+    made, _ = checkpoints.grow(source, tmp_path / "1", config, sizes, init="noise", noise_share=0.2)
+    old, new = checkpoints.tensors(source), checkpoints.tensors(made)
     name = "layers.0.attention.q.w_a"
     for block in (new[name][500:, :400], new[name][:500, 400:], new[name][500:, 400:]):
         # A deviation of n values is known to 1 / sqrt(2 n): 1 % is several of them.
@@ -242,13 +243,13 @@ def test_noise_is_a_share_of_the_old_deviation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", [1234, 5])
 def test_new_weights_depend_on_the_seed_and_the_generation_only(seed: int, tmp_path: Path) -> None:
-    config = grown.configure()
-    sizes = grown.AXES["M-A"]
+    config = checkpoints.configure()
+    sizes = checkpoints.AXES["M-A"]
     values = {}
     for weight_seed in (7, 8):
-        source = grown.write_checkpoint(tmp_path / f"{weight_seed}", config, seed=weight_seed)
-        made, _ = grown.grow(source, tmp_path / f"{weight_seed}-grown", config, sizes, growth_seed=seed)
-        values[weight_seed] = grown.tensors(made)["layers.1.attention.v.w_a"][:, 15:]
+        source = checkpoints.write_checkpoint(tmp_path / f"{weight_seed}", config, seed=weight_seed)
+        made, _ = checkpoints.grow(source, tmp_path / f"{weight_seed}-grown", config, sizes, growth_seed=seed)
+        values[weight_seed] = checkpoints.tensors(made)["layers.1.attention.v.w_a"][:, 15:]
     assert np.array_equal(values[7], values[8])
-    other, _ = grown.grow(source, tmp_path / "other", config, sizes, growth_seed=seed + 1)
-    assert not np.array_equal(grown.tensors(other)["layers.1.attention.v.w_a"][:, 15:], values[7])
+    other, _ = checkpoints.grow(source, tmp_path / "other", config, sizes, growth_seed=seed + 1)
+    assert not np.array_equal(checkpoints.tensors(other)["layers.1.attention.v.w_a"][:, 15:], values[7])

@@ -4,9 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import grown
 import pytest
-import reference
 import torch
 
 from megatron_nexus.checkpoint.manifest import read_manifest
@@ -14,6 +12,7 @@ from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.commands.nexify_checkpoint import main
 from megatron_nexus.config.command_line import from_saved
 from megatron_nexus.growth.request import with_empty_branch
+from tests.support import checkpoints, reference
 
 QWEN3 = {"projection": "linear", "nexus_m": 0, "nexus_a": 0, "num_query_groups": 1, "qk_layernorm": True}
 WIDTHS = {"nexus_m": 15, "nexus_a": 19}
@@ -22,15 +21,15 @@ TOLERANCE = 1e-12  # float64: sums that end in exact zeros
 
 @pytest.mark.parametrize("init", ["out_rand", "in_rand"])
 def test_the_function_stays_every_new_weight_trains_and_the_branch_grows(init: str, tmp_path: Path) -> None:
-    saved = grown.configure(**QWEN3)
-    source = grown.write_checkpoint(tmp_path / "linear", saved, tp=2)
-    tokens = grown.sample(saved.model)
-    before = reference.logits(grown.weights(source), tokens, dataclasses.asdict(saved.model))
-    made, after = grown.grow(
+    saved = checkpoints.configure(**QWEN3)
+    source = checkpoints.write_checkpoint(tmp_path / "linear", saved, tp=2)
+    tokens = checkpoints.sample(saved.model)
+    before = reference.logits(checkpoints.weights(source), tokens, dataclasses.asdict(saved.model))
+    made, after = checkpoints.grow(
         source, tmp_path / "nexified", with_empty_branch(saved), WIDTHS, init=init, workers=2
     )
     assert (after.model.projection, after.model.nexus_m, after.model.nexus_a) == ("linear_nexus", 15, 19)
-    w = {name: t.requires_grad_() for name, t in grown.weights(made).items()}
+    w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
     new = {name for name in w if name.rpartition(".")[2] in ("w_m", "w_a", "w_d")}
     assert len(new) == 3 * 3 * saved.model.num_layers
     model = dataclasses.asdict(after.model)
@@ -49,8 +48,8 @@ def test_the_function_stays_every_new_weight_trains_and_the_branch_grows(init: s
     assert {region.tensor for region in read_manifest(made).optimizer.grown_regions} == new
 
     larger = {"nexus_m": 20, "nexus_a": 26, "hidden_size": 14}
-    again, last = grown.grow(made, tmp_path / "larger", after, larger, init=init)
-    logits = reference.logits(grown.weights(again), tokens, dataclasses.asdict(last.model))
+    again, last = checkpoints.grow(made, tmp_path / "larger", after, larger, init=init)
+    logits = reference.logits(checkpoints.weights(again), tokens, dataclasses.asdict(last.model))
     assert (logits - before).abs().max() <= TOLERANCE
 
 
@@ -67,17 +66,19 @@ MODELS = {
 def test_a_trained_model_gains_an_order_whose_gates_train_at_once_and_grows_on(
     kind: str, inner: str, tmp_path: Path
 ) -> None:
-    saved = grown.configure(**MODELS[kind])
-    source = grown.write_checkpoint(tmp_path / "order1", saved, tp=2 if kind == "nexus" else 1)
-    tokens = grown.sample(saved.model)
-    before = reference.logits(grown.weights(source), tokens, dataclasses.asdict(saved.model))
+    saved = checkpoints.configure(**MODELS[kind])
+    source = checkpoints.write_checkpoint(tmp_path / "order1", saved, tp=2 if kind == "nexus" else 1)
+    tokens = checkpoints.sample(saved.model)
+    before = reference.logits(checkpoints.weights(source), tokens, dataclasses.asdict(saved.model))
     # With heads and layers in the same step, or with nothing else.
     more = {"num_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 20} if kind == "qwen3" else {}
     more |= {"num_query_groups": 2} if kind == "qwen3" else {}
     sizes = {"attention_order": 2, **more}
-    made, after = grown.grow(source, tmp_path / "order2", saved, sizes, attention_inner=inner, workers=2)
+    made, after = checkpoints.grow(
+        source, tmp_path / "order2", saved, sizes, attention_inner=inner, workers=2
+    )
     assert (after.model.attention_order, after.model.attention_inner) == (2, inner)
-    w = {name: t.requires_grad_() for name, t in grown.weights(made).items()}
+    w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
     gates = {name for name in w if name.endswith("_gate.weight")}
     assert len(gates) == 2 * after.model.num_layers
     model = dataclasses.asdict(after.model)
@@ -94,8 +95,8 @@ def test_a_trained_model_gains_an_order_whose_gates_train_at_once_and_grows_on(
     assert moved > 1e-3
 
     larger = {"hidden_size": 14, "kv_channels": 6, "num_layers": 4}
-    again, last = grown.grow(made, tmp_path / "larger", after, larger)
-    logits = reference.logits(grown.weights(again), tokens, dataclasses.asdict(last.model))
+    again, last = checkpoints.grow(made, tmp_path / "larger", after, larger)
+    logits = reference.logits(checkpoints.weights(again), tokens, dataclasses.asdict(last.model))
     assert (logits - before).abs().max() <= TOLERANCE
 
 
@@ -104,7 +105,7 @@ def test_the_tool_writes_verifies_and_refuses(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("megatron_nexus.commands.nexify_checkpoint.end_on_sigterm", lambda: None)
-    grown.write_checkpoint(tmp_path / "linear", grown.configure(**QWEN3))
+    checkpoints.write_checkpoint(tmp_path / "linear", checkpoints.configure(**QWEN3))
 
     def run(words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["nexify_checkpoint.py", *words.split()])

@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import grown
 import pytest
 
 from megatron_nexus.checkpoint.manifest import read_manifest
@@ -20,6 +19,7 @@ from megatron_nexus.interchange import export as export_module
 from megatron_nexus.interchange import safetensors_writer, tokenizer_files
 from megatron_nexus.interchange.import_checkpoint import import_checkpoint
 from megatron_nexus.interchange.safetensors_folder import open_folder
+from tests.support import checkpoints
 
 VOCABULARY = 500
 
@@ -31,8 +31,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [text for text, _ in zip(standard_library_documents(), range(60), strict=False)]
     train_sentencepiece_bpe(documents, root / "spm.model", VOCABULARY)
     data = {"data_path": ("corpus",), "tokenizer_model": str(root / "spm.model")}
-    grown.write_checkpoint(root / "run", grown.configure(vocab_size=VOCABULARY, **data))
-    grown.write_checkpoint(root / "nameless", grown.configure(data_path=("corpus",)))
+    checkpoints.write_checkpoint(root / "run", checkpoints.configure(vocab_size=VOCABULARY, **data))
+    checkpoints.write_checkpoint(root / "nameless", checkpoints.configure(data_path=("corpus",)))
     return root
 
 
@@ -109,7 +109,7 @@ def test_what_comes_back_knows_the_corpora_of_its_tokenizer(
             open_folder(tmp_path / "hf"),
             tmp_path / "hf",
             tmp_path / folder,
-            grown.configure(vocab_size=VOCABULARY),
+            checkpoints.configure(vocab_size=VOCABULARY),
         )
         found = open_tokenizer(tmp_path / folder / TOKENIZER_FOLDER)
         assert (found.fingerprint == tokenizer.fingerprint) == same

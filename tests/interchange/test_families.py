@@ -13,13 +13,9 @@ from pathlib import Path
 # Before the import: what it keeps of the code of a model goes nowhere else.
 os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}
 
-import grown
 import pytest
-import reference
 import torch
 from safetensors.torch import load_file
-from stock import exact_stock  # noqa: F401 - a fixture
-from test_import_hf import SIZES, import_folder, logits
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +32,8 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.request import with_empty_branch
 from megatron_nexus.interchange.export import export_checkpoint, imported_as
+from tests.interchange.test_import_hf import SIZES, import_folder, logits
+from tests.support import checkpoints, reference
 
 EXACT = 1e-10  # rounding of float64 in sums of at most a hundred terms, over a few layers
 LLAMA3 = {
@@ -88,7 +86,7 @@ def loaded_logits(folder: Path, remote: bool) -> Tensor:
 
 
 @each_family
-@pytest.mark.usefixtures("exact_stock")
+@pytest.mark.usefixtures("float64_hf_models")
 def test_it_is_imported_upcycled_grown_and_exported_as_it_computes(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +105,7 @@ def test_it_is_imported_upcycled_grown_and_exported_as_it_computes(
     assert (loaded_logits(tmp_path / "back", remote=False) - expected).abs().max() < EXACT
 
     widths = {"nexus_m": 30, "nexus_a": 36}
-    upcycled, after_config = grown.grow(checkpoint, tmp_path / "up", with_empty_branch(config), widths)
+    upcycled, after_config = checkpoints.grow(checkpoint, tmp_path / "up", with_empty_branch(config), widths)
     assert (logits(upcycled, after_config, TOKENS) - expected).abs().max() < EXACT
     larger = {"hidden_size": 28, "kv_channels": 8, "ffn_hidden_size": 44, "num_layers": 6, "nexus_m": 34}
     heads = config.model.num_attention_heads + config.model.num_attention_heads // 2
@@ -115,8 +113,10 @@ def test_it_is_imported_upcycled_grown_and_exported_as_it_computes(
     if kind.startswith("olmo2"):  # its norms hold these sizes
         for name in ("kv_channels", "num_layers", "num_attention_heads", "num_query_groups"):
             with pytest.raises(ConfigError, match="grow other sizes of this model"):
-                grown.grow(upcycled, tmp_path / "no", after_config, {name: larger.pop(name)})
-    last, last_config = grown.grow(upcycled, tmp_path / "last", after_config, larger, depth_placement="end")
+                checkpoints.grow(upcycled, tmp_path / "no", after_config, {name: larger.pop(name)})
+    last, last_config = checkpoints.grow(
+        upcycled, tmp_path / "last", after_config, larger, depth_placement="end"
+    )
     assert (logits(last, last_config, TOKENS) - expected).abs().max() < EXACT
     own = export_checkpoint(last, tmp_path / "own", last_config, None, "fp32", 10**9)
     assert own.architecture.files
@@ -146,11 +146,11 @@ def test_a_head_that_training_moved_is_exported_as_its_own(
 ) -> None:
     random_model("qwen2-tied").save_pretrained(tmp_path / "hf")
     checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
-    moved, after = grown.grow(checkpoint, tmp_path / "grown", config, {"vocab_size": 60}, init="random")
+    moved, after = checkpoints.grow(checkpoint, tmp_path / "grown", config, {"vocab_size": 60}, init="random")
     made = export_checkpoint(moved, tmp_path / "back", after, None, "fp32", 10**9)
     assert not made.tied and "lm_head.weight" in load_file(tmp_path / "back" / "model.safetensors")
     tokens = TOKENS[:, :9]
-    expected = reference.logits(grown.weights(moved), tokens, dataclasses.asdict(after.model))
+    expected = reference.logits(checkpoints.weights(moved), tokens, dataclasses.asdict(after.model))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
     with torch.no_grad():
         assert (model(tokens).logits - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -162,4 +162,4 @@ def test_layers_without_rotary_embedding_keep_their_places(
     random_model("smollm3").save_pretrained(tmp_path / "hf")
     checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
     with pytest.raises(ConfigError, match="use --depth-placement end"):
-        grown.grow(checkpoint, tmp_path / "grown", config, {"num_layers": 6})
+        checkpoints.grow(checkpoint, tmp_path / "grown", config, {"num_layers": 6})

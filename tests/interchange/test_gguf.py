@@ -14,10 +14,8 @@ from pathlib import Path
 os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}
 
 import gguf
-import grown
 import numpy as np
 import pytest
-import reference
 import tokenizers
 import torch
 from gguf import GGMLQuantizationType as Quantised
@@ -34,6 +32,7 @@ from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.gguf_tokenizer import write_gguf_tokenizer
 from megatron_nexus.interchange.sentencepiece_model import read_sentencepiece_model
 from megatron_nexus.interchange.tokenizer_files import real_lines
+from tests.support import checkpoints, reference
 
 VOCABULARY = 320
 SIZES = {
@@ -185,7 +184,7 @@ def test_next_tokens_are_those_that_transformers_reads_from_the_file(
     tokens = torch.tensor([ours.encode(documents[0])[:40]])
     with torch.no_grad():
         expected = theirs(tokens).logits
-    found = reference.logits(grown.weights(checkpoint), tokens, vars(config.model))
+    found = reference.logits(checkpoints.weights(checkpoint), tokens, vars(config.model))
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
     # Theirs are computed in float32.
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -12,14 +12,10 @@ from pathlib import Path
 # Before the import: what it keeps of the code of a model goes nowhere else.
 os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}
 
-import grown
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import REPOSITORY, Spawn
 from safetensors.torch import load_file, save_file
-from stock import exact_stock  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -32,6 +28,9 @@ from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.interchange import import_checkpoint
 from megatron_nexus.interchange.export import export_checkpoint
+from tests.support import checkpoints, reference
+from tests.support.paths import REPOSITORY
+from tests.support.subprocesses import Spawn
 
 # Rounding of float64 in sums of at most a hundred terms, over a few layers.
 EXACT = 1e-10
@@ -85,7 +84,7 @@ def import_folder(monkeypatch: pytest.MonkeyPatch, source: Path, root: Path) -> 
 
 
 def logits(checkpoint: Path, config: RunConfig, tokens: Tensor) -> Tensor:
-    return reference.logits(grown.weights(checkpoint), tokens, dataclasses.asdict(config.model))
+    return reference.logits(checkpoints.weights(checkpoint), tokens, dataclasses.asdict(config.model))
 
 
 COMING_BACK: dict[str, dict[str, object]] = {
@@ -115,7 +114,7 @@ COMING_BACK: dict[str, dict[str, object]] = {
 TOKENS = torch.randint(0, SIZES["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.usefixtures("exact_stock")
+@pytest.mark.usefixtures("float64_hf_models")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_logits_are_those_of_transformers_and_nothing_is_held_whole(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,7 +130,7 @@ def test_logits_are_those_of_transformers_and_nothing_is_held_whole(
     reader.verify()
     stored = [chunk for chunks in reader._stored.values() for chunk in chunks]
     assert max(entry.chunk.box.numel for entry in stored) <= 100
-    moments = [grown.tensors(checkpoint, state) for state in ("exp_avg", "exp_avg_sq")]
+    moments = [checkpoints.tensors(checkpoint, state) for state in ("exp_avg", "exp_avg_sq")]
     assert not any(values.any() for state in moments for values in state.values())
     manifest = read_manifest(checkpoint)
     assert manifest.progress.step == manifest.optimizer.step_count == 0
@@ -148,7 +147,7 @@ def test_every_type_and_many_files_are_read(
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     checkpoint, _ = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
     expected = model.state_dict()
-    found = grown.tensors(checkpoint)
+    found = checkpoints.tensors(checkpoint)
     assert np.array_equal(found["embedding.weight"], expected["model.embed_tokens.weight"].float())
     name = "model.layers.1.self_attn.k_norm.weight"
     assert np.array_equal(found["layers.1.attention.k_norm.gain"], expected[name].float())
@@ -169,13 +168,15 @@ def test_what_came_in_goes_out_as_it_was(kind: str, tmp_path: Path, monkeypatch:
 def test_an_exported_nexusformer_comes_back(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = grown.configure(**COMING_BACK[kind])
-    source = grown.write_checkpoint(tmp_path / "run", config)
-    source, config = grown.grow(source, tmp_path / "grown", config, {"hidden_size": 14, "kv_channels": 6})
+    config = checkpoints.configure(**COMING_BACK[kind])
+    source = checkpoints.write_checkpoint(tmp_path / "run", config)
+    source, config = checkpoints.grow(
+        source, tmp_path / "grown", config, {"hidden_size": 14, "kv_channels": 6}
+    )
     export_checkpoint(source, tmp_path / "hf", config, None, "fp32", 10**9)
     checkpoint, again = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "again")
     assert again.model == config.model
-    before, after = grown.tensors(source), grown.tensors(checkpoint)
+    before, after = checkpoints.tensors(source), checkpoints.tensors(checkpoint)
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
@@ -184,7 +185,7 @@ def test_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_model("qwen3").save_pretrained(tmp_path / "hf")
     checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
     sizes = {"ffn_hidden_size": 50, "num_layers": 3, "hidden_size": 30}
-    larger, after = grown.grow(checkpoint, tmp_path / "grown", config, sizes)
+    larger, after = checkpoints.grow(checkpoint, tmp_path / "grown", config, sizes)
     assert (logits(larger, after, TOKENS) - logits(checkpoint, config, TOKENS)).abs().max() < EXACT
 
 

@@ -15,11 +15,8 @@ from pathlib import Path
 # Before the import: what it keeps of the code of a model goes nowhere else.
 os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_OFFLINE": "1"}
 
-import grown
 import pytest
-import reference
 import torch
-from stock import exact_stock  # noqa: F401 - a fixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +27,7 @@ from megatron_nexus.interchange.architecture import NEXUSFORMER, REMOTE_CODE, Ar
 from megatron_nexus.interchange.export import export_checkpoint
 from megatron_nexus.interchange.model_card import loading_code
 from megatron_nexus.interchange.tokenizer_files import real_lines
+from tests.support import checkpoints, reference
 
 # Rounding of float64 in sums of at most a hundred terms, over a few layers.
 EXACT = 1e-10
@@ -82,12 +80,14 @@ class Export:
 
 
 def export(root: Path, grows: bool, **options: object) -> Export:
-    config = grown.configure(**options)
-    source = grown.write_checkpoint(root / "run", config)
+    config = checkpoints.configure(**options)
+    source = checkpoints.write_checkpoint(root / "run", config)
     if grows:
-        source, config = grown.grow(source, root / "grown", config, grown.sizes_for(config, "all"))
+        source, config = checkpoints.grow(
+            source, root / "grown", config, checkpoints.sizes_for(config, "all")
+        )
     made = export_checkpoint(source, root / "hf", config, None, "fp32", 10**9)
-    return Export(root / "hf", config, grown.weights(source), made.architecture)
+    return Export(root / "hf", config, checkpoints.weights(source), made.architecture)
 
 
 @pytest.fixture(scope="module", params=[f"{kind}-{age}" for kind in KINDS for age in ("born", "grown")])
@@ -98,9 +98,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return made
 
 
-@pytest.mark.usefixtures("exact_stock")
+@pytest.mark.usefixtures("float64_hf_models")
 def test_logits_are_those_of_the_equations(exported: Export) -> None:
-    tokens = grown.sample(exported.config.model)
+    tokens = checkpoints.sample(exported.config.model)
     expected = exported.reference_logits(tokens)
     # The eager attention of transformers' own classes takes the softmax in float32.
     implementations = ("sdpa", "eager") if exported.architecture.files else ("sdpa",)
@@ -113,16 +113,16 @@ def test_logits_are_those_of_the_equations(exported: Export) -> None:
 
 @torch.no_grad()
 def test_in_float32_they_are_those_of_transformers_as_it_is(exported: Export) -> None:
-    tokens = grown.sample(exported.config.model)
+    tokens = checkpoints.sample(exported.config.model)
     expected = exported.reference_logits(tokens)
     found = exported.load(torch.float32)(tokens).logits
     # Some hundred roundings of 6e-8, of which few add up.
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.usefixtures("exact_stock")
+@pytest.mark.usefixtures("float64_hf_models")
 def test_a_cache_and_padding_change_nothing(exported: Export) -> None:
-    model, tokens = exported.load(), grown.sample(exported.config.model)
+    model, tokens = exported.load(), checkpoints.sample(exported.config.model)
     expected = exported.reference_logits(tokens)
     with torch.no_grad():
         begun = model(tokens[:, :4], use_cache=True)
@@ -136,10 +136,10 @@ def test_a_cache_and_padding_change_nothing(exported: Export) -> None:
             assert (found - expected).abs().max() < EXACT, f"padding {padding}"
 
 
-@pytest.mark.usefixtures("exact_stock")
+@pytest.mark.usefixtures("float64_hf_models")
 def test_generation_is_greedy_decoding_of_the_equations(exported: Export) -> None:
     model = exported.load()
-    prompts = grown.sample(exported.config.model)[:, :5]
+    prompts = checkpoints.sample(exported.config.model)[:, :5]
     expected = prompts
     for _ in range(6):
         last = exported.reference_logits(expected)[:, -1]
@@ -156,9 +156,9 @@ def test_generation_is_greedy_decoding_of_the_equations(exported: Export) -> Non
     assert torch.equal(together[1, 5:], alone[0, 3:])
 
 
-@pytest.mark.usefixtures("exact_stock")
+@pytest.mark.usefixtures("float64_hf_models")
 def test_it_trains_and_tells_its_loss(exported: Export) -> None:
-    model, tokens = exported.load(), grown.sample(exported.config.model)
+    model, tokens = exported.load(), checkpoints.sample(exported.config.model)
     model.activation_checkpointing_enable()
     loss = model.train()(tokens, labels=tokens, use_cache=False).loss
     shifted = reference.loss(
@@ -195,14 +195,14 @@ NEWER = {"rope_parameters", "dtype"}
 @pytest.mark.parametrize("kind", ["qwen3", "transformer++"])
 def test_the_keys_of_transformers_4_alone_tell_the_same_model(kind: str, tmp_path: Path) -> None:
     made = export(tmp_path, grows=False, **{**KINDS[kind], "rotary_base": 5e5})
-    expected = made.load("auto")(grown.sample(made.config.model)).logits
+    expected = made.load("auto")(checkpoints.sample(made.config.model)).logits
     path = made.folder / "config.json"
     record = json.loads(path.read_text())
     assert record.keys() >= NEWER
     path.write_text(json.dumps({name: value for name, value in record.items() if name not in NEWER}))
     found = made.load("auto")
     assert found.dtype is torch.float32
-    assert torch.equal(found(grown.sample(made.config.model)).logits, expected)
+    assert torch.equal(found(checkpoints.sample(made.config.model)).logits, expected)
 
 
 def test_its_code_says_which_transformers_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +216,8 @@ def test_its_tokenizer_gives_the_ids_of_training(tmp_path: Path) -> None:
     documents = [text for text, _ in zip(standard_library_documents(), range(120), strict=False)]
     train_sentencepiece_bpe(documents, tmp_path / "spm.model", 700)
     trained = SentencePieceTokenizer(tmp_path / "spm.model")
-    config = grown.configure(vocab_size=700)
-    source = grown.write_checkpoint(tmp_path / "run", config)
+    config = checkpoints.configure(vocab_size=700)
+    source = checkpoints.write_checkpoint(tmp_path / "run", config)
     made = export_checkpoint(source, tmp_path / "hf", config, trained, "fp32", 10**9)
     assert "20,000 lines the same ids" in made.tokenizer
     printed: dict[str, object] = {}  # a question would fail: nobody answers it

@@ -5,11 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-import grown
 import numpy as np
 import pytest
 import torch
-from processes import TESTS, run_ranks
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.store import STATES
@@ -20,6 +18,9 @@ from megatron_nexus.models.decoder import DecoderStage, stage_layers
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
+from tests.support import checkpoints
+from tests.support.paths import TESTS
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -58,8 +59,8 @@ def module_names(config: RunConfig, stages: int) -> dict[str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the engines left behind."""
     folder = tmp_path_factory.mktemp("universal")
-    config = grown.configure(**FLAGS)
-    source = grown.write_checkpoint(folder / "source", config)
+    config = checkpoints.configure(**FLAGS)
+    source = checkpoints.write_checkpoint(folder / "source", config)
     with pytest.MonkeyPatch.context() as patch:
         for stages in (1, 2):
             names = folder / f"names-{stages}.json"
@@ -72,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases = [
         {
             "name": name,
-            "flags": {**grown.SIZES, "micro_batch_size": 1, "global_batch_size": 4, **FLAGS, **kind},
+            "flags": {**checkpoints.SIZES, "micro_batch_size": 1, "global_batch_size": 4, **FLAGS, **kind},
             "source": str(source),
             "universal": f"{folder}/universal-{kind.get('pipeline_model_parallel_size', 1)}",
         }
@@ -88,27 +89,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_deepspeed_loads_the_export_bit_for_bit_and_trains_on_from_it(kind: str, folder: Path) -> None:
     source, loaded = folder / "source" / "iter_0000040", folder / kind / "deepspeed" / "iter_0000040"
     for state in STATES:
-        expected, found = grown.tensors(source, state), grown.tensors(loaded, state)
+        expected, found = checkpoints.tensors(source, state), checkpoints.tensors(loaded, state)
         assert expected.keys() == found.keys()
         assert all(np.array_equal(found[name], values) for name, values in expected.items()), state
     ours, theirs = read_manifest(source), read_manifest(loaded)
-    assert theirs.optimizer.step_count == ours.optimizer.step_count == grown.STEP
+    assert theirs.optimizer.step_count == ours.optimizer.step_count == checkpoints.STEP
     assert theirs.engine == ours.engine
     for rank in range(2):
         record = json.loads((folder / kind / f"rank_{rank}.json").read_text())
         assert record["deepspeed"]["losses"] == record["package"]["losses"]
         assert record["deepspeed"]["groups"] == record["package"]["groups"]
-        assert record["deepspeed"]["iteration"] == grown.STEP
+        assert record["deepspeed"]["iteration"] == checkpoints.STEP
 
 
 def test_the_layout_is_as_described(folder: Path) -> None:
     root = folder / "universal-1"
     tag = (root / "latest_universal").read_text()
     assert tag == "global_step40"
-    config = grown.configure(**FLAGS)
+    config = checkpoints.configure(**FLAGS)
     for theirs in module_names(config, 1).values():
         held = {path.name for path in (root / tag / "zero" / theirs).iterdir()}
         assert held == {"fp32.pt", "exp_avg.pt", "exp_avg_sq.pt", "step.pt"}
     client = torch.load(root / tag / "mp_rank_00_model_states.pt", weights_only=True)
-    assert client["consumed_samples"] == 4 * grown.STEP
+    assert client["consumed_samples"] == 4 * checkpoints.STEP
     assert client["config"]["model"] == dataclasses.asdict(config.model)

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import reference
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +22,7 @@ from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.spec.param import Constant
 from megatron_nexus.spec.shard import Shard
+from tests.support import reference
 
 ALONE = Context(TensorParallel(None), Shard(0, 1), seed=3, dtype=torch.float64)
 MODEL = ModelConfig(

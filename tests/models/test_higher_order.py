@@ -6,9 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from test_decoder import ALL, ALONE, MODEL
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +20,8 @@ from megatron_nexus.models.decoder import DecoderStage, Loss, decoder_specs
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.models.rotary import rotary_tables, rotate
 from megatron_nexus.spec.param import Constant
+from tests.models.test_decoder import ALL, ALONE, MODEL
+from tests.support import reference
 
 GROUPED = {"projection": "linear", "num_query_groups": 1, "qk_layernorm": True}
 PROJECTIONS = {

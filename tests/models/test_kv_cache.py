@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from test_decoder import ALL, ALONE, MODEL, MODELS, open_gates
 from torch import Tensor
 
 from megatron_nexus.models.decoder import DecoderStage
 from megatron_nexus.models.kv_cache import KeyValueCache
+from tests.models.test_decoder import ALL, ALONE, MODEL, MODELS, open_gates
 
 LENGTH = 12
 ORDER_3: dict[str, object] = {"attention_order": 3, "num_query_groups": 1}

@@ -3,15 +3,15 @@
 import dataclasses
 
 import pytest
-import reference
 import torch
-from law_worker import document_positions
-from test_decoder import ALL, ALONE, MODEL
 from torch import Tensor
 
 from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
+from tests.models.test_decoder import ALL, ALONE, MODEL
+from tests.support import reference
+from tests.support.train_worker import document_positions
 
 BATCH, LENGTH = 3, 24
 APART = dataclasses.replace(ALONE, reset_position_ids=True, reset_attention_mask=True)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from test_decoder import ALONE, MODEL, MODELS
 
 from megatron_nexus.models.feed_forward import FeedForward
 from megatron_nexus.models.norm import NonParametricLayerNorm
 from megatron_nexus.models.pattention import Pattention, squared_length
+from tests.models.test_decoder import ALONE, MODEL, MODELS
 
 TOKENFORMER = dataclasses.replace(MODEL, **MODELS["tokenformer"])
 

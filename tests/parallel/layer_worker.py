@@ -10,9 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import reference
 import torch
-from processes import PATIENCE_S
 from torch import Tensor, nn
 
 from megatron_nexus.config.run_config import ModelConfig
@@ -27,6 +25,8 @@ from megatron_nexus.parallel.world import read_world
 from megatron_nexus.spec.initialise import logical_values
 from megatron_nexus.spec.param import Constant
 from megatron_nexus.spec.shard import Box, Shard
+from tests.support import reference
+from tests.support.waiting import TIMEOUT_S
 
 SEED = 5
 # No width divides by 2 or 4, so every split axis is padded.
@@ -147,7 +147,7 @@ def run_case(mesh: Mesh, case: dict) -> float:
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     world = read_world(os.environ)
-    mesh = make_mesh(world, tensor_size=world.size, pipe_size=1, timeout_s=PATIENCE_S)
+    mesh = make_mesh(world, tensor_size=world.size, pipe_size=1, timeout_s=TIMEOUT_S)
     errors = {case["name"]: run_case(mesh, case) for case in cases}
     (out / f"errors_{world.size}_{world.rank}.json").write_text(json.dumps(errors))
     close_mesh()

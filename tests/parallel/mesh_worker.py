@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes import PATIENCE_S
 
 from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
+from tests.support.waiting import TIMEOUT_S
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     # Enough for one group of two ranks, not for four groups of four.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(in_use) + 16, hard))
-    mesh = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=PATIENCE_S)
+    mesh = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=TIMEOUT_S)
     total = torch.ones(1)
     dist.all_reduce(total, group=mesh.data_group)
     assert total.item() == mesh.world_size

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Spawn, wait_for
+
+from tests.support.subprocesses import Spawn
+from tests.support.waiting import wait_for
 
 # Real chains: the command, its launcher for this machine, the rank.
 PARENT = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"

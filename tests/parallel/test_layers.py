@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import TESTS, run_ranks
+
+from tests.support.paths import TESTS
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.torch_versions
 # All is float64: what remains is the order of summation, about 1e-15 for each of a few dozen products.

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Program, Spawn, wait_for
-from processes import allowed
 
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS, parse_exit_signals
 from megatron_nexus.parallel.local_ranks import missing_ranks
 from megatron_nexus.parallel.world import World
+from tests.support.paths import REPOSITORY
+from tests.support.subprocesses import Program, Spawn
+from tests.support.waiting import scaled_by_load, wait_for
 
 # Runs its arguments as local ranks: `python -c PARENT count script ...`.
 PARENT = """
@@ -118,7 +119,7 @@ def test_when_one_rank_fails_those_that_hang_are_ended_within_ten_seconds(start:
     run.await_ready(3)
     began = time.monotonic()
     assert run.end()[0] == 3
-    assert time.monotonic() - began < allowed(10.0)
+    assert time.monotonic() - began < scaled_by_load(10.0)
 
 
 def test_a_killed_rank_is_named_and_ends_the_run(start: Start) -> None:

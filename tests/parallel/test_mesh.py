@@ -1,7 +1,9 @@
 """The mesh: what it asks of the system."""
 
 import pytest
-from processes import TESTS, run_ranks
+
+from tests.support.paths import TESTS
+from tests.support.ranks import run_ranks
 
 
 @pytest.mark.slow

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cluster import Slurm, install, missing_programs, slurm
-from conftest import REPOSITORY, wait_for
-from processes import PATIENCE_S, free_port
-from programs import ENDLESS
 
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
+from tests.slurm.slurm_cluster import Slurm, install, missing_programs, slurm
+from tests.support.cli import ENDLESS
+from tests.support.paths import REPOSITORY
+from tests.support.ports import free_port
+from tests.support.waiting import TIMEOUT_S, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -88,9 +89,9 @@ def log_of(folder: Path, job: str) -> Path:
 
 def finish(cluster: Slurm, log: Path, job: str) -> str:
     """Wait for the job's end, which must be a success; its log."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while (state := cluster.job(job)["JobState"]) in ALIVE:
-        assert time.monotonic() < deadline, f"{state} after {PATIENCE_S:.0f} s:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"{state} after {TIMEOUT_S:.0f} s:\n{log.read_text()[-3000:]}"
         if state == "PENDING" and cluster.job(job)["Restarts"] != "0":
             cluster.start_now(job)
         time.sleep(0.3)
@@ -121,7 +122,7 @@ def go_on(cluster: Slurm, job: str, log: Path, resumed: int = 1) -> None:
     """Wait until a job has resumed so many times and trained on after the last; then cancel it."""
     line = r"^resumed \S+/iter_\d+ at iteration \d+.*"
     pattern = re.compile(line * resumed + "^iteration ", re.MULTILINE | re.DOTALL)
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not pattern.search(log.read_text()):
         known = cluster.job(job)
         told = (

@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from processes import run_ranks
+
+from tests.support.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("gradients_worker.py")
 FLAGS = {

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import TESTS, run_ranks
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.training.metrics import read_metrics
+from tests.support.paths import TESTS
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

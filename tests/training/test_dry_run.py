@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCHER_VARIABLES, REPOSITORY
-from processes import PATIENCE_S, run_ranks
 
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
 from megatron_nexus.training.memory_plan import plan_memory
+from tests.support.paths import REPOSITORY
+from tests.support.ranks import run_ranks
+from tests.support.subprocesses import LAUNCHER_VARIABLES
+from tests.support.waiting import TIMEOUT_S
 
 pytestmark = pytest.mark.torch_versions
 WORKER = Path(__file__).with_name("memory_worker.py")
@@ -81,7 +83,7 @@ def dry_run(*words: str, env: dict[str, str] | None = None) -> subprocess.Comple
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
     )
 
 

@@ -3,9 +3,9 @@
 import tomllib
 
 import pytest
-from processes import REPOSITORY
 
 from megatron_nexus.training.machine import TESTED_TORCH, core_share, untested_torch
+from tests.support.paths import REPOSITORY
 
 ALL = [str(core) for core in range(8)]
 

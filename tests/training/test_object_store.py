@@ -8,9 +8,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import wait_for
-from processes import PATIENCE_S, free_port
-from programs import ENDLESS, Command, assert_refused, commands, summary
 
 from megatron_nexus.checkpoint import location
 from megatron_nexus.checkpoint.location import ObjectPath
@@ -18,6 +15,9 @@ from megatron_nexus.checkpoint.run_dir import complete_checkpoints, find_checkpo
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
+from tests.support.cli import ENDLESS, Command, assert_refused, commands, summary
+from tests.support.ports import free_port
+from tests.support.waiting import TIMEOUT_S, wait_for
 
 pytest.importorskip("s3fs", reason="requirements-dev.txt has it")
 pytest.importorskip("moto", reason="requirements-dev.txt has it")
@@ -65,7 +65,7 @@ def server() -> Iterator[None]:
         wait_for(bucket_is_made, "the server's bucket")
         yield
         running.send_signal(signal.SIGTERM)
-        running.wait(PATIENCE_S)
+        running.wait(TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from law_worker import STEPS, document_positions, global_batches, scored_texts
-from processes import TESTS, run_ranks
 from torch import Tensor
 
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -26,6 +23,10 @@ from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.initialise import local_values
 from megatron_nexus.spec.shard import Box, Shard
+from tests.support import reference
+from tests.support.paths import TESTS
+from tests.support.ranks import run_ranks
+from tests.support.train_worker import STEPS, document_positions, global_batches, scored_texts
 
 # M, A, the feed-forward and the vocabulary divide by no tensor-parallel size; gradients are clipped.
 FLAGS = {
@@ -222,7 +223,7 @@ def test_training_equals_plain_pytorch_at_every_topology(world: int, tmp_path: P
     cases = _cases(world)
     listed = [{"name": name, "flags": flags} for name, flags in cases.items()]
     (tmp_path / "cases.json").write_text(json.dumps(listed))
-    run_ranks(world, TESTS / "training" / "law_worker.py", str(tmp_path / "cases.json"), str(tmp_path))
+    run_ranks(world, TESTS / "support" / "train_worker.py", str(tmp_path / "cases.json"), str(tmp_path))
     failed = {}
     for name, flags in cases.items():
         try:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import TESTS, run_ranks
 
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.spec.shard import Box
+from tests.support.paths import TESTS
+from tests.support.ranks import run_ranks
 
 MODEL = (
     "--vocab-size 61 --num-layers 2 --hidden-size 16 --num-attention-heads 4 --kv-channels 6 "

@@ -10,8 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-import law_worker
-
 from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.writer import SaveRequest
@@ -20,6 +18,7 @@ from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training import engine as engine_module
 from megatron_nexus.training.engine import Engine
+from tests.support import train_worker
 
 derived_config = engine_module.deepspeed_config
 
@@ -42,11 +41,11 @@ def load(case: dict, how: str, out: Path, index: int) -> dict:
         load_checkpoint(Path(case["source"]), engine.deepspeed, engine.parameters, mesh, engine.shard)
         client = {}
     folder = out / case["name"] / how
-    law_worker.save(engine, mesh, folder, SaveRequest(RunProgress(40, 0, 0, 0), {}, ""))
-    batches = law_worker.global_batches(
+    train_worker.save(engine, mesh, folder, SaveRequest(RunProgress(40, 0, 0, 0), {}, ""))
+    batches = train_worker.global_batches(
         config.model.vocab_size, training.global_batch_size, training.seq_length
     )
-    mine = law_worker.my_batches(batches, training.micro_batch_size, mesh, None)
+    mine = train_worker.my_batches(batches, training.micro_batch_size, mesh, None)
     losses = [engine.train_step(mine, 1e-3).loss for _ in range(2)]
     groups = [
         {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from conftest import REPOSITORY, Program, Spawn, spawner
 
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
+from tests.support.paths import REPOSITORY
+from tests.support.subprocesses import Program, Spawn, spawner
 
 VOCABULARY = 97
 PYTHON = [sys.executable]

@@ -1,6 +1,6 @@
 """A toy model on real DeepSpeed engines, in real processes, for test_checkpoint_engines.py.
 
-    python checkpoint_toy.py FOLDER
+    python engines_worker.py FOLDER
 
 imports torch and DeepSpeed once and forks the ranks of each start, which import nothing more.
 
@@ -24,13 +24,11 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import warm_rank  # noqa: F401 - what the ranks would import
-from checkpoint_kinds import FOUR_RANKS, KILLED, STARTS, Kind, at_step
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-from processes import free_port
 from torch import Tensor, nn
 
+import tests.support.rank_preload  # noqa: F401 - what the ranks would import
 from megatron_nexus.checkpoint import writer
 from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
@@ -44,6 +42,8 @@ from megatron_nexus.parallel.world import read_world
 from megatron_nexus.spec.initialise import local_values
 from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Shard
+from tests.checkpoint.engine_kinds import FOUR_RANKS, KILLED, STARTS, Kind, at_step
+from tests.support.ports import free_port
 
 D, M = 7, 13  # odd, so that every shard, range and buffer is padded
 WIDTH, INNER = Axis("hidden", D), Axis("inner", M, Layout.SPLIT)

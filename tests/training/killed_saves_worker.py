@@ -1,6 +1,6 @@
 """Kill a run at random moments around its saves, resume it, and see that nothing it had reported was lost.
 
-    python kill_saves.py FOLDER --kills 50
+    python tests/training/killed_saves_worker.py FOLDER --kills 50
 
 Every life of the run is a real one of the command, on one rank and now and then on two, saving after each
 step, by turns at once and beside the training; it ends by SIGKILL. torch is imported once, every rank forked.
@@ -21,10 +21,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-import warm_rank  # noqa: F401 - what the ranks would import
-from processes import PATIENCE_S, free_port
-from programs import SMALL
 
+import tests.support.rank_preload  # noqa: F401 - what the ranks would import
 from megatron_nexus import log
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -34,6 +32,9 @@ from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.metrics import METRICS_FILE
 from megatron_nexus.training.run import run
+from tests.support.cli import SMALL
+from tests.support.ports import free_port
+from tests.support.waiting import TIMEOUT_S
 
 FLAGS = "--train-iters 100000 --save-interval 1 --keep-latest 2 --keep-every 25 --load auto --save"
 MODEL_PARALLEL = {1: [], 2: ["--pp", "2"]}
@@ -72,7 +73,7 @@ def names(root: Path) -> list[str]:
 
 
 def wait(ready: object, started: list[BaseProcess], root: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not ready():
         alive = all(process.is_alive() for process in started) and time.monotonic() < deadline
         assert alive, "\n".join(output_of(root, rank).read_text() for rank in range(len(started)))

@@ -14,7 +14,7 @@ from transformers.models.smollm3 import modeling_smollm3
 
 
 @pytest.fixture
-def exact_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+def float64_hf_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own norms and angles in float64 where the model is: they come rounded to float32."""
 
     def norm(self: nn.Module, x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import PATIENCE_S, free_port
+from tests.support.ports import free_port
+from tests.support.waiting import TIMEOUT_S
 
 PACKAGES = ["slurm-wlm", "munge", "libpmix-dev"]
 """The last is what `srun --mpi=pmix` loads."""
@@ -74,7 +75,7 @@ def install() -> str:
     for words in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", *PACKAGES]):
         try:
             done = subprocess.run(
-                ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+                ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"apt-get {words[0]}: {error}"
@@ -100,7 +101,7 @@ class Slurm:
         """The output of a SLURM command; fails with what it said."""
         environment = {**self.environment, **(extra or {})}
         done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
         assert done.returncode == 0, (
             f"{' '.join(command)}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -163,10 +164,10 @@ def slurm(folder: Path) -> Iterator[Slurm]:
                     stderr=subprocess.DEVNULL,
                 )
             )
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while _idle(cluster) < len(nodes):
             assert time.monotonic() < deadline, (
-                f"the nodes are not idle after {PATIENCE_S:.0f} s:\n{cluster.logs()}"
+                f"the nodes are not idle after {TIMEOUT_S:.0f} s:\n{cluster.logs()}"
             )
             time.sleep(0.3)
         yield cluster

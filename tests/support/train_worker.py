@@ -1,6 +1,6 @@
 """One rank of the parity tests: trains each given case for a few steps and records what it saw.
 
-Usage: law_worker.py CASES.json OUT_FOLDER; the launcher's variables come from the environment.
+Usage: train_worker.py CASES.json OUT_FOLDER; the launcher's variables come from the environment.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from processes import PATIENCE_S
 from torch import Tensor
 
 from megatron_nexus.checkpoint.manifest import RunProgress, read_manifest
@@ -30,6 +29,7 @@ from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_adam import install_bias_correction
 from megatron_nexus.training.scoring import Judge, Scoring, Text
+from tests.support.waiting import TIMEOUT_S
 
 STEPS = 5
 
@@ -115,7 +115,7 @@ def run_case(case: dict, out: Path, index: int) -> None:
     check(config, world.size)
     parallel, training = config.parallel, config.training
     mesh = make_mesh(
-        world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, PATIENCE_S
+        world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, TIMEOUT_S
     )
     engine = Engine(config, mesh)
     if "load" in case:

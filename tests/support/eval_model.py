@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import grown
-import pytest
 import torch
 
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
+from megatron_nexus.data.sentencepiece_tokenizer import train_sentencepiece_bpe
 from megatron_nexus.evaluation.loaded_model import LoadedModel, load_model
+from tests.support import checkpoints
 
 SEQ_LENGTH = 48
 PIECES = 400
@@ -30,26 +29,9 @@ def write_tokenizer(folder: Path) -> Path:
 def write_run(root: Path, tokenizer: Path, **options: object) -> tuple[Path, RunConfig]:
     """A run's folder with one checkpoint, and its configuration."""
     own = {"seq_length": SEQ_LENGTH, "data_path": ("corpus",), "tokenizer_model": str(tokenizer)}
-    config = grown.configure(**{**own, "vocab_size": PIECES + 16, **options})
-    return grown.write_checkpoint(root, config, tp=2), config
+    config = checkpoints.configure(**{**own, "vocab_size": PIECES + 16, **options})
+    return checkpoints.write_checkpoint(root, config, tp=2), config
 
 
 def load(checkpoint: Path, config: RunConfig, dtype: torch.dtype = torch.float64) -> LoadedModel:
     return load_model(checkpoint, config.model, config.training.seq_length, torch.device("cpu"), dtype)
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture(scope="session")
-def run(
-    tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, RunConfig]:
-    return write_run(tmp_path_factory.mktemp("judged") / "run", tokenizer.model_path)
-
-
-@pytest.fixture(scope="session")
-def loaded(run: tuple[Path, RunConfig]) -> LoadedModel:
-    return load(*run)

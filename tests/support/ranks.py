@@ -3,9 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
-import random
 import runpy
-import socket
 import sys
 import tempfile
 import time
@@ -14,60 +12,26 @@ from pathlib import Path
 from unittest import mock
 
 from megatron_nexus.parallel.local_ranks import die_with_parent
+from tests.support.paths import REPOSITORY
+from tests.support.ports import free_port
+from tests.support.waiting import TIMEOUT_S
 
-TESTS = Path(__file__).parent
-REPOSITORY = TESTS.parent
-
-PATIENCE_S = 600.0
-"""How long a test waits for other processes: a busy machine fails no test, a run that hangs does."""
 PEERS_PATIENCE_S = 6.0
 """How long the other ranks may take to say what they know of one that has failed."""
 
 RANKS = multiprocessing.get_context("forkserver")
 """Forks the ranks from one process that has imported torch and DeepSpeed: seconds of each rank's start."""
-RANKS.set_forkserver_preload(["warm_rank"])
+RANKS.set_forkserver_preload(["tests.support.rank_preload"])
 
-_PORTS = range(10_000, 20_000)
-"""Below those that a job's ranks meet at (`world.PORTS`) and those that Linux hands out."""
 _CASES = 200
 """How many cases, one after the other and each at a port of its own, a start of ranks has at most."""
-_next_port = random.SystemRandom().randrange(len(_PORTS))
 
 
-def free_port(count: int = 1) -> int:
-    """A TCP port that nobody listens on and no other test is given meanwhile; the first of `count` in a row.
-
-    Each process of the tests has a share of the ports for itself and its children, and goes round in it.
-    """
-    global _next_port
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    share = len(_PORTS) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    while True:
-        _next_port = (_next_port + count) % (share - count)
-        ports = _PORTS[worker * share + _next_port :][:count]
-        if all(map(_is_free, ports)):
-            return ports[0]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
-def allowed(quiet_s: float) -> float:
-    """What `quiet_s` seconds of a machine with nothing else to do are on this one, by its load."""
-    return quiet_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
-def run_ranks(count: int, worker: Path, *arguments: str, timeout_s: float = 3 * PATIENCE_S) -> None:
+def run_ranks(count: int, worker: Path, *arguments: str, timeout_s: float = 3 * TIMEOUT_S) -> None:
     """Run `worker` on `count` ranks with gloo; fails with its output where a rank fails."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(TESTS)]),
+        "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "WORLD_SIZE": str(count),
@@ -106,5 +70,4 @@ def _be_rank(environment: Mapping[str, str], output: str, words: list[str]) -> N
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).parent))
     runpy.run_path(words[0], run_name="__main__")
