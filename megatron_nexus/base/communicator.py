@@ -31,7 +31,7 @@ class Communicator(Protocol):
         """Send a picklable message; may wait until `rank` looks for messages."""
 
     def received(self) -> Iterator[object]:
-        """The messages that have arrived since the last call, those of one sender in order."""
+        """Yield the messages that have arrived since the last call, those of one sender in order."""
 
     def abort(self) -> None:
         """End all ranks at once."""
@@ -76,7 +76,7 @@ class MpiCommunicator:
         self._world.send(message, rank)
 
     def received(self) -> Iterator[object]:
-        """The messages that have arrived since the last call, those of one sender in order."""
+        """Yield the messages that have arrived since the last call, those of one sender in order."""
         while self._world.iprobe():
             yield self._world.recv()
 
@@ -86,7 +86,7 @@ class MpiCommunicator:
 
 
 def wait_for_message(comm: Communicator) -> object:
-    """The next message; waits for it."""
+    """Wait for the next message and return it."""
     while True:
         for message in comm.received():
             return message
@@ -94,7 +94,7 @@ def wait_for_message(comm: Communicator) -> object:
 
 
 def get_communicator(environment: Mapping[str, str]) -> Communicator:
-    """The comm that the environment describes.
+    """Return the communicator of the processes that the environment describes.
 
     Raises:
         ConfigError: several processes were started, and MPI is missing or of another kind.

@@ -59,7 +59,7 @@ def with_types(record: Record) -> Record:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a parsed value is one of a type: JSON has lists for tuples, and 1 may stand for 1.0."""
+    """Return whether a parsed value has a type; JSON has lists for tuples, and 1 may stand for 1.0."""
     origin, arguments = get_origin(hint), [one for one in get_args(hint) if one is not ...]
     if hint is Any:
         return True

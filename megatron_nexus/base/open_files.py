@@ -1,13 +1,13 @@
-"""Open files: more than the 1024 that most processes begin with, as far as the system allows."""
+"""The limit of open files: raised above the 1024 that most processes start with."""
 
 import resource
 
 OTHER_FILES = 512
-"""Those of libraries, shared memory and checkpoints, beside what a caller counts."""
+"""Files of libraries, shared memory and checkpoints, which callers do not count."""
 
 
 def allow_open_files(count: int) -> None:
-    """Let this process have `count` files or connections open, beside others, or as many as it may."""
+    """Raise this process's limit so that it can open `count` files or connections beside others."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OTHER_FILES
     if hard != resource.RLIM_INFINITY:

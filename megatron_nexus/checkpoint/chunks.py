@@ -1,4 +1,4 @@
-"""Chunks: how a flat range of a rank's tensor is made of rectangular parts of the logical tensor.
+"""Chunks: the boxes of logical tensors that a flat range of a rank's tensor consists of.
 
 ZeRO cuts row-major local tensors into flat ranges. Such a range is a few boxes: part of a first row, whole
 rows, part of a last row; at most 2 (n - 1) + 1 of them in n dimensions. Each box is cropped to the
@@ -42,7 +42,7 @@ class FragmentBox:
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The boxes, each contiguous, that make up the elements [start, stop) of a row-major tensor."""
+    """Yield the contiguous boxes that make up the elements [start, stop) of a row-major tensor."""
     if start >= stop:
         return
     if len(shape) == 1:
@@ -68,7 +68,7 @@ def _within_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iter
 
 
 def split_box(box: Box, most: int) -> Iterator[Box]:
-    """Parts of `box` of at most `most` elements, cut along its first axis that is longer than one.
+    """Split `box` into boxes of at most `most` elements, along its first axis that is longer than one.
 
     Parts of a contiguous box are contiguous: all axes before that one have the length one.
     """
@@ -106,12 +106,12 @@ def fragment_boxes(
 
 
 def full_box(shape: tuple[int, ...]) -> Box:
-    """All of a logical tensor."""
+    """Return the box of a whole logical tensor."""
     return Box((0,) * len(shape), shape)
 
 
 def intersect(one: Box, other: Box) -> Box | None:
-    """What two boxes share, or None."""
+    """Return the intersection of two boxes, or None if it is empty."""
     starts = [max(a, b) for a, b in zip(one.offsets, other.offsets, strict=True)]
     stops = [
         min(a + m, b + n)
@@ -122,7 +122,7 @@ def intersect(one: Box, other: Box) -> Box | None:
 
 
 def index_within(box: Box, outer: Box) -> tuple[slice, ...]:
-    """The index of `box` in an array that holds `outer`."""
+    """Return the index of `box` in an array that holds `outer`."""
     return tuple(
         slice(offset - origin, offset - origin + size)
         for offset, size, origin in zip(box.offsets, box.sizes, outer.offsets, strict=True)
@@ -140,14 +140,14 @@ class BoxIndex:
         self._stops = self._starts + np.array([box.sizes for box in boxes])
 
     def overlapping(self, box: Box) -> list[int]:
-        """The numbers of the boxes that share an element with `box`, ascending."""
+        """Return the indices of the boxes that share an element with `box`, ascending."""
         start = np.array(box.offsets)
         shared = np.minimum(self._stops, start + box.sizes) > np.maximum(self._starts, start)
         return np.flatnonzero(shared.all(axis=1)).tolist()
 
 
 def are_disjoint(boxes: Sequence[Box]) -> bool:
-    """Whether no element lies in two of the boxes."""
+    """Return whether no element lies in two of the boxes."""
     if len(boxes) < 2:
         return True
     starts = np.array([box.offsets for box in boxes])

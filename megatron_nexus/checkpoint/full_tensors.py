@@ -1,4 +1,4 @@
-"""Whole tensors: a checkpoint's logical tensors in the memory of one process, from any topology."""
+"""Read whole logical tensors of a checkpoint into the memory of one process."""
 
 import torch
 from torch import Tensor

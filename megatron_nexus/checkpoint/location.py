@@ -19,7 +19,7 @@ SCHEME = "://"
 
 @cache
 def file_system(protocol: str) -> "AbstractFileSystem":
-    """The object store of a protocol. Raises ConfigError where its library is not installed."""
+    """Return the object store of a protocol. Raises ConfigError if its library is not installed."""
     import fsspec  # here: only object stores need it
 
     try:
@@ -33,7 +33,7 @@ def file_system(protocol: str) -> "AbstractFileSystem":
 
 @cache
 def _foreign_errors(protocol: str) -> tuple[type[Exception], ...]:
-    """Errors of a store's library that are no OSError: a server that cannot be reached, no credentials."""
+    """Return the errors of a store's library that are not OSErrors: no connection, no credentials."""
     if protocol != "s3":
         return ()
     from botocore.exceptions import BotoCoreError
@@ -69,17 +69,17 @@ class ObjectPath:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last component."""
         return self.key.rpartition("/")[2]
 
     @property
     def parent(self) -> "ObjectPath":
-        """What it lies in; a bucket lies in itself."""
+        """The folder that holds it; a bucket is its own parent."""
         return ObjectPath(f"{self.protocol}{SCHEME}{self.key.rpartition('/')[0] or self.key}")
 
     @property
     def store(self) -> "AbstractFileSystem":
-        """The store that it is a name in."""
+        """The store that holds the object."""
         return file_system(self.protocol)
 
     @contextmanager
@@ -100,27 +100,27 @@ class ObjectPath:
             return question(self.store)
 
     def resolve(self) -> "ObjectPath":
-        """Itself: there are no links."""
+        """Return itself: there are no links."""
         return self
 
     def exists(self) -> bool:
-        """Whether it is an object or a folder."""
+        """Return whether it is an object or a folder."""
         return bool(self._ask(lambda store: store.exists(self.key)))
 
     def is_file(self) -> bool:
-        """Whether it is an object."""
+        """Return whether it is an object."""
         return bool(self._ask(lambda store: store.isfile(self.key)))
 
     def is_dir(self) -> bool:
-        """Whether an object lies in it."""
+        """Return whether an object lies in it."""
         return bool(self._ask(lambda store: store.isdir(self.key)))
 
     def is_symlink(self) -> bool:
-        """Never."""
+        """Return False: an object store has no links."""
         return False
 
     def iterdir(self) -> "Iterator[ObjectPath]":
-        """What lies in it. Raises FileNotFoundError where nothing does."""
+        """Yield what lies in it. Raises FileNotFoundError if nothing does."""
         with self.named_in_errors():
             found = self.store.ls(self.key, detail=False)
         yield from (
@@ -128,27 +128,27 @@ class ObjectPath:
         )
 
     def read_bytes(self) -> bytes:
-        """All of an object."""
+        """Return all bytes of the object."""
         return self.read_range(None, None)
 
     def read_range(self, start: int | None, stop: int | None) -> bytes:
-        """The bytes [start, stop) of an object."""
+        """Return the bytes [start, stop) of the object."""
         with self.named_in_errors():
             contents = self.store.cat_file(self.key, start=start, end=stop)
         assert isinstance(contents, bytes), "asked for one object"
         return contents
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """All of an object, decoded."""
+        """Return the whole object, decoded."""
         return self.read_bytes().decode(encoding, errors)
 
     def write_text(self, text: str) -> None:
-        """Make or replace an object, at once."""
+        """Create or replace the object in one request."""
         with self.named_in_errors():
             self.store.pipe_file(self.key, text.encode())
 
     def unlink(self) -> None:
-        """Delete an object."""
+        """Delete the object."""
         with self.named_in_errors():
             self.store.rm_file(self.key)
 
@@ -158,5 +158,5 @@ Place = TypeVar("Place", Path, ObjectPath, Path | ObjectPath)
 
 
 def location(text: str) -> Location:
-    """What a user means by a path or a URL."""
+    """Parse a path or a URL."""
     return ObjectPath(text) if SCHEME in text else Path(text)

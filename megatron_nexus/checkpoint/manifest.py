@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: what was trained, how far, where it lay and how it is to be continued.
+"""The manifest of a checkpoint: model, progress, topology, optimizer, data and configuration of its run.
 
-A sealed JSON file, written last: a folder that has one is complete. Needs no torch.
+A JSON file with a checksum, written last: a folder that has one is complete. Needs no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +88,7 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All about a checkpoint but its tensors; what `config` and `lineage` say is the caller's affair."""
+    """Everything about a checkpoint except its tensors; only the caller interprets `config` and `lineage`."""
 
     progress: RunProgress
     specs: Mapping[str, ParamSpec]
@@ -105,7 +105,7 @@ class Manifest:
 
 
 def spec_to_json(spec: ParamSpec) -> JsonObject:
-    """A spec as JSON; `spec_from_json` reads it back."""
+    """Return a spec as JSON; `spec_from_json` reads it back."""
     return {
         "name": spec.name,
         "axes": [asdict(axis) for axis in spec.axes],
@@ -116,7 +116,7 @@ def spec_to_json(spec: ParamSpec) -> JsonObject:
 
 
 def spec_from_json(raw: Mapping[str, Any]) -> ParamSpec:
-    """The spec in parsed JSON. Raises KeyError, TypeError or ValueError where it is none."""
+    """Return the spec in parsed JSON. Raises KeyError, TypeError or ValueError if it is not one."""
     kinds: dict[str, type[Normal] | type[Constant]] = {"normal": Normal, "constant": Constant}
     init = dict(raw["init"])
     return ParamSpec(
@@ -152,7 +152,7 @@ def _optimizer_from_json(raw: Mapping[str, Any]) -> OptimizerRecord:
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """The text of the manifest's file."""
+    """Return the text of the manifest's file."""
     record = {
         "format_version": manifest.format_version,
         "progress": asdict(manifest.progress),
@@ -170,7 +170,7 @@ def manifest_to_json(manifest: Manifest) -> str:
 
 
 def is_of_another_format(contents: bytes) -> bool:
-    """Whether a manifest says that it is not of this version's format."""
+    """Return whether a manifest states another format version than this one."""
     try:
         return bool(parse_json(contents)["format_version"] != FORMAT_VERSION)
     except (KeyError, TypeError, ValueError):
@@ -178,7 +178,7 @@ def is_of_another_format(contents: bytes) -> bool:
 
 
 def read_manifest(folder: Location) -> Manifest:
-    """The manifest of a checkpoint's folder.
+    """Read the manifest of a checkpoint's folder.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another format.
@@ -208,7 +208,7 @@ def read_manifest(folder: Location) -> Manifest:
             tokenizer_fingerprint=raw["tokenizer_fingerprint"],
             lineage=raw["lineage"],
             data=record_of(DataRecord, raw.get("data", {})),
-            # Before there was a choice, what was trained was trained without BOS.
+            # Before this was recorded, all runs trained without BOS.
             prepend_bos=raw.get("prepend_bos", False if raw["progress"]["step"] else None),
             format_version=version,
         )

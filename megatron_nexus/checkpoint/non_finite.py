@@ -15,13 +15,13 @@ class NonFiniteValues:
         self.counts: Counter[str] = Counter()
 
     def add(self, tensor: str, values: npt.NDArray[np.float32]) -> None:
-        """Count those among some values of a tensor."""
+        """Count the values of a tensor that are not finite."""
         wrong = values.size - np.count_nonzero(np.isfinite(values))
         if wrong:
             self.counts[tensor] += int(wrong)
 
     def __str__(self) -> str:
-        """The first tensors that hold them, with the count of each."""
+        """List the first tensors that hold such values, with their counts."""
         listed = [f"{tensor}: {count:,}" for tensor, count in list(self.counts.items())[:SHOWN]]
         left_out = len(self.counts) - SHOWN
         more = [f"and {left_out} more tensors"] if left_out > 0 else []

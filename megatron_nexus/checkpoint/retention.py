@@ -20,7 +20,7 @@ class Retention:
     keep_every: int = 0
 
     def outdated(self, steps: list[int], latest: int) -> list[int]:
-        """Of the steps of complete checkpoints those to delete; none is newer than `latest`."""
+        """Return the steps to delete among those of complete checkpoints; none is newer than `latest`."""
         until_latest = sorted(step for step in steps if step <= latest)
         older = until_latest[: -self.keep_latest] if self.keep_latest else []
         return [step for step in older if not self.keep_every or step % self.keep_every]
@@ -30,11 +30,11 @@ KEEP_ALL = Retention()
 
 
 def delete_outdated(root: Location, retention: Retention) -> None:
-    """Delete the checkpoints in a run's folder that are to be kept no longer.
+    """Delete the checkpoints in a run's folder that `retention` does not keep.
 
     Only complete ones that `latest` names a newer one than, that nobody reads, and that lie in this folder
-    themselves: of a link neither the name nor what it points to is touched. What cannot be deleted is told
-    and left to the next time.
+    themselves (links and their targets are left alone). A checkpoint that cannot be deleted is reported and
+    tried again next time.
     """
     latest = latest_step(root)
     if latest is None or not retention.keep_latest:

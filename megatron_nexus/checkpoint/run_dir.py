@@ -26,7 +26,7 @@ _NAME = re.compile(r"iter_(\d+)")
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of the folder of a step's checkpoint."""
+    """Return the name of the folder of a step's checkpoint."""
     return f"iter_{step:07d}"
 
 
@@ -51,7 +51,7 @@ def abandon_checkpoint(root: Location, step: int) -> None:
 
 
 def _defects(folder: Location) -> list[str]:
-    """What a checkpoint lacks: files, or their ends. Not whether each byte is right.
+    """List what a checkpoint lacks: files, or the ends of files. Does not verify the bytes.
 
     Raises:
         CheckpointError: the manifest has its end, and is damaged or of another format.
@@ -70,7 +70,7 @@ def _defects(folder: Location) -> list[str]:
 
 
 def _rank_defect(folder: Location, rank: int, held: Mapping[str, int]) -> str:
-    """What the files of a rank lack, of those that the folder holds with their sizes; "" if nothing."""
+    """Say what is wrong with the files of a rank, given all files with their sizes; "" if nothing."""
     data, index = rank_files(folder, rank)
     for file in (data, index):
         if file.name not in held:
@@ -87,7 +87,7 @@ def _rank_defect(folder: Location, rank: int, held: Mapping[str, int]) -> str:
 
 
 def _checkpoints(root: Location) -> dict[int, Location]:
-    """All folders of checkpoints in a run's folder, complete or not, by step."""
+    """Return all checkpoint folders in a run's folder, complete or not, by step."""
     found: dict[int, Location] = {}
     if not root.is_dir():
         return found
@@ -101,14 +101,14 @@ def _checkpoints(root: Location) -> dict[int, Location]:
 
 
 def latest_step(root: Location) -> int | None:
-    """The step of the checkpoint that `latest` names, whether that is there or not; None if it names none."""
+    """Return the step of the checkpoint that `latest` names, even if it is gone; None if there is none."""
     latest = root / LATEST_FILE
     named = _NAME.fullmatch(latest.read_text(errors="replace").strip()) if latest.is_file() else None
     return int(named[1]) if named else None
 
 
 def complete_checkpoints(root: Location) -> dict[int, Location]:
-    """The folders of the checkpoints that have all their files in full and a sound manifest, by step."""
+    """Return the folders of the complete checkpoints, by step."""
     found = {}
     for step, folder in _checkpoints(root).items():
         with suppress(CheckpointError):
@@ -118,7 +118,7 @@ def complete_checkpoints(root: Location) -> dict[int, Location]:
 
 
 def newest_checkpoint(root: Location) -> Location | None:
-    """The checkpoint that `latest` names; if that is not whole, the whole one of the highest step.
+    """Return the checkpoint that `latest` names or, if that is incomplete, the newest complete one.
 
     None where the folder has no checkpoint, or does not exist.
 
@@ -160,7 +160,7 @@ def _tell_once(message: str) -> None:
 
 
 def find_checkpoint(path: Location) -> Location:
-    """The folder of the checkpoint that a user means by `path`: a run's folder or a checkpoint in it.
+    """Return the checkpoint folder for `path`, which is a run's folder or a checkpoint in it.
 
     Raises:
         CheckpointError: there is none; the message lists what is there.
@@ -180,7 +180,7 @@ def find_checkpoint(path: Location) -> Location:
 
 
 def _listing(folder: Location) -> str:
-    """What is in a folder, or in the nearest one above it that exists."""
+    """Describe what is in a folder, or in the nearest one above it that exists."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     checkpoints = [
@@ -195,7 +195,7 @@ def _listing(folder: Location) -> str:
 
 
 def check_save_folder(folder: Location, checkpoint: Location | None) -> None:
-    """Raise ConfigError where a run from `checkpoint` cannot save in `folder`.
+    """Raise ConfigError if a run from `checkpoint` must not save in `folder`.
 
     It is a file, or holds checkpoints that the run does not continue: none is ever overwritten. Only looks.
     """
@@ -212,7 +212,7 @@ def check_save_folder(folder: Location, checkpoint: Location | None) -> None:
 
 
 def check_writable(folder: Location, checkpoint: Location | None) -> None:
-    """Find out whether a run that starts from `checkpoint` can save in `folder`, which exists on a disk.
+    """Check that a run that starts from `checkpoint` can save in `folder`, which exists on a disk.
 
     Raises:
         ConfigError: as `check_save_folder`.

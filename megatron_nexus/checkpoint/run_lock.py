@@ -12,7 +12,7 @@ from megatron_nexus.errors import CheckpointError, ConfigError
 
 @contextmanager
 def run_dir_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made where it is missing.
+    """Hold the lock of a run's folder; creates the folder if it is missing.
 
     Afterwards the lock is gone, and so are those of the folders made here in which nothing was written.
 
@@ -39,7 +39,7 @@ def run_dir_lock(folder: Path) -> Iterator[None]:
 
 
 def not_writable_error(folder: object, error: OSError) -> CheckpointError:
-    """That a run cannot save in a folder, and what to do."""
+    """Return the error for a save folder that cannot be written, with its remedy."""
     return CheckpointError(
         f"--save {folder}: {error.strerror}: give a folder that can be written, on a disk that all ranks "
         "share"

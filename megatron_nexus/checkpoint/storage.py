@@ -40,7 +40,7 @@ class DataFile(ABC):
 
     @abstractmethod
     def part(self, first: int, length: int, start: int, stop: int) -> AbstractContextManager[Bytes]:
-        """The `length` bytes from `first` on, of which those within [start, stop) are to be there."""
+        """Map `length` bytes from `first` on, of which those within [start, stop) are valid."""
 
 
 class Folder(ABC):
@@ -56,7 +56,7 @@ class Folder(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Clear away what dead saves beside this checkpoint left, and make room for it."""
+        """Remove what crashed saves left beside this checkpoint, and create a folder for it."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -64,31 +64,31 @@ class Folder(ABC):
 
     @abstractmethod
     def abandon(self) -> None:
-        """Delete what a save that failed has written, as far as that is possible."""
+        """Delete what a failed save has written, as far as possible."""
 
     @abstractmethod
     def delete(self) -> bool:
-        """Delete a checkpoint, unless it is being read; no part of it is ever taken for one."""
+        """Delete a checkpoint unless it is being read; a partial one never counts as a checkpoint."""
 
     @abstractmethod
     def clear_deleted(self) -> None:
-        """Finish the deletions in a run's folder that a crash cut short."""
+        """Finish the deletions in a run's folder that a crash interrupted."""
 
     @abstractmethod
     def lock_for_reading(self) -> Callable[[], None]:
-        """Keep a checkpoint from being deleted until what is returned is called."""
+        """Keep a checkpoint from being deleted; call the result to release it."""
 
     @abstractmethod
     def create(self, name: str) -> AbstractContextManager[Write]:
-        """A new file, to be written from its start to its end; durable when the context is left."""
+        """Open a new file for writing from start to end; it is durable when the context exits."""
 
     @abstractmethod
     def open(self, name: str) -> DataFile:
-        """A file, to read parts of."""
+        """Open a file for reading parts of it."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """The files by name, with their bytes; none where there is no such folder."""
+        """Return the size of each file in bytes, by name; empty if the folder does not exist."""
 
 
 class _MappedFile(DataFile):
@@ -214,7 +214,7 @@ def _durable(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """Have an OSError name the file: the system does not say where the disk is full."""
+    """Add the file's name to an OSError: on a full disk the system does not give it."""
     try:
         yield
     except OSError as error:
@@ -317,5 +317,5 @@ def _checkpoints(root: ObjectPath) -> list[ObjectFolder]:
 
 
 def folder_of(location: Location) -> Folder:
-    """The folder at a location."""
+    """Return the folder at a location."""
     return ObjectFolder(location) if isinstance(location, ObjectPath) else LocalFolder(location)

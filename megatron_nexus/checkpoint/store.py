@@ -63,12 +63,12 @@ class StoredChunk:
 
 
 def rank_files(folder: Place, rank: int) -> tuple[Place, Place]:
-    """The data file and the index file of a rank."""
+    """Return the data file and the index file of a rank."""
     return folder / f"rank_{rank:05d}.safetensors", folder / f"rank_{rank:05d}.json"
 
 
 def write_durably(path: Location, text: str) -> None:
-    """Write a text file that survives a power cut once this returns. Raises OSError, which names it."""
+    """Write a text file that survives a power cut once this returns. Raises OSError that names it."""
     with folder_of(path.parent).create(path.name) as write:
         write(text.encode())
 
@@ -98,21 +98,21 @@ def write_chunks(
 
 
 def block_checksums(contents: memoryview) -> tuple[int, ...]:
-    """The CRC-32 of each block of a chunk's bytes."""
+    """Return the CRC-32 of each block of a chunk's bytes."""
     return tuple(
         zlib.crc32(contents[start : start + BLOCK_BYTES]) for start in range(0, len(contents), BLOCK_BYTES)
     )
 
 
 def write_at(descriptor: int, contents: memoryview, start: int) -> None:
-    """Write bytes at a place in a file. Raises OSError."""
+    """Write bytes at an offset of a file. Raises OSError."""
     done = 0
     while done < len(contents):
         done += os.pwrite(descriptor, contents[done : done + WRITE_BYTES], start + done)
 
 
 def chunk_starts(chunks: Sequence[Chunk]) -> list[int]:
-    """The first byte of each chunk in the data file, and the file's length."""
+    """Return the first byte of each chunk in the data file, and the file's length."""
     starts = [len(safetensors_header(chunks))]
     for chunk in chunks:
         starts.append(starts[-1] + chunk.box.numel * DTYPE.itemsize)
@@ -145,7 +145,7 @@ def write_index(
 
 
 def safetensors_header(chunks: Sequence[Chunk]) -> bytes:
-    """The length and the JSON that a safetensors file begins with, padded so that data starts aligned."""
+    """Return the header of a safetensors file, its length included, padded so that data is aligned."""
     header: dict[str, dict[str, object]] = {}
     numbers: Counter[str] = Counter()
     end = 0
@@ -170,11 +170,11 @@ class StateReader(Protocol):
     manifest: Manifest
 
     def read_box(self, tensor: str, state: str, box: Box) -> Array:
-        """The elements of a box, float32 of shape `box.sizes`. Raises CheckpointError."""
+        """Return the elements of a box, float32 of shape `box.sizes`."""
         ...
 
     def random_states(self, rank: int) -> dict[str, bytes]:
-        """The states of a rank's random generators, by device."""
+        """Return the states of a rank's random generators, by device."""
         ...
 
 
@@ -247,7 +247,7 @@ class CheckpointReader:
             )
 
     def random_states(self, rank: int) -> dict[str, bytes]:
-        """The states of a rank's random generators, by device."""
+        """Return the states of a rank's random generators, by device."""
         return {name: base64.b64decode(state) for name, state in self._random_states[rank].items()}
 
     @contextmanager
@@ -264,7 +264,7 @@ class CheckpointReader:
             raise CheckpointError(f"{stored.path}: {error.strerror}: load another checkpoint") from error
 
     def _check(self, stored: StoredChunk, contents: Bytes, start: int, stop: int) -> None:
-        """Check the blocks that hold the bytes [start, stop) of a chunk, unless they are checked already."""
+        """Verify the blocks that hold the bytes [start, stop) of a chunk, once each."""
         for number in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
             first = number * BLOCK_BYTES
             if (stored.path, stored.start + first) in self._checked:
@@ -278,7 +278,7 @@ class CheckpointReader:
             self._checked.add((stored.path, stored.start + first))
 
     def read_box(self, tensor: str, state: str, box: Box) -> Array:
-        """The elements of a box, float32 of shape `box.sizes`.
+        """Return the elements of a box, float32 of shape `box.sizes`.
 
         Raises:
             CheckpointError: an element is not stored, or twice, or lies in a damaged block.
@@ -288,14 +288,14 @@ class CheckpointReader:
         return values
 
     def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
-        """As `read_box`, into an array of the caller's."""
+        """Read a box into the caller's array; raises as `read_box` does."""
         for overlap, stored in self._overlaps(tensor, state, box):
             with self._checked_bytes(stored, *_extent(overlap, stored.chunk.box)) as contents:
                 held = contents.view(DTYPE).reshape(stored.chunk.box.sizes)
                 values[index_within(overlap, box)] = held[index_within(overlap, stored.chunk.box)]
 
     def _overlaps(self, tensor: str, state: str, box: Box) -> list[tuple[Box, StoredChunk]]:
-        """The stored parts that make up a box, each element once."""
+        """Return the parts of stored chunks that make up a box, each element once."""
         key = tensor, state
         chunks = self._stored.get(key, [])
         if chunks and key not in self._box_index:
@@ -325,7 +325,7 @@ class CheckpointReader:
         return sum(map(len, self._stored.values()))
 
     def verify(self, advance: Callable[[int], None] = lambda _: None) -> NonFiniteValues:
-        """Read everything and check that it is undamaged and complete; `advance` is told the bytes read.
+        """Read everything and verify that it is undamaged and complete; calls `advance` with the bytes read.
 
         Returns how many values of each tensor are not finite, which is not damage of the files.
 
@@ -354,7 +354,7 @@ class CheckpointReader:
 
 
 def _extent(overlap: Box, box: Box) -> tuple[int, int]:
-    """The bytes [start, stop) of a chunk of `box` between which all of `overlap` lies."""
+    """Return the byte range of a chunk of `box` that contains all of `overlap`."""
     first = last = 0
     for offset, size, origin, length in zip(
         overlap.offsets, overlap.sizes, box.offsets, box.sizes, strict=True

@@ -47,11 +47,11 @@ class GrownReader:
         self.manifest: Manifest = grown_manifest(self._source.manifest, plan, str(folder.resolve()))
 
     def random_states(self, rank: int) -> dict[str, bytes]:
-        """The states of a rank's random generators; none where the model has grown: it is another run."""
+        """Return the states of a rank's random generators; none if the model has grown: it is another run."""
         return {} if self._plan.axes else self._source.random_states(rank)
 
     def read_box(self, tensor: str, state: str, box: Box) -> Array:
-        """The elements of a box of a grown tensor, float32 of shape `box.sizes`.
+        """Return the elements of a box of a grown tensor, float32 of shape `box.sizes`.
 
         Raises CheckpointError where an old element is not stored exactly once, or is damaged.
         """
@@ -60,7 +60,7 @@ class GrownReader:
         return values
 
     def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
-        """As `read_box`, into an array of the caller's."""
+        """Read a box into the caller's array; raises as `read_box` does."""
         plan = self._plan.tensors[tensor]
         for filled in plan.boxes:
             overlap = intersect(filled.box, box)
@@ -76,7 +76,7 @@ class GrownReader:
                 part[...] = self._drawn(plan, filled, overlap)
 
     def _drawn(self, plan: TensorPlan, filled: FilledBox, box: Box) -> Array:
-        """New values: a function of (growth seed, generation, parameter name, box, element).
+        """Draw new values as a function of (growth seed, generation, parameter name, box, element).
 
         A box is drawn as a tensor of its own, so that nothing is drawn for the old elements between. Its
         name keeps its values apart from those drawn at region and by other growths.
@@ -102,7 +102,7 @@ class GrownReader:
 
     @cache  # noqa: B019 - one reader lives as long as its growth
     def _old_deviation(self, spec: ParamSpec) -> float:
-        """The standard deviation of an old tensor's weights, in bounded memory."""
+        """Return the standard deviation of an old tensor's weights, in bounded memory."""
         total = squares = 0.0
         for box in split_box(full_box(spec.shape), DEVIATION_ELEMENTS):
             values = self._source.read_box(spec.name, "fp32", box).astype(np.float64)

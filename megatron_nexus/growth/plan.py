@@ -36,13 +36,13 @@ class GrowthPlan:
 
     @property
     def axes(self) -> dict[str, tuple[int, int]]:
-        """The sizes that grow, by field: before and after."""
+        """The sizes that grow, by field: (before, after)."""
         old, new = vars(self.before.model), vars(self.after.model)
         return {name: (old[name], new[name]) for name in GROWING if old[name] != new[name]}
 
 
 def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
-    """Plan to grow the model of a checkpoint that was `saved` so; no sizes: all tensors stay.
+    """Plan the growth of the model that was `saved` with this configuration; without sizes nothing grows.
 
     Raises ConfigError where the model cannot grow so.
     """
@@ -69,7 +69,7 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
 
 
 def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:
-    """The manifest of the grown checkpoint: counters and settings go on, the lineage gains an entry.
+    """Return the manifest of the grown checkpoint: its counters go on, its lineage gains an entry.
 
     `parent` is the folder of the source; where nothing grows there is nothing to enter.
     """
@@ -97,12 +97,12 @@ def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:
 
 
 def generation(source: Manifest) -> int:
-    """How many growths the model of a checkpoint has behind it, plus one."""
+    """Return one plus the number of growths of a checkpoint's model."""
     return 1 + sum("generation" in entry for entry in source.lineage)
 
 
 def regions_after_growth(optimizer: OptimizerRecord, plan: GrowthPlan) -> tuple[GrownRegion, ...]:
-    """The parts of tensors whose count of steps began later: those recorded, moved, and the new ones."""
+    """Return the regions with an Adam step count of their own: the recorded ones, moved, and the new."""
     recorded: dict[str, list[GrownRegion]] = {}
     for region in optimizer.grown_regions:
         recorded.setdefault(region.tensor, []).append(region)
@@ -125,6 +125,6 @@ def regions_after_growth(optimizer: OptimizerRecord, plan: GrowthPlan) -> tuple[
 
 
 def translate(box: Box, origin: Box, target: Box) -> Box:
-    """Where `box` lies when the box `origin` around it is moved to `target`."""
+    """Return `box` translated as the box `origin` around it is moved to `target`."""
     offsets = zip(box.offsets, origin.offsets, target.offsets, strict=True)
     return Box(tuple(offset - start + new for offset, start, new in offsets), box.sizes)

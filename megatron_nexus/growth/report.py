@@ -14,7 +14,7 @@ from megatron_nexus.spec.shard import Shard
 
 
 def plan_table(plan: GrowthPlan) -> Iterator[str]:
-    """The lines of a table: each parameter, its old and new shape, what fills it, its bytes with moments.
+    """Yield the lines of a table: each parameter, its old and new shape, its fill, its bytes with moments.
 
     Parameters of equal layers share a line.
     """
@@ -51,7 +51,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _filling(tensor: TensorPlan) -> str:
-    """What fills how many of a tensor's elements: "kept 600,000, zero 240,000"."""
+    """Say what fills how many of a tensor's elements: "kept 600,000, zero 240,000"."""
     init = tensor.spec.init
     counts: Counter[str] = Counter()
     for filled in tensor.boxes:
@@ -63,12 +63,12 @@ def _filling(tensor: TensorPlan) -> str:
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:
-    """Bytes of the weights and moments of a model, in whatever files."""
+    """Return the bytes of a model's weights and moments."""
     return parameter_count(decoder_specs(model).values()) * DTYPE.itemsize * len(STATES)
 
 
 def size_lines(plan: GrowthPlan) -> Iterator[str]:
-    """True parameters, FLOPs and bytes before and after, and which widths are padded in memory."""
+    """Yield parameters, FLOPs and bytes before and after, and which widths are padded in memory."""
     for name, (old, new) in plan.axes.items():
         yield f"  {name:<24} {old:,} -> {new:,}"
     before, after = plan.before, plan.after

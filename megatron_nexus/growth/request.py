@@ -61,7 +61,7 @@ class GrowthConfig:
 
 
 def layer_origins(old: int, new: int, placement: Placement) -> list[int | None]:
-    """For each of `new` layers the old one that it was, None where it is inserted.
+    """Return, for each of `new` layers, the index of the old layer it was; None if it is inserted.
 
     Interleaved layers follow equal groups of old ones, the last at the end (LLaMA Pro, Wu et al., 2024).
     """
@@ -76,7 +76,7 @@ CHANGING: tuple[Init, ...] = ("noise", "random")
 
 
 def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
-    """What is asked to grow that a model of this kind has none of."""
+    """List the sizes asked to grow that a model of this kind does not have."""
     foreign: dict[str, str] = {}
     if not old.has_nexus:
         remedy = (
@@ -98,13 +98,13 @@ def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _nexus_widths(model: ModelConfig) -> list[str]:
-    """The fields that are widths of Nexus-Ranks."""
+    """Return the fields that are widths of Nexus-Ranks."""
     names = ["nexus_m", "nexus_a"] if model.has_nexus else []
     return [*names, "ffn_nexus_m", "ffn_hidden_size"] if model.feed_forward == "nexus" else names
 
 
 def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
-    """Why `in_rand` would change the function: a norm over units that it makes active at once."""
+    """List why `in_rand` would change the function: norms over units that become active at once."""
     problems = []
 
     def grows(*names: str) -> bool:
@@ -129,7 +129,7 @@ def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _order_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> list[str]:
-    """Why the attention cannot become one of the order that is asked for."""
+    """List why attention cannot be raised to the order that is asked for."""
     order = sizes.get("attention_order", old.attention_order)
     if order == old.attention_order:
         if growth.attention_inner == GrowthConfig.attention_inner:
@@ -147,7 +147,7 @@ def _order_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthCo
 
 
 def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
-    """What cannot grow in a model of this kind without a change of its function or of its first steps."""
+    """List the sizes that cannot grow in this model without changing its function or first steps."""
     reasons: dict[str, str] = {}
     if old.qk_layernorm_all_heads:
         why = "the norm over the channels of all heads (--qk-layernorm-all-heads) would see new ones"
@@ -164,7 +164,7 @@ def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
-    """The model that `old` becomes with the given sizes of the fields in GROWING.
+    """Return the model that `old` becomes with the given sizes of the fields in GROWING.
 
     Raises ConfigError with every reason why it cannot.
     """
@@ -222,7 +222,7 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
 
 
 def _with_inner_norm_scales_of(old: ModelConfig, new: ModelConfig) -> ModelConfig:
-    """`new`, whose inner norms keep the scales of the widths that `old` was born with."""
+    """Return `new` with the inner-norm scales of the widths that `old` was created with."""
     grown = [name for name in _nexus_widths(old) if getattr(new, name) > getattr(old, name)]
     bases = {f"base_{name}": getattr(old, f"base_{name}") or getattr(old, name) for name in grown}
     return replace(new, **bases)
@@ -255,7 +255,7 @@ class GrowthRequest:
 
     @classmethod
     def from_flags(cls, given: Mapping[str, int | float | str]) -> "GrowthRequest":
-        """The request in parsed flags of `add_growth_flags`; others are ignored."""
+        """Make a request of parsed flags of `add_growth_flags`; other flags are ignored."""
         names = [entry.name for entry in fields(GrowthConfig)]
         settings: dict[str, Any] = {name: given[name] for name in names if name in given}
         sizes = {name: int(given[name]) for name in GROWING if name in given}
@@ -263,7 +263,7 @@ class GrowthRequest:
 
 
 def grown_config(saved: RunConfig, request: GrowthRequest) -> RunConfig:
-    """The configuration of a checkpoint once it has grown.
+    """Return the configuration of a checkpoint after the growth.
 
     Raises ConfigError with every reason why it cannot.
     """
@@ -277,7 +277,7 @@ def grown_config(saved: RunConfig, request: GrowthRequest) -> RunConfig:
 
 
 def _name(old_name: str, old: ModelConfig, new: ModelConfig) -> str:
-    """What the larger model is called: as the preset of its sizes, else as the old one, marked as grown."""
+    """Name the larger model: the preset of its sizes, else the old name marked as grown."""
     if new == old:
         return old_name
     for name, values in PRESETS.items():
@@ -289,7 +289,7 @@ def _name(old_name: str, old: ModelConfig, new: ModelConfig) -> str:
 
 
 def read_request(text: str) -> GrowthRequest:
-    """The request in a text such as "nexus_m=1088 nexus_a=1228 init=in_rand": flags without their dashes.
+    """Parse a request such as "nexus_m=1088 nexus_a=1228 init=in_rand": flags without their dashes.
 
     Raises ConfigError: it asks for nothing, or for what does not exist.
     """
@@ -309,7 +309,7 @@ def read_request(text: str) -> GrowthRequest:
 
 
 def add_growth_flags(parser: argparse.ArgumentParser) -> None:
-    """Give a parser a flag for each size that can grow and for each field of GrowthConfig."""
+    """Add a flag for each size that can grow and for each field of GrowthConfig."""
     sizes = parser.add_argument_group("sizes", "Larger sizes of the model; what is not given stays.")
     for entry in fields(ModelConfig):
         if entry.name in GROWING:
@@ -319,7 +319,7 @@ def add_growth_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
-    """Give a parser a flag for each field of GrowthConfig."""
+    """Add a flag for each field of GrowthConfig."""
     settings = parser.add_argument_group("new weights", "How they begin.")
     hints = get_type_hints(GrowthConfig)
     for entry in fields(GrowthConfig):

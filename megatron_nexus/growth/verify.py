@@ -61,7 +61,7 @@ def compare(plan: GrowthPlan, source: Location, made: Path, seed: int = 0) -> Co
 
 
 def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progress: Progress) -> Tensor:
-    """Logits [T, B, vocabulary], float64."""
+    """Return the logits [T, B, vocabulary] in float64."""
     x = tokens
     for index in range(model.num_layers + 2):
         stage = _layer(model, index)
@@ -73,6 +73,6 @@ def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progre
 
 
 def _layer(model: ModelConfig, index: int) -> DecoderStage:
-    """One layer of a decoder in float64, its weights not yet anything."""
+    """Build one layer of a decoder in float64 with uninitialised weights."""
     context = Context(TensorParallel(None), Shard(0, 1), seed=None, dtype=torch.float64)
     return DecoderStage(model, range(index, index + 1), context)
