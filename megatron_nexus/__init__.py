@@ -3,4 +3,4 @@
 Read the package from the top: config -> spec -> parallel, data -> models, checkpoint -> training.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
