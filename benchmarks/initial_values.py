@@ -9,7 +9,9 @@ all. All runs of a seed read the same samples, and all are validated on the same
 compared at the best of the learning rates that were tried.
 
 Weights are drawn as the product draws them, then the three matrices of each Q, K and V are scaled to a
-rule's deviations; every other matrix is N(0, 2 / (5 D)), residual writers by 1 / sqrt(2 layers) of that.
+rule's deviations; every other matrix is N(0, 2 / (5 D)), residual writers by 1 / sqrt(2 layers) of that. The
+rules of other families scale what they draw: the linear Q, K and V, the values of every Pattention, W_down
+of SwiGLU, to a third and to three times their default.
 
 D hidden size, M and A the widths of Nexus-Rank, B batch, T tokens.
 """
@@ -18,11 +20,12 @@ import argparse
 import copy
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,14 @@ VALIDATION_BATCHES = 32
 GELU_GAIN = 1.5336
 """1 / sqrt(E gelu(z)^2) of a standard normal z."""
 INNER = ("inner_norm_d", "inner_norm_width")
+SCALES = {"": 1.0, "_third": 1 / 3, "_tripled": 3.0}
+SCALED = {
+    "linear": r"\.[qkv]\.weight$",
+    "pattention": r"\.values$",
+    "swiglu": r"\.down$",
+}
+"""The matrices of a family whose default is questioned; its rules are `linear`, `linear_third` and so on."""
+FAMILY_RULES = {f"{family}{suffix}": (family, scale) for family in SCALED for suffix, scale in SCALES.items()}
 
 
 SHOWN = ("rule", "width", "lr", "seed", "budget", "loss", "spike", "seconds")
@@ -67,8 +78,9 @@ class Trial:
 
 
 def model_of(width: int, rule: str) -> ModelConfig:
-    """Two layers; M = 5/4 D, A = 3/2 D, as in the tiny preset."""
-    return ModelConfig(
+    """Two layers; M = 5/4 D, A = 3/2 D, as in the tiny preset; slots of Pattention as in tokenformer-tiny."""
+    family = FAMILY_RULES.get(rule, ("nexus", 1.0))[0]
+    model = ModelConfig(
         vocab_size=VOCABULARY,
         num_layers=LAYERS,
         hidden_size=width,
@@ -81,6 +93,19 @@ def model_of(width: int, rule: str) -> ModelConfig:
         nexus_inner_norm_scale="width" if rule == "inner_norm_width" else "hidden",
         init_method_std=math.sqrt(2 / (5 * width)),
     )
+    match family:
+        case "linear":
+            return replace(model, projection="linear")
+        case "pattention":
+            return replace(
+                model,
+                projection="pattention",
+                feed_forward="pattention",
+                normalization="NonParametricLayerNorm",
+                pattention_slots=3 * width // 2,
+                ffn_hidden_size=4 * width,
+            )
+    return model
 
 
 def deviations(rule: str, projection: str, model: ModelConfig) -> tuple[float, float, float]:
@@ -119,6 +144,11 @@ def build(trial: Trial) -> tuple[DecoderStage, Loss, ModelConfig]:
     stage = DecoderStage(model, range(LAYERS + 2), Context(tp, shard, trial.seed))
     with torch.no_grad():
         for name, (spec, parameter) in logical_parameters(stage).items():
+            family, scale = FAMILY_RULES.get(trial.rule, ("", 1.0))
+            if family:
+                if re.search(SCALED[family], name):
+                    parameter.mul_(scale)
+                continue
             *_, projection, matrix = ("", *name.split("."))
             if projection in ("q", "k", "v") and matrix in ("w_m", "w_a", "w_d"):
                 assert isinstance(spec.init, Normal), name
