@@ -26,7 +26,7 @@ from megatron_nexus.models.norm import AllHeadsNorm, HeadNorm, block_norm_specs,
 from megatron_nexus.models.packing import Packing, window_mask
 from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.models.projections import attention_slots, make_projections, projection_specs
-from megatron_nexus.models.rotary import rope_scaling, rotary_tables, rotate
+from megatron_nexus.models.rotary import Tables, rotate
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
 
@@ -69,10 +69,7 @@ class Attention(nn.Module):
         parts = attention_specs(model, prefix)
         self.tp = context.tp
         self.head_size = model.kv_channels
-        self.rotary_channels = model.rotary_channels
         self.score_scale = 1.0 / math.sqrt(model.rotary_channels)
-        self.rotary_base = model.rotary_base
-        self.rope_scaling = rope_scaling(model)
         self.has_rotary = has_rotary
         self.window = model.sliding_window
         self.norm = make_norm(parts["norm"], model, context)
@@ -97,25 +94,25 @@ class Attention(nn.Module):
             self.output = Linear(parts["output"][0], context)
 
     def forward(
-        self, x_TBD: Tensor, packing: Packing | None = None, cache: LayerCache | None = None
+        self,
+        x_TBD: Tensor,
+        tables: Tables,
+        packing: Packing | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        """[T, B, D] -> [T, B, D]; with a cache the tokens follow those that it holds, and join them."""
+        """[T, B, D] -> [T, B, D]; with a cache the tokens follow those that it holds, and join them.
+
+        `tables` are the rotary ones of the tokens.
+        """
         x_TBD = self.tp.enter(x_TBD if self.post_norm else self.norm(x_TBD))
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.qkv(x_TBD))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        reach = cache.capacity if cache is not None else q.shape[0]
-        cos, sin = rotary_tables(
-            reach, self.rotary_channels, self.rotary_base, q.device, q.dtype, self.rope_scaling
-        )
-        if not self.has_rotary:  # every angle is that of the first token: none
-            cos, sin = cos[:1].expand(len(cos), -1, -1, -1), sin[:1].expand(len(sin), -1, -1, -1)
-        if packing is not None and packing.positions_TB is not None:
-            cos, sin = cos[packing.positions_TB, 0], sin[packing.positions_TB, 0]  # [T, B, 1, H / 2]
+        turns = tables if self.has_rotary else None
         attend = partial(self._attend, packing)
         if self.refine is not None:
-            q, k = self.refine(q, k, (cos, sin), attend, cache)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = self.refine(q, k, turns, attend, cache)
+        q, k = rotate(q, turns), rotate(k, turns)
         v = v.permute(1, 2, 0, 3)
         if cache is not None:
             k, v = cache.extend("k", k), cache.extend("v", v)

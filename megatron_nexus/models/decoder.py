@@ -7,6 +7,7 @@ a pipeline stage of it.
 T tokens, B batch, D hidden, V the part of the vocabulary on this rank.
 """
 
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -23,6 +24,7 @@ from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.norm import make_norm, norm_specs
 from megatron_nexus.models.packing import Packing, Stream, packing_of
 from megatron_nexus.models.parameters import SpecModule
+from megatron_nexus.models.rotary import Tables, stage_tables
 from megatron_nexus.parallel.cross_entropy import (
     vocabulary_parallel_cross_entropy,
     vocabulary_parallel_scores,
@@ -126,21 +128,27 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(model, f"layers.{index}.feed_forward", context)
         self.recompute_all = context.recompute == "full"
 
-    def _run(self, x_TBD: Tensor, packing: Packing | None, cache: LayerCache | None = None) -> Tensor:
-        middle_TBD: Tensor = x_TBD + self.attention(x_TBD, packing, cache)
+    def _run(
+        self, x_TBD: Tensor, tables: Tables, packing: Packing | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        middle_TBD: Tensor = x_TBD + self.attention(x_TBD, tables, packing, cache)
         out_TBD: Tensor = middle_TBD + self.feed_forward(middle_TBD)
         return out_TBD
 
     def forward(
-        self, x_TBD: Tensor, packing: Packing | None = None, cache: LayerCache | None = None
+        self,
+        x_TBD: Tensor,
+        tables: Tables,
+        packing: Packing | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """[T, B, D] -> [T, B, D]; under full recompute only the input is kept for backward."""
         if self.recompute_all and torch.is_grad_enabled():
             result: Tensor = checkpoint(
-                self._run, x_TBD, packing, use_reentrant=False, preserve_rng_state=False
+                self._run, x_TBD, tables, packing, use_reentrant=False, preserve_rng_state=False
             )
             return result
-        return self._run(x_TBD, packing, cache)
+        return self._run(x_TBD, tables, packing, cache)
 
 
 class Head(nn.Module):
@@ -165,6 +173,7 @@ class DecoderStage(nn.Module):
     def __init__(self, model: ModelConfig, layers: range, context: Context) -> None:
         super().__init__()
         last = model.num_layers + 1
+        self.model = model
         self.context = context
         self.layers = nn.ModuleList(
             Embedding(model, context)
@@ -179,8 +188,15 @@ class DecoderStage(nn.Module):
         """[B, T] or [T, B, D] -> [T, B, D] or [T, B, V]; positions [B, T] go along up to the logits."""
         x, positions_BT = stream if isinstance(stream, tuple) else (stream, None)
         packing = packing_of(positions_BT, self.context) if positions_BT is not None else None
+        tables: Tables | None = None
         for layer in self.layers:
-            x = layer(x, packing) if isinstance(layer, Block) else layer(x)
+            if not isinstance(layer, Block):
+                x = layer(x)
+                continue
+            if tables is None:
+                tokens, positions_TB = self.context.tp.tokens(x), packing.positions_TB if packing else None
+                tables = stage_tables(self.model, tokens, x, positions_TB)
+            x = layer(x, tables, packing)
         return x if positions_BT is None or isinstance(self.layers[-1], Head) else (x, positions_BT)
 
     @torch.no_grad()
@@ -192,10 +208,21 @@ class DecoderStage(nn.Module):
         embedding, *blocks, head = self.layers
         packing = cache.advance(tokens_BT.shape[1], tokens_BT.device)
         x_TBD = embedding(tokens_BT)
+        tables = stage_tables(self.model, cache.capacity, x_TBD, packing.positions_TB)
         for block, layer_cache in zip(blocks, cache.layers, strict=True):
-            x_TBD = block(x_TBD, packing, layer_cache)
+            x_TBD = block(x_TBD, tables, packing, layer_cache)
         logits_BV: Tensor = head(x_TBD[-1:])[0]
         return logits_BV
+
+
+def compile_blocks(stage: nn.Module, backend: str | Callable[..., object] = "inductor") -> None:
+    """Have torch.compile compile the blocks below `stage`, one compilation for all that are alike.
+
+    Embedding, head and loss stay eager. The collectives of tensor parallelism are within the graphs.
+    """
+    for module in stage.modules():
+        if isinstance(module, Block):
+            module.compile(fullgraph=True, backend=backend)
 
 
 class Loss:

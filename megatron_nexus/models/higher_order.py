@@ -48,7 +48,7 @@ from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.context import Context
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.parameters import SpecModule
-from megatron_nexus.models.rotary import rotate
+from megatron_nexus.models.rotary import Tables, rotate
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, ParamSpec, Role
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -93,7 +93,7 @@ class Refinement(nn.Module):
         self,
         q_TBNH: Tensor,
         k_TBGH: Tensor,
-        tables: tuple[Tensor, Tensor],
+        tables: Tables | None,
         attend: Attend,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -112,14 +112,14 @@ class Refinement(nn.Module):
         self,
         side: str,
         x_TBNH: Tensor,
-        tables: tuple[Tensor, Tensor],
+        tables: Tables | None,
         attend: Attend,
         cache: LayerCache | None,
     ) -> Tensor:
         """One side, each of whose tokens reads the earlier ones of the same side."""
         values, refined = _kept(cache, f"{side} values", x_TBNH.permute(1, 2, 0, 3)), x_TBNH
         for level in self.levels:
-            turned = rotate(refined, *tables)
+            turned = rotate(refined, tables)
             keys = _kept(cache, f"{side} of order {level}", turned)
             grown = turned.shape[-1] - self.counted
             queries = F.pad(turned[..., : self.counted], (0, grown)) if grown else turned
@@ -130,7 +130,7 @@ class Refinement(nn.Module):
         self,
         q_TBNH: Tensor,
         k_TBGH: Tensor,
-        tables: tuple[Tensor, Tensor],
+        tables: Tables | None,
         attend: Attend,
         cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ class Refinement(nn.Module):
         k_TBNH = k_TBGH.repeat_interleave(heads // k_TBGH.shape[2], dim=2)
         q, k = q_TBNH, k_TBGH
         for level in self.levels:
-            turned_q, turned_k = rotate(q, *tables), _kept(cache, f"k of order {level}", rotate(k, *tables))
+            turned_q, turned_k = rotate(q, tables), _kept(cache, f"k of order {level}", rotate(k, tables))
             turned_k = each_head(turned_k, heads)
             # Two attentions, though their weights are equal: fused kernels never hold these T x T numbers.
             q = self._gated("q", q_TBNH, attend(turned_q, turned_k, q_values))

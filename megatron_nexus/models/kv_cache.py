@@ -42,6 +42,7 @@ class KeyValueCache:
 
     def __init__(self, layers: int, capacity: int, padding: Sequence[int] = ()) -> None:
         """Room for `capacity` tokens a row; `padding`: how many of each row's first tokens are padding."""
+        self.capacity = capacity
         self.layers = [LayerCache(capacity) for _ in range(layers)]
         self.padding = tuple(padding)
         self.length = 0

@@ -53,6 +53,10 @@ def rope_scaling(model: ModelConfig) -> RopeScaling | None:
     )
 
 
+Tables = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles of each token: [T, B or 1, 1, R / 2]."""
+
+
 @lru_cache(maxsize=8)
 def rotary_tables(
     tokens: int,
@@ -61,8 +65,8 @@ def rotary_tables(
     device: torch.device,
     dtype: torch.dtype,
     scaling: RopeScaling | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, 1, R / 2] of the angles of `size` = R channels.
+) -> Tables:
+    """Return cosines and sines [T, 1, 1, R / 2] of the angles of `size` = R channels.
 
     Computed in float64 and rounded once to `dtype`.
     """
@@ -73,13 +77,15 @@ def rotary_tables(
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Turn the pairs of `x` by the angles of the tables, into `out` of the same shape."""
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return `x` with its pairs turned by the angles of the tables."""
     half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-    out[..., 2 * half :] = x[..., 2 * half :]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    turned = [
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    ]
+    return torch.cat([*turned, rest], dim=-1)
 
 
 class _Tables(FunctionCtx):
@@ -87,25 +93,34 @@ class _Tables(FunctionCtx):
 
 
 class _Rotate(Function):
-    """Rotary embedding and the change of layout in one pass; backward turns by the opposite angles."""
+    """Rotary embedding that keeps only its tables; backward turns by the opposite angles."""
 
     @staticmethod
     def forward(ctx: _Tables, x_TBNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        tokens, batch, heads, size = x_TBNH.shape
-        out_BNTH = x_TBNH.new_empty(batch, heads, tokens, size)
-        _turn(x_TBNH, cos, sin, out_BNTH.permute(2, 0, 1, 3))
-        return out_BNTH
+        return _turn(x_TBNH, cos, sin)
 
     @staticmethod
-    def backward(ctx: _Tables, grad_BNTH: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Tables, grad_TBNH: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        batch, heads, tokens, size = grad_BNTH.shape
-        grad_TBNH = grad_BNTH.new_empty(tokens, batch, heads, size)
-        _turn(grad_BNTH.permute(2, 0, 1, 3), cos, -sin, grad_TBNH)
-        return grad_TBNH, None, None
+        return _turn(grad_TBNH, cos, -sin), None, None
 
 
-def rotate(x_TBNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + R / 2) of each head by their token's angles; [T, B, N, H] -> [B, N, T, H]."""
-    return cast(Tensor, _Rotate.apply(x_TBNH, cos, sin))
+def rotate(x_TBNH: Tensor, tables: Tables | None) -> Tensor:
+    """Turn the pairs (i, i + R / 2) of each head by the angles of its token; [T, B, N, H] -> [B, N, T, H].
+
+    Without tables, in a layer that has no positions, change the layout alone.
+    """
+    turned_TBNH = x_TBNH if tables is None else cast(Tensor, _Rotate.apply(x_TBNH, *tables))
+    return turned_TBNH.permute(1, 2, 0, 3)
+
+
+def stage_tables(model: ModelConfig, tokens: int, x: Tensor, positions_TB: Tensor | None = None) -> Tables:
+    """Return the tables that all layers of a stage share, in the type and on the device of `x`.
+
+    [T, 1, 1, R / 2] for the places 0 to `tokens` - 1, or [T, B, 1, R / 2] for `positions_TB` below `tokens`.
+    """
+    cos, sin = rotary_tables(
+        tokens, model.rotary_channels, model.rotary_base, x.device, x.dtype, rope_scaling(model)
+    )
+    return (cos, sin) if positions_TB is None else (cos[positions_TB, 0], sin[positions_TB, 0])

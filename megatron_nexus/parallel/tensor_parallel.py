@@ -176,6 +176,10 @@ class TensorParallel:
         self.sequence_parallel = sequence_parallel and self.size > 1
         self._group = group if self.size > 1 else None
 
+    def tokens(self, x_TBD: Tensor) -> int:
+        """Return the tokens of a sample, of which `x_TBD` between layers holds all or this rank's part."""
+        return x_TBD.shape[0] * (self.size if self.sequence_parallel else 1)
+
     def enter(self, x: Tensor) -> Tensor:
         """Before column-split weights: all tokens on every rank; the gradient is summed on the way back."""
         if self._group is None:

@@ -18,7 +18,7 @@ from megatron_nexus.evaluation.loaded_model import load_model
 from megatron_nexus.models.attention import Attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, decoder_specs
 from megatron_nexus.models.parameters import logical_parameters
-from megatron_nexus.models.rotary import rotary_tables, rotate
+from megatron_nexus.models.rotary import Tables, rotate, stage_tables
 from megatron_nexus.spec.param import Constant
 from tests.models.test_decoder import ALL, ALONE, MODEL
 from tests.support import reference
@@ -43,13 +43,17 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def tables_of(x_TBD: Tensor) -> Tables:
+    return stage_tables(MODEL, len(x_TBD), x_TBD)
+
+
 def outer_scores(model: ModelConfig, x_TBD: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The scores [B, N, T, T] before the softmax of the last attention that a layer computes."""
     layer, calls = Attention(model, "layers.0.attention", ALONE), []
     attend = layer._attend
     monkeypatch.setattr(layer, "_attend", lambda *given: calls.append(given) or attend(*given))
     with torch.no_grad():
-        layer(x_TBD)
+        layer(x_TBD, tables_of(x_TBD))
     assert len(calls) == 2 * model.attention_order - 1
     _, q, k, _ = calls[-1]
     scores: Tensor = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / math.sqrt(model.kv_channels)
@@ -73,11 +77,11 @@ def test_order_1_is_standard_attention_bit_for_bit(fields: dict[str, object]) ->
     q, k, v = (y.unflatten(-1, (-1, HEAD)) for y in layer.qkv(layer.norm(x_TBD)))
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = layer.q_norm(q), layer.k_norm(k)
-    tables = rotary_tables(12, HEAD, MODEL.rotary_base, x_TBD.device, x_TBD.dtype)
+    tables = tables_of(x_TBD)
     mixed = F.scaled_dot_product_attention(
-        rotate(q, *tables), rotate(k, *tables), v.permute(1, 2, 0, 3), is_causal=True, enable_gqa=True
+        rotate(q, tables), rotate(k, tables), v.permute(1, 2, 0, 3), is_causal=True, enable_gqa=True
     )
-    assert torch.equal(layer(x_TBD), layer.output(mixed.permute(2, 0, 1, 3).flatten(2)))
+    assert torch.equal(layer(x_TBD, tables), layer.output(mixed.permute(2, 0, 1, 3).flatten(2)))
 
 
 @each_projection
@@ -126,7 +130,7 @@ def test_heads_of_a_group_share_their_refined_key_in_the_self_form_only(
         calls: list[tuple[Tensor | None, ...]] = []
         attend = layer._attend
         monkeypatch.setattr(layer, "_attend", lambda *given, a=attend, c=calls: c.append(given) or a(*given))
-        layer(random(6, 1, 24))
+        layer(x_TBD := random(6, 1, 24), tables_of(x_TBD))
         shared[inner] = calls[-1][2].shape[1]
     assert shared == {"self": 1, "cross": 2}
 
@@ -166,7 +170,7 @@ def test_the_gradient_of_a_gate_is_the_one_found_by_hand(monkeypatch: pytest.Mon
         return sides
 
     monkeypatch.setattr(refine, "forward", watched)
-    (layer(x_TBD) * random(6, 2, 24, seed=1)).sum().backward()
+    (layer(x_TBD, tables_of(x_TBD)) * random(6, 2, 24, seed=1)).sum().backward()
     for side, (before, after), call in zip("qk", refined, calls[:2], strict=True):
         read_TBNH = attend(*call).permute(2, 0, 1, 3)
         by_hand = (after.grad * (read_TBNH - before)).sum(dim=(0, 1, 3))

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.attention import Attention
 from megatron_nexus.models.context import Context
-from megatron_nexus.models.decoder import DecoderStage, Loss
+from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks
 from megatron_nexus.models.feed_forward import FeedForward
 from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.models.rotary import Tables, stage_tables
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.parallel.world import read_world
@@ -86,22 +88,22 @@ def my_tokens(x_TBD: Tensor, tp: TensorParallel) -> Tensor:
 
 
 def residual_layer(
-    model: ModelConfig,
     context: Context,
     layer: nn.Module,
     equation: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    *more: Tables,
 ) -> float:
-    """A layer [T, B, D] -> [T, B, D] against its equation on [B, T, D]."""
+    """A layer [T, B, D], `more` -> [T, B, D] against its equation on [B, T, D]."""
     generator = torch.Generator().manual_seed(1)
-    x_BTD = torch.randn(3, 8, model.hidden_size, dtype=torch.float64, generator=generator)
-    g_BTD = torch.randn(3, 8, model.hidden_size, dtype=torch.float64, generator=generator)
+    x_BTD = torch.randn(3, 8, SIZES["hidden_size"], dtype=torch.float64, generator=generator)
+    g_BTD = torch.randn(3, 8, SIZES["hidden_size"], dtype=torch.float64, generator=generator)
     x_ref = x_BTD.clone().requires_grad_()
     weights = whole(layer)
     open_gates(layer, context.shard, weights)
     expected = equation(x_ref, weights)
     expected.backward(g_BTD)
     x = my_tokens(x_BTD.transpose(0, 1), context.tp).contiguous().requires_grad_()
-    y = layer(x)
+    y = layer(x, *more)
     y.backward(my_tokens(g_BTD.transpose(0, 1), context.tp))
     assert x.grad is not None and x_ref.grad is not None
     pairs = [(y, expected.transpose(0, 1)), (x.grad, x_ref.grad.transpose(0, 1))]
@@ -123,6 +125,24 @@ def decoder(model: ModelConfig, context: Context) -> float:
     return compare(stage, context.shard, [(loss, expected)], weights)
 
 
+def compiled(model: ModelConfig, context: Context) -> float:
+    """Compiled blocks against eager ones, to the bit: infinite where two losses or gradients differ."""
+    tokens = torch.randint(0, model.vocab_size, (3, 9), generator=torch.Generator().manual_seed(2))
+    stages = [DecoderStage(model, range(model.num_layers + 2), context) for _ in range(2)]
+    backend = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compile_blocks(stages[1], backend)
+    losses = [
+        Loss(model, context.tp, context.shard)(stage(tokens[:, :-1]), tokens[:, 1:]) for stage in stages
+    ]
+    for loss in losses:
+        loss.backward()
+    assert backend.frame_count == 1, f"{backend.frame_count} compilations of {model.num_layers} layers alike"
+    eager, other = ([p.grad for p in stage.parameters()] for stage in stages)
+    same = torch.equal(*losses) and all(torch.equal(a, b) for a, b in zip(eager, other, strict=True))
+    return 0.0 if same else float("inf")
+
+
 def run_case(mesh: Mesh, case: dict) -> float:
     model = ModelConfig(**SIZES, **WIDTHS, **case["model"])
     tp = TensorParallel(mesh.tensor_group, case["sequence_parallel"])
@@ -137,9 +157,13 @@ def run_case(mesh: Mesh, case: dict) -> float:
 
     match case["layer"]:
         case "attention":
-            return residual_layer(model, context, Attention(model, "a", context), attention)
+            layer = Attention(model, "a", context)
+            tables = stage_tables(model, 8, torch.zeros((), dtype=torch.float64))
+            return residual_layer(context, layer, attention, tables)
         case "feed_forward":
-            return residual_layer(model, context, FeedForward(model, "f", context), feed_forward)
+            return residual_layer(context, FeedForward(model, "f", context), feed_forward)
+        case "compiled":
+            return compiled(model, context)
         case _:
             return decoder(model, context)
 

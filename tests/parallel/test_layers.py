@@ -81,6 +81,37 @@ def _cases(ranks: int) -> list[dict]:
     return made
 
 
+def _compiled_cases(ranks: int) -> list[dict]:
+    """Every family, and for one of them what else changes the graph of a block."""
+    names = ("options", "released", "linear_nexus", "qwen3", "order2-gated", "olmo2", "tokenformer")
+    graphs = [("nexus", recompute) for recompute in ("none", "selective", "full")]
+    return [
+        {
+            "name": f"compiled-{name}-{sequence}-{recompute}",
+            "layer": "compiled",
+            "model": _models(ranks)[name],
+            "sequence_parallel": sequence,
+            "recompute": recompute,
+            "multiple": 1,
+        }
+        for (name, recompute), sequence in itertools.product(
+            [*graphs, *((name, "selective") for name in names)], (False, True) if ranks > 1 else (False,)
+        )
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_blocks_equal_eager_ones_to_the_bit(ranks: int, tmp_path: Path) -> None:
+    """By aot_eager, which traces forward and backward as every backend does and leaves the kernels alone."""
+    cases = _compiled_cases(ranks)
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    run_ranks(ranks, TESTS / "parallel" / "layer_worker.py", str(tmp_path / "cases.json"), str(tmp_path))
+    for rank in range(ranks):
+        errors = json.loads((tmp_path / f"errors_{ranks}_{rank}.json").read_text())
+        assert errors == {case["name"]: 0.0 for case in cases}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_layers_equal_their_equations_at_any_tensor_parallel_size(ranks: int, tmp_path: Path) -> None:
