@@ -25,7 +25,7 @@ from megatron_nexus.config.run_config import OptimizerConfig, Precision, RunConf
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.training.machine import keep_freed_memory
+from megatron_nexus.training.machine import tune_malloc
 
 PRESET = "nexusformer-20m"
 MICRO_BATCH = 4
@@ -62,7 +62,7 @@ def serve(job: Job, connection: Connection) -> None:
     os.dup2(console.fileno(), sys.stderr.fileno())
     torch.manual_seed(1234)
     if job.keeps_memory:
-        keep_freed_memory()
+        tune_malloc()
     config = configuration(job)
     LOOPS[job.kind](job, config, connection)
 
@@ -122,7 +122,7 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it; the command sets it too
     world = read_world(os.environ)
     check(config, world.size)
-    mesh = make_mesh(world, tensor_size=1, pipe_size=1)
+    mesh = make_mesh(world, tp_size=1, pp_size=1)
     corpus = open_corpus(config, mesh, world.local_rank)
     rate = gemm_flops_per_s(mesh, job.precision)
     engine = Engine(config, mesh)
@@ -187,14 +187,14 @@ def train(
 
 def bare(job: Job, config: RunConfig, connection: Connection) -> None:
     """The real path's model without DeepSpeed, loop, data pipeline and metrics."""
-    from megatron_nexus.models.context import Context
     from megatron_nexus.models.decoder import DecoderStage, Loss
+    from megatron_nexus.models.layer_context import LayerContext
     from megatron_nexus.parallel.tensor_parallel import TensorParallel
     from megatron_nexus.spec.shard import Shard
 
     tp, shard = TensorParallel(None), Shard(0, 1, 1)
     layers = range(config.model.num_layers + 2)
-    stage = DecoderStage(config.model, layers, Context(tp, shard, config.training.seed))
+    stage = DecoderStage(config.model, layers, LayerContext(tp, shard, config.training.seed))
     loss = Loss(config.model, tp, shard)
     flops = training_flops_per_token(config.model, config.training.seq_length)
     gate = Gate(connection, facts(config, parameter_count(stage), flops))

@@ -16,7 +16,7 @@ import torch
 from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
-from megatron_nexus.spec.grow import Fill, Init
+from megatron_nexus.spec.growth_rule import Fill, Init
 from tests.support import checkpoints, reference
 
 QWEN3 = {

@@ -36,13 +36,13 @@ from torch.nn import functional as F
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.data.default_corpus import cache_folder, prepare_default_corpus
 from megatron_nexus.data.indexed_dataset import IndexedDataset
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, Loss
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import Normal
 from megatron_nexus.spec.shard import Shard
-from megatron_nexus.training.machine import keep_freed_memory
+from megatron_nexus.training.machine import tune_malloc
 
 VOCABULARY, LENGTH, BATCH, LAYERS = 1024, 128, 16, 2
 VALIDATION_BATCHES = 32
@@ -141,7 +141,7 @@ def deviations(rule: str, projection: str, model: ModelConfig) -> tuple[float, f
 def build(trial: Trial) -> tuple[DecoderStage, Loss, ModelConfig]:
     model = model_of(trial.width, trial.rule)
     tp, shard = TensorParallel(None), Shard(0, 1, 1)
-    stage = DecoderStage(model, range(LAYERS + 2), Context(tp, shard, trial.seed))
+    stage = DecoderStage(model, range(LAYERS + 2), LayerContext(tp, shard, trial.seed))
     with torch.no_grad():
         for name, (spec, parameter) in logical_parameters(stage).items():
             family, scale = FAMILY_RULES.get(trial.rule, ("", 1.0))
@@ -275,7 +275,7 @@ def short_attention(
 
 def work(trial: Trial) -> list[Record]:
     torch.set_num_threads(1)
-    keep_freed_memory()
+    tune_malloc()
     F.scaled_dot_product_attention = short_attention  # type: ignore[assignment]
     return list(measure(trial, tokens_of_corpus()))
 

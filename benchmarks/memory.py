@@ -32,7 +32,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.parallel.local_ranks import run_local_ranks
 from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
-from megatron_nexus.training.machine import keep_freed_memory, padding_multiple, share_cores
+from megatron_nexus.training.machine import padding_multiple, set_num_threads, tune_malloc
 from megatron_nexus.training.memory_plan import plan_memory
 
 MIB = 2**20
@@ -152,9 +152,9 @@ def measure(config: RunConfig, keeps: bool, out: Path) -> None:
     check(config, world.size)
     parallel = config.parallel
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    share_cores(mesh)
+    set_num_threads(mesh)
     if keeps:
-        keep_freed_memory()
+        tune_malloc()
     tiny = dataclasses.replace(config, model=dataclasses.replace(config.model, **TINY))
     warm, batches = Engine(tiny, mesh), random_batches(tiny)
     for _ in range(2):

@@ -25,13 +25,13 @@ from megatron_nexus.checkpoint.run_dir import (
     find_checkpoint,
     newest_checkpoint,
 )
-from megatron_nexus.config.command_line import Consumed, build, from_saved, given_flags, over
+from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
 from megatron_nexus.config.config_file import config_text, read_config_file
 from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.presets import DEFAULT_PRESET, Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.data.library import Library, tokenizer_path, training_sources
+from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
@@ -53,7 +53,7 @@ from megatron_nexus.parallel.world import World, read_world
 if TYPE_CHECKING:
     from megatron_nexus.evaluation.training_judge import TrainingJudge
 
-LOST_PEER_PATIENCE_S = 3.0
+PEER_EXIT_GRACE_S = 3.0
 
 
 def main() -> NoReturn:
@@ -97,7 +97,7 @@ def main() -> NoReturn:
             sys.stderr.flush()
         else:
             # The first to leave has its launcher end the others, perhaps before that one has spoken.
-            time.sleep(LOST_PEER_PATIENCE_S)
+            time.sleep(PEER_EXIT_GRACE_S)
         sys.exit(EXIT_CODE_USER_ERROR)
     _train(config, world, checkpoint, argv)
 
@@ -113,7 +113,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
     """
     given = given_flags(argv)
     if "config" in given:
-        given = over(read_config_file(Path(str(given["config"]))), given)
+        given = merge_settings(read_config_file(Path(str(given["config"]))), given)
     load = str(given.get("load", ""))
     checkpoint = None
     if load:
@@ -135,7 +135,7 @@ def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
 def saved_config(checkpoint: Location, manifest: Manifest) -> RunConfig:
     """The configuration that a checkpoint was trained with. Raises CheckpointError where it has none."""
     try:
-        config = from_saved(manifest.config)
+        config = RunConfig.from_dict(manifest.config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint}: its configuration is not one of this version ({error}): load it with the version "
@@ -165,14 +165,14 @@ def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> N
     """Look at the files that a run will read and the folder it will write, before torch is imported.
 
     Raises:
-        ConfigError, DataError: as `Library`, `check_save_folder` and `require_tasks` do.
+        ConfigError, DataError: as `RunData`, `check_save_folder` and `require_tasks` do.
     """
     if world.rank == 0 and config.logging.eval_tasks:
         folder = config.logging.eval_task_path
         require_tasks(config.logging.task_names, Path(folder) if folder else None)
     sources = training_sources(config.data)
     if sources:
-        Library(config, sources, tokenizer_path(config.data))
+        RunData(config, sources, tokenizer_path(config.data))
     else:
         _check_tokenizer(config, checkpoint)
     if world.rank == 0 and config.checkpoint.save:
@@ -249,7 +249,7 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
         from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
         from megatron_nexus.growth.grown_reader import GrownReader
         from megatron_nexus.growth.plan import plan_growth
-        from megatron_nexus.parallel.mesh import claim_last_word
+        from megatron_nexus.parallel.mesh import is_first_failure
         from megatron_nexus.training.run import run
     open_state: Callable[[Location], StateReader] = CheckpointReader
     try:
@@ -259,15 +259,15 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
                 request = read_request(config.checkpoint.grow)
                 open_state = partial(GrownReader, plan=plan_growth(saved, request))
             record = tokenizer_record(read_manifest(checkpoint)) if checkpoint else NO_RECORD
-            run(config, world, checkpoint, argv, open_state, _open_judge, record)
+            run(config, world, checkpoint, argv, open_state, _open_evaluator, record)
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if claim_last_word():
+        if is_first_failure():
             _report(error, world.rank)
         else:
             # The launcher is about to end this rank; leaving first would hide the exit code that matters.
-            time.sleep(LOST_PEER_PATIENCE_S)
+            time.sleep(PEER_EXIT_GRACE_S)
         # Not sys.exit: other ranks may never answer again, and the interpreter would wait for them.
         sys.stdout.flush()
         os._exit(code)
@@ -275,7 +275,7 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
     sys.exit(0)
 
 
-def _open_judge(config: RunConfig, tokenizer: Tokenizer) -> "TrainingJudge":
+def _open_evaluator(config: RunConfig, tokenizer: Tokenizer) -> "TrainingJudge":
     """Who evaluates --eval-tasks. Raises ConfigError or DataError where a task cannot be had."""
     logging = config.logging
     with log.Progress("importing lm-evaluation-harness"):

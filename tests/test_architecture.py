@@ -145,8 +145,9 @@ def test_there_is_no_module_state_and_no_print() -> None:
 
 
 def base_name(node: ast.Attribute) -> str:
-    """`training` of `config.training.seed` and of `training.seed`."""
-    return node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+    """`training` of `config.training.seed` and of `training.seed`; a local `log_config` is `logging`."""
+    name = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+    return "logging" if name == "log_config" else name
 
 
 def test_every_field_of_the_configuration_is_read() -> None:

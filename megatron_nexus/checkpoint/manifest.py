@@ -111,7 +111,7 @@ def spec_to_json(spec: ParamSpec) -> JsonObject:
         "axes": [asdict(axis) for axis in spec.axes],
         "init": {"kind": type(spec.init).__name__.lower(), **asdict(spec.init)},
         "role": spec.role.value,
-        "grown": [flow.value for flow in spec.grown],
+        "grown": [flow.value for flow in spec.growth_roles],
     }
 
 
@@ -124,7 +124,7 @@ def spec_from_json(raw: Mapping[str, Any]) -> ParamSpec:
         axes=tuple(Axis(**{**axis, "layout": Layout(axis["layout"])}) for axis in raw["axes"]),
         init=kinds[init.pop("kind")](**init),
         role=Role(raw["role"]),
-        grown=tuple(map(Flow, raw["grown"])),
+        growth_roles=tuple(map(Flow, raw["grown"])),
     )
 
 

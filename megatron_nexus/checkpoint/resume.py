@@ -34,7 +34,7 @@ from megatron_nexus.spec.shard import Shard
 
 def topology_of(mesh: Mesh) -> Topology:
     """How the ranks of this run are arranged."""
-    return Topology(mesh.world_size, mesh.pipe_size, mesh.data_size, mesh.tensor_size)
+    return Topology(mesh.world_size, mesh.pp_size, mesh.dp_size, mesh.tp_size)
 
 
 def load_checkpoint(

@@ -224,7 +224,7 @@ def _owned(
 ) -> Iterator[tuple[Chunk, Tensor]]:
     """The boxes that this rank writes; of tensor-parallel ranks that all hold the same, the first writes."""
     for chunk, values in state_views(zero, parameters, shard):
-        if parameters[chunk.tensor][0].is_sharded or mesh.tensor == 0:
+        if parameters[chunk.tensor][0].is_sharded or mesh.tp_rank == 0:
             yield chunk, values
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.data.library import training_sources
+from megatron_nexus.data.run_data import training_sources
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError, path_errors
 from megatron_nexus.log import logger, silence
 

@@ -13,7 +13,7 @@ from megatron_nexus.commands.arguments import add_reading_arguments, positive, p
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import instead_of_preprocessing
-from megatron_nexus.data.documents import Reading
+from megatron_nexus.data.documents import RecordFormat
 from megatron_nexus.data.workers import start_server
 from megatron_nexus.errors import NexusError
 
@@ -34,13 +34,13 @@ def _run() -> None:
     given = _parse(sys.argv[1:])
     start_server()
     # Takes as long as the server needs to start: both at once.
-    from megatron_nexus.data.preprocess import Preprocessing, preprocess, work_folder
+    from megatron_nexus.data.preprocess import PreprocessConfig, preprocess, work_folder
 
-    job = Preprocessing(
+    job = PreprocessConfig(
         inputs=given.input,
         output_prefix=given.output_prefix,
         tokenizer_path=given.tokenizer_model,
-        reading=Reading(given.json_keys, given.txt_documents),
+        reading=RecordFormat(given.json_keys, given.txt_documents),
         append_eod=given.append_eod,
         prepend_bos=given.prepend_bos,
         strict=given.strict,
@@ -73,7 +73,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.instead_of = instead_of_preprocessing
+    parser.replacement_hint = instead_of_preprocessing
     add_reading_arguments(parser)
     parser.add_argument(
         "--output-prefix", required=True, type=prefix, metavar="PREFIX", help="without ending"

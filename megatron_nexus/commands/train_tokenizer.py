@@ -11,7 +11,7 @@ from megatron_nexus import log
 from megatron_nexus.commands.arguments import add_reading_arguments, positive
 from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.data.documents import Document, Reading, cut_into_spans, read_span
+from megatron_nexus.data.documents import Document, RecordFormat, read_slice, split_into_slices
 from megatron_nexus.data.input_files import find_input_files, tell_empty_files
 from megatron_nexus.data.malformed import REPORTED, no_document
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
@@ -56,16 +56,16 @@ def _run() -> None:
         )
     if output.exists() and not given.overwrite:
         raise ConfigError([f"--output {output} exists: add --overwrite or choose another name"])
-    reading = Reading(given.json_keys, given.txt_documents)
+    reading = RecordFormat(given.json_keys, given.txt_documents)
     files = find_input_files(given.input, given.strict)
-    spans = cut_into_spans(files, reading, sys.maxsize)
+    slices = split_into_slices(files, reading, sys.maxsize)
     left_out: Counter[str] = Counter()
     samples: list[str] = []
 
     def documents() -> Iterator[str]:
         texts = empty = 0
-        for span in spans:
-            for record in read_span(span, reading):
+        for file_slice in slices:
+            for record in read_slice(file_slice, reading):
                 if isinstance(record, Document):
                     if record.text.strip("\n"):
                         texts += 1
@@ -78,11 +78,11 @@ def _run() -> None:
                     left_out[record.reason] += 1
                     if len(samples) < REPORTED:
                         samples.append(record.describe())
-            progress.advance(span.size / MEGABYTE)
+            progress.advance(file_slice.size / MEGABYTE)
         if not texts:
             raise no_document(empty, left_out, samples, tell_empty_files(files))
 
-    megabytes = sum(span.size for span in spans) / MEGABYTE
+    megabytes = sum(file_slice.size for file_slice in slices) / MEGABYTE
     with _writable(output), log.Progress("Reading and training", megabytes, "MB") as progress:
         train_sentencepiece_bpe(documents(), output, given.vocab_size, int(given.sample_mb * MEGABYTE))
     for line in tell_empty_files(files):

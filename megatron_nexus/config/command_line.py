@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args, get_origin, get_type_hints
 
-from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.data_path import token_count
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.config.megatron_flags import instead_of, instead_of_family
+from megatron_nexus.config.megatron_flags import family_hint, replacement_hint
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
-from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig, TrainingConfig
+from megatron_nexus.config.run_config import SECTIONS, RunConfig, TrainingConfig
 from megatron_nexus.errors import ConfigError
 
 # Flags that launchers and scripts add and nobody here reads.
@@ -34,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.instead_of, parser.instead_of_family = instead_of, instead_of_family
+    parser.replacement_hint, parser.family_hint = replacement_hint, family_hint
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"named sizes (default: {DEFAULT_PRESET})")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
     parser.add_argument(
@@ -89,7 +88,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
     return given
 
 
-def over(file: Mapping[str, Value], flags: Mapping[str, Value]) -> dict[str, Value]:
+def merge_settings(file: Mapping[str, Value], flags: Mapping[str, Value]) -> dict[str, Value]:
     """The settings of a configuration file with those of the command line over them."""
     replaced = set(LENGTHS) if flags.keys() & set(LENGTHS) else set()
     return {name: value for name, value in file.items() if name not in replaced} | dict(flags)
@@ -185,20 +184,3 @@ def _samples_left(training: TrainingConfig, consumed: Consumed) -> int:
             ]
         )
     return -(-(wanted - consumed.tokens) // max(1, training.seq_length))
-
-
-def from_saved(saved: Mapping[str, object]) -> RunConfig:
-    """The configuration that a checkpoint holds as JSON. Raises KeyError or TypeError where it is none."""
-    sections = {}
-    for section, kind in SECTIONS.items():
-        values = saved[section]
-        if not isinstance(values, dict):
-            raise TypeError(f"{section} is not a section")
-        if section == "model" and values.get("attention_order", 1) != 1:
-            values = {"attention_inner": INNER_BEFORE_IT_WAS_RECORDED, **values}
-        for name, hint in get_type_hints(kind).items():
-            if name in values and not fits(values[name], hint):
-                raise TypeError(f"{section}.{name} is {values[name]!r:.80}")
-        # JSON has lists for our tuples.
-        sections[section] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    return RunConfig(preset=str(saved["preset"]), **sections)

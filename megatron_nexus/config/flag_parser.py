@@ -17,10 +17,10 @@ NEAR = 0.7
 class FlagParser(argparse.ArgumentParser):
     """argparse that raises ConfigError."""
 
-    instead_of: Callable[[str], str | None] = staticmethod(lambda flag: None)
+    replacement_hint: Callable[[str], str | None] = staticmethod(lambda flag: None)
     """What to do in place of a flag that is known from elsewhere."""
 
-    instead_of_family: Callable[[str], str | None] = staticmethod(lambda flag: None)
+    family_hint: Callable[[str], str | None] = staticmethod(lambda flag: None)
     """The same for a flag of a family known from elsewhere, unless it is a flag of ours misspelt."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,5 +66,5 @@ class FlagParser(argparse.ArgumentParser):
             for flag in action.option_strings
         }
         near = difflib.get_close_matches(flag.strip("-").replace("_", "-"), names, n=1, cutoff=NEAR)
-        meant = f"did you mean {names[near[0]]}?" if near else self.instead_of_family(flag)
-        return f"unknown flag {word}: {self.instead_of(flag) or meant or 'see --help for all flags'}"
+        meant = f"did you mean {names[near[0]]}?" if near else self.family_hint(flag)
+        return f"unknown flag {word}: {self.replacement_hint(flag) or meant or 'see --help for all flags'}"

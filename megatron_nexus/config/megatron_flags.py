@@ -377,12 +377,12 @@ _INSTEAD_OF_PREPROCESSING = {
 }
 
 
-def instead_of(flag: str) -> str | None:
+def replacement_hint(flag: str) -> str | None:
     """What to do in place of a foreign flag such as `--fp16`; None where it is not known either."""
     return _INSTEAD.get(_name(flag))
 
 
-def instead_of_family(flag: str) -> str | None:
+def family_hint(flag: str) -> str | None:
     """The same by what a flag begins with, such as `--moe-`: for one that is not near to any flag here."""
     answers = (answer for beginning, answer in _FAMILIES.items() if _name(flag).startswith(beginning))
     return next(answers, None)

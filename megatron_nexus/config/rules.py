@@ -46,7 +46,7 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ConfigError(problems)
 
 
-def notes(config: RunConfig) -> list[str]:
+def config_warnings(config: RunConfig) -> list[str]:
     """What is allowed and probably not meant."""
     model, said = config.model, []
     if model.has_nexus and not model.hidden_size < model.nexus_m < model.nexus_a:
@@ -414,18 +414,18 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
 
 
 def _task_problems(config: RunConfig) -> Iterable[str]:
-    logging, data = config.logging, config.data
+    log_config, data = config.logging, config.data
     for flag, value in {
-        "--eval-tasks-interval": max(0, logging.eval_tasks_interval),
-        "--eval-task-path": logging.eval_task_path,
-        "--eval-tasks-limit": max(0, logging.eval_tasks_limit),
+        "--eval-tasks-interval": max(0, log_config.eval_tasks_interval),
+        "--eval-task-path": log_config.eval_task_path,
+        "--eval-tasks-limit": max(0, log_config.eval_tasks_limit),
     }.items():
-        if value and not logging.task_names:
+        if value and not log_config.task_names:
             yield f"{flag} {value} belongs to --eval-tasks, and there are none: give both, or neither"
-    if logging.eval_tasks and not logging.task_names:
-        yield f"--eval-tasks {logging.eval_tasks!r} names no task: give names, with commas between them"
-    if logging.task_names and (data.data_path or data.train_data_path) and not data.tokenizer_model:
+    if log_config.eval_tasks and not log_config.task_names:
+        yield f"--eval-tasks {log_config.eval_tasks!r} names no task: give names, with commas between them"
+    if log_config.task_names and (data.data_path or data.train_data_path) and not data.tokenizer_model:
         yield (
-            f"--eval-tasks {logging.eval_tasks} are texts, and nothing tells the tokens of the data: give "
+            f"--eval-tasks {log_config.eval_tasks} are texts, and nothing tells the tokens of the data: give "
             "the tokenizer that it was written with as --tokenizer-model"
         )

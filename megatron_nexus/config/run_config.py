@@ -1,13 +1,15 @@
 """The configuration of a run: frozen dataclasses, one section for each part of the program that reads it.
 
-Every field states its default, its unit and its flag once, in `option(...)`; the command line, its help
+Every field states its default, its unit and its flag once, in `config_field(...)`; the command line, its help
 and the saved configuration are made from that. Flags are the field's name with dashes, which is
 Megatron-LM's spelling where Megatron-LM has the flag, plus the aliases given here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal, Self, TypeVar, get_type_hints
 
+from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.batch_schedule import BatchSchedule, batch_schedule
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS
 
@@ -29,7 +31,7 @@ INNER_BEFORE_IT_WAS_RECORDED: InnerAttention = "cross"
 T = TypeVar("T")
 
 
-def option(default: T, help_text: str, *aliases: str) -> T:
+def config_field(default: T, help_text: str, *aliases: str) -> T:
     """A field of a section: its default, what it means with its unit, and other spellings of its flag."""
     made: T = field(default=default, metadata={"help": help_text, "aliases": aliases})
     return made
@@ -39,107 +41,111 @@ def option(default: T, help_text: str, *aliases: str) -> T:
 class ModelConfig:
     """The decoder: logical sizes only; nothing here needs to divide by a parallel size except the heads."""
 
-    vocab_size: int = option(4096, "tokens in the vocabulary")
-    num_layers: int = option(4, "decoder blocks")
-    hidden_size: int = option(128, "width D of the residual stream")
-    num_attention_heads: int = option(4, "attention heads")
-    num_query_groups: int = option(
+    vocab_size: int = config_field(4096, "tokens in the vocabulary")
+    num_layers: int = config_field(4, "decoder blocks")
+    hidden_size: int = config_field(128, "width D of the residual stream")
+    num_attention_heads: int = config_field(4, "attention heads")
+    num_query_groups: int = config_field(
         0, "groups of heads that share keys and values (grouped-query attention); 0: each head has its own"
     )
-    attention_order: int = option(
+    attention_order: int = config_field(
         1, "1: standard attention; 2 and above: queries and keys refined by inner attentions, no new weights"
     )
-    attention_inner: InnerAttention = option(
+    attention_inner: InnerAttention = config_field(
         "self",
         "scores of the inner attentions from order 2 on: self (queries with queries, keys with keys) or "
         "cross (queries with keys, for both)",
     )
-    attention_gate: bool = option(
+    attention_gate: bool = config_field(
         False,
         "learnt gate of each head on its refined queries and on its keys, 0 at first: starts as order 1",
     )
-    kv_channels: int = option(32, "size of one head; heads x this is the attention width", "--head-dim")
-    feed_forward: FeedForwardKind = option(
+    kv_channels: int = config_field(32, "size of one head; heads x this is the attention width", "--head-dim")
+    feed_forward: FeedForwardKind = config_field(
         "swiglu",
         "swiglu, pattention (Tokenformer), or nexus (a Nexus-Rank, as in the authors' released code)",
     )
-    ffn_hidden_size: int = option(
+    ffn_hidden_size: int = config_field(
         344, "width of the SwiGLU feed-forward, slots of the Pattention, or second width of the Nexus-Rank"
     )
-    ffn_nexus_m: int = option(0, "first width of a Nexus-Rank feed-forward")
-    projection: Projection = option(
+    ffn_nexus_m: int = config_field(0, "first width of a Nexus-Rank feed-forward")
+    projection: Projection = config_field(
         "nexus",
         "what computes Q, K and V: nexus (Nexus-Rank), linear (a matrix each), linear_nexus (their sum), or "
         "pattention (Tokenformer), which computes the attention's output as well",
     )
-    pattention_slots: int = option(
+    pattention_slots: int = config_field(
         0, "parameter tokens of each Pattention of the attention: Q, K, V and output"
     )
-    qk_layernorm: bool = option(False, "RMSNorm of each head's query and key before the rotary embedding")
-    qk_layernorm_all_heads: bool = option(
+    qk_layernorm: bool = config_field(
+        False, "RMSNorm of each head's query and key before the rotary embedding"
+    )
+    qk_layernorm_all_heads: bool = config_field(
         False, "--qk-layernorm over the channels of all heads at once, as OLMo 2 has it"
     )
-    post_norm: bool = option(
+    post_norm: bool = config_field(
         False, "norms of what attention and feed-forward give, not of what they read, as OLMo 2 has them"
     )
-    add_qkv_bias: bool = option(False, "biases of the linear Q, K and V projections, as Qwen2 has them")
-    sliding_window: int = option(
+    add_qkv_bias: bool = config_field(False, "biases of the linear Q, K and V projections, as Qwen2 has them")
+    sliding_window: int = config_field(
         0, "tokens that each token sees, itself included, as Mistral has it; 0: all before it"
     )
-    nexus_m: int = option(160, "first width M of each Nexus-Rank projection, D < M < A")
-    nexus_a: int = option(192, "second width A of each Nexus-Rank projection")
-    nexus_inner_norm: bool = option(False, "gain-free norm before each GELU of a Nexus-Rank")
-    nexus_inner_norm_scale: InnerNormScale = option(
+    nexus_m: int = config_field(160, "first width M of each Nexus-Rank projection, D < M < A")
+    nexus_a: int = config_field(192, "second width A of each Nexus-Rank projection")
+    nexus_inner_norm: bool = config_field(False, "gain-free norm before each GELU of a Nexus-Rank")
+    nexus_inner_norm_scale: InnerNormScale = config_field(
         "hidden",
         "length that the inner norm gives: the square root of the hidden size, or of the normalised width "
         "(as in the authors' released code); growth keeps it",
     )
-    nexus_output_projection: bool = option(False, "Nexus-Rank for the attention's output projection too")
-    base_hidden_size: int = option(
+    nexus_output_projection: bool = config_field(
+        False, "Nexus-Rank for the attention's output projection too"
+    )
+    base_hidden_size: int = config_field(
         0, "hidden size before it grew, which the norms' means keep to; 0: it has not grown"
     )
-    base_nexus_m: int = option(
+    base_nexus_m: int = config_field(
         0, "--nexus-m before it grew, whose root is the inner norm's scale; 0: it has not grown"
     )
-    base_nexus_a: int = option(
+    base_nexus_a: int = config_field(
         0, "--nexus-a before it grew, whose root is the inner norm's scale; 0: it has not grown"
     )
-    base_ffn_nexus_m: int = option(
+    base_ffn_nexus_m: int = config_field(
         0, "--ffn-nexus-m before it grew, whose root is the inner norm's scale; 0: it has not grown"
     )
-    base_pattention_slots: int = option(
+    base_pattention_slots: int = config_field(
         0, "--pattention-slots before they grew, whose root scales scores; 0: they have not grown"
     )
-    base_ffn_hidden_size: int = option(
+    base_ffn_hidden_size: int = config_field(
         0,
         "--ffn-hidden-size of a Pattention or Nexus-Rank feed-forward before it grew, whose root scales; "
         "0: it has not grown",
     )
-    base_kv_channels: int = option(
+    base_kv_channels: int = config_field(
         0, "head size before it grew: these channels turn and its root scales scores; 0: it has not grown"
     )
-    rotary_base: float = option(10000.0, "base of the rotary position embedding")
-    use_rope_scaling: bool = option(
+    rotary_base: float = config_field(10000.0, "base of the rotary position embedding")
+    use_rope_scaling: bool = config_field(
         False, "slow rotary frequencies divided by --rope-scaling-factor, as Llama 3.1 and later do"
     )
-    rope_scaling_factor: float = option(8.0, "what frequencies are divided by that turn too slowly")
-    rope_low_freq_factor: float = option(
+    rope_scaling_factor: float = config_field(8.0, "what frequencies are divided by that turn too slowly")
+    rope_low_freq_factor: float = config_field(
         1.0, "turns within --original-max-position-embeddings up to which a frequency is divided whole"
     )
-    rope_high_freq_factor: float = option(
+    rope_high_freq_factor: float = config_field(
         4.0, "turns within --original-max-position-embeddings from which a frequency stays as it is"
     )
-    original_max_position_embeddings: int = option(
+    original_max_position_embeddings: int = config_field(
         8192, "tokens of a sample before the model was trained on longer ones, for --use-rope-scaling"
     )
-    no_rope_freq: int = option(
+    no_rope_freq: int = config_field(
         0, "every such layer has no rotary embedding: 4 is SmolLM3's every fourth; 0: all have it"
     )
-    normalization: Normalization = option(
+    normalization: Normalization = config_field(
         "RMSNorm", "RMSNorm with a gain, or NonParametricLayerNorm (Tokenformer): without gain and bias"
     )
-    norm_epsilon: float = option(1e-6, "epsilon of the norms")
-    init_method_std: float = option(0.02, "standard deviation of the initial weights")
+    norm_epsilon: float = config_field(1e-6, "epsilon of the norms")
+    init_method_std: float = config_field(0.02, "standard deviation of the initial weights")
 
     @property
     def attention_width(self) -> int:
@@ -173,22 +179,22 @@ class ModelConfig:
 
     @property
     def norm_size(self) -> int:
-        """The number that a norm's mean divides by: the hidden size at birth, so that growth keeps it."""
+        """Divisor of a norm's mean: the hidden size before growth, which growth keeps."""
         return self.base_hidden_size or self.hidden_size
 
     @property
-    def attention_slots_at_birth(self) -> int:
+    def attention_scale_slots(self) -> int:
         """Slots of each Pattention of the attention when its scale was set, so that growth keeps it."""
         return self.base_pattention_slots or self.pattention_slots
 
     @property
-    def feed_forward_slots_at_birth(self) -> int:
+    def feed_forward_scale_slots(self) -> int:
         """Slots of a Pattention feed-forward when its scale was set, so that growth keeps it."""
         return self.base_ffn_hidden_size or self.ffn_hidden_size
 
     @property
     def rotary_channels(self) -> int:
-        """Channels of each head that turn, the first ones: the head size at birth; later ones do not turn."""
+        """The first channels of each head, which rotate: the head size before growth."""
         return self.base_kv_channels or self.kv_channels
 
 
@@ -196,14 +202,14 @@ class ModelConfig:
 class ParallelConfig:
     """How one model is spread over ranks. Data parallelism is what the world size leaves."""
 
-    tensor_model_parallel_size: int = option(1, "ranks that share each layer", "--tp")
-    pipeline_model_parallel_size: int = option(1, "pipeline stages", "--pp")
-    zero_stage: int = option(1, "ZeRO stage: 0, 1 at any pp; 2, 3 at pp = 1 (0 is served as 1)")
-    sequence_parallel: bool = option(False, "split norms and residual over the tensor-parallel ranks")
-    padding_multiple: int = option(
+    tensor_model_parallel_size: int = config_field(1, "ranks that share each layer", "--tp")
+    pipeline_model_parallel_size: int = config_field(1, "pipeline stages", "--pp")
+    zero_stage: int = config_field(1, "ZeRO stage: 0, 1 at any pp; 2, 3 at pp = 1 (0 is served as 1)")
+    sequence_parallel: bool = config_field(False, "split norms and residual over the tensor-parallel ranks")
+    padding_multiple: int = config_field(
         0, "split axes are padded in memory to this multiple per rank; 0: 64 on an accelerator, 1 on a CPU"
     )
-    deepspeed_config: str = option(
+    deepspeed_config: str = config_field(
         "",
         "JSON file of DeepSpeed settings, merged with what follows from the flags",
         "--deepspeed_config",
@@ -214,48 +220,52 @@ class ParallelConfig:
 class TrainingConfig:
     """What one optimizer step is, and how many there are."""
 
-    micro_batch_size: int = option(8, "samples per rank, forward and backward pass")
-    global_batch_size: int = option(32, "samples per optimizer step over all ranks")
-    seq_length: int = option(128, "tokens per sample")
-    rampup_batch_size: tuple[str, ...] = option(
+    micro_batch_size: int = config_field(8, "samples per rank, forward and backward pass")
+    global_batch_size: int = config_field(32, "samples per optimizer step over all ranks")
+    seq_length: int = config_field(128, "tokens per sample")
+    rampup_batch_size: tuple[str, ...] = config_field(
         (),
         "start, increment, samples: the batch grows from start to --global-batch-size over so many samples",
     )
-    train_iters: int = option(300, "optimizer steps of the whole run, resumed steps included")
-    train_tokens: str = option(
+    train_iters: int = config_field(300, "optimizer steps of the whole run, resumed steps included")
+    train_tokens: str = config_field(
         "", "--train-iters by the tokens of the whole run, such as 100B; the last step is a whole one"
     )
-    train_samples: int = option(0, "--train-iters by the samples of the whole run; 0: it is not")
-    precision: Precision = option("bf16", "bf16 (fp32 master weights and accumulation) or fp32")
-    recompute_granularity: Recompute = option(
+    train_samples: int = config_field(0, "--train-iters by the samples of the whole run; 0: it is not")
+    precision: Precision = config_field("bf16", "bf16 (fp32 master weights and accumulation) or fp32")
+    recompute_granularity: Recompute = config_field(
         "none", "activations computed again in backward: none, selective (pointwise ones), full (each block)"
     )
-    norm_impl: NormImpl = option("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
-    seed: int = option(1234, "seed of the initial weights and of the order of samples")
+    norm_impl: NormImpl = config_field("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
+    seed: int = config_field(1234, "seed of the initial weights and of the order of samples")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = option(3e-4, "peak learning rate")
-    min_lr: float = option(3e-5, "learning rate at the end of the decay")
-    lr_decay_style: DecayStyle = option("cosine", "cosine, linear, constant or WSD (warm-up, stable, decay)")
-    lr_decay_iters: int = option(0, "step at which the decay ends; 0: the last step")
-    lr_start_iter: int = option(0, "step that warm-up and decay are counted from, for a new phase of a run")
-    lr_warmup_iters: int = option(0, "steps of linear warm-up from zero")
-    lr_wsd_decay_iters: int = option(0, "steps of the final decay of WSD; 0: a tenth of the run")
-    lr_decay_samples: int = option(0, "samples at which the decay ends; 0: the last of the run")
-    lr_warmup_samples: int = option(
+    lr: float = config_field(3e-4, "peak learning rate")
+    min_lr: float = config_field(3e-5, "learning rate at the end of the decay")
+    lr_decay_style: DecayStyle = config_field(
+        "cosine", "cosine, linear, constant or WSD (warm-up, stable, decay)"
+    )
+    lr_decay_iters: int = config_field(0, "step at which the decay ends; 0: the last step")
+    lr_start_iter: int = config_field(
+        0, "step that warm-up and decay are counted from, for a new phase of a run"
+    )
+    lr_warmup_iters: int = config_field(0, "steps of linear warm-up from zero")
+    lr_wsd_decay_iters: int = config_field(0, "steps of the final decay of WSD; 0: a tenth of the run")
+    lr_decay_samples: int = config_field(0, "samples at which the decay ends; 0: the last of the run")
+    lr_warmup_samples: int = config_field(
         0, "samples of linear warm-up; one of these has the schedule count samples"
     )
-    lr_wsd_decay_samples: int = option(0, "samples of the final decay of WSD; 0: a tenth of the run")
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices; norm gains have none")
-    adam_beta1: float = option(0.9, "decay of the first moment")
-    adam_beta2: float = option(0.95, "decay of the second moment")
-    adam_eps: float = option(1e-8, "epsilon of Adam")
-    clip_grad: float = option(1.0, "largest global gradient norm; 0 clips nothing")
-    optimizer_impl: OptimizerImpl = option(
+    lr_wsd_decay_samples: int = config_field(0, "samples of the final decay of WSD; 0: a tenth of the run")
+    weight_decay: float = config_field(0.1, "decoupled weight decay of matrices; norm gains have none")
+    adam_beta1: float = config_field(0.9, "decay of the first moment")
+    adam_beta2: float = config_field(0.95, "decay of the second moment")
+    adam_eps: float = config_field(1e-8, "epsilon of Adam")
+    clip_grad: float = config_field(1.0, "largest global gradient norm; 0 clips nothing")
+    optimizer_impl: OptimizerImpl = config_field(
         "torch",
         "AdamW of torch (fused), of NVIDIA's apex (CUDA devices), or of DeepSpeed (compiled at first use)",
     )
@@ -277,51 +287,57 @@ class OptimizerConfig:
 class DataConfig:
     """Where tokens come from."""
 
-    data_path: tuple[str, ...] = option(
+    data_path: tuple[str, ...] = config_field(
         (), "prefix of a .bin/.idx pair, or a blend: 0.7 a 0.3 b; empty: the built-in corpus of this Python"
     )
-    train_data_path: tuple[str, ...] = option(
+    train_data_path: tuple[str, ...] = config_field(
         (), "in place of --data-path: a prefix or a blend of which everything is trained on"
     )
-    valid_data_path: tuple[str, ...] = option(
+    valid_data_path: tuple[str, ...] = config_field(
         (), "validation data in place of --split's share: a prefix, a blend, or sets by name: web=a code=b"
     )
-    test_data_path: tuple[str, ...] = option(
+    test_data_path: tuple[str, ...] = config_field(
         (), "data that a finished run is tested on once, as --valid-data-path"
     )
-    tokenizer_model: str = option(
+    tokenizer_model: str = config_field(
         "", "of the corpus: SentencePiece .model, tokenizer.json or its folder; empty: built-in"
     )
-    split: str = option("969,30,1", "shares of --data-path's documents for training, validation and test")
-    data_range: str = option(
+    split: str = config_field(
+        "969,30,1", "shares of --data-path's documents for training, validation and test"
+    )
+    data_range: str = config_field(
         "", "tokens of the training data that this run reads, such as 100B:130B; of a blend its share each"
     )
-    reset_position_ids: bool = option(False, "positions count from 0 in each document of a sample")
-    reset_attention_mask: bool = option(False, "tokens attend within their document of a sample only")
-    data_cache_path: str = option("", "cache of the built-in corpus; empty: the user's cache folder")
+    reset_position_ids: bool = config_field(False, "positions count from 0 in each document of a sample")
+    reset_attention_mask: bool = config_field(False, "tokens attend within their document of a sample only")
+    data_cache_path: str = config_field("", "cache of the built-in corpus; empty: the user's cache folder")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """Where checkpoints go and come from."""
 
-    save: str = option("", "folder of the run's checkpoints; empty: runs/<preset>-<date>-<time>, or --load's")
-    load: str = option(
+    save: str = config_field(
+        "", "folder of the run's checkpoints; empty: runs/<preset>-<date>-<time>, or --load's"
+    )
+    load: str = config_field(
         "", "a run's folder or one checkpoint in it; auto: the newest complete one, or start fresh"
     )
-    grow: str = option(
+    grow: str = config_field(
         "", 'sizes to grow the loaded model to, as in "nexus_m=1088 nexus_a=1228"; new weights as init=...'
     )
-    reset_optimizer: bool = option(False, "load weights only: moments and Adam's count of steps begin anew")
-    save_interval: int = option(0, "steps between checkpoints; 0: only at the end and on Ctrl-C")
-    async_save: bool = option(
+    reset_optimizer: bool = config_field(
+        False, "load weights only: moments and Adam's count of steps begin anew"
+    )
+    save_interval: int = config_field(0, "steps between checkpoints; 0: only at the end and on Ctrl-C")
+    async_save: bool = config_field(
         False, "write the checkpoints of --save-interval beside the training, from a copy in host memory"
     )
-    keep_latest: int = option(0, "newest checkpoints to keep, older ones are deleted; 0: all are kept")
-    keep_every: int = option(
+    keep_latest: int = config_field(0, "newest checkpoints to keep, older ones are deleted; 0: all are kept")
+    keep_every: int = config_field(
         0, "checkpoints of the multiples of this number of steps are kept for good; 0: none are"
     )
-    exit_signal: tuple[str, ...] = option(
+    exit_signal: tuple[str, ...] = config_field(
         DEFAULT_EXIT_SIGNALS, "signals at which the run saves a checkpoint and exits"
     )
 
@@ -330,18 +346,20 @@ class CheckpointConfig:
 class LoggingConfig:
     """What the run tells, and how often."""
 
-    log_interval: int = option(10, "steps between lines on the console")
-    eval_interval: int = option(100, "steps between validations; 0: only at the end")
-    eval_iters: int = option(8, "global batches per validation; 0: no validation")
-    eval_tasks: str = option(
+    log_interval: int = config_field(10, "steps between lines on the console")
+    eval_interval: int = config_field(100, "steps between validations; 0: only at the end")
+    eval_iters: int = config_field(8, "global batches per validation; 0: no validation")
+    eval_tasks: str = config_field(
         "", "tasks of lm-evaluation-harness to score, with commas between them; rank 0 needs the extra eval"
     )
-    eval_tasks_interval: int = option(0, "steps between evaluations of --eval-tasks; 0: only at the end")
-    eval_task_path: str = option(
+    eval_tasks_interval: int = config_field(
+        0, "steps between evaluations of --eval-tasks; 0: only at the end"
+    )
+    eval_task_path: str = config_field(
         "", "folder of the tasks' records, such as piqa.jsonl; empty: the published ones are fetched"
     )
-    eval_tasks_limit: int = option(0, "items of each task, the first ones; 0: all")
-    tensorboard_dir: str = option("", "folder of TensorBoard event files; empty: none are written")
+    eval_tasks_limit: int = config_field(0, "items of each task, the first ones; 0: all")
+    tensorboard_dir: str = config_field("", "folder of TensorBoard event files; empty: none are written")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -380,6 +398,26 @@ class RunConfig:
         """Micro-batches per rank and optimizer step of a full batch."""
         per_pass = self.training.micro_batch_size * self.data_parallel_size(world_size)
         return self.training.global_batch_size // per_pass
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, object]) -> Self:
+        """Return the configuration that a checkpoint holds as JSON.
+
+        Raises KeyError or TypeError where a section is missing or a value has the wrong type.
+        """
+        sections = {}
+        for section, kind in SECTIONS.items():
+            values = saved[section]
+            if not isinstance(values, dict):
+                raise TypeError(f"{section} is not a section")
+            if section == "model" and values.get("attention_order", 1) != 1:
+                values = {"attention_inner": INNER_BEFORE_IT_WAS_RECORDED, **values}
+            for name, hint in get_type_hints(kind).items():
+                if name in values and not fits(values[name], hint):
+                    raise TypeError(f"{section}.{name} is {values[name]!r:.80}")
+            # JSON has lists for our tuples.
+            sections[section] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(preset=str(saved["preset"]), **sections)
 
 
 SECTIONS: dict[str, type] = {

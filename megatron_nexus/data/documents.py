@@ -37,7 +37,7 @@ NAMES_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
-class Reading:
+class RecordFormat:
     """What in a file is a document."""
 
     json_key: str
@@ -47,7 +47,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Span:
+class FileSlice:
     """A part of a file that one worker reads in one go."""
 
     file: InputFile
@@ -68,10 +68,10 @@ class Document(NamedTuple):
     """Its UTF-8 bytes."""
 
 
-class Malformed(NamedTuple):
+class BadRecord(NamedTuple):
     """A record that cannot be read."""
 
-    span: Span
+    file_slice: FileSlice
     number: int
     """Its line or row in the span, from 0."""
     reason: str
@@ -79,26 +79,26 @@ class Malformed(NamedTuple):
 
     def describe(self) -> str:
         """File, line, reason and excerpt. Counts the lines before the span: seconds in a very large file."""
-        number = self.span.first_record + _lines_before(self.span) + self.number + 1
+        number = self.file_slice.first_record + _lines_before(self.file_slice) + self.number + 1
         excerpt = f": {self.excerpt}" if self.excerpt else ""
-        return f"{self.span.file.path}:{number}: {self.reason}{excerpt}"
+        return f"{self.file_slice.file.path}:{number}: {self.reason}{excerpt}"
 
 
-def cut_into_spans(files: list[InputFile], reading: Reading, span_bytes: int) -> list[Span]:
-    """The files as spans of about `span_bytes` each, in order.
+def split_into_slices(files: list[InputFile], reading: RecordFormat, slice_bytes: int) -> list[FileSlice]:
+    """The files as spans of about `slice_bytes` each, in order.
 
     Raises:
         ConfigError: files that cannot hold documents as they are: all of them are named.
     """
     problems: list[str] = []
-    spans: list[Span] = []
+    slices: list[FileSlice] = []
     for file in files:
-        whole = Span(file, 0, file.size, 0, file.size)
+        whole = FileSlice(file, 0, file.size, 0, file.size)
         if not file.size:
             continue
         if file.kind == "parquet":
             try:
-                spans += _row_groups(file, reading.json_key, span_bytes)
+                slices += _row_groups(file, reading.json_key, slice_bytes)
             except DataError as error:
                 problems.append(str(error))
         elif file.kind == "txt" and reading.txt_documents == "file":
@@ -107,19 +107,19 @@ def cut_into_spans(files: list[InputFile], reading: Reading, span_bytes: int) ->
                     f"--input {file.path} has {file.size:,} bytes, a document at most "
                     f"{LONGEST_RECORD_BYTES:,}: use --txt-documents line, or split it"
                 )
-            spans.append(whole)
+            slices.append(whole)
         elif file.compression:
-            spans.append(whole)
+            slices.append(whole)
         else:
-            starts = range(0, file.size, span_bytes)
+            starts = range(0, file.size, slice_bytes)
             stops = [*starts[1:], file.size]
-            spans += [Span(file, a, b, 0, b - a) for a, b in zip(starts, stops, strict=True)]
+            slices += [FileSlice(file, a, b, 0, b - a) for a, b in zip(starts, stops, strict=True)]
     if problems:
         raise ConfigError(problems)
-    return spans
+    return slices
 
 
-def _row_groups(file: InputFile, key: str, span_bytes: int) -> list[Span]:
+def _row_groups(file: InputFile, key: str, slice_bytes: int) -> list[FileSlice]:
     with file.open_parquet() as table:
         schema, metadata = table.schema_arrow, table.metadata
         columns = list(schema)
@@ -139,33 +139,33 @@ def _row_groups(file: InputFile, key: str, span_bytes: int) -> list[Span]:
                 f"name the column of the text with --json-keys{such}"
             )
         place = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(key)
-        spans: list[Span] = []
+        slices: list[FileSlice] = []
         first_group = first_row = rows = size = 0
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
             rows, size = rows + group.num_rows, size + group.column(place).total_uncompressed_size
-            if size >= span_bytes or index == metadata.num_row_groups - 1:
-                spans.append(Span(file, first_group, index + 1, first_row, size))
+            if size >= slice_bytes or index == metadata.num_row_groups - 1:
+                slices.append(FileSlice(file, first_group, index + 1, first_row, size))
                 first_group, first_row, rows, size = index + 1, first_row + rows, 0, 0
-    return spans
+    return slices
 
 
-def read_span(span: Span, reading: Reading) -> Iterator[Document | Malformed]:
+def read_slice(file_slice: FileSlice, reading: RecordFormat) -> Iterator[Document | BadRecord]:
     """The records of a span, in order; blank lines are empty documents.
 
     Raises:
         DataError: the file cannot be read, is damaged or has changed since it was found.
     """
-    file = span.file
+    file = file_slice.file
     try:
         if file.kind == "parquet":
-            yield from _rows(span, reading.json_key)
+            yield from _rows(file_slice, reading.json_key)
         else:
             with file.open() as stream:
                 if file.kind == "txt" and reading.txt_documents == "file":
-                    yield _whole(span, stream)
+                    yield _whole(file_slice, stream)
                 else:
-                    yield from _lines(span, stream, reading)
+                    yield from _lines(file_slice, stream, reading)
         changed = file.has_changed()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -175,35 +175,35 @@ def read_span(span: Span, reading: Reading) -> Iterator[Document | Malformed]:
         raise DataError(f"{file.path} was changed while it was read: run again when it is complete")
 
 
-def _whole(span: Span, stream: BinaryIO) -> Document | Malformed:
+def _whole(file_slice: FileSlice, stream: BinaryIO) -> Document | BadRecord:
     raw = stream.read(LONGEST_RECORD_BYTES + 1)
     if len(raw) > LONGEST_RECORD_BYTES:
-        return Malformed(span, 0, "longer than 1 GiB", "")
-    return _text(raw.removeprefix(BYTE_ORDER_MARK), span, 0)
+        return BadRecord(file_slice, 0, "longer than 1 GiB", "")
+    return _text(raw.removeprefix(BYTE_ORDER_MARK), file_slice, 0)
 
 
-def _lines(span: Span, stream: BinaryIO, reading: Reading) -> Iterator[Document | Malformed]:
-    position = span.start
-    if span.start:
+def _lines(file_slice: FileSlice, stream: BinaryIO, reading: RecordFormat) -> Iterator[Document | BadRecord]:
+    position = file_slice.start
+    if file_slice.start:
         # The line that begins before the span is its neighbour's, all of it; none does behind a line break.
-        stream.seek(span.start - 1)
+        stream.seek(file_slice.start - 1)
         position += _skip_line(stream) - 1
     number = 0
-    while span.file.compression or position < span.stop:
+    while file_slice.file.compression or position < file_slice.stop:
         line = stream.readline(LONGEST_RECORD_BYTES)
         if not line:
             return
         position += len(line)
         if len(line) == LONGEST_RECORD_BYTES and not line.endswith(b"\n"):
             position += _skip_line(stream)
-            yield Malformed(span, number, "longer than 1 GiB", "")
+            yield BadRecord(file_slice, number, "longer than 1 GiB", "")
         else:
             if position == len(line):
                 line = line.removeprefix(BYTE_ORDER_MARK)
-            if reading.txt_documents == "line" and span.file.kind == "txt":
-                yield _text(line.removesuffix(b"\n").removesuffix(b"\r"), span, number)
+            if reading.txt_documents == "line" and file_slice.file.kind == "txt":
+                yield _text(line.removesuffix(b"\n").removesuffix(b"\r"), file_slice, number)
             else:
-                yield _field(line, reading.json_key, span, number)
+                yield _field(line, reading.json_key, file_slice, number)
         number += 1
 
 
@@ -217,30 +217,30 @@ def _skip_line(stream: BinaryIO) -> int:
     return skipped
 
 
-def _field(line: bytes, key: str, span: Span, number: int) -> Document | Malformed:
+def _field(line: bytes, key: str, file_slice: FileSlice, number: int) -> Document | BadRecord:
     """The text in a line of JSON."""
     try:
         record = parse_record(line.decode())
     except UnicodeDecodeError:
-        return Malformed(span, number, "not UTF-8", _excerpt(line))
+        return BadRecord(file_slice, number, "not UTF-8", _excerpt(line))
     except NestingError:
-        return Malformed(span, number, "nested too deeply", _excerpt(line))
+        return BadRecord(file_slice, number, "nested too deeply", _excerpt(line))
     except ValueError:
         if not line.strip():
             return Document("", 0)
-        return Malformed(span, number, "not JSON", _excerpt(line))
+        return BadRecord(file_slice, number, "not JSON", _excerpt(line))
     if not isinstance(record, dict):
-        return Malformed(span, number, "no JSON object", _excerpt(line))
+        return BadRecord(file_slice, number, "no JSON object", _excerpt(line))
     text = record[key] if key in record else _within(record, key)
     if text is _MISSING:
         names = _excerpted(", ".join(map(repr, record)))
-        return Malformed(span, number, f"no key {key!r}", f"keys {names}")
+        return BadRecord(file_slice, number, f"no key {key!r}", f"keys {names}")
     if not isinstance(text, str):
-        return Malformed(span, number, f"{key!r} is not a string", _excerpt(line))
+        return BadRecord(file_slice, number, f"{key!r} is not a string", _excerpt(line))
     try:
         return Document(text, len(text) if text.isascii() else len(text.encode()))
     except UnicodeEncodeError:
-        return Malformed(span, number, "lone surrogate", _excerpt(line))
+        return BadRecord(file_slice, number, "lone surrogate", _excerpt(line))
 
 
 _MISSING = object()
@@ -257,31 +257,38 @@ def _within(record: dict[str, object], key: str) -> object:
     return _MISSING
 
 
-def _rows(span: Span, key: str) -> Iterator[Document | Malformed]:
+def _rows(file_slice: FileSlice, key: str) -> Iterator[Document | BadRecord]:
     import pyarrow
 
     number = 0
-    with span.file.open_parquet() as table:
+    with file_slice.file.open_parquet() as table:
         column = find_column(list(table.schema_arrow), key)
         assert column is not None, "found when the file was cut"
         batches = table.iter_batches(
-            ROWS_PER_BATCH, row_groups=range(span.start, span.stop), columns=[key], use_threads=False
+            ROWS_PER_BATCH,
+            row_groups=range(file_slice.start, file_slice.stop),
+            columns=[key],
+            use_threads=False,
         )
         try:
             for batch in batches:
                 # As bytes: one text that is not UTF-8 must not cost the others.
                 for raw in read_column(batch, column):
-                    yield Malformed(span, number, "null", "") if raw is None else _text(raw, span, number)
+                    yield (
+                        BadRecord(file_slice, number, "null", "")
+                        if raw is None
+                        else _text(raw, file_slice, number)
+                    )
                     number += 1
         except pyarrow.ArrowException as error:
             raise OSError(str(error)) from None
 
 
-def _text(raw: bytes, span: Span, number: int) -> Document | Malformed:
+def _text(raw: bytes, file_slice: FileSlice, number: int) -> Document | BadRecord:
     try:
         return Document(raw.decode(), len(raw))
     except UnicodeDecodeError:
-        return Malformed(span, number, "not UTF-8", _excerpt(raw))
+        return BadRecord(file_slice, number, "not UTF-8", _excerpt(raw))
 
 
 def _excerpt(raw: bytes) -> str:
@@ -293,12 +300,12 @@ def _excerpted(names: str) -> str:
     return names if len(names) <= NAMES_CHARACTERS else f"{names[:NAMES_CHARACTERS]} ..."
 
 
-def _lines_before(span: Span) -> int:
+def _lines_before(file_slice: FileSlice) -> int:
     """Line breaks in the file before the span's first own line."""
-    if span.file.kind == "parquet" or span.start == 0:
+    if file_slice.file.kind == "parquet" or file_slice.start == 0:
         return 0
-    count, left = 0, span.start - 1
-    with span.file.open() as stream:
+    count, left = 0, file_slice.start - 1
+    with file_slice.file.open() as stream:
         while left and (block := stream.read(min(left, COUNTING_BYTES))):
             count, left = count + block.count(b"\n"), left - len(block)
         # The line around the start is the neighbour's.

@@ -21,7 +21,7 @@ import numpy as np
 from megatron_nexus.base.communicator import Communicator, wait_for_message
 from megatron_nexus.base.file_lock import LOCK_FILE, locked_folder
 from megatron_nexus.data.corpus_description import CorpusDescription
-from megatron_nexus.data.documents import Reading, cut_into_spans
+from megatron_nexus.data.documents import RecordFormat, split_into_slices
 from megatron_nexus.data.indexed_dataset import (
     IndexedDatasetWriter,
     bin_path,
@@ -32,10 +32,10 @@ from megatron_nexus.data.indexed_dataset import (
 from megatron_nexus.data.input_files import InputFile, find_input_files, tell_empty_files
 from megatron_nexus.data.malformed import REPORTED, no_document, report
 from megatron_nexus.data.shards import (
-    Counts,
-    Shard,
-    Tokenizing,
-    finished_counts,
+    InputShard,
+    ShardStats,
+    TokenizeConfig,
+    finished_stats,
     make_shards,
     shard_prefix,
     tokenize_shards,
@@ -52,14 +52,14 @@ SHARDS_OF_LARGE_CORPORA = 1 << 14
 
 
 @dataclass(frozen=True)
-class Preprocessing:
+class PreprocessConfig:
     """What to make of what."""
 
     inputs: list[str]
     """Files, folders and globs."""
     output_prefix: Path
     tokenizer_path: Path
-    reading: Reading
+    reading: RecordFormat
     append_eod: bool = True
     prepend_bos: bool | None = None
     """Whether every document begins with BOS; None: as the tokenizer does of itself."""
@@ -71,10 +71,10 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _Assignment:
     """Rank 0 to another, first of all: what it has to tokenize."""
 
-    shards: dict[int, Shard]
+    shards: dict[int, InputShard]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Done:
     """A rank to rank 0: its share is finished. Rank 0 to all: the corpus is."""
 
 
-def preprocess(job: Preprocessing, comm: Communicator) -> CorpusDescription | None:
+def preprocess(job: PreprocessConfig, comm: Communicator) -> CorpusDescription | None:
     """Write the corpus of `job`; to be called by all ranks of `comm`.
 
     Returns the corpus' description on rank 0, which also raises for all; other ranks return None.
@@ -100,12 +100,12 @@ def preprocess(job: Preprocessing, comm: Communicator) -> CorpusDescription | No
             shards stay for the next run.
     """
     if comm.rank > 0:
-        _follow(job, comm)
+        _run_worker(job, comm)
         return None
     others = range(1, comm.size)
     try:
         with path_errors():
-            description = _lead(job, comm)
+            description = _run_coordinator(job, comm)
     except NexusError as error:
         for rank in others:
             comm.send(rank, _Failure(str(error)))
@@ -115,15 +115,15 @@ def preprocess(job: Preprocessing, comm: Communicator) -> CorpusDescription | No
     return description
 
 
-def _follow(job: Preprocessing, comm: Communicator) -> None:
+def _run_worker(job: PreprocessConfig, comm: Communicator) -> None:
     """Tokenize the share that rank 0 sends, and tell it of every finished shard."""
-    share = wait_for_message(comm)
-    if not isinstance(share, _Share):
+    assignment = wait_for_message(comm)
+    if not isinstance(assignment, _Assignment):
         return
     try:
         with (
             path_errors(),
-            closing(tokenize_shards(share.shards, _tokenizing(job), job.workers or comm.cores)) as steps,
+            closing(tokenize_shards(assignment.shards, _tokenizing(job), job.workers or comm.cores)) as steps,
         ):
             for finished in steps:
                 if finished is not None:
@@ -137,7 +137,7 @@ def _follow(job: Preprocessing, comm: Communicator) -> None:
     wait_for_message(comm)
 
 
-def _lead(job: Preprocessing, comm: Communicator) -> CorpusDescription:
+def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescription:
     """Share the work out, do a part of it, and merge."""
     tokenizer, files, shards = _plan(job)
     tokenizing = _tokenizing(job)
@@ -151,7 +151,7 @@ def _lead(job: Preprocessing, comm: Communicator) -> CorpusDescription:
         # One listing: asking for each would be slow, and an NFS client would remember that it was missing.
         present = {path.name for path in tokenizing.folder.iterdir()}
         earlier = {
-            number: finished_counts(prefix, dtype.itemsize)
+            number: finished_stats(prefix, dtype.itemsize)
             for number, prefix in enumerate(prefixes)
             if idx_path(prefix).name in present
         }
@@ -215,7 +215,9 @@ def _corpus(prefix: Path, dtype: np.dtype) -> Iterator[IndexedDatasetWriter]:
         ) from None
 
 
-def _merge(corpus: IndexedDatasetWriter, prefixes: list[Path], counts: dict[int, Counts]) -> Iterator[int]:
+def _merge(
+    corpus: IndexedDatasetWriter, prefixes: list[Path], counts: dict[int, ShardStats]
+) -> Iterator[int]:
     """Append shards in their order, one a step; yields its tokens, or 0 while the next one is not finished.
 
     `counts` holds the finished ones.
@@ -228,15 +230,15 @@ def _merge(corpus: IndexedDatasetWriter, prefixes: list[Path], counts: dict[int,
         yield counts[number].tokens
 
 
-def _plan(job: Preprocessing) -> tuple[Tokenizer, list[InputFile], list[Shard]]:
+def _plan(job: PreprocessConfig) -> tuple[Tokenizer, list[InputFile], list[InputShard]]:
     """What to do, or all that stands against it."""
     problems: list[str] = []
     files: list[InputFile] = []
-    shards: list[Shard] = []
+    shards: list[InputShard] = []
     try:
         files = find_input_files(job.inputs, job.strict)
         shard_bytes = _shard_bytes(sum(file.size for file in files))
-        shards = make_shards(cut_into_spans(files, job.reading, shard_bytes), shard_bytes)
+        shards = make_shards(split_into_slices(files, job.reading, shard_bytes), shard_bytes)
     except ConfigError as error:
         problems += error.problems
     if job.output_prefix.suffix in (".bin", ".idx"):
@@ -268,9 +270,11 @@ def work_folder(output_prefix: Path) -> Path:
     return output_prefix.with_name(f"{output_prefix.name}.shards")
 
 
-def _tokenizing(job: Preprocessing) -> Tokenizing:
+def _tokenizing(job: PreprocessConfig) -> TokenizeConfig:
     folder = work_folder(job.output_prefix)
-    return Tokenizing(folder, job.tokenizer_path, job.reading, job.append_eod, job.strict, job.prepend_bos)
+    return TokenizeConfig(
+        folder, job.tokenizer_path, job.reading, job.append_eod, job.strict, job.prepend_bos
+    )
 
 
 @contextmanager
@@ -311,16 +315,16 @@ def _remove_shards(folder: Path) -> None:
 
 
 def _tokenize(
-    shards: dict[int, Shard],
-    counts: dict[int, Counts],
-    tokenizing: Tokenizing,
+    shards: dict[int, InputShard],
+    counts: dict[int, ShardStats],
+    tokenizing: TokenizeConfig,
     comm: Communicator,
-    job: Preprocessing,
+    job: PreprocessConfig,
 ) -> Generator[None, None, None]:
     """Tokenize shards by all ranks and put the counts of each into `counts`; yields now and then."""
     shares = _shared_out(shards, comm.size)
     for rank in range(1, comm.size):
-        comm.send(rank, _Share(shares[rank]))
+        comm.send(rank, _Assignment(shares[rank]))
     working = comm.size - 1
     total = sum(shard.size for shard in shards.values()) / MEGABYTE
 
@@ -352,9 +356,9 @@ def _tokenize(
             yield
 
 
-def _shared_out(shards: dict[int, Shard], ranks: int) -> list[dict[int, Shard]]:
+def _shared_out(shards: dict[int, InputShard], ranks: int) -> list[dict[int, InputShard]]:
     """The shards of each rank, about equal in size: the largest first, each to whoever has least."""
-    shares: list[dict[int, Shard]] = [{} for _ in range(ranks)]
+    shares: list[dict[int, InputShard]] = [{} for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
     for number, shard in sorted(shards.items(), key=lambda item: -item[1].size):
         load, rank = loads[0]
@@ -363,11 +367,11 @@ def _shared_out(shards: dict[int, Shard], ranks: int) -> list[dict[int, Shard]]:
     return shares
 
 
-def _sum(counts: list[Counts]) -> Counts:
+def _sum(counts: list[ShardStats]) -> ShardStats:
     malformed: Counter[str] = Counter()
     for count in counts:
         malformed.update(count.malformed)
-    return Counts(
+    return ShardStats(
         documents=sum(count.documents for count in counts),
         tokens=sum(count.tokens for count in counts),
         text_bytes=sum(count.text_bytes for count in counts),
@@ -379,14 +383,14 @@ def _sum(counts: list[Counts]) -> Counts:
     )
 
 
-def _samples(shards: list[Shard], counts: list[Counts]) -> list[str]:
+def _samples(shards: list[InputShard], counts: list[ShardStats]) -> list[str]:
     pairs = zip(shards, counts, strict=True)
     records = (record for shard, count in pairs for record in count.sampled(shard))
     return [record.describe() for record in islice(records, REPORTED)]
 
 
 def _describe(
-    job: Preprocessing, tokenizer: Tokenizer, files: list[InputFile], total: Counts, samples: list[str]
+    job: PreprocessConfig, tokenizer: Tokenizer, files: list[InputFile], total: ShardStats, samples: list[str]
 ) -> CorpusDescription:
     return CorpusDescription(
         tokenizer=tokenizer.model_path.name,

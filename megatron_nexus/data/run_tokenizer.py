@@ -13,7 +13,7 @@ from megatron_nexus.data.default_corpus import (
     cache_folder,
     prepare_default_corpus,
 )
-from megatron_nexus.data.library import tokenizer_path, training_sources
+from megatron_nexus.data.run_data import tokenizer_path, training_sources
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.tokenizer_record import TokenizerRecord
 from megatron_nexus.errors import DataError

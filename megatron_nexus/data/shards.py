@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_nexus.base.json_text import parse_json, record_of
-from megatron_nexus.data.documents import Document, Malformed, Reading, Span, read_span
+from megatron_nexus.data.documents import BadRecord, Document, FileSlice, RecordFormat, read_slice
 from megatron_nexus.data.indexed_dataset import (
     IndexedDatasetWriter,
     bin_path,
@@ -45,29 +45,29 @@ SAMPLES = 10
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 12
 """What is tokenized and written at a time, whichever is reached first."""
 
-PATIENCE_S = 0.5
+POLL_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
-class Shard:
+class InputShard:
     """Neighbouring spans, tokenized as one."""
 
-    spans: tuple[Span, ...]
+    slices: tuple[FileSlice, ...]
 
     @property
     def size(self) -> int:
         """Its work, in the bytes of its spans."""
-        return sum(span.size for span in self.spans)
+        return sum(file_slice.size for file_slice in self.slices)
 
 
 @dataclass(frozen=True)
-class Tokenizing:
+class TokenizeConfig:
     """How documents become tokens; the same on all ranks."""
 
     folder: Path
     """Where shards are kept."""
     tokenizer_path: Path
-    reading: Reading
+    reading: RecordFormat
     append_eod: bool
     strict: bool
     """The first malformed record is an error."""
@@ -76,7 +76,7 @@ class Tokenizing:
 
 
 @dataclass(frozen=True)
-class Counts:
+class ShardStats:
     """What went into a shard."""
 
     documents: int = 0
@@ -94,26 +94,26 @@ class Counts:
     changed_example: list[str] = dataclasses.field(default_factory=list)
     """Where the first of them changes: before and after."""
 
-    def sampled(self, shard: Shard) -> list[Malformed]:
+    def sampled(self, shard: InputShard) -> list[BadRecord]:
         """The samples as records of `shard`."""
-        return [Malformed(shard.spans[span], *rest) for span, *rest in self.samples]  # type: ignore[arg-type]
+        return [BadRecord(shard.slices[file_slice], *rest) for file_slice, *rest in self.samples]  # type: ignore[arg-type]
 
 
-def make_shards(spans: list[Span], shard_bytes: int) -> list[Shard]:
+def make_shards(slices: list[FileSlice], shard_bytes: int) -> list[InputShard]:
     """Put neighbouring spans together until they have `shard_bytes`."""
-    shards: list[Shard] = []
-    waiting: list[Span] = []
+    shards: list[InputShard] = []
+    waiting: list[FileSlice] = []
     size = 0
-    for span in spans:
-        if waiting and size + span.size > shard_bytes:
-            shards.append(Shard(tuple(waiting)))
+    for file_slice in slices:
+        if waiting and size + file_slice.size > shard_bytes:
+            shards.append(InputShard(tuple(waiting)))
             waiting, size = [], 0
-        waiting.append(span)
-        size += span.size
-    return [*shards, Shard(tuple(waiting))] if waiting else shards
+        waiting.append(file_slice)
+        size += file_slice.size
+    return [*shards, InputShard(tuple(waiting))] if waiting else shards
 
 
-def shard_prefix(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -> Path:
+def shard_prefix(shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Tokenizer) -> Path:
     """Where a shard is kept."""
     facts = (
         FORMAT_VERSION,
@@ -124,25 +124,31 @@ def shard_prefix(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -> 
         else tokenizing.append_eod,
         dataclasses.astuple(tokenizing.reading),
         [
-            (str(span.file.path.resolve()), span.file.size, span.file.modified_ns, span.start, span.stop)
-            for span in shard.spans
+            (
+                str(file_slice.file.path.resolve()),
+                file_slice.file.size,
+                file_slice.file.modified_ns,
+                file_slice.start,
+                file_slice.stop,
+            )
+            for file_slice in shard.slices
         ],
     )
     return tokenizing.folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def finished_counts(prefix: Path, itemsize: int) -> Counts | None:
+def finished_stats(prefix: Path, itemsize: int) -> ShardStats | None:
     """The counts of a shard that is finished and whole; tokens take `itemsize` bytes."""
     try:
         sizes = idx_path(prefix).stat().st_size, bin_path(prefix).stat().st_size
-        counts = record_of(Counts, parse_json(json_path(prefix).read_bytes()))
+        counts = record_of(ShardStats, parse_json(json_path(prefix).read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
     whole = (index_bytes(counts.documents, counts.documents + 1), counts.tokens * itemsize)
     return counts if sizes == whole else None
 
 
-def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -> Counts:
+def tokenize_shard(shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Tokenizer) -> ShardStats:
     """Tokenize a shard and write it, for `publish` to finish.
 
     Raises:
@@ -188,8 +194,8 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
             batch.clear()
             batch_bytes = 0
 
-        for place, span in enumerate(shard.spans):
-            for record in read_span(span, tokenizing.reading):
+        for place, file_slice in enumerate(shard.slices):
+            for record in read_slice(file_slice, tokenizing.reading):
                 if isinstance(record, Document):
                     batch.append(record)
                     batch_bytes += record.size
@@ -205,7 +211,7 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
                 if len(samples) < SAMPLES:
                     samples.append((place, record.number, record.reason, record.excerpt))
         write()
-        counts = Counts(
+        counts = ShardStats(
             documents,
             tokens,
             text_bytes,
@@ -221,8 +227,8 @@ def tokenize_shard(shard: Shard, tokenizing: Tokenizing, tokenizer: Tokenizer) -
 
 
 def tokenize_shards(
-    shards: dict[int, Shard], tokenizing: Tokenizing, workers: int
-) -> Generator[tuple[int, Counts] | None, None, None]:
+    shards: dict[int, InputShard], tokenizing: TokenizeConfig, workers: int
+) -> Generator[tuple[int, ShardStats] | None, None, None]:
     """Tokenize shards by `workers` processes and yield each one's number and counts as it is finished.
 
     Yields None when nothing was finished for half a second. A worker ends with its parent, even by SIGKILL.
@@ -236,7 +242,7 @@ def tokenize_shards(
     # Two for each worker: one shard is brought to the disk while the next is tokenized.
     threads = ThreadPoolExecutor(2 * workers)
 
-    def finish(shard: Shard) -> Counts:
+    def finish(shard: InputShard) -> ShardStats:
         prefix, writer, counts = pool.submit(_tokenize, shard, tokenizing).result()
         publish(prefix, writer)
         return counts
@@ -245,7 +251,7 @@ def tokenize_shards(
         numbers = {threads.submit(finish, shard): number for number, shard in shards.items()}
         pending = set(numbers)
         while pending:
-            finished, pending = wait(pending, PATIENCE_S, FIRST_COMPLETED)
+            finished, pending = wait(pending, POLL_INTERVAL_S, FIRST_COMPLETED)
             for future in finished:
                 yield numbers[future], future.result()
             if not finished:
@@ -266,7 +272,7 @@ def tokenize_shards(
         end_workers(pool)
 
 
-def _tokenize(shard: Shard, tokenizing: Tokenizing) -> tuple[Path, int, Counts]:
+def _tokenize(shard: InputShard, tokenizing: TokenizeConfig) -> tuple[Path, int, ShardStats]:
     tokenizer = _opened(tokenizing.tokenizer_path, tokenizing.prepend_bos)
     counts = tokenize_shard(shard, tokenizing, tokenizer)
     return shard_prefix(shard, tokenizing, tokenizer), os.getpid(), counts

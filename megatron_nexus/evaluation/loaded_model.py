@@ -10,8 +10,8 @@ from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.errors import CheckpointError, ConfigError
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, decoder_specs
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
@@ -47,7 +47,7 @@ def load_model(
             f"{checkpoint}: its tensors are not those of its configuration: load it with the version of "
             "megatron_nexus that wrote it"
         )
-    context = Context(TensorParallel(None), Shard(0, 1), seed=None, dtype=dtype)
+    context = LayerContext(TensorParallel(None), Shard(0, 1), seed=None, dtype=dtype)
     decoder = DecoderStage(model, range(model.num_layers + 2), context).requires_grad_(False).eval()
     for name, (_, parameter) in logical_parameters(decoder).items():
         read_full_tensor(reader, name, parameter)

@@ -14,7 +14,7 @@ from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.store import DTYPE, Array, CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, translate
-from megatron_nexus.spec.grow import Fill, FilledBox
+from megatron_nexus.spec.growth_rule import Fill, FilledBox
 from megatron_nexus.spec.initialise import logical_values
 from megatron_nexus.spec.param import Axis, Normal, ParamSpec
 from megatron_nexus.spec.shard import Box
@@ -79,13 +79,13 @@ class GrownReader:
         """Draw new values as a function of (growth seed, generation, parameter name, box, element).
 
         A box is drawn as a tensor of its own, so that nothing is drawn for the old elements between. Its
-        name keeps its values apart from those drawn at region and by other growths.
+        name keeps its values apart from those drawn at initialization and by other growths.
         """
         spec, start = plan.spec, filled.box.offsets
         init = Normal(self._deviation(plan, filled)) if isinstance(spec.init, Normal) else spec.init
         name = f"growth {self._generation} of {spec.name} at {start}"
         axes = tuple(Axis(axis.name, size) for axis, size in zip(spec.axes, filled.box.sizes, strict=True))
-        drawn = ParamSpec(name, axes, init, spec.role, spec.grown)
+        drawn = ParamSpec(name, axes, init, spec.role, spec.growth_roles)
         within = Box(tuple(o - first for o, first in zip(box.offsets, start, strict=True)), box.sizes)
         return logical_values(drawn, self._plan.settings.growth_seed, within)
 

@@ -11,7 +11,7 @@ from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest, OptimizerR
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.request import GROWING, GrowthConfig, GrowthRequest, grown_config, layer_origins
 from megatron_nexus.models.decoder import decoder_specs, layer_parts
-from megatron_nexus.spec.grow import FilledBox, grown_boxes, inserted_boxes
+from megatron_nexus.spec.growth_rule import FilledBox, grown_boxes, inserted_boxes
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box
 

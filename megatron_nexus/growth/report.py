@@ -88,7 +88,7 @@ def _padding_lines(config: RunConfig) -> Iterator[str]:
         axis.name: axis
         for spec in decoder_specs(config.model).values()
         for axis in spec.axes
-        if axis.layout is Layout.SPLIT
+        if axis.layout is Layout.SHARDED_PADDED
     }
     for axis in split.values():
         padded = shard.part(axis) * tp

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
-from megatron_nexus.config.run_config import InnerAttention, ModelConfig, RunConfig, option
+from megatron_nexus.config.run_config import InnerAttention, ModelConfig, RunConfig, config_field
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.spec.grow import Init
+from megatron_nexus.spec.growth_rule import Init
 
 Placement = Literal["interleaved", "end"]
 
@@ -40,21 +40,21 @@ ZERO_WARNING = (
 class GrowthConfig:
     """How new weights begin."""
 
-    init: Init = option(
+    init: Init = config_field(
         "out_rand",
         "zero factor of each new path: out_rand where units are written, in_rand where they are read, "
         "zero both (never trains), noise and random nowhere (random: as at birth, the scale of a Pattention "
         "with it, as Tokenformer's code grows)",
     )
-    init_std: float = option(
+    init_std: float = config_field(
         0.0, "deviation of random new weights; 0: --init-method-std of the checkpoint's model"
     )
-    noise_share: float = option(0.1, "deviation of --init noise, as a share of each old tensor's")
-    growth_seed: int = option(1234, "seed of the new weights")
-    depth_placement: Placement = option(
+    noise_share: float = config_field(0.1, "deviation of --init noise, as a share of each old tensor's")
+    growth_seed: int = config_field(1234, "seed of the new weights")
+    depth_placement: Placement = config_field(
         "interleaved", "new layers: interleaved with the old ones, or all at the end"
     )
-    attention_inner: InnerAttention = option(
+    attention_inner: InnerAttention = config_field(
         "self",
         "with --attention-order: scores of the inner attentions that the model is given, self or cross",
     )
@@ -213,9 +213,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     # The scale of a Pattention stays that of its birth, or is the root of its slots as it is.
     keeps = growth.init != "random"
     if new.pattention_slots > old.pattention_slots:
-        new = replace(new, base_pattention_slots=old.attention_slots_at_birth if keeps else 0)
+        new = replace(new, base_pattention_slots=old.attention_scale_slots if keeps else 0)
     if new.feed_forward == "pattention" and new.ffn_hidden_size > old.ffn_hidden_size:
-        new = replace(new, base_ffn_hidden_size=old.feed_forward_slots_at_birth if keeps else 0)
+        new = replace(new, base_ffn_hidden_size=old.feed_forward_scale_slots if keeps else 0)
     if new.nexus_inner_norm and new.nexus_inner_norm_scale == "width":
         new = _with_inner_norm_scales_of(old, new)
     return new

@@ -16,8 +16,8 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.growth.plan import GrowthPlan
 from megatron_nexus.log import Progress
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
@@ -74,5 +74,5 @@ def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progre
 
 def _layer(model: ModelConfig, index: int) -> DecoderStage:
     """Build one layer of a decoder in float64 with uninitialised weights."""
-    context = Context(TensorParallel(None), Shard(0, 1), seed=None, dtype=torch.float64)
+    context = LayerContext(TensorParallel(None), Shard(0, 1), seed=None, dtype=torch.float64)
     return DecoderStage(model, range(index, index + 1), context)

@@ -79,9 +79,9 @@ def write_universal(
 
 def _sharding(spec: ParamSpec) -> dict[str, object]:
     """What tells tensor-parallel ranks which part of a parameter is theirs."""
-    cut = [i for i, axis in enumerate(spec.axes) if axis.layout in (Layout.SPLIT, Layout.EXACT)]
+    cut = [i for i, axis in enumerate(spec.axes) if axis.layout in (Layout.SHARDED_PADDED, Layout.SHARDED)]
     metadata: dict[str, object] = {"cat_dim": cut[0] if cut else 0}
-    if cut == [0] and spec.grown[0] is Flow.ENDS:
+    if cut == [0] and spec.growth_roles[0] is Flow.BOUNDARY:
         metadata["vocab_tensor"] = True  # rows of zeros are added until they divide
     return metadata
 

@@ -6,7 +6,7 @@ Several heads may share one of keys and values (grouped-query attention, Ainslie
 At an order above 1 inner attentions refine queries and keys first: see `higher_order`.
 
 T tokens, B batch, D hidden, N heads of this rank, H head size, W = all heads x H the attention width. Where
-heads have grown, the root is that of their size at birth.
+heads have grown, the root is that of their size before growth.
 """
 
 import math
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.higher_order import Refinement, each_head, gate_specs
 from megatron_nexus.models.kv_cache import LayerCache
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, attention_widths, nexus_rank_specs
 from megatron_nexus.models.norm import AllHeadsNorm, HeadNorm, block_norm_specs, make_norm, rms_norm_spec
@@ -46,7 +46,7 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
         for name, axis in (("q_norm", width), ("k_norm", keys)):
             channels = Axis("channels", model.kv_channels)
             if model.qk_layernorm_all_heads:
-                channels = replace(axis, layout=Layout.EXACT)
+                channels = replace(axis, layout=Layout.SHARDED)
             parts[name] = (rms_norm_spec(f"{prefix}.{name}.gain", channels),)
     parts |= gate_specs(model, prefix)
     if model.projection == "pattention":
@@ -56,7 +56,7 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
         widths = attention_widths(model)
         parts["output"] = nexus_rank_specs(f"{prefix}.output", width, hidden, widths, writer)
     else:
-        heads = replace(width, layout=Layout.EXACT)
+        heads = replace(width, layout=Layout.SHARDED)
         parts["output"] = (ParamSpec(f"{prefix}.output.weight", (hidden, heads), writer, Role.MATMUL),)
     return parts
 
@@ -64,7 +64,9 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
 class Attention(nn.Module):
     """x -> attention(norm(x)), or norm(attention(x)) with post-norm, without the residual."""
 
-    def __init__(self, model: ModelConfig, prefix: str, context: Context, has_rotary: bool = True) -> None:
+    def __init__(
+        self, model: ModelConfig, prefix: str, context: LayerContext, has_rotary: bool = True
+    ) -> None:
         super().__init__()
         parts = attention_specs(model, prefix)
         self.tp = context.tp
@@ -87,7 +89,7 @@ class Attention(nn.Module):
             self.refine = Refinement(model, gate_specs(model, prefix), context)
         self.output: Linear | NexusRank | Pattention
         if model.projection == "pattention":
-            self.output = Pattention({"output": parts["output"]}, model.attention_slots_at_birth, context)
+            self.output = Pattention({"output": parts["output"]}, model.attention_scale_slots, context)
         elif model.nexus_output_projection:
             self.output = NexusRank({"output": parts["output"]}, attention_widths(model), context)
         else:

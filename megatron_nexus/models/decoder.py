@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.attention import Attention, attention_specs
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.feed_forward import FeedForward, feed_forward_specs
 from megatron_nexus.models.kv_cache import KeyValueCache, LayerCache
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.norm import make_norm, norm_specs
 from megatron_nexus.models.packing import Packing, Stream, packing_of
@@ -36,20 +36,20 @@ from megatron_nexus.spec.shard import Shard
 
 
 def _vocabulary(model: ModelConfig) -> Axis:
-    return Axis("vocabulary", model.vocab_size, Layout.SPLIT)
+    return Axis("vocabulary", model.vocab_size, Layout.SHARDED_PADDED)
 
 
 def embedding_spec(model: ModelConfig) -> ParamSpec:
     """The token embedding [vocabulary, D]."""
     axes = (_vocabulary(model), Axis("hidden", model.hidden_size, residual=True))
-    flows = (Flow.ENDS, Flow.WRITES)
+    flows = (Flow.BOUNDARY, Flow.WRITES)
     return ParamSpec("embedding.weight", axes, Normal(model.init_method_std), Role.LOOKUP, flows)
 
 
 def head_specs(model: ModelConfig) -> dict[str, tuple[ParamSpec, ...]]:
     """Specs by part: the final norm and the head [vocabulary, D]."""
     axes = (_vocabulary(model), Axis("hidden", model.hidden_size, residual=True))
-    init, flows = Normal(model.init_method_std), (Flow.ENDS, Flow.READS)
+    init, flows = Normal(model.init_method_std), (Flow.BOUNDARY, Flow.READS)
     return {
         "norm": norm_specs(model, "final_norm", axes[1]),
         "weight": (ParamSpec("head.weight", axes, init, Role.MATMUL, flows),),
@@ -96,7 +96,7 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> int:
 
 
 def stage_layers(model: ModelConfig, seq_length: int, stage: int, stages: int) -> range:
-    """The layers of a pipeline stage: cut so that the dearest stage is as cheap as possible."""
+    """The layers of a pipeline stage: cut so that the most expensive stage is as cheap as possible."""
     cuts = balanced_cuts(layer_flops_per_token(model, seq_length), stages)
     return range(cuts[stage], cuts[stage + 1])
 
@@ -104,7 +104,7 @@ def stage_layers(model: ModelConfig, seq_length: int, stage: int, stages: int) -
 class Embedding(SpecModule):
     """Rows of the embedding matrix, which tensor-parallel ranks share by vocabulary."""
 
-    def __init__(self, model: ModelConfig, context: Context) -> None:
+    def __init__(self, model: ModelConfig, context: LayerContext) -> None:
         spec = embedding_spec(model)
         super().__init__({"weight": spec}, context.shard, context.seed, context.dtype)
         self.tp = context.tp
@@ -122,7 +122,7 @@ class Embedding(SpecModule):
 class Block(nn.Module):
     """x + attention(x), then x + feed_forward(x), which hold their norms."""
 
-    def __init__(self, model: ModelConfig, index: int, context: Context) -> None:
+    def __init__(self, model: ModelConfig, index: int, context: LayerContext) -> None:
         super().__init__()
         self.attention = Attention(model, f"layers.{index}.attention", context, model.has_rotary(index))
         self.feed_forward = FeedForward(model, f"layers.{index}.feed_forward", context)
@@ -154,7 +154,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Final norm and logits."""
 
-    def __init__(self, model: ModelConfig, context: Context) -> None:
+    def __init__(self, model: ModelConfig, context: LayerContext) -> None:
         super().__init__()
         specs = head_specs(model)
         self.tp = context.tp
@@ -170,7 +170,7 @@ class Head(nn.Module):
 class DecoderStage(nn.Module):
     """A run of the decoder's layers: token ids or activations in, activations or logits out."""
 
-    def __init__(self, model: ModelConfig, layers: range, context: Context) -> None:
+    def __init__(self, model: ModelConfig, layers: range, context: LayerContext) -> None:
         super().__init__()
         last = model.num_layers + 1
         self.model = model
@@ -236,7 +236,7 @@ class Loss:
         """Nats per token, a scalar, the same on every tensor-parallel rank."""
         return vocabulary_parallel_cross_entropy(logits_TBV, labels_BT.t(), self.vocabulary_range, self.tp)
 
-    def of_each(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
-        """Log-probability of each label, and 1 where it is the likeliest: [2, B, T]; no gradient."""
+    def token_scores(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
+        """Return [2, B, T]: the log-probability of each label, and 1 where it is the argmax; no gradient."""
         scores_2TB = vocabulary_parallel_scores(logits_TBV, labels_BT.t(), self.vocabulary_range, self.tp)
         return scores_2TB.transpose(1, 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
-from megatron_nexus.models.context import Context
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.nexus_rank import NexusRank, feed_forward_widths, nexus_rank_specs
 from megatron_nexus.models.norm import block_norm_specs, make_norm
 from megatron_nexus.models.parameters import SpecModule
@@ -23,7 +23,7 @@ from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Rol
 def feed_forward_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
     """Specs of one layer's feed-forward by part: norm; gate, up, down, or slots, or stages."""
     hidden = Axis("hidden", model.hidden_size, residual=True)
-    width = Axis("ffn", model.ffn_hidden_size, Layout.SPLIT)
+    width = Axis("ffn", model.ffn_hidden_size, Layout.SHARDED_PADDED)
     init = Normal(model.init_method_std)
     writer = Normal(model.init_method_std / (2 * model.num_layers) ** 0.5)
     norm = block_norm_specs(model, prefix, hidden)
@@ -54,7 +54,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class SwiGLU(SpecModule):
     """The three matrices: x of all tokens -> this rank's partial sum of y."""
 
-    def __init__(self, parts: dict[str, tuple[ParamSpec, ...]], context: Context) -> None:
+    def __init__(self, parts: dict[str, tuple[ParamSpec, ...]], context: LayerContext) -> None:
         specs = {name: parts[name][0] for name in ("gate", "up", "down")}
         super().__init__(specs, context.shard, context.seed, context.dtype)
         self.context = context
@@ -69,7 +69,7 @@ class SwiGLU(SpecModule):
 class FeedForward(nn.Module):
     """x -> feed_forward(norm(x)), or norm(feed_forward(x)) with post-norm, without the residual."""
 
-    def __init__(self, model: ModelConfig, prefix: str, context: Context) -> None:
+    def __init__(self, model: ModelConfig, prefix: str, context: LayerContext) -> None:
         super().__init__()
         parts = feed_forward_specs(model, prefix)
         self.tp = context.tp
@@ -85,12 +85,14 @@ class FeedForward(nn.Module):
         return normed_TBD
 
 
-def make_inner(model: ModelConfig, parts: dict[str, tuple[ParamSpec, ...]], context: Context) -> nn.Module:
+def make_inner(
+    model: ModelConfig, parts: dict[str, tuple[ParamSpec, ...]], context: LayerContext
+) -> nn.Module:
     """The map between norm and residual: x of all tokens -> this rank's partial sum of y."""
     match model.feed_forward:
         case "swiglu":
             return SwiGLU(parts, context)
         case "pattention":
-            return Pattention({"slots": parts["slots"]}, model.feed_forward_slots_at_birth, context)
+            return Pattention({"slots": parts["slots"]}, model.feed_forward_scale_slots, context)
         case "nexus":
             return NexusRank({"stages": parts["stages"]}, feed_forward_widths(model), context)

@@ -26,7 +26,7 @@ What no source says, and is our reading:
   refines K by its own scores, so refined keys, and the cache of them, are each head's own. V stays shared.
 - Channels that heads have grown are refined, but the inner scores of `self` do not count them: the key's new
   channels are active at once, and would change the scores of keys with keys.
-- `--attention-gate`: Q_m = Q + a (A Q - Q), K alike, with a learnt `a` of each head and side, 0 at birth: the
+- `--attention-gate`: Q_m = Q + a (A Q - Q), K alike, with a learnt `a` of each head and side, 0 at first: the
   model begins as one of order 1, and the gradient of `a` is not zero. So a trained model gains an order.
 
 Rank: Q_m has the width H of a head, so the T x T scores of one text have rank H at most, whatever the order.
@@ -34,8 +34,8 @@ What escapes that bound is the score of a pair of tokens x, y at given places of
 over all x and y: at order 1 it is q(x) k(y)^T, of rank H at most; from order 2 on, x reads its query from y
 too.
 
-T tokens, B batch, N heads of this rank, G heads of keys, H head size, R <= H its size at birth, S tokens with
-those in the cache.
+T tokens, B batch, N heads of this rank, G heads of keys, H head size, R <= H head size before growth,
+S tokens with those in the cache.
 """
 
 from collections.abc import Callable
@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.kv_cache import LayerCache
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.models.rotary import Tables, rotate
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, ParamSpec, Role
@@ -59,7 +59,7 @@ def gate_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ..
     """The gates of one layer's attention by part, q_gate and k_gate; none without --attention-gate."""
     if not model.attention_gate:
         return {}
-    queries = Axis("heads", model.num_attention_heads, Layout.EXACT)
+    queries = Axis("heads", model.num_attention_heads, Layout.SHARDED)
     keys = queries if model.attention_inner == "cross" else replace(queries, size=model.query_groups)
     return {
         part: (ParamSpec(f"{prefix}.{part}.weight", (axis,), Constant(0.0), Role.VECTOR, (Flow.GATES,)),)
@@ -70,7 +70,7 @@ def gate_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ..
 class HeadGate(SpecModule):
     """x + a (y - x) with a learnt `a` of each head."""
 
-    def __init__(self, gate: ParamSpec, context: Context) -> None:
+    def __init__(self, gate: ParamSpec, context: LayerContext) -> None:
         super().__init__({"weight": gate}, context.shard, context.seed, context.dtype)
 
     def forward(self, x_TBNH: Tensor, y_TBNH: Tensor) -> Tensor:
@@ -82,7 +82,9 @@ class HeadGate(SpecModule):
 class Refinement(nn.Module):
     """Q and K -> those of the model's order, by inner attentions."""
 
-    def __init__(self, model: ModelConfig, specs: dict[str, tuple[ParamSpec, ...]], context: Context) -> None:
+    def __init__(
+        self, model: ModelConfig, specs: dict[str, tuple[ParamSpec, ...]], context: LayerContext
+    ) -> None:
         super().__init__()
         self.levels = range(1, model.attention_order)
         self.inner = model.attention_inner
@@ -162,5 +164,5 @@ def _kept(cache: LayerCache | None, name: str, new_BNTH: Tensor) -> Tensor:
 
 def each_head(x_BGTH: Tensor, heads: int) -> Tensor:
     """[B, G, T, H] -> [B, N, T, H]: what neighbouring heads have in common, for each of them."""
-    share = heads // x_BGTH.shape[1]
-    return x_BGTH.repeat_interleave(share, dim=1) if share > 1 else x_BGTH
+    n_rep = heads // x_BGTH.shape[1]
+    return x_BGTH.repeat_interleave(n_rep, dim=1) if n_rep > 1 else x_BGTH

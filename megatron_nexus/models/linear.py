@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_nexus.models.context import Context
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.spec.param import ParamSpec
 
@@ -11,7 +11,7 @@ from megatron_nexus.spec.param import ParamSpec
 class Linear(SpecModule):
     """Y = X W, no bias."""
 
-    def __init__(self, weight: ParamSpec, context: Context) -> None:
+    def __init__(self, weight: ParamSpec, context: LayerContext) -> None:
         super().__init__({"weight": weight}, context.shard, context.seed, context.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
-from megatron_nexus.models.context import Context
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.norm import inner_norm
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
@@ -50,7 +50,7 @@ class NexusWidths:
 
     @property
     def rms_before_gelu(self) -> tuple[float, float]:
-        """RMS of both inputs of the GELU at birth, for an X of RMS 1."""
+        """RMS of both inputs of the GELU at initialization, for an X of RMS 1."""
         if self.norm_scales is None:
             return 1.0, 1.0
         scale_m, scale_a = self.norm_scales
@@ -72,12 +72,12 @@ def feed_forward_widths(model: ModelConfig) -> NexusWidths:
     return NexusWidths(model.ffn_nexus_m, model.ffn_hidden_size, _norm_scales(model, *at_birth))
 
 
-def _norm_scales(model: ModelConfig, m_at_birth: int, a_at_birth: int) -> tuple[float, float] | None:
+def _norm_scales(model: ModelConfig, base_m: int, base_a: int) -> tuple[float, float] | None:
     if not model.nexus_inner_norm:
         return None
     if model.nexus_inner_norm_scale == "hidden":
         return math.sqrt(model.norm_size), math.sqrt(model.norm_size)
-    return math.sqrt(m_at_birth), math.sqrt(a_at_birth)
+    return math.sqrt(base_m), math.sqrt(base_a)
 
 
 @cache
@@ -102,8 +102,8 @@ def nexus_rank_specs(
     WHOLE axes: all of X is read, and W_D's products are partial sums.
     """
     (name_m, name_a), m, a = names, widths.nexus_m, widths.nexus_a
-    m_split, m_whole = Axis(name_m, m, Layout.SPLIT), Axis(name_m, m, Layout.GATHERED)
-    a_split = Axis(name_a, a, Layout.SPLIT)
+    m_split, m_whole = Axis(name_m, m, Layout.SHARDED_PADDED), Axis(name_m, m, Layout.GATHERED)
+    a_split = Axis(name_a, a, Layout.SHARDED_PADDED)
     gelu_m, gelu_a = map(gelu_rms, widths.rms_before_gelu)
     output_rms = OUTPUT_SHARE * linear.std * math.sqrt(inputs.size)
     # A branch that begins without units (M = A = 0) has no values to draw.
@@ -121,7 +121,7 @@ class NexusRank(SpecModule):
     """Several Nexus-Ranks of the same input, with one collective for all."""
 
     def __init__(
-        self, projections: dict[str, tuple[ParamSpec, ...]], widths: NexusWidths, context: Context
+        self, projections: dict[str, tuple[ParamSpec, ...]], widths: NexusWidths, context: LayerContext
     ) -> None:
         """`projections` by short name ("q"), all of the same `widths`."""
         specs = {

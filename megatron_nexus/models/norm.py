@@ -1,7 +1,8 @@
 """Norms: RMSNorm with a gain, or LayerNorm without one, before attention, feed-forward and head; RMSNorm of
 each head's queries and keys; a gain-free norm inside Nexus-Rank.
 
-T tokens, B batch, D hidden, S hidden at birth, N heads of this rank, H head size, R head size at birth.
+T tokens, B batch, D hidden, S hidden size before growth, N heads of this rank, H head size,
+R head size before growth.
 """
 
 import math
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
-from megatron_nexus.models.context import Context
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.nvidia_apex import fused_rms_norm
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
@@ -26,21 +27,21 @@ def rms_norm_spec(name: str, hidden: Axis) -> ParamSpec:
 class RMSNorm(SpecModule):
     """y = x / sqrt(sum(x^2) / S + eps) * gain (Zhang and Sennrich, 2019).
 
-    S is the hidden size at birth, which D is until it grows: new units, zero at first, change nothing.
+    S is the hidden size before growth, which is D until it grows: new units, zero at first, change nothing.
     """
 
-    def __init__(self, gain: ParamSpec, model: ModelConfig, context: Context) -> None:
+    def __init__(self, gain: ParamSpec, model: ModelConfig, context: LayerContext) -> None:
         super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
         # The same with a mean over D: 1 / sqrt(sum / S + eps) = r / sqrt(sum / D + eps r^2), r^2 = S / D.
-        share = model.norm_size / model.hidden_size
-        self.epsilon = model.norm_epsilon * share
-        self.gain_scale = math.sqrt(share)
+        ratio = model.norm_size / model.hidden_size
+        self.epsilon = model.norm_epsilon * ratio
+        self.gain_scale = math.sqrt(ratio)
         self.tp = context.tp
         self.normalise = fused_rms_norm() if context.norm_impl == "apex" else F.rms_norm
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
-        gain_D = self.tp.replicated(self.get_parameter("gain"))
+        gain_D = self.tp.sum_grad_under_sp(self.get_parameter("gain"))
         if self.gain_scale != 1.0:
             gain_D = gain_D * self.gain_scale
         return self.normalise(x_TBD, gain_D.shape, gain_D, self.epsilon)
@@ -62,15 +63,15 @@ class NonParametricLayerNorm(nn.Module):
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
-        born, size = self.centred, x_TBD.shape[-1]
-        if born == size:
+        base_size, size = self.centred, x_TBD.shape[-1]
+        if base_size == size:
             return F.layer_norm(x_TBD, (size,), eps=self.epsilon)
         wide = x_TBD.to(torch.promote_types(x_TBD.dtype, torch.float32))
-        old, new = wide.split([born, size - born], dim=-1)
+        old, new = wide.split([base_size, size - base_size], dim=-1)
         rest = torch.cat([old - old.mean(dim=-1, keepdim=True), new], dim=-1)
         # The mean over S by one over D, as in RMSNorm.
-        share = born / size
-        return (F.rms_norm(rest, (size,), eps=self.epsilon * share) * math.sqrt(share)).to(x_TBD.dtype)
+        ratio = base_size / size
+        return (F.rms_norm(rest, (size,), eps=self.epsilon * ratio) * math.sqrt(ratio)).to(x_TBD.dtype)
 
 
 def norm_specs(model: ModelConfig, name: str, hidden: Axis) -> tuple[ParamSpec, ...]:
@@ -87,7 +88,7 @@ def block_norm_specs(model: ModelConfig, prefix: str, hidden: Axis) -> tuple[Par
     return norm_specs(model, f"{prefix}.{'post_norm' if model.post_norm else 'norm'}", hidden)
 
 
-def make_norm(specs: tuple[ParamSpec, ...], model: ModelConfig, context: Context) -> nn.Module:
+def make_norm(specs: tuple[ParamSpec, ...], model: ModelConfig, context: LayerContext) -> nn.Module:
     """The norm of the model's kind, whose `specs` are those of `norm_specs`."""
     match model.normalization:
         case "RMSNorm":
@@ -102,7 +103,7 @@ class HeadNorm(SpecModule):
     Channels that a head has grown later are scaled alike but not counted: they would change the function.
     """
 
-    def __init__(self, gain: ParamSpec, model: ModelConfig, context: Context) -> None:
+    def __init__(self, gain: ParamSpec, model: ModelConfig, context: LayerContext) -> None:
         super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
         self.epsilon = model.norm_epsilon
         self.counted = model.rotary_channels
@@ -112,7 +113,7 @@ class HeadNorm(SpecModule):
     def forward(self, x_TBNH: Tensor) -> Tensor:
         """[T, B, N, H] -> [T, B, N, H]."""
         # One gain for all heads, of which each rank has its own.
-        gain_H = self.tp.shared(self.get_parameter("gain"))
+        gain_H = self.tp.sum_grad(self.get_parameter("gain"))
         if self.counted == x_TBNH.shape[-1]:
             return self.normalise(x_TBNH, gain_H.shape, gain_H, self.epsilon)
         wide = x_TBNH.to(torch.promote_types(x_TBNH.dtype, torch.float32))
@@ -126,7 +127,7 @@ class AllHeadsNorm(SpecModule):
     Tensor-parallel ranks share the heads, hence the gain, and the mean: an all-reduce of a number a token.
     """
 
-    def __init__(self, gain: ParamSpec, model: ModelConfig, context: Context) -> None:
+    def __init__(self, gain: ParamSpec, model: ModelConfig, context: LayerContext) -> None:
         super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
         self.epsilon = model.norm_epsilon
         self.size = gain.numel
@@ -135,7 +136,7 @@ class AllHeadsNorm(SpecModule):
     def forward(self, x_TBNH: Tensor) -> Tensor:
         """[T, B, N, H] -> [T, B, N, H]."""
         wide = x_TBNH.to(torch.promote_types(x_TBNH.dtype, torch.float32))
-        squares = self.tp.shared_sum(wide.square().sum(dim=(-2, -1), keepdim=True))
+        squares = self.tp.all_reduce_stat(wide.square().sum(dim=(-2, -1), keepdim=True))
         gain_NH = self.get_parameter("gain").view(x_TBNH.shape[-2:])
         return (wide * (squares / self.size + self.epsilon).rsqrt()).to(x_TBNH.dtype) * gain_NH
 
@@ -148,5 +149,5 @@ def inner_norm(h: Tensor, scale: float, tp: TensorParallel) -> Tensor:
     """
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     # The clamp gives a zero h the gradient 0 where the square root alone would give NaN.
-    length = tp.shared_sum(wide.square().sum(dim=-1, keepdim=True)).clamp_min(1e-30).sqrt()
+    length = tp.all_reduce_stat(wide.square().sum(dim=-1, keepdim=True)).clamp_min(1e-30).sqrt()
     return (wide * (scale / (length + 1e-5))).to(h.dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_nexus.models.context import Context
+from megatron_nexus.models.layer_context import LayerContext
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Packing:
     """Whether a token (second to last axis) sees another: an earlier one of the same document."""
 
 
-def packing_of(positions_BT: Tensor, context: Context) -> Packing:
+def packing_of(positions_BT: Tensor, context: LayerContext) -> Packing:
     """What `context` asks to keep apart. The mask takes B T^2 bytes, once per stage and micro-batch."""
     mask_B1TT = None
     if context.reset_attention_mask:

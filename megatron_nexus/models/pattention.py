@@ -1,6 +1,6 @@
 """Pattention: attention over parameter tokens in place of a linear map (Tokenformer, Wang et al., 2024).
 
-    Pattention(X; K, V) = gelu(A / ||A||_2 * tau) V        A = X K^T        tau = root of n at birth
+    Pattention(X; K, V) = gelu(A / ||A||_2 * tau) V        A = X K^T        tau = root of n before growth
 
 X [.., D_in], keys K [n, D_in], values V stored [D_out, n]; n parameter tokens ("slots"), over which the norm
 goes; no biases; exact GELU. The code that its authors have released takes the root of n as it is: then a
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_nexus.models.context import Context
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 
@@ -51,7 +51,7 @@ def pattention_specs(
 
     `inputs` and `outputs` are WHOLE axes: all of X is read, and V's products are partial sums.
     """
-    assert slots.layout is Layout.SPLIT, f"{slots} is not shared out"
+    assert slots.layout is Layout.SHARDED_PADDED, f"{slots} is not shared out"
     return (
         ParamSpec(f"{name}.keys", (slots, inputs), init, Role.MATMUL),
         ParamSpec(f"{name}.values", (outputs, slots), out_init, Role.MATMUL, (flow, Flow.READS)),
@@ -62,7 +62,7 @@ class Pattention(SpecModule):
     """Several Pattentions of the same input, with one collective for the norms of all."""
 
     def __init__(
-        self, pairs: dict[str, tuple[ParamSpec, ...]], slots_at_birth: int, context: Context
+        self, pairs: dict[str, tuple[ParamSpec, ...]], slots_at_birth: int, context: LayerContext
     ) -> None:
         """`pairs` of keys and values by short name ("q")."""
         specs = {
@@ -83,7 +83,7 @@ class Pattention(SpecModule):
         after = partial(self.context.linear_after, self._activation)
         scores = [F.linear(x, self.get_parameter(f"{name}_keys")) for name in self.names]
         squares = torch.cat([squared_length(a) for a in scores], dim=-1)
-        factors = inverse_root(self.context.tp.shared_sum(squares)) * self.scale
+        factors = inverse_root(self.context.tp.all_reduce_stat(squares)) * self.scale
         return tuple(
             after(self.get_parameter(f"{name}_values"), a, factor)
             for name, a, factor in zip(self.names, scores, factors.split(1, dim=-1), strict=True)

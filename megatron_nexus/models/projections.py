@@ -6,7 +6,8 @@
     pattention     Y = gelu(A / ||A||_2 * tau) V, A = X K^T
 
 A trained linear projection becomes linear_nexus: its branch begins with M = A = 0 and grows, so that
-exactly one factor of each new path is zero, the function stays and every new weight trains (`spec.grow`).
+exactly one factor of each new path is zero, the function stays and every new weight trains
+(`spec.growth_rule`).
 
 X [T, B, D] -> for each projection this rank's columns [T, B, w]: whole heads.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
-from megatron_nexus.models.context import Context
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.nexus_rank import NexusRank, attention_widths, nexus_rank_specs
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.models.pattention import Pattention, pattention_specs
@@ -29,13 +30,13 @@ def projection_specs(
     model: ModelConfig, name: str, inputs: Axis, outputs: Axis, flow: Flow
 ) -> tuple[ParamSpec, ...]:
     """The parameters of the projection `name`. `flow` is what its products do with the units of `outputs`."""
-    init, grown = Normal(model.init_method_std), (flow, Flow.READS)
-    heads = replace(outputs, layout=Layout.EXACT)
-    linear: tuple[ParamSpec, ...] = (ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, grown),)
+    init, roles = Normal(model.init_method_std), (flow, Flow.READS)
+    heads = replace(outputs, layout=Layout.SHARDED)
+    linear: tuple[ParamSpec, ...] = (ParamSpec(f"{name}.weight", (heads, inputs), init, Role.MATMUL, roles),)
     if model.add_qkv_bias:  # zero at first, for new units of growth too: it closes no path and opens none
         linear += (ParamSpec(f"{name}.bias", (heads,), Constant(0.0), Role.VECTOR, (flow,)),)
     w_m, w_a, w_d = nexus_rank_specs(name, inputs, outputs, attention_widths(model), init)
-    rank = (w_m, w_a, replace(w_d, grown=grown))
+    rank = (w_m, w_a, replace(w_d, growth_roles=roles))
     match model.projection:
         case "nexus":
             return rank
@@ -49,13 +50,13 @@ def projection_specs(
 
 def attention_slots(model: ModelConfig) -> Axis:
     """The parameter tokens of each Pattention of the attention."""
-    return Axis("slots", model.pattention_slots, Layout.SPLIT)
+    return Axis("slots", model.pattention_slots, Layout.SHARDED_PADDED)
 
 
 class SummedProjections(nn.Module):
     """Nexus-Ranks or Pattentions of one input, whose partial sums one reduce-scatter turns into heads."""
 
-    def __init__(self, maps: NexusRank | Pattention, context: Context) -> None:
+    def __init__(self, maps: NexusRank | Pattention, context: LayerContext) -> None:
         super().__init__()
         self.maps = maps
         self.tp = context.tp
@@ -66,7 +67,7 @@ class SummedProjections(nn.Module):
 
 
 def nexus_projections(
-    model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
+    model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: LayerContext
 ) -> SummedProjections:
     """Nexus-Ranks of the same input."""
     return SummedProjections(NexusRank(dict(specs), attention_widths(model), context), context)
@@ -75,7 +76,7 @@ def nexus_projections(
 class LinearProjections(SpecModule):
     """A matrix for each projection, and its bias if it has one, split by columns: no collective."""
 
-    def __init__(self, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context) -> None:
+    def __init__(self, specs: Mapping[str, tuple[ParamSpec, ...]], context: LayerContext) -> None:
         weights = {name: parts[0] for name, parts in specs.items()}
         biases = {f"{name}_bias": parts[1] for name, parts in specs.items() if len(parts) > 1}
         super().__init__({**weights, **biases}, context.shard, context.seed, context.dtype)
@@ -93,7 +94,7 @@ class BranchedProjections(nn.Module):
     """A matrix for each projection, and a Nexus-Rank beside it."""
 
     def __init__(
-        self, model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
+        self, model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: LayerContext
     ) -> None:
         super().__init__()
         count = 2 if model.add_qkv_bias else 1
@@ -107,7 +108,7 @@ class BranchedProjections(nn.Module):
 
 
 def make_projections(
-    model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: Context
+    model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: LayerContext
 ) -> nn.Module:
     """The projections of one input, whose `specs` are those of `projection_specs` by short name ("q")."""
     match model.projection:
@@ -118,6 +119,4 @@ def make_projections(
         case "linear_nexus":
             return BranchedProjections(model, specs, context)
         case "pattention":
-            return SummedProjections(
-                Pattention(dict(specs), model.attention_slots_at_birth, context), context
-            )
+            return SummedProjections(Pattention(dict(specs), model.attention_scale_slots, context), context)

@@ -49,8 +49,8 @@ def broadcast_str(mesh: Mesh, message: str, source: int) -> str:
 
 def gather_from_stages(mesh: Mesh, message: str) -> list[str]:
     """The messages of the first rank of each pipeline stage; a collective call."""
-    per_stage = mesh.data_size * mesh.tensor_size
-    return [broadcast_str(mesh, message, pipe * per_stage) for pipe in range(mesh.pipe_size)]
+    per_stage = mesh.dp_size * mesh.tp_size
+    return [broadcast_str(mesh, message, pipe * per_stage) for pipe in range(mesh.pp_size)]
 
 
 @contextmanager

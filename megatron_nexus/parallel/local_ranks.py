@@ -20,7 +20,7 @@ from megatron_nexus.log import logger
 from megatron_nexus.parallel.launcher_watch import ancestors
 from megatron_nexus.parallel.world import LAUNCHER, LISTENER, World
 
-PATIENCE_S = 6.0
+GRACE_PERIOD_S = 6.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -41,13 +41,13 @@ def _has_accelerator() -> bool:
 
 def _deepspeed_was_told() -> bool:
     """Whether the `deepspeed` command above us names hosts or devices."""
-    told = ("--num_gpus", "--num_nodes", "--num_accelerators", "--include", "--exclude", "--hostfile")
+    count_flags = ("--num_gpus", "--num_nodes", "--num_accelerators", "--include", "--exclude", "--hostfile")
     short = ("-i", "-e", "-H")
     for process in ancestors():
         words = list(process.words)
         if any(Path(word).name == "deepspeed" for word in words[:2]):
             flags = [word.split("=")[0] for word in words[: words.index(_script(words))]]
-            return any(flag in told or flag in short for flag in flags)
+            return any(flag in count_flags or flag in short for flag in flags)
     return False
 
 
@@ -124,7 +124,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], exit_signals: Sequence[signal.S
         bad = [(rank, code) for rank, code in enumerate(codes) if code]
         if not failed and bad:
             rank, failed = bad[0]
-            deadline = time.monotonic() + PATIENCE_S
+            deadline = time.monotonic() + GRACE_PERIOD_S
             if failed < 0:
                 ended_by = signal.Signals(-failed)
                 logger.error(

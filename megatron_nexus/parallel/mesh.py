@@ -1,6 +1,6 @@
 """Mesh: this rank's place among pipeline stages, data-parallel copies and tensor-parallel parts.
 
-    rank = (pipe * data_size + data) * tensor_size + tensor
+    rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank
 
 so tensor-parallel ranks are neighbours, on the fastest links. All process groups are made here.
 """
@@ -32,32 +32,32 @@ class Mesh:
     rank: int
     world_size: int
     device: torch.device
-    pipe: int
-    pipe_size: int
-    data: int
-    data_size: int
-    tensor: int
-    tensor_size: int
-    tensor_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
     control: dist.ProcessGroup
 
     @property
     def is_first_stage(self) -> bool:
         """Whether this rank embeds tokens."""
-        return self.pipe == 0
+        return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
-        return self.pipe == self.pipe_size - 1
+        return self.pp_rank == self.pp_size - 1
 
 
-def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float = 1800.0) -> Mesh:
+def make_mesh(world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.0) -> Mesh:
     """Start torch.distributed and make the groups of every rank; a collective call.
 
     gloo on CPU, nccl (with gloo beside it for host tensors) on CUDA devices. The world size is a multiple
-    of tensor_size x pipe_size: the configuration's rules have checked it.
+    of tp_size x pp_size: the configuration's rules have checked it.
     """
     cuda = torch.cuda.is_available()
     # A launcher may show each task only its own device: `srun --gpus-per-task=1`.
@@ -84,31 +84,31 @@ def make_mesh(world: World, tensor_size: int, pipe_size: int, timeout_s: float =
         world_size=world.size,
         timeout=timeout,
     )
-    data_size = world.size // (tensor_size * pipe_size)
-    rest, tensor = divmod(world.rank, tensor_size)
-    pipe, data = divmod(rest, data_size)
-    ranks = torch.arange(world.size).view(pipe_size, data_size, tensor_size)
-    tensor_group = data_group = None
+    dp_size = world.size // (tp_size * pp_size)
+    rest, tp_rank = divmod(world.rank, tp_size)
+    pp_rank, dp_rank = divmod(rest, dp_size)
+    ranks = torch.arange(world.size).view(pp_size, dp_size, tp_size)
+    tp_group = dp_group = None
     # Every rank takes part in the making of every group, in the same order.
-    for members in ranks.reshape(-1, tensor_size).tolist():
+    for members in ranks.reshape(-1, tp_size).tolist():
         group = dist.new_group(members, timeout=timeout)
-        tensor_group = group if world.rank in members else tensor_group
-    for members in ranks.movedim(1, 2).reshape(-1, data_size).tolist():
+        tp_group = group if world.rank in members else tp_group
+    for members in ranks.movedim(1, 2).reshape(-1, dp_size).tolist():
         group = dist.new_group(members, timeout=timeout)
-        data_group = group if world.rank in members else data_group
-    assert tensor_group is not None and data_group is not None, "every rank is in one group of each kind"
+        dp_group = group if world.rank in members else dp_group
+    assert tp_group is not None and dp_group is not None, "every rank is in one group of each kind"
     return Mesh(
         rank=world.rank,
         world_size=world.size,
         device=device,
-        pipe=pipe,
-        pipe_size=pipe_size,
-        data=data,
-        data_size=data_size,
-        tensor=tensor,
-        tensor_size=tensor_size,
-        tensor_group=tensor_group,
-        data_group=data_group,
+        pp_rank=pp_rank,
+        pp_size=pp_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        tp_group=tp_group,
+        dp_group=dp_group,
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
 
@@ -141,8 +141,8 @@ def _connect(world: World, timeout: timedelta) -> PrefixStore:
         ) from error
 
 
-def claim_last_word() -> bool:
-    """Whether this rank, which is about to fail, is the first to: only that one reports its error.
+def is_first_failure() -> bool:
+    """Return whether this rank is the first to fail: only that one reports its error.
 
     The others fail because of it: their connections break when it leaves.
     """

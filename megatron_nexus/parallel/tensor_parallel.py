@@ -1,7 +1,7 @@
 """TensorParallel: the collectives between the ranks that share each layer, forward and backward.
 
-A layer reads as single-device maths with four calls: `enter` before column-split weights, `leave` after
-row-split ones, `gather_features` and `scatter_features` between them. Each takes several tensors at once
+A layer reads as single-device maths with four calls: `enter` before column-parallel weights, `leave` after
+row-parallel ones, `gather_features` and `scatter_features` between them. Each takes several tensors at once
 and moves them in one collective. With one rank every call returns its arguments.
 
 T tokens, B batch, t ranks, f = (t - 1) / t. Activations are [T, B, ...]; under sequence parallelism those
@@ -101,8 +101,8 @@ class _Sum(Function):
         return grad, None
 
 
-class _SharedSum(Function):
-    """Forward: all-reduce of a value that every rank goes on to use in its own way. Backward: all-reduce."""
+class _AllReduceStat(Function):
+    """Forward: all-reduce of a value that every rank then uses in its own way. Backward: all-reduce."""
 
     @staticmethod
     def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
@@ -181,14 +181,21 @@ class TensorParallel:
         return x_TBD.shape[0] * (self.size if self.sequence_parallel else 1)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Before column-split weights: all tokens on every rank; the gradient is summed on the way back."""
+        """Return all tokens on every rank, for column-parallel weights; backward sums the gradient.
+
+        Megatron's copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region under SP.
+        """
         if self._group is None:
             return x
         function = _GatherTokens if self.sequence_parallel else _Copy
         return cast(Tensor, function.apply(x, self._group))
 
     def leave(self, partial: Tensor) -> Tensor:
-        """After row-split weights: partial sums to the sum, of this rank's tokens where they are split."""
+        """Sum the partial products of row-parallel weights over ranks.
+
+        Megatron's reduce_from_tensor_model_parallel_region; under SP
+        reduce_scatter_to_sequence_parallel_region, which keeps this rank's tokens.
+        """
         if self._group is None:
             return partial
         function = _ScatterTokens if self.sequence_parallel else _Sum
@@ -206,20 +213,23 @@ class TensorParallel:
             return partials
         return cast(tuple[Tensor, ...], _ScatterFeatures.apply(self._group, *partials))
 
-    def shared_sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks of a statistic that each then uses on its own columns."""
+    def all_reduce_stat(self, x: Tensor) -> Tensor:
+        """All-reduce a statistic that each rank uses on its own columns; its gradient is all-reduced too."""
         if self._group is None:
             return x
-        return cast(Tensor, _SharedSum.apply(x, self._group))
+        return cast(Tensor, _AllReduceStat.apply(x, self._group))
 
-    def replicated(self, weight: Tensor) -> Tensor:
-        """A weight applied to this rank's tokens: its gradient is summed over ranks where they differ."""
+    def sum_grad_under_sp(self, weight: Tensor) -> Tensor:
+        """Return a replicated weight whose gradient is all-reduced under sequence parallelism.
+
+        For one that is applied to this rank's tokens: all tokens, the same on every rank, without it.
+        """
         if self._group is None or not self.sequence_parallel:
             return weight
         return cast(Tensor, _Copy.apply(weight, self._group))
 
-    def shared(self, weight: Tensor) -> Tensor:
-        """A weight that each rank applies to its own columns: its gradient is summed over ranks."""
+    def sum_grad(self, weight: Tensor) -> Tensor:
+        """Return a replicated weight that ranks apply to their own columns: its gradient is all-reduced."""
         if self._group is None:
             return weight
         return cast(Tensor, _Copy.apply(weight, self._group))

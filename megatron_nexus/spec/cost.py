@@ -29,30 +29,31 @@ def attention_flops_per_token(attention_width: int, seq_length: int, inner_width
 
 
 def balanced_cuts(costs: list[int], parts: int) -> list[int]:
-    """Where to cut a row of layers into `parts` runs whose dearest run is as cheap as possible.
+    """Cut a row of layers into `parts` runs so that the most expensive run is as cheap as possible.
 
-    Returns `parts + 1` indices from 0 to len(costs); every run has at least one layer.
+    Return `parts + 1` indices from 0 to len(costs); every run has at least one layer. Dynamic programming in
+    O(parts x layers): the first i layers in k runs are the first j in k - 1 runs, then one run from j to i.
+    Moving j up makes the first part cost more and the last run less, so the best j is where the two cross,
+    and as i grows that crossing only moves up.
     """
     count = len(costs)
     assert 1 <= parts <= count, f"{count} layers make no {parts} stages"
     total = [0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # best[k][i]: the dearest run when the first i layers are cut into k runs; cut[k][i]: the last cut.
+    # best[k][i]: cost of the most expensive of k runs over the first i layers; cut[k][i]: the last cut.
     best = [[float("inf")] * (count + 1) for _ in range(parts + 1)]
     cut = [[0] * (count + 1) for _ in range(parts + 1)]
     best[0][0] = 0
     for k in range(1, parts + 1):
-        meet = k - 1
+        crossing = k - 1
         for i in range(k, count + 1):
-            # A later last cut makes the runs before it dearer and the last one cheaper: the best is where
-            # they meet, and that moves on with i.
-            while meet < i and best[k - 1][meet] < total[i] - total[meet]:
-                meet += 1
-            for j in range(max(k - 1, meet - 1), min(meet + 1, i)):
-                dearest = max(best[k - 1][j], total[i] - total[j])
-                if dearest < best[k][i]:
-                    best[k][i], cut[k][i] = dearest, j
+            while crossing < i and best[k - 1][crossing] < total[i] - total[crossing]:
+                crossing += 1
+            for j in range(max(k - 1, crossing - 1), min(crossing + 1, i)):
+                largest = max(best[k - 1][j], total[i] - total[j])
+                if largest < best[k][i]:
+                    best[k][i], cut[k][i] = largest, j
     cuts = [count]
     for k in range(parts, 0, -1):
         cuts.append(cut[k][cuts[-1]])

@@ -12,10 +12,10 @@ from enum import StrEnum
 class Layout(StrEnum):
     """How an axis lies on the tensor-parallel ranks."""
 
-    WHOLE = "whole"  # all of it on every rank
-    SPLIT = "split"  # padded with zeros to equal parts, one for each rank
+    REPLICATED = "whole"  # all of it on every rank
+    SHARDED_PADDED = "split"  # padded with zeros to equal parts, one for each rank
     GATHERED = "gathered"  # all of it on every rank, padded as the SPLIT axis whose activations it reads
-    EXACT = "exact"  # equal parts without padding; the rules ensure that it divides (attention heads)
+    SHARDED = "exact"  # equal parts without padding; the rules ensure that it divides (attention heads)
 
 
 class Role(StrEnum):
@@ -37,7 +37,7 @@ class Flow(StrEnum):
     READS = "reads"  # the units are what it multiplies
     GATES = "gates"  # its products multiply what another parameter writes: SwiGLU's gate, keys, gains
     SCORES = "scores"  # as GATES by head, but the products of a head's channels are summed: queries
-    ENDS = "ends"  # the units are the model's inputs or outputs: no path leads back from them
+    BOUNDARY = "ends"  # the units are the model's inputs or outputs: no path leads back from them
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Axis:
 
     name: str
     size: int
-    layout: Layout = Layout.WHOLE
+    layout: Layout = Layout.REPLICATED
     group: int = 1
     residual: bool = False
 
@@ -74,14 +74,14 @@ class Constant:
 class ParamSpec:
     """A logical parameter: its name, its axes in stored order, its initial values, its role.
 
-    `grown` says for each axis what the parameter does with its units; a matrix is stored [out, in].
+    `growth_roles` says for each axis what the parameter does with its units; a matrix is stored [out, in].
     """
 
     name: str
     axes: tuple[Axis, ...]
     init: Normal | Constant
     role: Role
-    grown: tuple[Flow, ...] = (Flow.WRITES, Flow.READS)
+    growth_roles: tuple[Flow, ...] = (Flow.WRITES, Flow.READS)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ class ParamSpec:
     @property
     def is_sharded(self) -> bool:
         """Whether tensor-parallel ranks hold different parts of it."""
-        return any(axis.layout in (Layout.SPLIT, Layout.EXACT) for axis in self.axes)
+        return any(axis.layout in (Layout.SHARDED_PADDED, Layout.SHARDED) for axis in self.axes)
 
     @property
     def decays(self) -> bool:

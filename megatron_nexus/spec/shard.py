@@ -39,7 +39,7 @@ class Shard:
 
     def part(self, axis: Axis) -> int:
         """Elements that each rank stores of a split axis, padding included."""
-        if axis.layout is Layout.EXACT:
+        if axis.layout is Layout.SHARDED:
             assert axis.size % self.size == 0, f"{axis} does not divide by {self.size}"
             return axis.size // self.size
         unit = self.multiple * self.size
@@ -48,16 +48,16 @@ class Shard:
     def stored(self, axis: Axis) -> int:
         """Elements of `axis` in this rank's memory, padding included."""
         match axis.layout:
-            case Layout.WHOLE:
+            case Layout.REPLICATED:
                 return axis.size
             case Layout.GATHERED:
                 return self.part(axis) * self.size
-            case Layout.SPLIT | Layout.EXACT:
+            case Layout.SHARDED_PADDED | Layout.SHARDED:
                 return self.part(axis)
 
     def logical_range(self, axis: Axis) -> tuple[int, int]:
         """The logical indices [start, stop) that this rank holds; empty where it holds padding only."""
-        if axis.layout in (Layout.WHOLE, Layout.GATHERED):
+        if axis.layout in (Layout.REPLICATED, Layout.GATHERED):
             return 0, axis.size
         part = self.part(axis)
         return min(self.rank * part, axis.size), min((self.rank + 1) * part, axis.size)

@@ -14,7 +14,7 @@ from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.default_corpus import DefaultCorpus, cache_folder, prepare_default_corpus
-from megatron_nexus.data.library import Library, tokenizer_path, training_sources
+from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.statistics import COUNTED_TOKENS, entropy, unigram_frequencies
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
@@ -103,20 +103,20 @@ def open_corpus(
     """
     sources = training_sources(config.data)
     if sources:
-        library = Library(config, sources, tokenizer_path(config.data))
+        run_data = RunData(config, sources, tokenizer_path(config.data))
     else:
         built_in = _built_in(config, mesh, local_rank, record)
         source = Source(built_in.prefix, None)
-        library = Library(config, (source,), built_in.tokenizer_path, built_in.prepend_bos)
-    training = library.training
-    _require_same_data(library, mesh)
-    prepend_bos = _prepend_bos(library, record)
-    tokenizer = library.tokenizer
+        run_data = RunData(config, (source,), built_in.tokenizer_path, built_in.prepend_bos)
+    training = run_data.training
+    _require_same_data(run_data, mesh)
+    prepend_bos = _prepend_bos(run_data, record)
+    tokenizer = run_data.tokenizer
     if tokenizer is not None and prepend_bos is not None:
         tokenizer = tokenizer.with_bos(prepend_bos)
     corpus = Corpus(
         training=training,
-        evaluations=library.evaluations,
+        evaluations=run_data.evaluations,
         tokenizer=tokenizer,
         entropy=_blend_entropy(training, config.model.vocab_size),
         description=", ".join(
@@ -124,7 +124,7 @@ def open_corpus(
             f"{part.split.tokens.start:,}:{part.split.tokens.stop:,}"
             for part, share in zip(training.parts, training.shares, strict=True)
         ),
-        fingerprint=library.order_fingerprint(),
+        fingerprint=run_data.order_fingerprint(),
         prepend_bos=prepend_bos,
     )
     for part, share in zip(training.parts, training.shares, strict=True):
@@ -136,13 +136,13 @@ def open_corpus(
             f"{len(part.split.tokens):,}",
             100 * share / sum(training.shares),
         )
-    for prefix in library.without_validation:
+    for prefix in run_data.without_validation:
         logger.info(
             "note: --split %s leaves %s no sample for validation: the rest of the blend is validated on",
             config.data.split,
             prefix,
         )
-    if not library.evaluations:
+    if not run_data.evaluations:
         logger.info(
             "note: there is no validation (--split %s, --eval-iters %d)",
             config.data.split,
@@ -152,9 +152,9 @@ def open_corpus(
     return corpus
 
 
-def _prepend_bos(library: Library, record: TokenizerRecord) -> bool | None:
+def _prepend_bos(run_data: RunData, record: TokenizerRecord) -> bool | None:
     """What the checkpoints of this run keep: whether documents begin with BOS; warns where it changes."""
-    tokenizer, found = library.tokenizer, library.prepend_bos
+    tokenizer, found = run_data.tokenizer, run_data.prepend_bos
     if found is None:
         return record.prepend_bos
     own = tokenizer is not None and bool(tokenizer.document_prefix)
@@ -188,15 +188,15 @@ def _built_in(config: RunConfig, mesh: Mesh, local_rank: int, record: TokenizerR
     return next(offer for host, offer in offers if offer and host == socket.gethostname())
 
 
-def _require_same_data(library: Library, mesh: Mesh) -> None:
+def _require_same_data(run_data: RunData, mesh: Mesh) -> None:
     """Raise DataError where ranks read different data; a collective call."""
-    contents = [dataset.fingerprint for dataset in library.datasets.values()]
-    tokenizer = library.tokenizer and library.tokenizer.fingerprint
+    contents = [dataset.fingerprint for dataset in run_data.datasets.values()]
+    tokenizer = run_data.tokenizer and run_data.tokenizer.fingerprint
     mine = hashlib.sha256(json.dumps([contents, tokenizer]).encode()).hexdigest()
     seen = all_gather_str(mesh, mine)
     if len(set(seen)) > 1:
         other = next(rank for rank, theirs in enumerate(seen) if theirs != seen[0])
-        names = ", ".join(map(str, library.datasets))
+        names = ", ".join(map(str, run_data.datasets))
         raise DataError(
             f"ranks 0 and {other} read different data from {names}, or have different tokenizers: "
             "copy one corpus to all machines, or use a disk that they share"

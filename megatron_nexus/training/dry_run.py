@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_nexus.config.rules import notes
+from megatron_nexus.config.rules import config_warnings
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.training.machine import padding_multiple
 from megatron_nexus.training.memory_plan import RankMemory, plan_memory
@@ -40,7 +40,7 @@ def report(config: RunConfig, world_size: int) -> list[str]:
         *memory_table([{**memory.columns, "peak": memory.peak} for memory in plan], world_size),
         "each column is its own most; the peak is the most of all at one moment",
         *_device_notes(plan, world_size, device),
-        *(f"note: {note}" for note in notes(config)),
+        *(f"note: {note}" for note in config_warnings(config)),
     ]
 
 

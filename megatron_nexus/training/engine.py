@@ -23,8 +23,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.mesh import Mesh
@@ -54,14 +54,18 @@ class _WholeModel(nn.Module):
         self.stage = stage
         self.loss = loss
 
-    def forward(self, stream: Stream, labels_BT: Tensor, of_each: bool = False) -> Tensor:
+    def forward(self, stream: Stream, labels_BT: Tensor, token_scores: bool = False) -> Tensor:
         logits_TBV = self.stage(stream)
-        return self.loss.of_each(logits_TBV, labels_BT) if of_each else self.loss(logits_TBV, labels_BT)
+        return (
+            self.loss.token_scores(logits_TBV, labels_BT)
+            if token_scores
+            else self.loss(logits_TBV, labels_BT)
+        )
 
 
 @contextlib.contextmanager
-def _divided_as_built(config: Json, grid: PipelineParallelGrid) -> Iterator[None]:
-    """Have ZeRO-3 divide the parameters of each module that becomes part of another.
+def _zero3_init(config: Json, grid: PipelineParallelGrid) -> Iterator[None]:
+    """Partition the parameters of each module as soon as it is registered in its parent (ZeRO-3).
 
     So no rank ever holds the whole model, which may be larger than its memory.
     """
@@ -80,8 +84,8 @@ def _divided_as_built(config: Json, grid: PipelineParallelGrid) -> Iterator[None
 
 
 @contextlib.contextmanager
-def _read_by_deepspeed(file: str) -> Iterator[None]:
-    """What DeepSpeed refuses of the user's own file is an error of the configuration."""
+def _deepspeed_errors_as_config_errors(file: str) -> Iterator[None]:
+    """Raise ConfigError for what DeepSpeed rejects in the user's own file."""
     try:
         yield
     except ValidationError as error:
@@ -94,18 +98,21 @@ def _read_by_deepspeed(file: str) -> Iterator[None]:
 class Engine:
     """The model of a run, its optimizer state and its steps."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, draws: bool = True) -> None:
-        """Without `draws` weights are zeros, for a checkpoint to fill: 7B are drawn in two minutes a core."""
+    def __init__(self, config: RunConfig, mesh: Mesh, init_weights: bool = True) -> None:
+        """Build the stage of this rank and hand it to DeepSpeed; a collective call.
+
+        With `init_weights=False` weights are zero, for a checkpoint to fill: drawing 7B takes two minutes.
+        """
         # On a CPU DeepSpeed would build a shared-memory collective that leaves 67 MB per rank in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._mesh = mesh
-        self.shard = Shard(mesh.tensor, mesh.tensor_size, padding_multiple(config, mesh.device))
-        tp = TensorParallel(mesh.tensor_group, config.parallel.sequence_parallel)
-        context = Context(
+        self.shard = Shard(mesh.tp_rank, mesh.tp_size, padding_multiple(config, mesh.device))
+        tp = TensorParallel(mesh.tp_group, config.parallel.sequence_parallel)
+        context = LayerContext(
             tp,
             self.shard,
-            config.training.seed if draws else None,
+            config.training.seed if init_weights else None,
             DTYPES[config.training.precision],
             recompute=config.training.recompute_granularity,
             norm_impl=config.training.norm_impl,
@@ -115,17 +122,17 @@ class Engine:
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
         self._loss = loss = Loss(config.model, tp, self.shard)
         stages = [
-            stage_layers(config.model, config.training.seq_length, stage, mesh.pipe_size)
-            for stage in range(mesh.pipe_size)
+            stage_layers(config.model, config.training.seq_length, stage, mesh.pp_size)
+            for stage in range(mesh.pp_size)
         ]
         topology = PipeModelDataParallelTopology(
-            num_pp=mesh.pipe_size, num_mp=mesh.tensor_size, num_dp=mesh.data_size
+            num_pp=mesh.pp_size, num_mp=mesh.tp_size, num_dp=mesh.dp_size
         )
         # DeepSpeed prints its topology and layers; our log says what a user needs of it.
         with contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(dist_init_required=False, verbose=False)
             model: nn.Module
-            if mesh.pipe_size > 1:
+            if mesh.pp_size > 1:
                 model = PipelineModule(
                     layers=[LayerSpec(DecoderStage, config.model, layers, context) for layers in stages],
                     topology=topology,
@@ -136,19 +143,19 @@ class Engine:
             else:
                 grid = PipelineParallelGrid(topology=topology)
                 divided = config.parallel.zero_stage == 3
-                with _divided_as_built(engine_config, grid) if divided else contextlib.nullcontext():
+                with _zero3_init(engine_config, grid) if divided else contextlib.nullcontext():
                     model = _WholeModel(DecoderStage(config.model, stages[0], context), loss)
                 model.to(mesh.device)
             #: Every parameter of this stage with its spec, by logical name.
             self.parameters: dict[str, tuple[ParamSpec, nn.Parameter]] = logical_parameters(model)
-            with _read_by_deepspeed(config.parallel.deepspeed_config):
+            with _deepspeed_errors_as_config_errors(config.parallel.deepspeed_config):
                 self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                     model=model,
                     optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device),
                     config=engine_config,
                     mpu=grid,
                 )
-        self.layers = stages[mesh.pipe]
+        self.layers = stages[mesh.pp_rank]
 
     def set_batch_size(self, samples: int) -> None:
         """Have each step from now on take `samples` over all ranks: more, or fewer, micro-batches of each."""
@@ -165,7 +172,7 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._mesh.pipe_size > 1:
+        if self._mesh.pp_size > 1:
             loss = self.deepspeed.train_batch(data_iter=self._on_device(batches)).item()
         else:
             self.deepspeed.train()
@@ -182,7 +189,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], count: int) -> float:
         """Mean loss in nats per token over `count` micro-batches of each rank."""
-        if self._mesh.pipe_size > 1:
+        if self._mesh.pp_size > 1:
             loss = self.deepspeed.eval_batch(self._on_device(batches), num_micro_batches=count)
             return float(loss.item())
         self.deepspeed.eval()
@@ -191,16 +198,16 @@ class Engine:
 
     @torch.no_grad()
     def score(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Of each label its log-probability, and 1 where it is the likeliest: [2, B, T] of each micro-batch.
+        """Return [2, B, T] of each micro-batch: the log-probability of each label, 1 where it is the argmax.
 
-        A collective call with as many batches of one shape on every rank; only the last stage is answered.
+        A collective call with as many batches of one shape on every rank; other stages than the last get [].
         """
-        if self._mesh.pipe_size == 1:
+        if self._mesh.pp_size == 1:
             self.deepspeed.eval()
-            return [self.deepspeed(*self._to_device(batch), of_each=True) for batch in batches]
+            return [self.deepspeed(*self._to_device(batch), token_scores=True) for batch in batches]
         module = self.deepspeed.module
-        self._forget_shapes()
-        module.loss_fn = self._loss.of_each
+        self._reset_pipe_buffers()
+        module.loss_fn = self._loss.token_scores
         try:
             scores = self.deepspeed.eval_batch(
                 self._on_device(iter(batches)),
@@ -210,16 +217,16 @@ class Engine:
             )
         finally:
             module.loss_fn = self._loss
-            self._forget_shapes()
+            self._reset_pipe_buffers()
         return scores or []
 
-    def _forget_shapes(self) -> None:
-        """Have the pipeline take its buffers anew, and its sum of losses, for another shape of batches."""
+    def _reset_pipe_buffers(self) -> None:
+        """Reallocate the pipeline's buffers and reset its loss sum, for batches of another shape."""
         self.deepspeed.reset_activation_shape()
         self.deepspeed.total_loss = None
 
     def diagnose(self, batches: Iterator[Batch]) -> str:
-        """Repeat a step that broke, and tell what is not finite on this rank first; "" if nothing is."""
+        """Repeat a failed step and return what is first not finite on this rank, "" if nothing is."""
         found: list[str] = []
 
         def look(what: str, value: Tensor) -> None:
@@ -237,14 +244,14 @@ class Engine:
 
     def _stage(self) -> DecoderStage:
         module = self.deepspeed.module
-        stage = module.forward_funcs[0] if self._mesh.pipe_size > 1 else module.stage
+        stage = module.forward_funcs[0] if self._mesh.pp_size > 1 else module.stage
         assert isinstance(stage, DecoderStage)
         return stage
 
     def _mean_over_data(self, loss: Tensor) -> float:
         mean = loss.detach().float().clone()
-        dist.all_reduce(mean, group=self._mesh.data_group)
-        return mean.item() / self._mesh.data_size
+        dist.all_reduce(mean, group=self._mesh.dp_group)
+        return mean.item() / self._mesh.dp_size
 
     def _to_device(self, batch: Batch) -> Batch:
         stream, labels = batch

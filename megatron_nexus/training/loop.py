@@ -38,14 +38,14 @@ from megatron_nexus.training.metrics import (
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.peak_flops import peak_flops_per_s
 from megatron_nexus.training.schedule import learning_rate
-from megatron_nexus.training.scoring import Judge, Scoring
+from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
 from megatron_nexus.training.stop import StopRequest
 
 SILENCE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """What a run ended with."""
 
     progress: RunProgress
@@ -67,21 +67,21 @@ class Trainer:
         engine: Engine,
         corpus: Corpus,
         save: Location,
-        notes: Path,
+        run_dir: Path,
         gemm_flops_per_s: float,
-        judge: Judge | None = None,
+        evaluator: TaskEvaluator | None = None,
     ) -> None:
-        """`judge`, on rank 0 and where there are tasks to evaluate, asks for their scores."""
+        """`evaluator`, on rank 0 and where there are tasks to evaluate, asks for their scores."""
         self.config = config
         self.mesh = mesh
         self.engine = engine
         self.corpus = corpus
         self.save_folder = save
-        self.notes_folder = notes
+        self.run_dir = run_dir
         self.gemm_flops_per_s = gemm_flops_per_s
         self.peak_flops_per_s = peak_flops_per_s(mesh, config.training.precision)
-        self._judge = judge
-        self._scoring = Scoring(config, mesh, engine) if config.logging.eval_tasks else None
+        self._evaluator = evaluator
+        self._scoring = DistributedScorer(config, mesh, engine) if config.logging.eval_tasks else None
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
         self._batch_schedule = config.batches
         self.evaluation_bytes = {name: corpus.evaluation_bytes(name, config) for name in corpus.evaluations}
@@ -159,17 +159,17 @@ class Trainer:
         if self.grown_regions:
             logger.info("newly grown weights use their own Adam step count for bias correction")
 
-    def fit(self, stop: StopRequest) -> Outcome:
+    def fit(self, stop: StopRequest) -> RunResult:
         """Train up to `train_iters` optimizer steps and validate; saves at intervals and at the end.
 
         Raises:
             TrainingError: a loss or a gradient is not finite.
         """
-        config, logging = self.config, self.config.logging
+        config, log_config = self.config, self.config.logging
         last = config.training.train_iters
         metrics = None
         if self.mesh.rank == 0:
-            metrics = MetricsWriter(self.notes_folder, self.progress.step, logging.tensorboard_dir)
+            metrics = MetricsWriter(self.run_dir, self.progress.step, log_config.tensorboard_dir)
         last_sample = self.progress.samples + self._batch_schedule.samples(
             self.progress.samples, last - self.progress.step
         )
@@ -196,14 +196,14 @@ class Trainer:
             trained_s, trained_tokens = trained_s + step_s, trained_tokens + tokens
             if metrics is not None:
                 record = self._step_metrics(step, rate, result, step_s, tokens)
-                due = step % logging.log_interval == 0 or step == last
-                speak = due or time.monotonic() - last_log_s > SILENCE_S
-                metrics.step(record, last, speak)
-                last_log_s = time.monotonic() if speak else last_log_s
+                due = step % log_config.log_interval == 0 or step == last
+                to_console = due or time.monotonic() - last_log_s > SILENCE_S
+                metrics.step(record, last, to_console)
+                last_log_s = time.monotonic() if to_console else last_log_s
             evaluations = []
-            if logging.eval_interval and step % logging.eval_interval == 0:
+            if log_config.eval_interval and step % log_config.eval_interval == 0:
                 evaluations = self._evaluate("validation", metrics)
-            if logging.eval_tasks_interval and step % logging.eval_tasks_interval == 0 and step != last:
+            if log_config.eval_tasks_interval and step % log_config.eval_tasks_interval == 0 and step != last:
                 self._evaluate_tasks(metrics)
             stopping = stop.agreed(self.mesh)
             interval = config.checkpoint.save_interval
@@ -225,7 +225,7 @@ class Trainer:
             task_scores = self._evaluate_tasks(metrics)
         if metrics is not None:
             metrics.close()
-        return Outcome(
+        return RunResult(
             progress=self.progress,
             evaluations=tuple(evaluations),
             task_scores=task_scores,
@@ -282,8 +282,8 @@ class Trainer:
             consumed_samples,
             training.micro_batch_size,
             training.global_batch_size,
-            self.mesh.data,
-            self.mesh.data_size,
+            self.mesh.dp_rank,
+            self.mesh.dp_size,
             packed=self.config.data.reset_position_ids or self.config.data.reset_attention_mask,
         )
 
@@ -343,7 +343,7 @@ class Trainer:
         if self._scoring is None:
             return None
         began = time.perf_counter()
-        found = self._scoring.run(self._judge)
+        found = self._scoring.run(self._evaluator)
         if metrics is None:
             return None
         scores = TaskScores(self.progress.step, found, time.perf_counter() - began)

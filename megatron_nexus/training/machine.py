@@ -46,16 +46,16 @@ def untested_torch(version: str) -> str:
     )
 
 
-def share_cores(mesh: Mesh) -> None:
-    """Give this rank its share of the cores, where OMP_NUM_THREADS does not say it; a collective call."""
+def set_num_threads(mesh: Mesh) -> None:
+    """Set torch's threads to this rank's cores, unless OMP_NUM_THREADS is set; a collective call."""
     cores = " ".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     places = [place.split(" ", 1) for place in all_gather_str(mesh, f"{socket.gethostname()} {cores}")]
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(core_share(mesh.rank, [(host, cores.split()) for host, cores in places]))
+        torch.set_num_threads(threads_of_rank(mesh.rank, [(host, cores.split()) for host, cores in places]))
 
 
-def core_share(rank: int, places: Sequence[tuple[str, Sequence[str]]]) -> int:
-    """Threads for `rank`, at least one; `places` are the host and the cores that each rank may use.
+def threads_of_rank(rank: int, places: Sequence[tuple[str, Sequence[str]]]) -> int:
+    """Return the threads for `rank`, at least one; `places` are each rank's host and the cores it may use.
 
     Under SLURM and MPI each rank may be bound to cores of its own, or all ranks of a host to the same ones.
     """
@@ -64,8 +64,8 @@ def core_share(rank: int, places: Sequence[tuple[str, Sequence[str]]]) -> int:
     return max(1, floor(sum(Fraction(1, users[host, core]) for core in mine)))
 
 
-def keep_freed_memory() -> None:
-    """Keep freed memory for the next step.
+def tune_malloc() -> None:
+    """Have glibc keep freed memory for the next step.
 
     glibc returns large blocks to the kernel at once, which then clears them anew at every step: a quarter
     to a third of a training step on a CPU. Two mallopt calls make it keep them.

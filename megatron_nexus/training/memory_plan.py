@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, Loss, layer_specs, stage_layers
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.models.rotary import rotary_tables
@@ -172,7 +172,7 @@ class _Step:
         group = cast(dist.ProcessGroup, _Peers(tp_size)) if tp_size > 1 else None
         tp = TensorParallel(group, config.parallel.sequence_parallel)
         shard = _Unfilled(0, tp_size, multiple)
-        context = Context(
+        context = LayerContext(
             tp,
             shard,
             seed=0,

@@ -9,10 +9,10 @@ def rank_groups(
     plan: Sequence[Mapping[str, int]], world_size: int
 ) -> list[tuple[int, int, Mapping[str, int]]]:
     """First rank, last rank and bytes by column of the ranks of a stage, and of neighbouring stages alike."""
-    share = world_size // len(plan)
+    ranks_per_stage = world_size // len(plan)
     groups: list[tuple[int, int, Mapping[str, int]]] = []
     for stage, memory in enumerate(plan):
-        first, last = stage * share, (stage + 1) * share - 1
+        first, last = stage * ranks_per_stage, (stage + 1) * ranks_per_stage - 1
         if groups and groups[-1][2] == memory:
             first = groups.pop()[0]
         groups.append((first, last, memory))

@@ -164,10 +164,10 @@ class MetricsWriter:
 
 def describe(validation: Validation) -> str:
     """A validation in words."""
-    told = f"loss {validation.validation_loss:.4f} nats/token | perplexity {validation.perplexity:.2f}"
+    line = f"loss {validation.validation_loss:.4f} nats/token | perplexity {validation.perplexity:.2f}"
     if validation.bits_per_byte is None:
-        return f"{told} | bits per byte unknown without --tokenizer-model"
-    return f"{told} | {validation.bits_per_byte:.3f} bits per byte"
+        return f"{line} | bits per byte unknown without --tokenizer-model"
+    return f"{line} | {validation.bits_per_byte:.3f} bits per byte"
 
 
 def describe_tasks(scores: TaskScores) -> str:

@@ -20,7 +20,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
-from megatron_nexus.config.rules import notes
+from megatron_nexus.config.rules import config_warnings
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
@@ -37,16 +37,16 @@ from megatron_nexus.training.corpus import Corpus, open_corpus
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
-from megatron_nexus.training.loop import Outcome, Trainer
+from megatron_nexus.training.loop import RunResult, Trainer
 from megatron_nexus.training.machine import (
     gemm_flops_per_s,
-    keep_freed_memory,
-    share_cores,
+    set_num_threads,
+    tune_malloc,
     untested_torch,
 )
 from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
 from megatron_nexus.training.schedule import learning_rate
-from megatron_nexus.training.scoring import Judge
+from megatron_nexus.training.scoring import TaskEvaluator
 from megatron_nexus.training.stop import StopRequest
 
 CONFIG_FILE = "config.yaml"
@@ -58,13 +58,13 @@ def run(
     checkpoint: Location | None,
     argv: list[str],
     open_state: Callable[[Location], StateReader] = CheckpointReader,
-    open_judge: Callable[[RunConfig, Tokenizer], Judge] | None = None,
+    open_evaluator: Callable[[RunConfig, Tokenizer], TaskEvaluator] | None = None,
     record: TokenizerRecord = NO_RECORD,
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
     `argv` is the command line as the user typed it: the summary repeats it to resume. `open_state` reads the
-    checkpoint, as a grown one where the run begins so. `open_judge` makes who asks for the scores of
+    checkpoint, as a grown one where the run begins so. `open_evaluator` makes who asks for the scores of
     --eval-tasks; only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer.
     """
     # DeepSpeed calls collectives by names that torch has deprecated; its users cannot mend that.
@@ -72,30 +72,30 @@ def run(
     parallel = config.parallel
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     if mesh.device.type == "cpu":
-        share_cores(mesh)
-        keep_freed_memory()
+        set_num_threads(mesh)
+        tune_malloc()
     if mesh.rank == 0 and (warning := untested_torch(torch.__version__)):
         logger.warning("%s", warning)
     _check_device(config, mesh)
     _prepare_kernels(config, mesh)
     _require_one_start(mesh, checkpoint)
     save = _save_folder(config, mesh, checkpoint)
-    notes = _notes_folder(save)
+    run_dir = _run_dir(save)
     # Before anything is made: ranks that find their data wrong do not all find it at the same moment.
     corpus = open_corpus(config, mesh, world.local_rank, record)
-    judge = None
+    evaluator = None
     if config.logging.eval_tasks and mesh.rank == 0:
-        assert open_judge is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
-        judge = open_judge(config, corpus.tokenizer)
-    with run_dir_lock(notes) if mesh.rank == 0 else nullcontext():
+        assert open_evaluator is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
+        evaluator = open_evaluator(config, corpus.tokenizer)
+    with run_dir_lock(run_dir) if mesh.rank == 0 else nullcontext():
         if mesh.rank == 0:
             # A grown model is another run than the checkpoint's.
             check_writable(save, None if config.checkpoint.grow else checkpoint)
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             import_muon_uncompiled()
-            engine = Engine(config, mesh, draws=checkpoint is None)
-        trainer = Trainer(config, mesh, engine, corpus, save, notes, rate, judge)
+            engine = Engine(config, mesh, init_weights=checkpoint is None)
+        trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator)
         _announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
             with Progress(f"loading {checkpoint}"):
@@ -106,7 +106,7 @@ def run(
             logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
             _tell_what_is_left(config, manifest, done.step)
         if mesh.rank == 0:
-            (notes / CONFIG_FILE).write_text(config_text(config))
+            (run_dir / CONFIG_FILE).write_text(config_text(config))
         stop = StopRequest(parse_exit_signals(config.checkpoint.exit_signal))
         dist.barrier(mesh.control)  # from here on a signal is heeded by all ranks or by none
         outcome = trainer.fit(stop)
@@ -193,7 +193,7 @@ def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Location | None) -> 
     return chosen[0]
 
 
-def _notes_folder(save: Location) -> Path:
+def _run_dir(save: Location) -> Path:
     """Where a run's configuration, metrics and lock lie: beside its checkpoints, or on this disk."""
     return save if isinstance(save, Path) else Path("runs") / save.key.replace("/", "-")
 
@@ -206,9 +206,9 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
     logger.info("model %s: %s parameters", model_name(config), f"{count:,}")
     logger.info(
         "mesh: tensor %d x pipeline %d x data %d on %s, %d thread%s a rank; %s, ZeRO %d%s",
-        mesh.tensor_size,
-        mesh.pipe_size,
-        mesh.data_size,
+        mesh.tp_size,
+        mesh.pp_size,
+        mesh.dp_size,
         device,
         torch.get_num_threads(),
         "s" if torch.get_num_threads() > 1 else "",
@@ -241,7 +241,7 @@ def _announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: 
         )
     logger.info("measured GEMM throughput: %.1f GFLOP/s over all ranks", rate / 1e9)
     logger.info("saving to %s", save)
-    for note in notes(config):
+    for note in config_warnings(config):
         logger.info("note: %s", note)
 
 
@@ -292,12 +292,12 @@ def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder
 def _summarise(
     config: RunConfig,
     trainer: Trainer,
-    outcome: Outcome,
+    outcome: RunResult,
     corpus: Corpus,
     world: World,
     argv: list[str],
 ) -> None:
-    folder, notes = trainer.save_folder, trainer.notes_folder
+    folder, run_dir = trainer.save_folder, trainer.run_dir
     finished = outcome.progress.step >= config.training.train_iters
     count = parameter_count(decoder_specs(config.model).values())
     lines = {
@@ -313,9 +313,9 @@ def _summarise(
         **({"tasks": describe_tasks(outcome.task_scores)} if outcome.task_scores else {}),
         "unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches",
         "checkpoint": str(outcome.checkpoint),
-        "metrics": str(notes / METRICS_FILE),
+        "metrics": str(run_dir / METRICS_FILE),
         "loss curve": str(
-            plot_losses(notes, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
+            plot_losses(run_dir, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
         ),
         "resume with": resume_command(config, launch_words(world, argv), argv, folder, outcome.progress.step),
     }

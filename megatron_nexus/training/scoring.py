@@ -25,11 +25,11 @@ TextScore: TypeAlias = tuple[float, bool]
 ScoreTexts: TypeAlias = Callable[[Sequence[Text]], list[TextScore]]
 Scores: TypeAlias = Mapping[str, Mapping[str, float]]
 """What the model reaches in each task, by metric."""
-Judge: TypeAlias = Callable[[ScoreTexts], Scores]
+TaskEvaluator: TypeAlias = Callable[[ScoreTexts], Scores]
 """Who asks for scores and makes of them what the model reaches."""
 
 
-class Scoring:
+class DistributedScorer:
     """The ranks of a run as one model that scores texts."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, engine: Engine) -> None:
@@ -38,15 +38,15 @@ class Scoring:
         training = config.training
         # What training has room for, forward and backward, evaluation has.
         self._tokens_per_pass = training.micro_batch_size * training.seq_length
-        self._width_multiple = mesh.tensor_size if config.parallel.sequence_parallel else 1
+        self._width_multiple = mesh.tp_size if config.parallel.sequence_parallel else 1
         # Stages of a pipeline work at the same time on as many micro-batches.
-        self._passes = 2 * mesh.pipe_size if mesh.pipe_size > 1 else 1
+        self._passes = 2 * mesh.pp_size if mesh.pp_size > 1 else 1
 
-    def run(self, judge: Judge | None) -> Scores:
-        """Have `judge`, which rank 0 has, ask as it likes; there, what it found; a collective call."""
+    def run(self, evaluator: TaskEvaluator | None) -> Scores:
+        """Have `evaluator`, which rank 0 has, ask as it likes; there, what it found; a collective call."""
         if self._mesh.rank == 0:
-            assert judge is not None, "rank 0 asks"
-            found = judge(self._ask)
+            assert evaluator is not None, "rank 0 asks"
+            found = evaluator(self._ask)
             self._send([])
             return found
         while texts := self._receive():
@@ -91,19 +91,19 @@ class Scoring:
             longest = len(texts[order[begin]][0]) - 1
             width = -(-longest // self._width_multiple) * self._width_multiple
             rows = max(1, self._tokens_per_pass // width)
-            share = rows * self._passes
-            mine = order[begin + mesh.data * share : begin + (mesh.data + 1) * share]
+            work_items = rows * self._passes
+            mine = order[begin + mesh.dp_rank * work_items : begin + (mesh.dp_rank + 1) * work_items]
             parts = [mine[i * rows : (i + 1) * rows] for i in range(self._passes)]
             batches = [_batch([texts[number] for number in part], rows, width) for part in parts]
             scored = self._engine.score(batches)
             # The ranks that share a copy of the model find the same: the first of them tells.
-            if scored and mesh.tensor == 0:
+            if scored and mesh.tp_rank == 0:
                 for part, scores_2BT in zip(parts, scored, strict=True):
                     for row, number in enumerate(part):
                         tokens, count = texts[number]
                         ends_2K = scores_2BT[:, row, len(tokens) - 1 - count : len(tokens) - 1].double().cpu()
                         sums_N2[number] = torch.stack([ends_2K[0].sum(), ends_2K[1].prod()])
-            begin += share * mesh.data_size
+            begin += work_items * mesh.dp_size
         dist.all_reduce(sums_N2, group=mesh.control)
         return [(log_p, bool(greedy)) for log_p, greedy in sums_N2.tolist()]
 

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from megatron_nexus.config.exit_signals import handle
 from megatron_nexus.parallel.mesh import Mesh
 
-PATIENCE_S = 1.0
+GRACE_PERIOD_S = 1.0
 
 
 class StopRequest:
-    """Remembers that a signal came to this rank; `agreed` tells whether it came to any.
+    """Remembers that a signal came to this rank; `agreed` returns whether it came to any.
 
     Ctrl-C in a terminal reaches every process of the run, a launcher's SIGTERM may reach some first, and
     SLURM's `--signal=USR1@120` comes before the time limit. A second Ctrl-C ends the process at once: what
@@ -29,7 +29,7 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         # Launchers pass on the Ctrl-C that the terminal has sent already: that is not a second one.
-        if self.signal_name and number == signal.SIGINT and time.monotonic() - self._asked > PATIENCE_S:
+        if self.signal_name and number == signal.SIGINT and time.monotonic() - self._asked > GRACE_PERIOD_S:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         if not self.signal_name:

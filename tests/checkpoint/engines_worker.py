@@ -46,7 +46,7 @@ from tests.checkpoint.engine_kinds import FOUR_RANKS, KILLED, STARTS, Kind, at_s
 from tests.support.ports import free_port
 
 D, M = 7, 13  # odd, so that every shard, range and buffer is padded
-WIDTH, INNER = Axis("hidden", D), Axis("inner", M, Layout.SPLIT)
+WIDTH, INNER = Axis("hidden", D), Axis("inner", M, Layout.SHARDED_PADDED)
 FIRST_STAGE = [
     ParamSpec("up.weight", (INNER, WIDTH), Normal(0.3), Role.MATMUL),
     ParamSpec("up.gain", (WIDTH,), Constant(1.0), Role.VECTOR),
@@ -112,12 +112,12 @@ def arrange(base: Mesh, kind: Kind) -> Mesh:
     pipe, data = divmod(rest, data_size)
     return replace(
         base,
-        pipe=pipe,
-        pipe_size=kind.pipe_size,
-        data=data,
-        data_size=data_size,
-        tensor=tensor,
-        tensor_size=kind.tensor_size,
+        pp_rank=pipe,
+        pp_size=kind.pipe_size,
+        dp_rank=data,
+        dp_size=data_size,
+        tp_rank=tensor,
+        tp_size=kind.tensor_size,
     )
 
 
@@ -127,9 +127,9 @@ class Run:
     def __init__(self, base: Mesh, kind: Kind) -> None:
         self.kind, self.mesh = kind, arrange(base, kind)
         mesh = self.mesh
-        self.shard = Shard(mesh.tensor, mesh.tensor_size)
+        self.shard = Shard(mesh.tp_rank, mesh.tp_size)
         topology = PipeModelDataParallelTopology(
-            num_pp=mesh.pipe_size, num_mp=mesh.tensor_size, num_dp=mesh.data_size
+            num_pp=mesh.pp_size, num_mp=mesh.tp_size, num_dp=mesh.dp_size
         )
         if kind.pipe_size > 1:
             layers = [LayerSpec(Up, self.shard), LayerSpec(Down, self.shard)]
@@ -144,7 +144,7 @@ class Run:
             {"name": "no_decay", "weight_decay": 0.0, "params": [p for s, p in named if not s.decays]},
         ]
         config = {
-            "train_batch_size": MICRO_BATCH * ACCUMULATION * mesh.data_size,
+            "train_batch_size": MICRO_BATCH * ACCUMULATION * mesh.dp_size,
             "train_micro_batch_size_per_gpu": MICRO_BATCH,
             "gradient_accumulation_steps": ACCUMULATION,
             "gradient_clipping": 1.0,
@@ -182,7 +182,7 @@ class Run:
         return losses
 
     def _batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        seed = (step * ACCUMULATION + micro) * 100 + self.mesh.data
+        seed = (step * ACCUMULATION + micro) * 100 + self.mesh.dp_rank
         random = torch.Generator().manual_seed(seed)
         return torch.randn(MICRO_BATCH, D, generator=random), torch.randn(
             MICRO_BATCH, 2 * D, generator=random
@@ -251,7 +251,7 @@ def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
         "first": [first, first_again],
         "losses": [through, resumed],
         "random": [random_before, random_after],
-        "counters": [counters, [3, 3 * MICRO_BATCH * ACCUMULATION * run.mesh.data_size, 0]],
+        "counters": [counters, [3, 3 * MICRO_BATCH * ACCUMULATION * run.mesh.dp_size, 0]],
         "off_master": off,
         "missing_names": missing,
     }
@@ -340,7 +340,7 @@ def run_rank(plan: str, folder: Path) -> None:
     # TRAPS of CPU runs: DeepSpeed's shared-memory collectives leak 67 MB a rank and need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.manual_seed(int(os.environ["RANK"]))
-    base = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=300.0)
+    base = make_mesh(read_world(os.environ), tp_size=1, pp_size=1, timeout_s=300.0)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     kinds, crossings = STARTS[base.world_size]
     outcome: dict[str, object] = {}

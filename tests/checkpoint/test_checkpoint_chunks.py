@@ -44,7 +44,7 @@ def test_split_boxes_stay_contiguous_and_small(shape: tuple[int, ...], most: int
         assert walked == numbers[index_within(box, origin)].reshape(-1).tolist()
 
 
-SHARDED = (Layout.SPLIT, Layout.EXACT)
+SHARDED = (Layout.SHARDED_PADDED, Layout.SHARDED)
 # At most one axis of a parameter is divided among ranks.
 LAYOUTS = [(a, b) for a in Layout for b in Layout if not (a in SHARDED and b in SHARDED)]
 
@@ -55,7 +55,7 @@ LAYOUTS = [(a, b) for a in Layout for b in Layout if not (a in SHARDED and b in 
 def test_slabs_of_all_ranks_are_the_logical_tensor(
     layouts: tuple[Layout, Layout], tensor_size: int, cuts: int
 ) -> None:
-    sizes = tuple(6 if layout is Layout.EXACT else 7 for layout in layouts)
+    sizes = tuple(6 if layout is Layout.SHARDED else 7 for layout in layouts)
     axes = tuple(Axis("abc"[i], sizes[i], layouts[i]) for i in range(2))
     spec = ParamSpec("w", axes, Constant(0.0), Role.MATMUL)
     logical = np.arange(1.0, spec.numel + 1).reshape(spec.shape)

@@ -10,7 +10,6 @@ from megatron_nexus.config.command_line import (
     IN_SAMPLES,
     Consumed,
     build,
-    from_saved,
     given_flags,
     make_parser,
 )
@@ -190,10 +189,10 @@ def test_how_often_a_run_saves_and_on_how_much_it_validates_outlives_a_restart()
 
 
 def test_a_saved_configuration_is_read_back_as_it_was() -> None:
-    assert from_saved(json.loads(json.dumps(dataclasses.asdict(SAVED)))) == SAVED
+    assert RunConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(SAVED)))) == SAVED
     for broken in ({}, {"preset": "x", "model": 3}, {**dataclasses.asdict(SAVED), "model": {"nexus_z": 1}}):
         with pytest.raises((KeyError, TypeError)):
-            from_saved(broken)
+            RunConfig.from_dict(broken)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.config.command_line import build, given_flags, make_parser, over
+from megatron_nexus.config.command_line import build, given_flags, make_parser, merge_settings
 from megatron_nexus.config.config_file import config_text, read_config_file
-from megatron_nexus.config.megatron_flags import _FAMILIES, _INSTEAD, instead_of, instead_of_preprocessing
+from megatron_nexus.config.megatron_flags import (
+    _FAMILIES,
+    _INSTEAD,
+    instead_of_preprocessing,
+    replacement_hint,
+)
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import SECTIONS, CheckpointConfig, RunConfig
@@ -22,7 +27,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def run_config(path: Path, *words: str) -> RunConfig:
-    return build(over(read_config_file(path), given_flags(words)))
+    return build(merge_settings(read_config_file(path), given_flags(words)))
 
 
 def test_a_file_wins_over_the_preset_and_a_flag_over_the_file(tmp_path: Path) -> None:
@@ -141,8 +146,8 @@ def test_flags_of_megatron_are_answered_with_what_to_use() -> None:
     with pytest.raises(ConfigError, match="unknown flag --fp16: use --bf16") as caught:
         given_flags(["--fp16", "--use-distributed-optimizer", "--num_workers", "3"])
     assert len(caught.value.problems) == 3
-    assert instead_of("--zzz") is None
-    assert instead_of("--num-workers") != instead_of_preprocessing("--num-workers") == "use --workers"
+    assert replacement_hint("--zzz") is None
+    assert replacement_hint("--num-workers") != instead_of_preprocessing("--num-workers") == "use --workers"
 
 
 def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> None:

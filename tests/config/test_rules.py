@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_nexus.config.command_line import build, given_flags
-from megatron_nexus.config.rules import check, divisors, notes
+from megatron_nexus.config.rules import check, config_warnings, divisors
 from megatron_nexus.config.run_config import SECTIONS
 from megatron_nexus.errors import ConfigError
 
@@ -227,7 +227,9 @@ def test_the_remedy_for_a_count_lists_its_divisors() -> None:
 
 def test_a_warm_up_that_outlasts_the_run_is_noted_wherever_it_begins() -> None:
     def noted(words: str) -> list[str]:
-        return [note for note in notes(build(given_flags(words.split()))) if "--lr-warmup-iters" in note]
+        return [
+            note for note in config_warnings(build(given_flags(words.split()))) if "--lr-warmup-iters" in note
+        ]
 
     assert noted("--train-iters 20 --lr-warmup-iters 20") == [
         "--lr-warmup-iters 20 is not over when the run of 20 iterations ends"
@@ -251,5 +253,5 @@ def test_a_warm_up_that_outlasts_the_run_is_noted_wherever_it_begins() -> None:
     ],
 )
 def test_a_schedule_that_is_probably_not_meant_is_noted(words: str, flag: str) -> None:
-    noted = notes(build(given_flags(f"--train-iters 100 {words}".split())))
+    noted = config_warnings(build(given_flags(f"--train-iters 100 {words}".split())))
     assert [note.split(" ")[:2] for note in noted] == ([flag.split(" ")] if flag else [])

@@ -17,11 +17,11 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.data_path import Source
 from megatron_nexus.data.corpus_description import CorpusDescription, begins_with, read_description
 from megatron_nexus.data.default_corpus import prepare_default_corpus
-from megatron_nexus.data.documents import Reading
+from megatron_nexus.data.documents import RecordFormat
 from megatron_nexus.data.indexed_dataset import IndexedDataset, json_path
 from megatron_nexus.data.inspection import find_problems
-from megatron_nexus.data.library import Library
-from megatron_nexus.data.preprocess import Preprocessing, preprocess
+from megatron_nexus.data.preprocess import PreprocessConfig, preprocess
+from megatron_nexus.data.run_data import RunData
 from megatron_nexus.data.tokenizer import encode_prompt, open_tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.post_processor import beginning_with
@@ -57,11 +57,11 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(folder: Path, tokenizer: Path, name: str, prepend_bos: bool | None = None) -> Path:
-    job = Preprocessing(
+    job = PreprocessConfig(
         [str(folder / "texts.jsonl")],
         folder / name,
         tokenizer,
-        Reading("text", "file"),
+        RecordFormat("text", "file"),
         prepend_bos=prepend_bos,
         workers=1,
         overwrite=True,
@@ -102,18 +102,18 @@ def test_a_run_reads_the_decision_off_its_corpora_which_must_agree(folder: Path)
     config = build({"vocab_size": 700, "seq_length": 8, "data_path": ("x",), "split": "1,1"})
     sources = [Source(name, None) for name in names]
     for source, begins in zip(sources, (True, False), strict=True):
-        assert Library(config, [source], folder / "tokenizer").prepend_bos is begins
-        assert Library(config, [source], None).prepend_bos is begins
+        assert RunData(config, [source], folder / "tokenizer").prepend_bos is begins
+        assert RunData(config, [source], None).prepend_bos is begins
     with pytest.raises(
         DataError, match=r"of-itself begin with BOS, those of .*without do not.*preprocess one"
     ):
-        Library(config, sources, folder / "tokenizer")
+        RunData(config, sources, folder / "tokenizer")
     # Corpora of others have no description: their tokens tell.
     for name in names:
         json_path(name).unlink()
     for source, begins in zip(sources, (True, False), strict=True):
-        assert Library(config, [source], folder / "tokenizer").prepend_bos is begins
-        assert Library(config, [source], None).prepend_bos is None
+        assert RunData(config, [source], folder / "tokenizer").prepend_bos is begins
+        assert RunData(config, [source], None).prepend_bos is None
 
 
 def test_descriptions_of_earlier_corpora_mean_no_bos(folder: Path, tmp_path: Path) -> None:

@@ -9,25 +9,25 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_nexus.data.documents import Document, Malformed, Reading, cut_into_spans, read_span
+from megatron_nexus.data.documents import BadRecord, Document, RecordFormat, read_slice, split_into_slices
 from megatron_nexus.data.input_files import find_input_files
 from megatron_nexus.errors import ConfigError, DataError
 
-RECORD = Reading(json_key="text", txt_documents="file")
-LINE = Reading(json_key="text", txt_documents="line")
+RECORD = RecordFormat(json_key="text", txt_documents="file")
+LINE = RecordFormat(json_key="text", txt_documents="line")
 TEXTS = ["first", "", "zwei \u00fc\u4e2d", "three\nlines\r\n", "x" * 300, " blanks\t ", "\ufefflast"]
 
 
-def read(path: Path, reading: Reading = RECORD, span_bytes: int = 1 << 20) -> list[str]:
+def read(path: Path, reading: RecordFormat = RECORD, slice_bytes: int = 1 << 20) -> list[str]:
     """All records: texts, and what malformed ones say of themselves."""
     found = []
-    for span in cut_into_spans(find_input_files([str(path)]), reading, span_bytes):
-        for record in read_span(span, reading):
+    for file_slice in split_into_slices(find_input_files([str(path)]), reading, slice_bytes):
+        for record in read_slice(file_slice, reading):
             if isinstance(record, Document):
                 assert record.size == len(record.text.encode())
                 found.append(record.text)
             else:
-                assert isinstance(record, Malformed)
+                assert isinstance(record, BadRecord)
                 found.append(record.describe())
     return found
 
@@ -41,22 +41,22 @@ def write(path: Path, raw: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("span_bytes", [*range(1, 60), 1000])
-def test_lines_are_read_once_wherever_the_file_is_cut(tmp_path: Path, span_bytes: int) -> None:
-    assert read(write(tmp_path / "a.jsonl", json_lines(TEXTS)), RECORD, span_bytes) == TEXTS
+@pytest.mark.parametrize("slice_bytes", [*range(1, 60), 1000])
+def test_lines_are_read_once_wherever_the_file_is_cut(tmp_path: Path, slice_bytes: int) -> None:
+    assert read(write(tmp_path / "a.jsonl", json_lines(TEXTS)), RECORD, slice_bytes) == TEXTS
     lines = [text.replace("\n", " ").replace("\r", " ") for text in TEXTS]
     for end in ("\n", "\r\n"):
         for last in ("", end):
             raw = (end.join(lines) + last).encode()
-            assert read(write(tmp_path / "a.txt", raw), LINE, span_bytes) == lines
+            assert read(write(tmp_path / "a.txt", raw), LINE, slice_bytes) == lines
 
 
 def test_a_malformed_line_says_its_number_wherever_the_file_is_cut(tmp_path: Path) -> None:
     lines = json_lines(TEXTS).splitlines(keepends=True)
     file = write(tmp_path / "a.jsonl", b"".join([*lines[:5], b"{oops\n", *lines[5:]]))
     expected = [*TEXTS[:5], f"{file}:6: not JSON: '{{oops'", *TEXTS[5:]]
-    for span_bytes in range(1, 400, 7):
-        assert read(file, RECORD, span_bytes) == expected
+    for slice_bytes in range(1, 400, 7):
+        assert read(file, RECORD, slice_bytes) == expected
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_key_with_dots_leads_into_nested_fields(
     tmp_path: Path, key: str, record: dict[str, object], expected: str
 ) -> None:
     file = write(tmp_path / "a.jsonl", json.dumps(record).encode())
-    assert read(file, Reading(key, "file"))[0].removeprefix(f"{file}:1: ").startswith(expected)
+    assert read(file, RecordFormat(key, "file"))[0].removeprefix(f"{file}:1: ").startswith(expected)
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
@@ -123,12 +123,12 @@ def test_compressed_files(tmp_path: Path, ending: str) -> None:
             read(write(tmp_path / f"a.jsonl{ending}", damaged))
 
 
-@pytest.mark.parametrize("span_bytes", [1, 200, 1 << 20])
-def test_parquet(tmp_path: Path, span_bytes: int) -> None:
+@pytest.mark.parametrize("slice_bytes", [1, 200, 1 << 20])
+def test_parquet(tmp_path: Path, slice_bytes: int) -> None:
     texts = [*TEXTS, None, *TEXTS]
     table = pa.table({"id": [*range(15)], "text": pa.array(texts, pa.large_string())})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
-    assert read(tmp_path / "a.parquet", RECORD, span_bytes) == [
+    assert read(tmp_path / "a.parquet", RECORD, slice_bytes) == [
         *TEXTS,
         f"{tmp_path / 'a.parquet'}:8: null",
         *TEXTS,
@@ -153,7 +153,7 @@ def test_every_arrow_type_of_text(tmp_path: Path, kind: pa.DataType) -> None:
     for key in ("plain", "struct.text", "struct.more.text", "encoded", "within.text"):
         if key.split(".")[0] in columns:
             expected = [f"{file}:2: null" if text is None else text for text in texts]
-            assert read(file, Reading(key, "file"), 1) == expected, key
+            assert read(file, RecordFormat(key, "file"), 1) == expected, key
     if "binary" in str(kind):
         pq.write_table(pa.table({"text": pa.array([b"a", b"\xff"], kind)}), file)
         assert read(file) == ["a", rf"{file}:2: not UTF-8: '\\xff'"]
@@ -165,9 +165,9 @@ def test_texts_of_extension_types_and_columns_without_any_value(tmp_path: Path) 
     pq.write_table(
         pa.table({"json": pa.array(["{}", None, "[]"], pa.json_()), "none": pa.nulls(3), "doc": record}), file
     )
-    assert read(file, Reading("json", "file")) == ["{}", f"{file}:2: null", "[]"]
-    assert read(file, Reading("none", "file")) == [f"{file}:{row}: null" for row in (1, 2, 3)]
-    assert read(file, Reading("doc.text", "file")) == ["in", f"{file}:2: null", f"{file}:3: null"]
+    assert read(file, RecordFormat("json", "file")) == ["{}", f"{file}:2: null", "[]"]
+    assert read(file, RecordFormat("none", "file")) == [f"{file}:{row}: null" for row in (1, 2, 3)]
+    assert read(file, RecordFormat("doc.text", "file")) == ["in", f"{file}:2: null", f"{file}:3: null"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_column_that_is_no_text_is_answered_by_those_that_are_there(
     )
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ConfigError) as caught:
-        read(tmp_path / "a.parquet", Reading(key, "file"))
+        read(tmp_path / "a.parquet", RecordFormat(key, "file"))
     assert all(part in str(caught.value) for part in told), caught.value
 
 
@@ -237,7 +237,7 @@ def test_text_files_and_byte_order_marks(tmp_path: Path) -> None:
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", json_lines(TEXTS))
-    records = read_span(cut_into_spans(find_input_files([str(file)]), RECORD, 1 << 20)[0], RECORD)
+    records = read_slice(split_into_slices(find_input_files([str(file)]), RECORD, 1 << 20)[0], RECORD)
     next(records)
     write(file, json_lines([*TEXTS, "more"]))
     with pytest.raises(DataError, match="was changed while it was read"):

@@ -17,12 +17,12 @@ import tokenizers
 
 from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.data.corpus_description import check_tokenizer, read_description
-from megatron_nexus.data.documents import Reading, cut_into_spans
+from megatron_nexus.data.documents import RecordFormat, split_into_slices
 from megatron_nexus.data.indexed_dataset import IndexedDataset, publish
 from megatron_nexus.data.input_files import find_input_files
-from megatron_nexus.data.preprocess import Preprocessing, preprocess
+from megatron_nexus.data.preprocess import PreprocessConfig, preprocess
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
-from megatron_nexus.data.shards import Tokenizing, make_shards, shard_prefix, tokenize_shard
+from megatron_nexus.data.shards import TokenizeConfig, make_shards, shard_prefix, tokenize_shard
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.log import logger
@@ -73,15 +73,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
     return folder
 
 
-def job(folder: Path, output: Path, **options: object) -> Preprocessing:
+def job(folder: Path, output: Path, **options: object) -> PreprocessConfig:
     defaults: dict[str, object] = {
         "inputs": [str(folder / "inputs")],
         "output_prefix": output,
         "tokenizer_path": folder / "spm.model",
-        "reading": Reading("text", "file"),
+        "reading": RecordFormat("text", "file"),
         "workers": 1,
     }
-    return Preprocessing(**(defaults | options))  # type: ignore[arg-type]
+    return PreprocessConfig(**(defaults | options))  # type: ignore[arg-type]
 
 
 def contents(prefix: Path) -> list[bytes]:
@@ -183,11 +183,13 @@ def test_a_shard_is_named_after_all_that_decides_its_contents(folder: Path, tmp_
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "some words"}\n' * 100)
     train_sentencepiece_bpe(["other words"], tmp_path / "other.model", 290)
-    reading = Reading("text", "file")
-    tokenizing = Tokenizing(tmp_path, folder / "spm.model", reading, append_eod=True, strict=False)
+    reading = RecordFormat("text", "file")
+    tokenizing = TokenizeConfig(tmp_path, folder / "spm.model", reading, append_eod=True, strict=False)
 
-    def name(span_bytes: int = 1 << 20, model: Path = folder / "spm.model", **changes: object) -> Path:
-        shard = make_shards(cut_into_spans(find_input_files([str(file)]), reading, span_bytes), 1 << 20)[0]
+    def name(slice_bytes: int = 1 << 20, model: Path = folder / "spm.model", **changes: object) -> Path:
+        shard = make_shards(split_into_slices(find_input_files([str(file)]), reading, slice_bytes), 1 << 20)[
+            0
+        ]
         made = dataclasses.replace(tokenizing, **changes)  # type: ignore[arg-type]
         return shard_prefix(shard, made, SentencePieceTokenizer(model))
 
@@ -195,9 +197,9 @@ def test_a_shard_is_named_after_all_that_decides_its_contents(folder: Path, tmp_
     names = [
         name(),
         name(append_eod=False),
-        name(reading=Reading("body", "file")),
-        name(reading=Reading("text", "line")),
-        name(span_bytes=100),
+        name(reading=RecordFormat("body", "file")),
+        name(reading=RecordFormat("text", "line")),
+        name(slice_bytes=100),
         name(model=tmp_path / "other.model"),
     ]
     os.utime(file, ns=(0, 0))
@@ -213,10 +215,12 @@ def test_strict_finds_the_line_in_a_shard_that_is_finished(folder: Path, tmp_pat
     """A run without --strict, killed before it merged, has passed over the record."""
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "some words"}\n{oops\n')
-    shard = make_shards(cut_into_spans(find_input_files([str(file)]), Reading("text", "file"), 100), 100)[0]
+    shard = make_shards(
+        split_into_slices(find_input_files([str(file)]), RecordFormat("text", "file"), 100), 100
+    )[0]
     (tmp_path / "corpus.shards").mkdir()
-    tokenizing = Tokenizing(
-        tmp_path / "corpus.shards", folder / "spm.model", Reading("text", "file"), True, False
+    tokenizing = TokenizeConfig(
+        tmp_path / "corpus.shards", folder / "spm.model", RecordFormat("text", "file"), True, False
     )
     tokenizer = SentencePieceTokenizer(folder / "spm.model")
     tokenize_shard(shard, tokenizing, tokenizer)
@@ -365,7 +369,7 @@ def test_no_end_tokens_where_none_are_wanted(folder: Path, tmp_path: Path) -> No
             folder,
             tmp_path / "corpus",
             inputs=[str(tmp_path / "in.txt")],
-            reading=Reading("text", "line"),
+            reading=RecordFormat("text", "line"),
             append_eod=False,
         ),
         SingleProcess(),
@@ -391,7 +395,7 @@ def test_a_hugging_face_tokenizer_and_texts_that_it_drops(folder: Path, tmp_path
                 tmp_path / "corpus",
                 inputs=[str(tmp_path / "in.txt")],
                 tokenizer_path=tmp_path,
-                reading=Reading("text", "line"),
+                reading=RecordFormat("text", "line"),
                 append_eod=append_eod,
                 overwrite=True,
             ),

@@ -17,7 +17,7 @@ from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
-from megatron_nexus.spec.grow import Fill
+from megatron_nexus.spec.growth_rule import Fill
 from tests.support import checkpoints, reference
 
 # Sums over longer rows in float64, of logits of size one.

@@ -10,7 +10,7 @@ import torch
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.commands.nexify_checkpoint import main
-from megatron_nexus.config.command_line import from_saved
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.request import with_empty_branch
 from tests.support import checkpoints, reference
 
@@ -117,20 +117,20 @@ def test_the_tool_writes_verifies_and_refuses(
     code, told = run("--load linear --save made --verify --workers 2")
     assert code == 0, told
     assert "verified in float64" in told
-    config = from_saved(read_manifest(find_checkpoint(tmp_path / "made")).config)
+    config = RunConfig.from_dict(read_manifest(find_checkpoint(tmp_path / "made")).config)
     assert (config.model.nexus_m, config.model.nexus_a) == (15, 18)
     code, told = run("--load made --save higher --attention-order 2 --verify --tp 2")
     assert code == 2 and "--tp 2 does not divide --num-query-groups 1" in told, told
     code, told = run("--load made --save higher --attention-order 2 --verify")
     assert code == 0 and "verified in float64" in told, told
-    config = from_saved(read_manifest(find_checkpoint(tmp_path / "higher")).config)
+    config = RunConfig.from_dict(read_manifest(find_checkpoint(tmp_path / "higher")).config)
     assert (config.model.attention_order, config.model.attention_inner) == (2, "self")
     assert (config.model.attention_gate, config.model.nexus_m) == (True, 15), "no branch was asked for"
     code, told = run(
         "--load linear --save both --attention-order 3 --attention-inner cross --nexus-m 16 --verify"
     )
     assert code == 0 and "verified in float64" in told, told
-    model = from_saved(read_manifest(find_checkpoint(tmp_path / "both")).config).model
+    model = RunConfig.from_dict(read_manifest(find_checkpoint(tmp_path / "both")).config).model
     assert (model.projection, model.nexus_m, model.attention_order) == ("linear_nexus", 16, 3)
     code, told = run("--load higher --save again --attention-order 3")
     assert code == 2 and "only order 1 can be raised" in told, told

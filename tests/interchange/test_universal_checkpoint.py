@@ -13,8 +13,8 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.commands.convert_checkpoint import main
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, stage_layers
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
@@ -48,7 +48,7 @@ def module_names(config: RunConfig, stages: int) -> dict[str, str]:
     names = {}
     for stage in range(stages):
         layers = stage_layers(config.model, config.training.seq_length, stage, stages)
-        module = DecoderStage(config.model, layers, Context(TensorParallel(None), Shard(0, 1), seed=0))
+        module = DecoderStage(config.model, layers, LayerContext(TensorParallel(None), Shard(0, 1), seed=0))
         logical = {id(p): name for name, (_, p) in logical_parameters(module).items()}
         above = "stage" if stages == 1 else str(stage)
         names |= {logical[id(p)]: f"{above}.{theirs}" for theirs, p in module.named_parameters()}

@@ -8,7 +8,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nexus.config.run_config import ModelConfig
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import (
     DecoderStage,
     Loss,
@@ -17,6 +16,7 @@ from megatron_nexus.models.decoder import (
     stage_layers,
     training_flops_per_token,
 )
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.cost import parameter_count
@@ -24,7 +24,7 @@ from megatron_nexus.spec.param import Constant
 from megatron_nexus.spec.shard import Shard
 from tests.support import reference
 
-ALONE = Context(TensorParallel(None), Shard(0, 1), seed=3, dtype=torch.float64)
+ALONE = LayerContext(TensorParallel(None), Shard(0, 1), seed=3, dtype=torch.float64)
 MODEL = ModelConfig(
     vocab_size=50,
     num_layers=3,
@@ -108,7 +108,7 @@ def test_training_flops_are_those_that_torch_counts(fields: dict[str, object]) -
     assert _counted_flops(model, ALONE) == training_flops_per_token(model, tokens.shape[1]) * tokens.numel()
 
 
-def _counted_flops(model: ModelConfig, context: Context, *positions_BT: torch.Tensor) -> int:
+def _counted_flops(model: ModelConfig, context: LayerContext, *positions_BT: torch.Tensor) -> int:
     """FLOPs of a forward and backward pass as torch counts them; `positions_BT` of packed documents."""
     stage, tokens = DecoderStage(model, ALL, context), _tokens()
     # The counter does not know the fused attention of the CPU; that of plain products it counts.
@@ -172,7 +172,9 @@ def test_stages_are_cut_by_cost_and_cover_all_layers() -> None:
     assert [*layers[0], *layers[1]] == list(ALL)
     flops = layer_flops_per_token(heavy_head, 16)
     assert flops[-1] > sum(flops[:-1])
-    assert list(layers[1]) == [MODEL.num_layers + 1], "a head dearer than all blocks has a stage of its own"
+    assert list(layers[1]) == [MODEL.num_layers + 1], (
+        "a head that costs more than all blocks has a stage of its own"
+    )
 
 
 def test_the_loss_is_cross_entropy_and_starts_at_the_logarithm_of_the_vocabulary() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.config.command_line import build, from_saved
+from megatron_nexus.config.command_line import build
 from megatron_nexus.config.config_file import read_config_file
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.evaluation.loaded_model import load_model
 from megatron_nexus.models.attention import Attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, decoder_specs
@@ -187,7 +187,7 @@ def test_a_checkpoint_from_before_the_inner_form_was_recorded_computes_as_it_did
     folder = OLD_RUN / "iter_0000003"
     manifest = read_manifest(folder)
     assert "attention_inner" not in manifest.config["model"]
-    model = from_saved(manifest.config).model
+    model = RunConfig.from_dict(manifest.config).model
     assert (model.attention_order, model.attention_inner, model.attention_gate) == (2, "cross", False)
     loaded = load_model(folder, model, 8, torch.device("cpu"), torch.float64)
     logits = loaded.decoder(torch.tensor([[1, 5, 12, 0, 7, 7]]))[-1, 0]
@@ -204,7 +204,7 @@ def test_a_checkpoint_from_before_the_inner_form_was_recorded_computes_as_it_did
 
 def test_its_configuration_file_names_the_same_model_and_a_user_s_own_the_new_one(tmp_path: Path) -> None:
     values = read_config_file(OLD_RUN / "config.yaml")
-    assert build(values).model == from_saved(read_manifest(OLD_RUN / "iter_0000003").config).model
+    assert build(values).model == RunConfig.from_dict(read_manifest(OLD_RUN / "iter_0000003").config).model
     renamed = (OLD_RUN / "config.yaml").read_text().replace("preset: nexusformer-tiny", "preset: my-grown")
     (tmp_path / "renamed.yaml").write_text(renamed)
     assert build(read_config_file(tmp_path / "renamed.yaml")).preset == "my-grown"
@@ -216,4 +216,4 @@ def test_a_checkpoint_of_order_1_is_still_its_preset() -> None:
     config = build({})
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     del saved["model"]["attention_inner"], saved["model"]["attention_gate"]
-    assert from_saved(saved) == config
+    assert RunConfig.from_dict(saved) == config

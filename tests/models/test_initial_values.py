@@ -10,14 +10,14 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.attention import attention_specs
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.feed_forward import feed_forward_specs
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.nexus_rank import NexusRank, attention_widths, feed_forward_widths
 from megatron_nexus.models.projections import make_projections
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
 
-ALONE = Context(TensorParallel(None), Shard(0, 1), seed=3)
+ALONE = LayerContext(TensorParallel(None), Shard(0, 1), seed=3)
 # Of the law; what 128 tokens of one layer show is within a quarter.
 FACTOR = 2.0
 

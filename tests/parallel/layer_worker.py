@@ -16,9 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.attention import Attention
-from megatron_nexus.models.context import Context
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks
 from megatron_nexus.models.feed_forward import FeedForward
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.models.rotary import Tables, stage_tables
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
@@ -88,7 +88,7 @@ def my_tokens(x_TBD: Tensor, tp: TensorParallel) -> Tensor:
 
 
 def residual_layer(
-    context: Context,
+    context: LayerContext,
     layer: nn.Module,
     equation: Callable[[Tensor, dict[str, Tensor]], Tensor],
     *more: Tables,
@@ -112,7 +112,7 @@ def residual_layer(
     )
 
 
-def decoder(model: ModelConfig, context: Context) -> float:
+def decoder(model: ModelConfig, context: LayerContext) -> float:
     """Embedding to loss."""
     tokens = torch.randint(0, model.vocab_size, (3, 9), generator=torch.Generator().manual_seed(2))
     stage = DecoderStage(model, range(model.num_layers + 2), context)
@@ -125,7 +125,7 @@ def decoder(model: ModelConfig, context: Context) -> float:
     return compare(stage, context.shard, [(loss, expected)], weights)
 
 
-def compiled(model: ModelConfig, context: Context) -> float:
+def compiled(model: ModelConfig, context: LayerContext) -> float:
     """Compiled blocks against eager ones, to the bit: infinite where two losses or gradients differ."""
     tokens = torch.randint(0, model.vocab_size, (3, 9), generator=torch.Generator().manual_seed(2))
     stages = [DecoderStage(model, range(model.num_layers + 2), context) for _ in range(2)]
@@ -145,9 +145,9 @@ def compiled(model: ModelConfig, context: Context) -> float:
 
 def run_case(mesh: Mesh, case: dict) -> float:
     model = ModelConfig(**SIZES, **WIDTHS, **case["model"])
-    tp = TensorParallel(mesh.tensor_group, case["sequence_parallel"])
-    shard = Shard(mesh.tensor, mesh.tensor_size, case["multiple"])
-    context = Context(tp, shard, SEED, torch.float64, case["recompute"])
+    tp = TensorParallel(mesh.tp_group, case["sequence_parallel"])
+    shard = Shard(mesh.tp_rank, mesh.tp_size, case["multiple"])
+    context = LayerContext(tp, shard, SEED, torch.float64, case["recompute"])
 
     def attention(x: Tensor, w: dict[str, Tensor]) -> Tensor:
         return reference.block(reference.attention, x, w, "a", vars(model))
@@ -171,7 +171,7 @@ def run_case(mesh: Mesh, case: dict) -> float:
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     world = read_world(os.environ)
-    mesh = make_mesh(world, tensor_size=world.size, pipe_size=1, timeout_s=TIMEOUT_S)
+    mesh = make_mesh(world, tp_size=world.size, pp_size=1, timeout_s=TIMEOUT_S)
     errors = {case["name"]: run_case(mesh, case) for case in cases}
     (out / f"errors_{world.size}_{world.rank}.json").write_text(json.dumps(errors))
     close_mesh()

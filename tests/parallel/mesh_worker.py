@@ -17,9 +17,9 @@ def main() -> None:
     # Enough for one group of two ranks, not for four groups of four.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(in_use) + 16, hard))
-    mesh = make_mesh(read_world(os.environ), tensor_size=1, pipe_size=1, timeout_s=TIMEOUT_S)
+    mesh = make_mesh(read_world(os.environ), tp_size=1, pp_size=1, timeout_s=TIMEOUT_S)
     total = torch.ones(1)
-    dist.all_reduce(total, group=mesh.data_group)
+    dist.all_reduce(total, group=mesh.dp_group)
     assert total.item() == mesh.world_size
     close_mesh()
 

@@ -1,4 +1,4 @@
-"""Costs follow from the specs, and layers are cut where the dearest run is cheapest."""
+"""Costs follow from the specs, and layers are cut where the most expensive run is cheapest."""
 
 from itertools import combinations, pairwise
 
@@ -16,7 +16,7 @@ from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec,
 
 
 def spec_of(role: Role, *sizes: int) -> ParamSpec:
-    axes = tuple(Axis(f"axis{i}", size, Layout.SPLIT) for i, size in enumerate(sizes))
+    axes = tuple(Axis(f"axis{i}", size, Layout.SHARDED_PADDED) for i, size in enumerate(sizes))
     return ParamSpec(role.value, axes, Normal(1.0), role)
 
 
@@ -43,7 +43,7 @@ def test_gains_do_not_decay(role: Role, decays: bool) -> None:
     assert ParamSpec("x", (Axis("d", 3),), Constant(1.0), role).decays is decays
 
 
-def dearest(costs: list[int], cuts: list[int]) -> int:
+def most_expensive(costs: list[int], cuts: list[int]) -> int:
     return max(sum(costs[first:last]) for first, last in pairwise(cuts))
 
 
@@ -58,12 +58,12 @@ def test_no_cut_is_better_than_the_balanced_one() -> None:
         assert (cuts[0], cuts[-1]) == (0, count)
         assert all(first < last for first, last in pairwise(cuts)), "an empty stage"
         every = ([0, *inner, count] for inner in combinations(range(1, count), parts - 1))
-        assert dearest(costs, cuts) == min(dearest(costs, other) for other in every)
+        assert most_expensive(costs, cuts) == min(most_expensive(costs, other) for other in every)
 
 
 def test_the_deepest_model_is_cut_alike() -> None:
     costs = [0, *[3] * MOST_LAYERS, 5]
-    assert dearest(costs, balanced_cuts(costs, 8)) == 3 * MOST_LAYERS // 8 + 3
+    assert most_expensive(costs, balanced_cuts(costs, 8)) == 3 * MOST_LAYERS // 8 + 3
 
 
 def test_a_dear_head_gets_a_stage_of_its_own() -> None:

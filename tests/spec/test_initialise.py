@@ -12,7 +12,7 @@ STD = 0.02
 
 
 def matrix(rows: int, columns: int, name: str = "layers.0.attention.q.w_a") -> ParamSpec:
-    axes = (Axis("a", rows, Layout.SPLIT), Axis("m", columns, Layout.GATHERED))
+    axes = (Axis("a", rows, Layout.SHARDED_PADDED), Axis("m", columns, Layout.GATHERED))
     return ParamSpec(name, axes, Normal(STD), Role.MATMUL)
 
 
@@ -35,7 +35,7 @@ def test_the_ranks_parts_are_the_whole_bit_for_bit_and_padding_is_zero(
     else:
         spec = ParamSpec(
             LARGE.name,
-            (Axis("d", rows.size), Axis("a", columns.size, Layout.SPLIT)),
+            (Axis("d", rows.size), Axis("a", columns.size, Layout.SHARDED_PADDED)),
             LARGE.init,
             LARGE.role,
         )
@@ -96,7 +96,7 @@ def test_values_are_normal_with_the_asked_deviation() -> None:
 
 
 def test_constants_fill_the_logical_part_only() -> None:
-    spec = ParamSpec("gain", (Axis("m", 5, Layout.SPLIT),), Constant(1.0), Role.VECTOR)
+    spec = ParamSpec("gain", (Axis("m", 5, Layout.SHARDED_PADDED),), Constant(1.0), Role.VECTOR)
     assert [local_values(spec, Shard(rank, 3, 2), 1).tolist() for rank in range(3)] == [
         [1.0, 1.0],
         [1.0, 1.0],

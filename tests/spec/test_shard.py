@@ -18,7 +18,7 @@ def spec_of(*axes: Axis) -> ParamSpec:
 def test_split_parts_cover_a_logical_axis_exactly_once() -> None:
     only_padding = 0
     for size, ranks, multiple in GRID:
-        axis = Axis("nexus_m", size, Layout.SPLIT)
+        axis = Axis("nexus_m", size, Layout.SHARDED_PADDED)
         ranges = [Shard(rank, ranks, multiple).logical_range(axis) for rank in range(ranks)]
         assert [i for start, stop in ranges for i in range(start, stop)] == list(range(size))
         only_padding += sum(start == stop for start, stop in ranges)
@@ -27,7 +27,7 @@ def test_split_parts_cover_a_logical_axis_exactly_once() -> None:
 
 def test_split_parts_are_equal_aligned_and_no_larger_than_needed() -> None:
     for size, ranks, multiple in GRID:
-        axis = Axis("nexus_m", size, Layout.SPLIT)
+        axis = Axis("nexus_m", size, Layout.SHARDED_PADDED)
         parts = {Shard(rank, ranks, multiple).stored(axis) for rank in range(ranks)}
         assert len(parts) == 1
         part = parts.pop()
@@ -39,14 +39,14 @@ def test_every_rank_gathers_what_all_ranks_split() -> None:
     for size, ranks, multiple in GRID:
         for rank in range(ranks):
             shard = Shard(rank, ranks, multiple)
-            split, gathered = Axis("m", size, Layout.SPLIT), Axis("m", size, Layout.GATHERED)
+            split, gathered = Axis("m", size, Layout.SHARDED_PADDED), Axis("m", size, Layout.GATHERED)
             assert shard.stored(gathered) == ranks * shard.stored(split)
             assert shard.logical_range(gathered) == (0, size)
 
 
 @pytest.mark.parametrize("multiple", [1, 64])
 def test_exact_axes_are_never_padded(multiple: int) -> None:
-    axis = Axis("heads", 12, Layout.EXACT)
+    axis = Axis("heads", 12, Layout.SHARDED)
     shards = [Shard(rank, 4, multiple) for rank in range(4)]
     assert [shard.stored(axis) for shard in shards] == [3] * 4
     assert [shard.logical_range(axis) for shard in shards] == [(0, 3), (3, 6), (6, 9), (9, 12)]
@@ -62,7 +62,7 @@ def test_whole_axes_are_the_same_on_every_rank() -> None:
 
 
 def test_boxes_of_all_ranks_cover_a_tensor_exactly_once() -> None:
-    spec = spec_of(Axis("a", 13, Layout.SPLIT), Axis("m", 10, Layout.GATHERED))
+    spec = spec_of(Axis("a", 13, Layout.SHARDED_PADDED), Axis("m", 10, Layout.GATHERED))
     seen: set[tuple[int, int]] = set()
     for rank in range(4):
         shard = Shard(rank, 4, 2)
@@ -80,14 +80,19 @@ def test_boxes_of_all_ranks_cover_a_tensor_exactly_once() -> None:
 
 
 def test_one_rank_without_padding_holds_the_logical_tensor() -> None:
-    spec = spec_of(Axis("a", 7, Layout.SPLIT), Axis("m", 5, Layout.GATHERED), Axis("d", 3))
+    spec = spec_of(Axis("a", 7, Layout.SHARDED_PADDED), Axis("m", 5, Layout.GATHERED), Axis("d", 3))
     assert Shard(0, 1).local_shape(spec) == spec.shape == (7, 5, 3)
     assert Shard(0, 1).box(spec) == Box((0, 0, 0), (7, 5, 3))
 
 
 @pytest.mark.parametrize(
     ("layout", "sharded"),
-    [(Layout.WHOLE, False), (Layout.GATHERED, False), (Layout.SPLIT, True), (Layout.EXACT, True)],
+    [
+        (Layout.REPLICATED, False),
+        (Layout.GATHERED, False),
+        (Layout.SHARDED_PADDED, True),
+        (Layout.SHARDED, True),
+    ],
 )
 def test_a_parameter_is_sharded_where_ranks_hold_different_parts(layout: Layout, sharded: bool) -> None:
     spec = spec_of(Axis("hidden", 4), Axis("x", 8, layout))

@@ -18,8 +18,9 @@ from megatron_nexus.checkpoint.manifest import RunProgress, read_manifest
 from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.checkpoint.writer import CheckpointWriter, SaveRequest
-from megatron_nexus.config.command_line import build, from_saved
+from megatron_nexus.config.command_line import build
 from megatron_nexus.config.rules import check
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import read_request
@@ -28,7 +29,7 @@ from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_adam import install_bias_correction
-from megatron_nexus.training.scoring import Judge, Scoring, Text
+from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator, Text
 from tests.support.waiting import TIMEOUT_S
 
 STEPS = 5
@@ -63,7 +64,7 @@ def scored_texts(vocab_size: int, seq_length: int) -> list[Text]:
     return texts + [([*texts[0][0][:2], last], 1) for last in range(vocab_size)]
 
 
-def judge(texts: list[Text]) -> Judge:
+def judge(texts: list[Text]) -> TaskEvaluator:
     """Who asks for the scores of `texts`, and hands them on as they are."""
     return lambda score: {"all": {"": score(texts)}}
 
@@ -72,7 +73,7 @@ def my_batches(
     batches: list[Batch], micro: int, mesh: Mesh, positions: Tensor | None
 ) -> Iterator[tuple[Stream, Tensor]]:
     for tokens, labels in batches:
-        for first in range(mesh.data * micro, len(tokens), mesh.data_size * micro):
+        for first in range(mesh.dp_rank * micro, len(tokens), mesh.dp_size * micro):
             mine = slice(first, first + micro)
             yield tokens[mine] if positions is None else (tokens[mine], positions[mine]), labels[mine]
 
@@ -92,7 +93,7 @@ def begin_from(case: dict, engine: Engine, mesh: Mesh, out: Path) -> None:
     """Load a checkpoint, grown where the case says so, and save at once what was loaded."""
     folder, open_state = Path(case["load"]), CheckpointReader
     if "grow" in case:
-        plan = plan_growth(from_saved(read_manifest(folder).config), read_request(case["grow"]))
+        plan = plan_growth(RunConfig.from_dict(read_manifest(folder).config), read_request(case["grow"]))
         open_state = partial(GrownReader, plan=plan)
     manifest = load_checkpoint(folder, engine.deepspeed, engine.parameters, mesh, engine.shard, open_state)
     grown_regions = manifest.optimizer.grown_regions
@@ -133,7 +134,7 @@ def run_case(case: dict, out: Path, index: int) -> None:
         norms.append(result.grad_norm)
         padding = max(padding, padding_of(engine))
         if step in (2, STEPS):  # the law of the steps between says that training does not notice
-            scores = Scoring(config, mesh, engine).run(judge(texts if step == STEPS else texts[:4]))
+            scores = DistributedScorer(config, mesh, engine).run(judge(texts if step == STEPS else texts[:4]))
         if step in (1, STEPS):
             request = SaveRequest(RunProgress(step, 0, 0, 0), dataclasses.asdict(config), "")
             save(engine, mesh, out / case["name"], request)

@@ -17,7 +17,7 @@ from megatron_nexus.checkpoint.store import STATES, Chunk, write_chunks
 from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
-SPEC = ParamSpec("w", (Axis("rows", 5, Layout.SPLIT), Axis("columns", 4)), Normal(0.02), Role.MATMUL)
+SPEC = ParamSpec("w", (Axis("rows", 5, Layout.SHARDED_PADDED), Axis("columns", 4)), Normal(0.02), Role.MATMUL)
 MANIFEST = Manifest(
     progress=RunProgress(step=3, samples=24, tokens=3072, flops=10**25),
     specs={"w": SPEC},

@@ -31,7 +31,7 @@ def micro_batches(
     generator = torch.Generator().manual_seed(7)
     while True:
         ids = torch.randint(0, vocab_size, (samples, seq_length + 1), generator=generator)
-        for index in range(mesh.data, samples, mesh.data_size):
+        for index in range(mesh.dp_rank, samples, mesh.dp_size):
             sample = ids[index : index + 1]
             yield sample[:, :-1].contiguous(), sample[:, 1:].contiguous()
 

@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from megatron_nexus.training.machine import TESTED_TORCH, core_share, untested_torch
+from megatron_nexus.training.machine import TESTED_TORCH, threads_of_rank, untested_torch
 from tests.support.paths import REPOSITORY
 
 ALL = [str(core) for core in range(8)]
@@ -26,7 +26,7 @@ ALL = [str(core) for core in range(8)]
 def test_a_rank_gets_its_share_of_its_own_cores(
     places: list[tuple[str, list[str]]], threads: list[int]
 ) -> None:
-    assert [core_share(rank, places) for rank in range(len(places))] == threads
+    assert [threads_of_rank(rank, places) for rank in range(len(places))] == threads
 
 
 @pytest.mark.parametrize(

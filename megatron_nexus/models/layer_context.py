@@ -14,7 +14,7 @@ from megatron_nexus.spec.shard import Shard
 
 
 @dataclass(frozen=True)
-class Context:
+class LayerContext:
     """The tensor-parallel ranks, this rank's share, the seed and type of new weights, what is recomputed,
     and whose kernels compute the norms. Without a seed weights are zeros, to be filled from a checkpoint.
 

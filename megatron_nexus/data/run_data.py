@@ -1,4 +1,4 @@
-"""Library: the corpora that a configuration names, each opened once, and the blends that are made of them.
+"""RunData: the corpora that a configuration names, each opened once, and the blends that are made of them.
 
 Needs no torch and no process group: a wrong file is answered before anything is started.
 """
@@ -39,7 +39,7 @@ def tokenizer_path(data: DataConfig) -> Path | None:
     return Path(data.tokenizer_model) if data.tokenizer_model else None
 
 
-class Library:
+class RunData:
     """The corpora of a run, each opened once, and the blends that are made of them."""
 
     def __init__(

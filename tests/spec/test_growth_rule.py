@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_nexus.spec.grow import Fill, Init, grown_boxes, inserted_boxes, segments
+from megatron_nexus.spec.growth_rule import Fill, Init, grown_boxes, inserted_boxes, segments
 from megatron_nexus.spec.param import Axis, Constant, Flow, Normal, ParamSpec, Role
 
 READS, WRITES = Flow.READS, Flow.WRITES
@@ -105,5 +105,5 @@ def test_an_inserted_layer_writes_nothing_at_first() -> None:
 def test_gains_and_the_ends_of_the_model_always_begin_as_in_a_new_model(init: Init) -> None:
     gain = [ParamSpec("g", (axis,), Constant(1.0), Role.VECTOR, (Flow.GATES,)) for axis in D]
     assert fills(*gain, init)[(2,)] == Fill.RANDOM
-    head = [spec(axis, D[0], Flow.ENDS) for axis in axes("vocabulary", 7, 8)]
+    head = [spec(axis, D[0], Flow.BOUNDARY) for axis in axes("vocabulary", 7, 8)]
     assert fills(*head, init)[7, 0] == Fill.RANDOM

@@ -85,7 +85,7 @@ def _closes(axis: Axis, flow: Flow, segment: Segment, init: Init) -> bool:
         case Flow.SCORES:
             # Products of new channels would be added to the scores of an old head.
             return segment.inner
-        case Flow.GATES | Flow.ENDS:
+        case Flow.GATES | Flow.BOUNDARY:
             return False
 
 
@@ -93,7 +93,7 @@ def _fill(spec: ParamSpec, parts: tuple[Segment, ...], init: Init) -> Fill:
     new = [i for i, part in enumerate(parts) if part.old is None]
     if not new:
         return Fill.KEPT
-    if isinstance(spec.init, Constant) or any(spec.grown[i] is Flow.ENDS for i in new):
+    if isinstance(spec.init, Constant) or any(spec.growth_roles[i] is Flow.BOUNDARY for i in new):
         return Fill.RANDOM
     if init == "zero":
         return Fill.ZERO
@@ -101,7 +101,7 @@ def _fill(spec: ParamSpec, parts: tuple[Segment, ...], init: Init) -> Fill:
         return Fill.NOISE
     if init == "random":
         return Fill.RANDOM
-    closed = all(_closes(spec.axes[i], spec.grown[i], parts[i], init) for i in new)
+    closed = all(_closes(spec.axes[i], spec.growth_roles[i], parts[i], init) for i in new)
     return Fill.ZERO if closed else Fill.RANDOM
 
 
@@ -123,7 +123,9 @@ def grown_boxes(old: ParamSpec, new: ParamSpec, init: Init) -> list[FilledBox]:
 def inserted_boxes(new: ParamSpec, init: Init) -> list[FilledBox]:
     """The one box of a tensor of a new layer: zero where it writes to the residual stream."""
     whole = Box((0,) * len(new.shape), new.shape)
-    writes = any(a.residual and flow is Flow.WRITES for a, flow in zip(new.axes, new.grown, strict=True))
+    writes = any(
+        a.residual and flow is Flow.WRITES for a, flow in zip(new.axes, new.growth_roles, strict=True)
+    )
     if isinstance(new.init, Constant):
         fill = Fill.RANDOM
     elif init == "zero":

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_nexus.config.command_line import build
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
-from megatron_nexus.data.library import Library, training_sources
+from megatron_nexus.data.run_data import RunData, training_sources
 from megatron_nexus.errors import DataError
 from tests.support.paths import REPOSITORY
 
@@ -20,16 +20,16 @@ OPEN_ALL = """
 import sys
 from pathlib import Path
 from megatron_nexus.config.command_line import build
-from megatron_nexus.data.library import Library, training_sources
+from megatron_nexus.data.run_data import RunData, training_sources
 from megatron_nexus.errors import DataError
 
 prefixes = sorted(str(path.with_suffix("")) for path in Path(sys.argv[1]).glob("*.idx"))
 config = build({"data_path": tuple(prefixes), "split": "1,1", "seq_length": 8, "vocab_size": 61})
 try:
-    library = Library(config, training_sources(config.data), None)
+    run_data = RunData(config, training_sources(config.data), None)
 except DataError as error:
     sys.exit(str(error))
-print(len(library.datasets), library.training.sample(len(prefixes)).tolist())
+print(len(run_data.datasets), run_data.training.sample(len(prefixes)).tolist())
 """
 
 
@@ -59,7 +59,7 @@ def test_a_blend_may_have_more_corpora_than_files_are_open_at_first(
     assert "Traceback" not in done.stderr
 
 
-def library(folder: Path, **flags: str | int | tuple[str, ...]) -> Library:
+def run_data(folder: Path, **flags: str | int | tuple[str, ...]) -> RunData:
     """Of the corpora `large`, of 100 documents, and `small`, of 3: by the built-in split all for training."""
     for name, documents in (("large", 100), ("small", 3)):
         with IndexedDatasetWriter(folder / name, np.uint16) as writer:
@@ -67,13 +67,13 @@ def library(folder: Path, **flags: str | int | tuple[str, ...]) -> Library:
                 writer.add_document(range(40))
     blend = ("0.999", str(folder / "large"), "0.001", str(folder / "small"))
     config = build({"data_path": blend, "seq_length": 8, "vocab_size": 61, **flags})
-    return Library(config, training_sources(config.data), None)
+    return RunData(config, training_sources(config.data), None)
 
 
 def test_a_corpus_without_validation_documents_is_told_and_the_others_are_validated_on(
     tmp_path: Path,
 ) -> None:
-    found = library(tmp_path)
+    found = run_data(tmp_path)
     assert found.without_validation == [tmp_path / "small"]
     assert [part.dataset.prefix for part in found.evaluations["validation"].parts] == [tmp_path / "large"]
     assert len(found.training.parts) == 2
@@ -83,9 +83,9 @@ def test_a_corpus_without_validation_documents_is_told_and_the_others_are_valida
     "flags", [{"split": "1,0,0"}, {"split": "1"}, {"split": "99,0,1"}, {"eval_iters": 0}]
 )
 def test_a_run_can_do_without_validation(tmp_path: Path, flags: dict[str, str | int]) -> None:
-    found = library(tmp_path, **flags)
+    found = run_data(tmp_path, **flags)
     assert found.evaluations == {} and found.without_validation == []
-    alone = library(tmp_path, data_path=(str(tmp_path / "small"),), **flags)
+    alone = run_data(tmp_path, data_path=(str(tmp_path / "small"),), **flags)
     assert alone.evaluations == {}
 
 
@@ -93,4 +93,4 @@ def test_data_of_which_nothing_is_left_for_validation_is_refused_with_both_remed
     with pytest.raises(
         DataError, match=r"validation part of .*small has 0 tokens.*--split.*or --eval-iters 0"
     ):
-        library(tmp_path, data_path=(str(tmp_path / "small"),))
+        run_data(tmp_path, data_path=(str(tmp_path / "small"),))
