@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from megatron_nexus.base.file_lock import LOCK_FILE, locked_folder
+from megatron_nexus.base.durable import LOCK_FILE, dir_lock
 from megatron_nexus.errors import CheckpointError, ConfigError
 
 
@@ -22,7 +22,7 @@ def run_dir_lock(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            lock = held.enter_context(locked_folder(folder))
+            lock = held.enter_context(dir_lock(folder))
         except BlockingIOError as error:
             user = ""
             with suppress(OSError):

@@ -7,7 +7,6 @@ Names of checkpoints, and which one is the latest: see run_dir.
 """
 
 import mmap
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,20 +16,25 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nexus.base.file_lock import lock, share
+from megatron_nexus.base.durable import (
+    DRAFT,
+    Write,
+    atomic_file,
+    durable_file,
+    exclusive_lock,
+    fsync,
+    shared_lock,
+)
 from megatron_nexus.checkpoint.location import Location, ObjectPath
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE
 from megatron_nexus.errors import CheckpointError
 
 LATEST_FILE = "latest"
 CHECKPOINT = "iter_"
-WRITE_BYTES = 1 << 20
-"""Bytes written at once: one call with 64 MiB took ten times as long as 64 calls (Linux 6, ext4)."""
 UPLOAD_BYTES = 16 << 20
 """Bytes of a part of an upload, held in memory."""
 
 Bytes = npt.NDArray[np.uint8]
-Write = Callable[[bytes | memoryview], None]
 
 
 class DataFile(ABC):
@@ -119,7 +123,7 @@ class LocalFolder(Folder):
     Whoever reads a checkpoint holds a shared lock on its manifest. On NFS it may reach this machine only.
     """
 
-    temporary, replaced, deleted = ".tmp_", ".old_", ".deleted_"
+    temporary, replaced, deleted = DRAFT, ".old_", ".deleted_"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -152,16 +156,13 @@ class LocalFolder(Folder):
         """
         root, written = self.path.parent, self._unfinished
         aside = root / f"{self.replaced}{self.path.name}"
-        _sync(written)
+        fsync(written)
         if self.path.exists():
             self.path.rename(aside)
         written.rename(self.path)
-        _sync(root)
-        latest = root / f"{self.temporary}{LATEST_FILE}"
-        with _durable(latest) as write:
+        fsync(root)
+        with atomic_file(root / LATEST_FILE) as write:
             write(f"{self.path.name}\n".encode())
-        latest.replace(root / LATEST_FILE)
-        _sync(root)
         if aside.exists():
             shutil.rmtree(aside)
 
@@ -169,13 +170,12 @@ class LocalFolder(Folder):
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def delete(self) -> bool:
-        with (self.path / MANIFEST_FILE).open("r+b") as file:  # NFS grants an exclusive lock to writers only
-            try:
-                lock(file.fileno())
-            except BlockingIOError:
-                return False
-            dying = self.path.rename(self.path.with_name(f"{self.deleted}{self.path.name}"))
-            _sync(self.path.parent)
+        try:
+            with exclusive_lock(self.path / MANIFEST_FILE, create=False):
+                dying = self.path.rename(self.path.with_name(f"{self.deleted}{self.path.name}"))
+                fsync(self.path.parent)
+        except BlockingIOError:
+            return False
         shutil.rmtree(dying)
         return True
 
@@ -184,10 +184,10 @@ class LocalFolder(Folder):
             shutil.rmtree(dead)
 
     def lock_for_reading(self) -> Callable[[], None]:
-        return share(self.path / MANIFEST_FILE)
+        return shared_lock(self.path / MANIFEST_FILE)
 
     def create(self, name: str) -> AbstractContextManager[Write]:
-        return _durable(self.path / name)
+        return durable_file(self.path / name)
 
     def open(self, name: str) -> DataFile:
         return _MappedFile(self.path / name)
@@ -196,39 +196,6 @@ class LocalFolder(Folder):
         if not self.path.is_dir():
             return {}
         return {path.name: path.stat().st_size for path in self.path.iterdir() if path.is_file()}
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[Write]:
-    """A new file that survives a power cut once the context is left. Raises OSError, which names it."""
-    with named_in_errors(path), path.open("wb", buffering=0) as file:
-
-        def write(contents: bytes | memoryview) -> None:
-            view = memoryview(contents)
-            while view:
-                view = view[file.write(view[:WRITE_BYTES]) :]
-
-        yield write
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def named_in_errors(path: Path) -> Iterator[None]:
-    """Add the file's name to an OSError: on a full disk the system does not give it."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _RangedObject(DataFile):

@@ -22,12 +22,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.base.durable import WRITE_BYTES
 from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_with_crc
 from megatron_nexus.checkpoint.chunks import BoxIndex, are_disjoint, full_box, index_within, intersect
 from megatron_nexus.checkpoint.location import Location, Place
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.storage import WRITE_BYTES, Bytes, DataFile, folder_of
+from megatron_nexus.checkpoint.storage import Bytes, DataFile, folder_of
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
 

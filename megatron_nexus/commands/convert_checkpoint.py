@@ -85,7 +85,7 @@ def _convert(argv: Sequence[str]) -> None:
     save = Path(given.save)
     _require_outside(save, source)
     # torch is imported only now: wrong flags are answered at once.
-    from megatron_nexus.base.atomic_dir import atomic_dir
+    from megatron_nexus.interchange.output_dir import output_dir
     from megatron_nexus.interchange.safetensors_writer import (
         Precision,
         plain_bytes,
@@ -103,7 +103,7 @@ def _convert(argv: Sequence[str]) -> None:
         total = sum(plain_bytes(manifest.specs, precision) for precision in files.values())
     non_finite = NonFiniteValues()
     with (
-        atomic_dir(save, total) as folder,
+        output_dir(save, total) as folder,
         log.Progress(f"converting {source}", total / 1e6, "MB") as progress,
     ):
 

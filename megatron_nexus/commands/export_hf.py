@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.base.atomic_dir import check_is_new
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
@@ -22,6 +21,7 @@ from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.interchange.output_dir import check_is_new
 
 NO_TOKENIZER = "none"
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.base.atomic_dir import check_is_new
 from megatron_nexus.checkpoint.location import SCHEME
 from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool, tell_next
 from megatron_nexus.config.command_line import build
@@ -25,6 +24,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.interchange.foreign_config import context_length, model_of, ties_head
 from megatron_nexus.interchange.foreign_model import ForeignModel
+from megatron_nexus.interchange.output_dir import check_is_new
 from megatron_nexus.interchange.safetensors_folder import open_folder
 
 AFFORDABLE_TOKENS = 512

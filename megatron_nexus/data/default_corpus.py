@@ -15,15 +15,14 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from megatron_nexus.base.file_lock import acquire
+from megatron_nexus.base.durable import DRAFT, atomic_dir, exclusive_lock
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
@@ -104,7 +103,8 @@ def prepare_default_corpus(
         corpus = _complete(folder, fingerprint)
         if corpus is None:
             cache_root.mkdir(parents=True, exist_ok=True)
-            with _locked(cache_root / f"{NAME}.lock"):
+            waiting = Progress("Waiting for another process that prepares the default corpus")
+            with exclusive_lock(cache_root / f"{NAME}.lock", waiting):
                 corpus = _complete(folder, fingerprint) or _prepare(
                     folder, fingerprint, list(documents.values()), vocab_size, tokenizer
                 )
@@ -172,42 +172,20 @@ def _complete(folder: Path, fingerprint: str) -> DefaultCorpus | None:
     )
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock that lets one process prepare; the system drops it when the process dies."""
-    try:
-        lock = acquire(path)
-    except BlockingIOError:
-        with Progress("Waiting for another process that prepares the default corpus"):
-            lock = acquire(path, wait=True)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
 def _prepare(
     folder: Path, fingerprint: str, documents: list[str], vocab_size: int, tokenizer: Tokenizer | None
 ) -> DefaultCorpus:
     """Write a complete corpus to `folder`, under the lock."""
-    for stale in folder.parent.glob(f".{NAME}-*.partial"):
+    for stale in folder.parent.glob(f"{DRAFT}{NAME}-*"):
         shutil.rmtree(stale)
     if folder.exists():
         logger.info("%s is damaged and is prepared again", folder)
         shutil.rmtree(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir()
-    try:
-        facts = _write(partial, documents, tokenizer or _train(partial, documents, vocab_size))
-        file_bytes = {file.name: file.stat().st_size for file in partial.iterdir()}
+    with atomic_dir(folder) as draft:
+        facts = _write(draft, documents, tokenizer or _train(draft, documents, vocab_size))
+        file_bytes = {file.name: file.stat().st_size for file in draft.iterdir()}
         manifest = {"fingerprint": fingerprint, **facts, "file_bytes": file_bytes}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        for path in (*partial.iterdir(), partial):
-            _to_disk(path)
-        partial.rename(folder)
-        _to_disk(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (draft / "manifest.json").write_text(json.dumps(manifest, indent=2))
     corpus = _complete(folder, fingerprint)
     assert corpus is not None, f"{folder} was removed while it was written"
     return corpus
@@ -236,12 +214,3 @@ def _write(folder: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str
                 tokens += len(begin) + len(ids) + len(end)
                 progress.advance(len(text.encode()) / MEGABYTE)
     return {"documents": len(documents), "bytes": text_bytes, "tokens": tokens}
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

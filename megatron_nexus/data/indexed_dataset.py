@@ -25,6 +25,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.base.durable import fsync
 from megatron_nexus.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -321,12 +322,12 @@ def publish(prefix: Path, writer: int) -> None:
     try:
         written = {final: draft for final, draft in drafts.items() if draft.exists()}
         for draft in written.values():
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync(draft)
         for stale in (idx_path(prefix), json_path(prefix)):
             stale.unlink(missing_ok=True)
         for final, draft in written.items():
             draft.replace(final)
+        fsync(prefix.parent)
     finally:
         for draft in drafts.values():
             draft.unlink(missing_ok=True)

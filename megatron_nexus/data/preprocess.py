@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nexus.base.communicator import Communicator, wait_for_message
-from megatron_nexus.base.file_lock import LOCK_FILE, locked_folder
+from megatron_nexus.base.durable import LOCK_FILE, dir_lock
 from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.documents import RecordFormat, split_into_slices
 from megatron_nexus.data.indexed_dataset import (
@@ -285,7 +285,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            held.enter_context(locked_folder(folder))
+            held.enter_context(dir_lock(folder))
         except BlockingIOError:
             raise ConfigError(
                 [f"another process is writing {folder}: wait for it, or choose another --output-prefix"]

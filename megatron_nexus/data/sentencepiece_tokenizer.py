@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from megatron_nexus.base.durable import atomic_file
 from megatron_nexus.data.tokenizer_settings import (
     TOKENIZER_CONFIG,
     no_bos_token,
@@ -231,9 +232,8 @@ def train_sentencepiece_bpe(
             f"no tokenizer of {vocab_size} pieces can be trained on this corpus ({reason}): "
             "choose another --vocab-size or a larger corpus"
         ) from None
-    partial = model_path.with_name(f"{model_path.name}.partial")
-    partial.write_bytes(model.getvalue())
-    partial.replace(model_path)
+    with atomic_file(model_path) as write:
+        write(model.getvalue())
 
 
 def _sample(documents: Iterable[str], sample_bytes: int) -> list[str]:

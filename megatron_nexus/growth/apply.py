@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.base.durable import fsync, naming_errors
 from megatron_nexus.checkpoint.chunks import fragment_boxes
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
@@ -37,7 +38,6 @@ from megatron_nexus.checkpoint.run_dir import (
     temporary_folder,
 )
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
-from megatron_nexus.checkpoint.storage import named_in_errors
 from megatron_nexus.checkpoint.store import (
     DTYPE,
     STATES,
@@ -141,7 +141,7 @@ def write_chunks_at(
     buffers = [np.empty(most, DTYPE) for _ in range(2)]
 
     def land(target: Target, written: Future[None], checksum: Future[tuple[int, ...]]) -> None:
-        with named_in_errors(rank_files(folder, target.rank)[0]):
+        with naming_errors(rank_files(folder, target.rank)[0]):
             written.result()
         checksums.append((target.rank, target.number, checksum.result()))
         advance(target.bytes)
@@ -255,7 +255,7 @@ def _lay_out(folder: Path, files: Sequence[Sequence[Chunk]]) -> None:
     """Make the data files, full length. Raises OSError."""
     for rank, chunks in enumerate(files):
         path = rank_files(folder, rank)[0]
-        with named_in_errors(path), path.open("wb") as file:
+        with naming_errors(path), path.open("wb") as file:
             file.write(safetensors_header(chunks))
             file.truncate(chunk_starts(chunks)[-1])
 
@@ -271,9 +271,7 @@ def _finish(
     folder = temporary_folder(root, step)
     found = {(rank, number): checksum for rank, number, checksum in checksums}
     for rank, chunks in enumerate(files):
-        path = rank_files(folder, rank)[0]
-        with named_in_errors(path), path.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(rank_files(folder, rank)[0])
         write_index(folder, rank, chunks, [found[rank, number] for number in range(len(chunks))], {})
     write_durably(folder / MANIFEST_FILE, manifest_to_json(manifest))
 

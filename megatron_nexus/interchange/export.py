@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_nexus.base.atomic_dir import atomic_dir
 from megatron_nexus.checkpoint.chunks import full_box, split_box
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest
@@ -28,6 +27,7 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import Architecture, JsonObject, architecture_of, config_json
 from megatron_nexus.interchange.model_card import CARD_FILE, write_model_card
 from megatron_nexus.interchange.names import huggingface_name
+from megatron_nexus.interchange.output_dir import output_dir
 from megatron_nexus.interchange.safetensors_writer import (
     BLOCK_ELEMENTS,
     Precision,
@@ -94,7 +94,7 @@ def export_checkpoint(
     shards = _shards(specs, precision, shard_bytes)
     names = _file_names(len(shards))
     non_finite = NonFiniteValues()
-    with atomic_dir(target, needed) as folder:
+    with output_dir(target, needed) as folder:
         record = config_json(model, architecture, length, DTYPES[precision], end_token, tied, begin_token)
         _write_json(folder / "config.json", record)
         ends: JsonObject = {"bos_token_id": begin_token, "eos_token_id": end_token, "pad_token_id": end_token}

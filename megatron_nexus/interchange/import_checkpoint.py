@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_nexus.base.atomic_dir import atomic_dir
 from megatron_nexus.checkpoint.chunks import full_box, split_box
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -37,6 +36,7 @@ from megatron_nexus.errors import CheckpointError, DataError
 from megatron_nexus.interchange.foreign_config import ties_head
 from megatron_nexus.interchange.foreign_model import ForeignModel
 from megatron_nexus.interchange.names import ENDS, huggingface_name
+from megatron_nexus.interchange.output_dir import output_dir
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
@@ -72,7 +72,7 @@ def import_checkpoint(
     needed = chunk_starts(chunks)[-1]
     non_finite = NonFiniteValues()
     with (
-        atomic_dir(root, needed) as folder,
+        output_dir(root, needed) as folder,
         Progress("writing weights and zero moments", needed / MEGABYTE, "MB") as progress,
     ):
         fingerprint = ""

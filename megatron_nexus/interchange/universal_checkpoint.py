@@ -14,7 +14,6 @@ Read from deepspeed 0.19.8, `checkpoint/universal_checkpoint.py`, `runtime/base_
 `runtime/zero/stage3.py`, `runtime/engine.py`.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -45,10 +44,10 @@ def write_universal(
     advance: Callable[[int], None],
     non_finite: NonFiniteValues,
 ) -> None:
-    """Write the layout into `folder`, durably, each parameter under the name that `names` has for it.
+    """Write the layout into `folder`, each parameter under the name that `names` has for it.
 
-    Needs memory for the largest tensor, as DeepSpeed does to load it. `advance` is told the bytes written,
-    `non_finite` each value.
+    Needs memory for the largest tensor, as DeepSpeed does to load it. The bytes written are passed to
+    `advance`, the values to `non_finite`.
 
     Raises:
         CheckpointError: an element is not stored exactly once, or is damaged.
@@ -71,10 +70,7 @@ def write_universal(
     _save(_optimizer_state(manifest, count), zero / "optimizer_state.pt")
     for name in MODEL_STATES:
         _save(_model_states(manifest), folder / tag / name)
-    with (folder / LATEST_FILE).open("w") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / LATEST_FILE).write_text(tag)
 
 
 def _sharding(spec: ParamSpec) -> dict[str, object]:
@@ -126,9 +122,12 @@ def _model_states(manifest: Manifest) -> dict[str, object]:
 
 
 def _save(value: object, path: Path) -> None:
-    """Pickle a value, which DeepSpeed unpickles, durably. Raises OSError."""
+    """Pickle a value, which DeepSpeed unpickles. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:  # torch raises RuntimeError for a path that it cannot write
+            torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which torch's own clean-up hides
+            raise error.__context__ from None
+        raise

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -16,7 +17,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
-from megatron_nexus.base.file_lock import LOCK_FILE, locked
+from megatron_nexus.base.durable import LOCK_FILE, exclusive_lock
 from megatron_nexus.data.default_corpus import cache_folder
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import Progress
@@ -53,7 +54,7 @@ def _problem(on_cpu: bool) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-        with locked(folder / LOCK_FILE, wait=True):
+        with exclusive_lock(folder / LOCK_FILE, waiting=nullcontext()):
             for stale in folder.glob("*/lock"):
                 stale.unlink()
             (CPUAdamBuilder if on_cpu else FusedAdamBuilder)().load(verbose=False)

@@ -130,7 +130,7 @@ def test_a_kill_leaves_nothing_that_passes_for_complete(
     tmp_path: Path, source: Path, prepared: DefaultCorpus, delay_s: float
 ) -> None:
     with start(tmp_path, source) as process:
-        while not list(tmp_path.glob(".*.partial")):
+        while not list(tmp_path.glob(".tmp_*")):
             assert process.poll() is None
             time.sleep(0.001)
         time.sleep(delay_s)
@@ -139,7 +139,7 @@ def test_a_kill_leaves_nothing_that_passes_for_complete(
         assert {f.name: f.read_bytes() for f in folder.iterdir()} == contents(prepared)
     again = prepare_default_corpus(tmp_path, VOCAB_SIZE, partial(source_documents, source))
     assert contents(again) == contents(prepared)
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.glob(".tmp_*"))
 
 
 def test_of_racing_processes_one_prepares(tmp_path: Path, source: Path, prepared: DefaultCorpus) -> None:

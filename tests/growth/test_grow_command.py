@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_nexus.base.durable import naming_errors
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
-from megatron_nexus.checkpoint.storage import named_in_errors
 from megatron_nexus.checkpoint.store import write_at
 from megatron_nexus.commands.grow_sharded_checkpoint import main
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
@@ -97,7 +97,7 @@ def test_a_disk_that_is_full_is_told_with_the_file_and_a_remedy(
 
 
 def test_the_file_is_named_where_a_piece_does_not_fit() -> None:
-    with pytest.raises(OSError) as caught, named_in_errors(Path("run/rank_00000.safetensors")):
+    with pytest.raises(OSError) as caught, naming_errors(Path("run/rank_00000.safetensors")):
         descriptor = os.open("/dev/full", os.O_WRONLY)
         try:
             write_at(descriptor, memoryview(b"chunk"), 0)

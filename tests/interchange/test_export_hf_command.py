@@ -150,7 +150,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None)
-    monkeypatch.setattr(export_module, "atomic_dir", None)  # whoever begins to write fails
+    monkeypatch.setattr(export_module, "output_dir", None)  # whoever begins to write fails
     words = ("--load", source / "run", "--output", tmp_path / "new")
     assert export(monkeypatch, *words) == 2
     assert "pip install tokenizers; or export without" in console.readouterr().err
