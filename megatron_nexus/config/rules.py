@@ -334,6 +334,11 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             f"--zero-stage {parallel.zero_stage} needs --pp 1, and --pp is {pp}: "
             "use --zero-stage 1, or --pp 1"
         )
+    if parallel.zero_stage == 3 and config.training.compile:
+        yield (
+            "--compile needs the weights of a whole block at once, and --zero-stage 3 gathers them module by "
+            "module: drop --compile, or use --zero-stage 1 or 2"
+        )
     if parallel.zero_stage == 3 and config.optimizer.optimizer_impl == "apex":
         yield (
             "--optimizer-impl apex counts its steps by parameter group, and --zero-stage 3 cuts groups up: "

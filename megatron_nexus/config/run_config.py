@@ -236,6 +236,9 @@ class TrainingConfig:
     recompute_granularity: Recompute = config_field(
         "none", "activations computed again in backward: none, selective (pointwise ones), full (each block)"
     )
+    compile: bool = config_field(
+        False, "compile the blocks with torch.compile; the first step takes about a minute longer"
+    )
     norm_impl: NormImpl = config_field("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
     seed: int = config_field(1234, "seed of the initial weights and of the order of samples")
 

@@ -218,11 +218,12 @@ class DecoderStage(nn.Module):
 def compile_blocks(stage: nn.Module, backend: str | Callable[..., object] = "inductor") -> None:
     """Have torch.compile compile the blocks below `stage`, one compilation for all that are alike.
 
-    Embedding, head and loss stay eager. The collectives of tensor parallelism are within the graphs.
+    Embedding, head and loss stay eager. The collectives of tensor parallelism are within the graphs. Every
+    shape is compiled for itself: those of texts to score are many, and belong under `force_eager`.
     """
     for module in stage.modules():
         if isinstance(module, Block):
-            module.compile(fullgraph=True, backend=backend)
+            module.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 class Loss:

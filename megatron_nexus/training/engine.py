@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
+from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, stage_layers
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
@@ -146,6 +146,8 @@ class Engine:
                 with _zero3_init(engine_config, grid) if divided else contextlib.nullcontext():
                     model = _WholeModel(DecoderStage(config.model, stages[0], context), loss)
                 model.to(mesh.device)
+            if config.training.compile:
+                compile_blocks(model)
             #: Every parameter of this stage with its spec, by logical name.
             self.parameters: dict[str, tuple[ParamSpec, nn.Parameter]] = logical_parameters(model)
             with _deepspeed_errors_as_config_errors(config.parallel.deepspeed_config):
@@ -197,6 +199,7 @@ class Engine:
         return self._mean_over_data(torch.stack(losses).mean())
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # texts have many lengths
     def score(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Return [2, B, T] of each micro-batch: the log-probability of each label, 1 where it is the argmax.
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import shutil
 import socket
 import time
 from collections import Counter
@@ -44,6 +45,24 @@ def untested_torch(version: str) -> str:
         f"torch {version} is not among the versions that are tested, {oldest} to {newest}: "
         "if something fails, install one of those"
     )
+
+
+def compile_problem(config: RunConfig, version: str, device: str) -> str:
+    """Return why --compile cannot be used with the torch of `version` on a device type, with the remedy."""
+    parallel = config.parallel
+    tp = parallel.tensor_model_parallel_size
+    if version.startswith("2.11.") and tp > 1 and not parallel.sequence_parallel:
+        return (
+            f"--compile with --tp {tp} and without --sequence-parallel gives zero gradients in silence on "
+            f"torch {version}: add --sequence-parallel, drop --compile, or install torch 2.10 or 2.13"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if device == "cpu" and shutil.which(compiler) is None:
+        return (
+            f"--compile needs a C++ compiler on CPUs, and there is no {compiler}: install it, or drop "
+            "--compile"
+        )
+    return ""
 
 
 def set_num_threads(mesh: Mesh) -> None:

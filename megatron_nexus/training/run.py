@@ -39,6 +39,7 @@ from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import RunResult, Trainer
 from megatron_nexus.training.machine import (
+    compile_problem,
     gemm_flops_per_s,
     set_num_threads,
     tune_malloc,
@@ -173,6 +174,8 @@ def _check_device(config: RunConfig, mesh: Mesh) -> None:
 
 def _prepare_kernels(config: RunConfig, mesh: Mesh) -> None:
     """Have the chosen implementations at hand, or raise ConfigError; a collective call."""
+    if config.training.compile and (problem := compile_problem(config, torch.__version__, mesh.device.type)):
+        raise ConfigError([problem])
     chosen = {"--norm-impl": config.training.norm_impl, "--optimizer-impl": config.optimizer.optimizer_impl}
     require_apex([flag for flag, choice in chosen.items() if choice == "apex"], mesh.device)
     if config.optimizer.optimizer_impl == "deepspeed":

@@ -4,7 +4,8 @@ import tomllib
 
 import pytest
 
-from megatron_nexus.training.machine import TESTED_TORCH, threads_of_rank, untested_torch
+from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.training.machine import TESTED_TORCH, compile_problem, threads_of_rank, untested_torch
 from tests.support.paths import REPOSITORY
 
 ALL = [str(core) for core in range(8)]
@@ -51,3 +52,22 @@ def test_the_range_is_what_is_installed_and_tested() -> None:
     assert f"torch>={oldest}" in project["dependencies"]
     assert f"\ntorch=={newest}." in (REPOSITORY / "requirements.txt").read_text()
     assert f"\ntorch=={oldest}." in (REPOSITORY / "tests" / "oldest_torch.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "version", "device", "remedy"),
+    [
+        ("--tp 2", "2.11.0+cu130", "cuda", "add --sequence-parallel, drop --compile"),
+        ("--tp 2 --sequence-parallel", "2.11.0+cu130", "cuda", ""),
+        ("--tp 1", "2.11.1", "cuda", ""),
+        ("--tp 2", "2.13.0", "cuda", ""),
+        ("", "2.13.0", "cpu", "there is no no-such-compiler: install it"),
+    ],
+)
+def test_compile_is_refused_where_it_would_be_wrong_or_fail(
+    words: str, version: str, device: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = build(given_flags(["--compile", *words.split()]))
+    problem = compile_problem(config, version, device)
+    assert remedy in problem and bool(problem) is bool(remedy)
