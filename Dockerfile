@@ -20,7 +20,7 @@ RUN pip install --no-cache-dir --no-deps . \
     && useradd --create-home --uid 10001 nexus
 USER 10001
 WORKDIR /home/nexus
-CMD ["nexus-pretrain", "--preset", "nexusformer-tiny"]
+CMD ["nexus", "train", "--preset", "nexusformer-tiny"]
 
 # ---- cpu: the tested set of requirements.txt, with the CPU build of torch; no compiler, no CUDA.
 # hadolint ignore=DL3006
@@ -37,4 +37,4 @@ RUN pip install --no-cache-dir --no-deps . \
     && useradd --create-home --uid 10001 nexus
 USER 10001
 WORKDIR /home/nexus
-CMD ["nexus-pretrain", "--preset", "nexusformer-tiny"]
+CMD ["nexus", "train", "--preset", "nexusformer-tiny"]

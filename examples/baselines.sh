@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the tiny model of each family on the built-in corpus, one after the other, on the same samples in the
 # same order, and shows their validation losses beside their true sizes and costs:
-#   bash examples/baselines.sh [OUT] [flags of nexus-pretrain, such as --train-iters 1000]
+#   bash examples/baselines.sh [OUT] [flags of nexus train, such as --train-iters 1000]
 # Everything made goes to OUT (baselines). PRESETS names other models, as in PRESETS="qwen3-240m nexusformer-240m".
 # What is there already is not trained again: after an interruption give the same command.
 set -euo pipefail
@@ -12,7 +12,7 @@ presets=${PRESETS:-$(python -c 'from megatron_nexus.config.presets import PRESET
 print(*[name for name in PRESETS if name.endswith("-tiny")])')}
 
 for preset in $presets; do
-    nexus-pretrain --preset "$preset" --save "$out/$preset" --load auto "$@"
+    nexus train --preset "$preset" --save "$out/$preset" --load auto "$@"
 done
 
 python - "$out" "$presets" <<'PYTHON'
@@ -20,7 +20,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_nexus.commands.count_model import count
+from megatron_nexus.cli.count import count
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 
 out, presets = Path(sys.argv[1]), sys.argv[2].split()

@@ -10,21 +10,20 @@ shift $(($# < 1 ? $# : 1))
 # Optimizer steps before growth and after it.
 steps=${STEPS:-100}
 sizes=${SIZES:---nexus-m 224 --nexus-a 288}
-pretrain=$(command -v nexus-pretrain)
 # A warm-up and a decay of its own, counted from the growth.
 go_on=(--train-iters "$((2 * steps))" --lr-start-iter "$steps" --load auto)
 
 # All four ranks of one copy of the model.
-"$pretrain" --tp 2 --pp 2 --train-iters "$steps" --save "$out/base" --load auto "$@"
+nexus train --tp 2 --pp 2 --train-iters "$steps" --save "$out/base" --load auto "$@"
 # shellcheck disable=SC2086  # sizes holds several words
 { # without sizes the tool reshards
-    [ -e "$out/ungrown" ] || nexus-grow --load "$out/base" --save "$out/ungrown" --tp 2 --pp 2
-    [ -e "$out/zero1" ] || nexus-grow --load "$out/base" --save "$out/zero1" $sizes --pp 2 --verify
-    [ -e "$out/zero3" ] || nexus-grow --load "$out/base" --save "$out/zero3" $sizes --verify
+    [ -e "$out/ungrown" ] || nexus grow --load "$out/base" --save "$out/ungrown" --tp 2 --pp 2
+    [ -e "$out/zero1" ] || nexus grow --load "$out/base" --save "$out/zero1" $sizes --pp 2 --verify
+    [ -e "$out/zero3" ] || nexus grow --load "$out/base" --save "$out/zero3" $sizes --verify
 }
-"$pretrain" --tp 2 --pp 2 --save "$out/ungrown" "${go_on[@]}"
-deepspeed --num_gpus 4 "$pretrain" --pp 2 --zero-stage 1 --save "$out/zero1" "${go_on[@]}"
-deepspeed --num_gpus 4 "$pretrain" --micro-batch-size 8 --zero-stage 3 --save "$out/zero3" "${go_on[@]}"
+nexus train --tp 2 --pp 2 --save "$out/ungrown" "${go_on[@]}"
+nexus launch --num_gpus 4 train --pp 2 --zero-stage 1 --save "$out/zero1" "${go_on[@]}"
+nexus launch --num_gpus 4 train --micro-batch-size 8 --zero-stage 3 --save "$out/zero3" "${go_on[@]}"
 
-nexus-plot "$out/base" "$out/ungrown" "$out/zero1" "$out/zero3" --output "$out/losses.png" \
+nexus plot "$out/base" "$out/ungrown" "$out/zero1" "$out/zero3" --output "$out/losses.png" \
     --title "grown after step $steps: $sizes"

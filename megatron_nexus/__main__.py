@@ -1,6 +1,6 @@
-"""`python -m megatron_nexus` is `pretrain_nexus.py`."""
+"""`python -m megatron_nexus` is the command `nexus`."""
 
-from megatron_nexus.command import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
     main()

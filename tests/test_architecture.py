@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"parallel", "data"},
     {"models", "checkpoint"},
     {"training", "growth", "evaluation", "interchange", "analysis"},
-    {"__main__", "command", "commands", "pretrain_nexus", "tools"},
+    {"__main__", "cli", "pretrain_nexus", "tools"},
 ]
 HEIGHT = {noun: height for height, layer in enumerate(LAYERS) for noun in layer}
 # Of layer 4, a model knows nothing of where its tokens come from, and a checkpoint nothing of models.
@@ -32,6 +32,7 @@ FORBIDDEN = {("models", "data"), ("checkpoint", "models"), ("checkpoint", "data"
 # Importing one of these is the affair of the files listed, and of nobody else.
 SEALED = {
     "deepspeed": {
+        "cli/launch.py",
         "training/engine.py",
         "training/deepspeed_adam.py",
         "training/deepspeed_muon.py",
@@ -173,7 +174,7 @@ def test_every_field_of_the_configuration_is_read() -> None:
 
 def test_a_wrong_flag_is_answered_without_importing_torch() -> None:
     program = (
-        "import sys, megatron_nexus.command\n"
+        "import sys, megatron_nexus.cli.train\n"
         "print([name for name in ('torch', 'deepspeed', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The installed package offers what the repository does: each tool as a command, under the same hints."""
+"""The installed package has one command, whose verbs the files of the repository are."""
 
 import ast
 import importlib
@@ -10,53 +10,75 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus import __version__
-from megatron_nexus.commands.outcome import pretrain_command
+from megatron_nexus.base.invocation import FILES, with_commands
+from megatron_nexus.cli.main import VERBS, main
+from megatron_nexus.cli.next_command import train_command
 from megatron_nexus.extras import EXTRAS, install_command
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
-def test_every_tool_is_a_command_and_every_command_exists() -> None:
-    commands = {target.removesuffix(":main") for target in PROJECT["scripts"].values()}
-    tools = {f"megatron_nexus.commands.{path.stem}" for path in (REPOSITORY / "tools").glob("*.py")}
-    assert commands == {"megatron_nexus.command", *tools}
-    assert all(callable(importlib.import_module(name).main) for name in commands)
+def test_one_command_has_all_verbs_and_each_file_is_one_of_them() -> None:
+    assert PROJECT["scripts"] == {"nexus": "megatron_nexus.cli.main:main"}
+    files = {"pretrain_nexus.py", *(f"tools/{path.name}" for path in (REPOSITORY / "tools").glob("*.py"))}
+    assert set(FILES.values()) == files
+    assert FILES.keys() <= VERBS.keys()
+    for verb, file in FILES.items():
+        assert f'main("{verb}")' in (REPOSITORY / file).read_text()
+    for verb in VERBS.values():
+        assert callable(importlib.import_module(f"megatron_nexus.cli.{verb.module}").run)
 
 
 @pytest.mark.parametrize(
-    ("started", "line"),
+    ("started", "line", "inspect"),
     [
-        ("tools/import_hf.py", "deepspeed --num_gpus 2 pretrain_nexus.py --load 'a b'"),
-        ("../fresh/tools/import_hf.py", "deepspeed --num_gpus 2 ../fresh/pretrain_nexus.py --load 'a b'"),
-        ("/usr/bin/nexus-import-hf", "nexus-pretrain --load 'a b'"),
+        (
+            "tools/import_hf.py",
+            "deepspeed --num_gpus 2 pretrain_nexus.py --load 'a b'",
+            "python tools/inspect_checkpoint.py",
+        ),
+        (
+            "../fresh/tools/import_hf.py",
+            "deepspeed --num_gpus 2 ../fresh/pretrain_nexus.py --load 'a b'",
+            "python ../fresh/tools/inspect_checkpoint.py",
+        ),
+        (
+            "../pretrain_nexus.py",
+            "deepspeed --num_gpus 2 ../pretrain_nexus.py --load 'a b'",
+            "python ../tools/inspect_checkpoint.py",
+        ),
+        ("/usr/bin/nexus", "nexus launch --num_gpus 2 train --load 'a b'", "nexus inspect"),
+        (
+            "/x/megatron_nexus/__main__.py",
+            "python -m megatron_nexus launch --num_gpus 2 train --load 'a b'",
+            "python -m megatron_nexus inspect",
+        ),
     ],
 )
-def test_a_tool_names_the_next_command_in_the_spelling_in_which_it_was_started(
-    started: str, line: str, monkeypatch: pytest.MonkeyPatch
+def test_messages_name_commands_in_the_spelling_in_which_the_process_was_started(
+    started: str, line: str, inspect: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [started])
-    assert pretrain_command("--load", "a b", ranks=2) == line
+    assert train_command("--load", "a b", ranks=2) == line
+    assert with_commands("see `nexus inspect`") == f"see `{inspect}`"
 
 
 def told_by(
-    command: str, flag: str, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+    verb: str, flag: str, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> str:
-    monkeypatch.setattr(sys, "argv", [command, flag])
+    monkeypatch.setattr(sys, "argv", ["nexus", verb, flag])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(command).main()
+        main()
     assert ended.value.code == 0
     return console.readouterr().out
 
 
-COMMANDS = sorted(target.removesuffix(":main") for target in PROJECT["scripts"].values())
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_tells_its_version(
-    command: str, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "launch"])
+def test_every_verb_prints_its_version(
+    verb: str, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
-    assert told_by(command, "--version", monkeypatch, console) == f"megatron_nexus {__version__}\n"
+    assert told_by(verb, "--version", monkeypatch, console) == f"megatron_nexus {__version__}\n"
 
 
 def test_what_messages_have_users_install_is_what_the_extras_say() -> None:
@@ -84,8 +106,8 @@ def test_every_flag_that_the_sources_name_exists(
     """Messages name remedies by their flags; docstrings and comments are held to it too."""
     flag = re.compile(r"(?<![\w-])--[a-z][\w-]*")
     known = {f"--{name}" for names in FOREIGN.values() for name in names.split()}
-    for command in COMMANDS:
-        known |= set(flag.findall(told_by(command, "--help", monkeypatch, console)))
+    for verb in VERBS:
+        known |= set(flag.findall(told_by(verb, "--help", monkeypatch, console)))
     known |= {name.replace("--", "--no-", 1) for name in known}
     # Parts of names that messages put together, and other spellings that are read.
     known |= {"--base-", "--local_rank", "--local-rank", "--deepspeed", "--no-", "--moe-"}

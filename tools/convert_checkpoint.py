@@ -1,6 +1,4 @@
-"""Write a checkpoint in the format of others: see `--help`."""
-
-from megatron_nexus.commands.convert_checkpoint import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("convert")

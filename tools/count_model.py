@@ -1,6 +1,4 @@
-"""True parameters, FLOPs and bytes of a model beside the paper's numbers. `--help` lists the flags."""
-
-from megatron_nexus.commands.count_model import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("count")

@@ -1,6 +1,4 @@
-"""Evaluate a trained model on tasks and held-out texts. `--help` lists the flags."""
-
-from megatron_nexus.commands.evaluate import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("evaluate")

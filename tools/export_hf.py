@@ -1,6 +1,4 @@
-"""Export a checkpoint for Hugging Face's transformers: see `--help`."""
-
-from megatron_nexus.commands.export_hf import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("export")

@@ -1,6 +1,4 @@
-"""Let a trained model go on with a text. `--help` lists the flags."""
-
-from megatron_nexus.commands.generate import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("generate")

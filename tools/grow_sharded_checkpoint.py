@@ -1,6 +1,4 @@
-"""Grow or reshard a checkpoint: see `--help`."""
-
-from megatron_nexus.commands.grow_sharded_checkpoint import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("grow")

@@ -1,6 +1,4 @@
-"""Import a model of Hugging Face's or llama.cpp's: see `--help`."""
-
-from megatron_nexus.commands.import_hf import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("import")

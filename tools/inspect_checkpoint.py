@@ -1,6 +1,4 @@
-"""Show and check a checkpoint. `--help` lists the flags."""
-
-from megatron_nexus.commands.inspect_checkpoint import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("inspect")

@@ -1,6 +1,4 @@
-"""Show and check a tokenized corpus. `--help` lists the flags."""
-
-from megatron_nexus.commands.inspect_data import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("inspect-data")

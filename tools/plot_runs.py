@@ -1,6 +1,4 @@
-"""Draw the losses of several runs in one picture: see `--help`."""
-
-from megatron_nexus.commands.plot_runs import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("plot")

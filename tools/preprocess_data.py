@@ -1,6 +1,4 @@
-"""Text files to a tokenized corpus in Megatron-LM's format. `--help` lists the flags."""
-
-from megatron_nexus.commands.preprocess_data import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("preprocess")

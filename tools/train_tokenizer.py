@@ -1,6 +1,4 @@
-"""Train a SentencePiece tokenizer on text files. `--help` lists the flags."""
-
-from megatron_nexus.commands.train_tokenizer import main
+from megatron_nexus.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("train-tokenizer")

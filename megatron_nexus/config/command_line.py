@@ -29,9 +29,10 @@ def _flag(field_name: str) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """The parser: a group for each section; a flag that is not given leaves no attribute behind."""
     parser = FlagParser(
+        "train",
+        "[flags]",
         description=f"Pretrain a Nexusformer. Without a flag: {DEFAULT_PRESET} on a built-in corpus.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.replacement_hint, parser.family_hint = replacement_hint, family_hint
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"named sizes (default: {DEFAULT_PRESET})")

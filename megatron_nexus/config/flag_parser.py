@@ -8,6 +8,7 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from megatron_nexus import __version__
+from megatron_nexus.base.invocation import command
 from megatron_nexus.errors import ConfigError
 
 NEAR = 0.7
@@ -23,13 +24,14 @@ class FlagParser(argparse.ArgumentParser):
     family_hint: Callable[[str], str | None] = staticmethod(lambda flag: None)
     """The same for a flag of a family known from elsewhere, unless it is a flag of ours misspelt."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.add_help:
-            version = f"megatron_nexus {__version__}"
-            self.add_argument(
-                "--version", action="version", version=version, help="print the version and exit"
-            )
+    def __init__(self, verb: str | None = None, synopsis: str = "", **kwargs: Any) -> None:
+        """Make the parser of a verb; `synopsis` follows its name in the usage line. Without: has no help."""
+        name = command(verb) if verb else None
+        super().__init__(name, f"{name} {synopsis}", allow_abbrev=False, add_help=verb is not None, **kwargs)
+        if verb is None:
+            return
+        version = f"megatron_nexus {__version__}"
+        self.add_argument("--version", action="version", version=version, help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError([message])

@@ -3,6 +3,8 @@
 Read when a flag is unknown: whoever brings a script along is told what each of its flags became.
 """
 
+from megatron_nexus.base.invocation import with_commands
+
 _ALWAYS = "drop it: the decoder always has this"
 _NEVER = "drop it: the decoder never has this"
 _ATTENTION = "drop it: attention runs through PyTorch's scaled_dot_product_attention"
@@ -10,9 +12,7 @@ _ONE_CODE = "drop it: there is one implementation"
 _EXPERTS = "drop it: mixtures of experts are not offered"
 _NO_KERNEL = "drop it: there is no such kernel"
 _RECOMPUTE = "drop it: --recompute-granularity full keeps the input of every block"
-_ONE_FORMAT = (
-    "drop it: there is one format, which loads at any topology; tools/convert_checkpoint.py writes others"
-)
+_ONE_FORMAT = "drop it: there is one format, which loads at any topology; `nexus convert` writes others"
 _SHARDED = "use --zero-stage 3"
 _NO_OFFLOAD = (
     "drop it: offloading is not offered; --zero-stage 3 and --recompute-granularity full save memory"
@@ -23,7 +23,7 @@ _METRICS = "drop it: step times are in metrics.jsonl"
 _WANDB = "use --tensorboard-dir, which wandb sync reads"
 _BF16 = "use --bf16"
 _GARBAGE = "drop it: what the imports make is kept from Python's collector, which finds little more"
-_BOS = "give it to tools/preprocess_data.py: a run begins documents as its corpus and its checkpoint do"
+_BOS = "give it to `nexus preprocess`: a run begins documents as its corpus and its checkpoint do"
 _ONLY_VALIDATE = "use --load with --train-iters of the checkpoint's step: it validates, and trains nothing"
 _PROFILE = "drop it: start the command under nsys or py-spy; step times are in metrics.jsonl"
 _NO_SKIPPING = "drop it: no step is skipped; --data-range leaves tokens of the data out"
@@ -276,7 +276,7 @@ _INSTEAD: dict[str, str] = {
     "adlr-autoresume-interval": "use --load auto",
     "async-strategy": "use --async-save",
     "use-persistent-ckpt-worker": "use --async-save",
-    "verify-integrity": "use tools/inspect_checkpoint.py of a checkpoint to check its bytes",
+    "verify-integrity": "use `nexus inspect` of a checkpoint to check its bytes",
     "log-energy": _METRICS,
     "throughput-window-size": "use --log-interval",
     "logging-level": "use --log-interval",
@@ -326,7 +326,7 @@ _FAMILIES: dict[str, str] = {
     "yarn-": "use --use-rope-scaling, which is Llama 3's",
     "mscale": "use --use-rope-scaling, which is Llama 3's",
     "gtp-": _SHARDED,
-    "num-speculative-": "drop it: tools/generate.py decodes a token at a time",
+    "num-speculative-": "drop it: `nexus generate` decodes a token at a time",
     "optimizer-cuda-": _NO_KERNEL,
     "mup-": "drop it: initial values and rates do not follow muP",
     "muon-": "drop it: AdamW is used",
@@ -339,7 +339,7 @@ _FAMILIES: dict[str, str] = {
     "rl-": _ONLY_PRETRAINING,
     "grpo-": _ONLY_PRETRAINING,
     "logits-": _ONLY_PRETRAINING,
-    "inference-": "use tools/generate.py or tools/export_hf.py",
+    "inference-": "use `nexus generate` or `nexus export`",
     "ckpt-": _ONE_FORMAT,
     "dist-ckpt-": _ONE_FORMAT,
     "non-persistent-": "use --save-interval with --async-save and --keep-latest",
@@ -378,13 +378,13 @@ _INSTEAD_OF_PREPROCESSING = {
 
 def replacement_hint(flag: str) -> str | None:
     """What to do in place of a foreign flag such as `--fp16`; None where it is not known either."""
-    return _INSTEAD.get(_name(flag))
+    return with_commands(_INSTEAD.get(_name(flag), "")) or None
 
 
 def family_hint(flag: str) -> str | None:
     """The same by what a flag begins with, such as `--moe-`: for one that is not near to any flag here."""
     answers = (answer for beginning, answer in _FAMILIES.items() if _name(flag).startswith(beginning))
-    return next(answers, None)
+    return with_commands(next(answers, "")) or None
 
 
 def instead_of_preprocessing(flag: str) -> str | None:

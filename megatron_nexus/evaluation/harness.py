@@ -9,6 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from megatron_nexus.base.invocation import command
 from megatron_nexus.data.tokenizer import Tokenizer, context_id
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.evaluation.batch_generation import Stop, generate_texts
@@ -100,7 +101,7 @@ def require_scoring(tasks: Tasks) -> None:
     """Raise ConfigError where a task wants text generated, which a model in training does not do."""
     wrong = [
         f"the task {name} has the model generate text, which --eval-tasks does not: evaluate a "
-        "checkpoint with tools/evaluate.py instead"
+        f"checkpoint with {command('evaluate')} instead"
         for name, task in tasks.items()
         if task.OUTPUT_TYPE == "generate_until"
     ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_nexus.base.invocation import command
 from megatron_nexus.checkpoint.full_tensors import read_full_tensor
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -59,7 +60,7 @@ def require_finite(values: Tensor, loaded: LoadedModel) -> Tensor:
     if not values.isfinite().all():
         raise CheckpointError(
             f"{loaded.checkpoint}: what the model computes is not finite (NaN or infinity): "
-            "tools/inspect_checkpoint.py --verify names tensors that hold such values; compute with "
+            f"{command('inspect')} --verify names tensors that hold such values; compute with "
             "--precision fp32, or load an earlier checkpoint"
         )
     return values

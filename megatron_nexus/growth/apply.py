@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nexus.base.durable import fsync, naming_errors
+from megatron_nexus.base.invocation import command
 from megatron_nexus.checkpoint.chunks import fragment_boxes
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
@@ -285,7 +286,7 @@ def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manife
     if not isfinite(found.largest_logit):
         raise CheckpointError(
             f"{source}: its own logits are not finite ({found.largest_logit}), so nothing can be verified: "
-            "tools/inspect_checkpoint.py --verify names the tensors that hold NaN or infinity; take an "
+            f"{command('inspect')} --verify names the tensors that hold NaN or infinity; take an "
             "earlier checkpoint"
         )
     message = f"logits moved by at most {found.largest_error:.1e}, the largest is {found.largest_logit:.3g}"

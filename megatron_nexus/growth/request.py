@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from megatron_nexus.base.invocation import command
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.run_config import InnerAttention, ModelConfig, RunConfig, config_field
@@ -79,9 +80,7 @@ def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
     """List the sizes asked to grow that a model of this kind does not have."""
     foreign: dict[str, str] = {}
     if not old.has_nexus:
-        remedy = (
-            "give it some with tools/nexify_checkpoint.py" if old.projection == "linear" else "drop the flag"
-        )
+        remedy = f"give it some with {command('upcycle')}" if old.projection == "linear" else "drop the flag"
         reason = f"a width of Nexus-Rank projections, and this model's are {old.projection}: {remedy}"
         foreign |= {"nexus_m": reason, "nexus_a": reason}
     if old.projection != "pattention":
@@ -239,7 +238,8 @@ def with_empty_branch(saved: RunConfig) -> RunConfig:
         raise ConfigError(
             [
                 f"the checkpoint's projections are {saved.model.projection}, and only linear ones can be "
-                "given Nexus-Ranks beside them: enlarge those it has with tools/grow_sharded_checkpoint.py"
+                "given Nexus-Ranks beside them: enlarge those it has with "
+                f"{command('grow')}"
             ]
         )
     model = replace(saved.model, projection="linear_nexus", nexus_m=0, nexus_a=0)
@@ -293,7 +293,7 @@ def read_request(text: str) -> GrowthRequest:
 
     Raises ConfigError: it asks for nothing, or for what does not exist.
     """
-    parser = FlagParser(prog="--grow", argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    parser = FlagParser(argument_default=argparse.SUPPRESS)
     add_growth_flags(parser)
     words = [word.lstrip("-").partition("=") for word in text.split()]
     names = [name for name, _, _ in words]

@@ -9,10 +9,12 @@ would train on, and nothing that the user knows of could stop them.
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from megatron_nexus.base.invocation import COMMAND, PACKAGE
 from megatron_nexus.log import logger
 
 INTERVAL_S = 0.5
@@ -26,6 +28,9 @@ PROGRAMS = frozenset(
 )
 """First words of launchers, their scripts or modules."""
 
+LAUNCH = "launch"
+"""The verb of `nexus` that runs DeepSpeed's runner in its own process."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -38,6 +43,8 @@ class Process:
     @property
     def program(self) -> str:
         """The launcher that it is; "" if it is none: `python -u -m MODULE` and `python SCRIPT` count too."""
+        if is_nexus_launch(self.words):
+            return f"{COMMAND} {LAUNCH}"
         return next((name for word in self.words[:4] if (name := Path(word).name) in PROGRAMS), "")
 
     @property
@@ -45,6 +52,13 @@ class Process:
         """Whether it has not ended. A zombie, which waits for its parent to look at it, has."""
         found = _stat(self.pid)
         return found is not None and found[0] not in "ZX" and found[2] == self.start_ticks
+
+
+def is_nexus_launch(words: Sequence[str]) -> bool:
+    """Return whether a command line is `nexus launch` or `python -m megatron_nexus launch`."""
+    return any(
+        word == LAUNCH and Path(before).name in (COMMAND, PACKAGE) for before, word in pairwise(words[:4])
+    )
 
 
 def ancestors() -> Iterator[Process]:

@@ -17,7 +17,7 @@ from types import FrameType
 
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS, handle, parse_exit_signals
 from megatron_nexus.log import logger
-from megatron_nexus.parallel.launcher_watch import ancestors
+from megatron_nexus.parallel.launcher_watch import ancestors, is_nexus_launch
 from megatron_nexus.parallel.world import LAUNCHER, LISTENER, World
 
 GRACE_PERIOD_S = 6.0
@@ -40,20 +40,20 @@ def _has_accelerator() -> bool:
 
 
 def _deepspeed_was_told() -> bool:
-    """Whether the `deepspeed` command above us names hosts or devices."""
+    """Return whether the `deepspeed` or `nexus launch` command above this process names hosts or devices."""
     count_flags = ("--num_gpus", "--num_nodes", "--num_accelerators", "--include", "--exclude", "--hostfile")
     short = ("-i", "-e", "-H")
     for process in ancestors():
         words = list(process.words)
-        if any(Path(word).name == "deepspeed" for word in words[:2]):
+        if is_nexus_launch(words) or any(Path(word).name == "deepspeed" for word in words[:2]):
             flags = [word.split("=")[0] for word in words[: words.index(_script(words))]]
             return any(flag in count_flags or flag in short for flag in flags)
     return False
 
 
 def _script(words: list[str]) -> str:
-    """The first argument after the launcher's own that is a Python file, or the last word."""
-    return next((word for word in words[2:] if word.endswith(".py")), words[-1])
+    """Return the first word after the launcher's own flags: a Python file, the verb `train`, or the last."""
+    return next((word for word in words[2:] if word.endswith(".py") or word == "train"), words[-1])
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:

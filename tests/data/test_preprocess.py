@@ -35,9 +35,9 @@ ENDINGS = (".bin", ".idx", ".json")
 COMMAND = [
     sys.executable,
     "-c",
-    "from megatron_nexus.commands.preprocess_data import main; from megatron_nexus.data import preprocess\n"
+    "from megatron_nexus.cli.main import main; from megatron_nexus.data import preprocess\n"
     "preprocess.SMALLEST_SHARD_BYTES = 1 << 14\n"
-    "if __name__ == '__main__': main()",
+    "if __name__ == '__main__': main('preprocess')",
 ]
 MPIRUN = [shutil.which("mpirun") or "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, RunProgress, manifest_to_json, read_manifest
-from megatron_nexus.command import tokenizer_record
+from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.command_line import build
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.commands import evaluate
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.evaluation.task_files import PAPER_TASKS
-from tests.commands.test_data_tools import call
+from tests.cli.test_data_tools import call
 from tests.support.task_files import write_task_files
 
 Console = pytest.CaptureFixture[str]
@@ -23,7 +22,7 @@ def test_tasks_and_perplexity_are_told_and_written(
     words = ("--load", run[0].parent, "--tasks", ",".join(PAPER_TASKS), "--task-path", folder, "--limit", 4)
     texts = ("--perplexity", tmp_path / "held out.txt", "--perplexity-stride", 16)
     output = ("--output", tmp_path / "out.json")
-    code, out, err = call(evaluate.main, monkeypatch, console, *words, *texts, *output)
+    code, out, err = call("evaluate", monkeypatch, console, *words, *texts, *output)
     assert code == 0, err
     record = json.loads((tmp_path / "out.json").read_text())
     assert tuple(record["tasks"]) == PAPER_TASKS
@@ -65,7 +64,7 @@ def test_mistakes_are_answered(
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "hellaswag.jsonl").write_text("{}")
-    code, _, err = call(evaluate.main, monkeypatch, console, "--load", run[0], *words)
+    code, _, err = call("evaluate", monkeypatch, console, "--load", run[0], *words)
     assert code == 2
     assert told in err
     assert "Traceback" not in err
@@ -75,6 +74,6 @@ def test_a_missing_extra_is_named(
     run: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, _, err = call(evaluate.main, monkeypatch, console, "--load", run[0], "--tasks", "piqa")
+    code, _, err = call("evaluate", monkeypatch, console, "--load", run[0], "--tasks", "piqa")
     assert code == 2
     assert "pip install 'lm-eval>=" in err

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.commands import generate
 from megatron_nexus.config.run_config import RunConfig
-from tests.commands.test_data_tools import call
+from tests.cli.test_data_tools import call
 
 Console = pytest.CaptureFixture[str]
 
@@ -18,7 +17,7 @@ def test_text_goes_to_stdout_and_a_seed_repeats_it(
 ) -> None:
     flags = ("--load", run[0].parent, "--max-new-tokens", 12, "--top-k", 50, "--device", "cpu")
     made = [
-        call(generate.main, monkeypatch, console, *flags, "--prompt", "She opens ", "--seed", seed)
+        call("generate", monkeypatch, console, *flags, "--prompt", "She opens ", "--seed", seed)
         for seed in (5, 5, 6)
     ]
     assert [code for code, _, _ in made] == [0, 0, 0], made
@@ -27,7 +26,7 @@ def test_text_goes_to_stdout_and_a_seed_repeats_it(
     assert "12 tokens" in made[0][2] or "tokens/s" in made[0][2]
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"She opens \n")))
-    code, out, _ = call(generate.main, monkeypatch, console, *flags, "--num-samples", 2, "--seed", 5)
+    code, out, _ = call("generate", monkeypatch, console, *flags, "--num-samples", 2, "--seed", 5)
     assert code == 0
     samples = out.split("--- sample ")[1:]
     assert [sample.split("\n", 1)[1] for sample in samples] == [made[0][1], made[2][1]]
@@ -37,7 +36,7 @@ def test_an_empty_prompt_begins_a_document(
     run: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
     words = ("--load", run[0], "--prompt", "", "--temperature", 0, "--max-new-tokens", 60)
-    code, out, err = call(generate.main, monkeypatch, console, *words)
+    code, out, err = call("generate", monkeypatch, console, *words)
     assert code == 0, err
     assert out
     assert "has never seen such positions" in err
@@ -60,7 +59,7 @@ def test_mistakes_are_answered(
     monkeypatch: pytest.MonkeyPatch,
     console: Console,
 ) -> None:
-    code, out, err = call(generate.main, monkeypatch, console, "--load", run[0], "--prompt", "x", *words)
+    code, out, err = call("generate", monkeypatch, console, "--load", run[0], "--prompt", "x", *words)
     assert code == 2
     assert out == ""
     assert told in err

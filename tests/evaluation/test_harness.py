@@ -62,7 +62,7 @@ def test_wrong_tasks_are_told(tmp_path: Path) -> None:
     task = open_tasks(["piqa"], folder)["piqa"]
     require_scoring({"piqa": task})
     task.OUTPUT_TYPE = "generate_until"
-    with pytest.raises(ConfigError, match=r"piqa has the model generate text.*tools/evaluate\.py"):
+    with pytest.raises(ConfigError, match=r"piqa has the model generate text.*nexus evaluate"):
         require_scoring({"piqa": task})
 
 

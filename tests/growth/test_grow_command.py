@@ -17,7 +17,7 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.store import write_at
-from megatron_nexus.commands.grow_sharded_checkpoint import main
+from megatron_nexus.cli.main import main
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.growth.worker_group import os_error_message
 from tests.support import checkpoints
@@ -45,7 +45,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFi
     def run(words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["tools/grow_sharded_checkpoint.py", *words.split()])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main("grow")
         told = console.readouterr()
         return int(ended.value.code or 0), told.out + told.err
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import TOKENIZER_FOLDER
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.commands.export_hf import main
+from megatron_nexus.cli.main import main
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.tokenizer import open_tokenizer
@@ -39,7 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def export(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        main()
+        main("export")
     assert isinstance(end.value.code, int)
     return end.value.code
 

@@ -23,8 +23,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.command import saved_config
-from megatron_nexus.commands.import_hf import main
+from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.cli.main import main
 from megatron_nexus.data.huggingface_tokenizer import HuggingFaceTokenizer
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
@@ -170,7 +170,7 @@ def test_next_tokens_are_those_that_transformers_reads_from_the_file(
     words = ("--input", tmp_path / "small.gguf", "--save", tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        main()
+        main("import")
     assert end.value.code == 0
     checkpoint = tmp_path / "run" / "iter_0000000"
     manifest = read_manifest(checkpoint)
@@ -262,7 +262,7 @@ def test_a_file_that_is_none_is_refused(
     words = ("--input", tmp_path / "a.gguf", "--save", tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        main()
+        main("import")
     error = console.readouterr().err
     assert end.value.code == 2 and told in error and "Traceback" not in error, error
     assert not (tmp_path / "run").exists()

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.saved_config import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.command import saved_config, tokenizer_record
-from megatron_nexus.commands.import_hf import main
+from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
+from megatron_nexus.cli.main import main
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.run_tokenizer import find_tokenizer
@@ -71,7 +72,7 @@ def random_model(kind: str) -> PreTrainedModel:
 def run(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        main()
+        main("import")
     assert isinstance(end.value.code, int)
     return end.value.code
 

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from megatron_nexus.commands import (
-    convert_checkpoint,
-    export_hf,
-    import_hf,
-    inspect_checkpoint,
-    nexify_checkpoint,
-)
+from megatron_nexus.cli import convert, export_hf, import_hf, upcycle
+from megatron_nexus.cli.main import main
 
 CONFIG = {
     "model_type": "llama",
@@ -53,16 +48,16 @@ def write_source(folder: Path, dtype: str, wrong: dict[str, list[float]]) -> Non
 @pytest.fixture
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
-) -> Callable[[Callable[[], None], str], tuple[int, str]]:
+) -> Callable[[str, str], tuple[int, str]]:
     """Run a command in the test's folder: its exit code, and what it printed."""
     monkeypatch.chdir(tmp_path)
-    for module in (import_hf, export_hf, nexify_checkpoint, convert_checkpoint):
+    for module in (import_hf, export_hf, upcycle, convert):
         monkeypatch.setattr(module, "end_on_sigterm", lambda: None)
 
-    def run(main: Callable[[], None], words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tool.py", *words.split()])
+    def run(verb: str, words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["nexus", *words.split()])
         with pytest.raises(SystemExit) as end:
-            main()
+            main(verb)
         told = console.readouterr()
         return int(end.value.code or 0), told.out + told.err
 
@@ -81,25 +76,25 @@ def test_an_import_is_refused_by_tensor_and_count(
     dtype: str, wrong: dict[str, list[float]], told: str, tmp_path: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
     write_source(tmp_path / "hf", dtype, wrong)
-    code, output = run(import_hf.main, "--input hf --save run")
+    code, output = run("import", "--input hf --save run")
     assert code == 2 and told in output and "--allow-nonfinite" in output, output
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_what_was_let_in_is_named_by_every_tool(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
     write_source(tmp_path / "hf", "float32", {HEAD: [np.nan, np.inf]})
-    code, output = run(import_hf.main, "--input hf --save run --allow-nonfinite")
+    code, output = run("import", "--input hf --save run --allow-nonfinite")
     assert code == 0 and f"{HEAD}: 2: imported as it is" in output, output
-    code, output = run(inspect_checkpoint.main, "run --verify")
+    code, output = run("inspect", "run --verify")
     assert code == 2 and "head.weight (fp32): 2" in output and "No damage found" in output, output
-    code, output = run(nexify_checkpoint.main, "--load run --save made --verify")
+    code, output = run("upcycle", "--load run --save made --verify")
     assert code == 2 and "its own logits are not finite" in output and "report it" not in output, output
-    for main, words in (
-        (export_hf.main, "--load run --output made"),
-        (convert_checkpoint.main, "--load run --save made"),
-        (convert_checkpoint.main, "--load run --save made --format universal"),
+    for verb, words in (
+        ("export", "--load run --output made"),
+        ("convert", "--load run --save made"),
+        ("convert", "--load run --save made --format universal"),
     ):
-        code, output = run(main, words)
+        code, output = run(verb, words)
         assert code == 2 and "head.weight: 2" in output and not (tmp_path / "made").exists(), output
-        code, output = run(main, words.replace("made", f"let-{len(words)}") + " --allow-nonfinite")
+        code, output = run(verb, words.replace("made", f"let-{len(words)}") + " --allow-nonfinite")
         assert code == 0 and "head.weight: 2: written as it is" in output, output

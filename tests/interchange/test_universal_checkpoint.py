@@ -11,7 +11,7 @@ import torch
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.store import STATES
-from megatron_nexus.commands.convert_checkpoint import main
+from megatron_nexus.cli.main import main
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.decoder import DecoderStage, stage_layers
 from megatron_nexus.models.layer_context import LayerContext
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = f"--load {source} --save {folder}/universal-{stages} --format universal --names {names}"
             patch.setattr(sys, "argv", ["convert_checkpoint.py", *words.split()])
             with pytest.raises(SystemExit) as ended:
-                main()
+                main("convert")
             assert ended.value.code == 0
     cases = [
         {

@@ -214,7 +214,7 @@ def test_four_launchers_start_the_same_run(cluster: Slurm, folder: Path) -> None
 
 
 def test_help_is_told_once(cluster: Slurm, folder: Path) -> None:
-    told = cluster.run("srun", "-n", "2", str(BIN / "nexus-pretrain"), "--help", cwd=folder, extra=user())
+    told = cluster.run("srun", "-n", "2", str(BIN / "nexus"), "train", "--help", cwd=folder, extra=user())
     assert told.count("usage:") == 1
 
 
@@ -224,9 +224,9 @@ def test_two_nodes_make_the_corpus_that_one_process_makes(cluster: Slurm, folder
     for number in range(40):
         (texts / f"{number}.txt").write_text(f"Text {number}: " + "a few words of no meaning. " * number)
     told = ["--input", "texts", "--vocab-size", "300", "--output", "spm.model"]
-    cluster.run(str(BIN / "nexus-train-tokenizer"), *told, cwd=folder, extra=user())
+    cluster.run(str(BIN / "nexus"), "train-tokenizer", *told, cwd=folder, extra=user())
     made = ["--input", "texts", "--tokenizer-model", "spm.model", "--output-prefix", "alone"]
-    cluster.run(str(BIN / "nexus-preprocess-data"), *made, cwd=folder, extra=user())
+    cluster.run(str(BIN / "nexus"), "preprocess", *made, cwd=folder, extra=user())
     job = cluster.run(
         *("sbatch", "--parsable", "--nodes=2", str(PREPROCESS)),
         cwd=folder,

@@ -181,7 +181,7 @@ def test_ctrl_c_under_the_deepspeed_command_saves_and_leaves_nothing_running(com
     wait_for(lambda: program.left() == {}, "the end of all ranks")
     assert "received SIGINT: saving a checkpoint and exiting" in program.output()
     # The launcher's own two processes end with a KeyboardInterrupt's traceback; ours do not.
-    assert "megatron_nexus/command.py" not in program.output()
+    assert "megatron_nexus/cli/train.py" not in program.output()
     assert newest_checkpoint(command.folder / "under-deepspeed") is not None
 
 

@@ -73,7 +73,7 @@ def dry_run(*words: str, env: dict[str, str] | None = None) -> subprocess.Comple
         "    d = sys.modules.get('torch.distributed')\n"
         "    if d and d.is_initialized(): sys.stderr.write('a process group was started')\n"
         "atexit.register(started)\n"
-        "from megatron_nexus.command import main; main()"
+        "from megatron_nexus.cli.main import main; main('train')"
     )
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environment |= {"PYTHONPATH": str(REPOSITORY), **(env or {})}

@@ -43,6 +43,10 @@ DEEPSPEED_NODE = [
     "2",
 ]
 RANK = ["/opt/venv/bin/python", "-u", "pretrain_nexus.py", "--local_rank=1", "--tp", "2"]
+NEXUS_RANK = [f"{VENV}/python", "-u", f"{VENV}/nexus", "--local_rank=1", "train", "--tp", "2"]
+NEXUS_NODE = [*DEEPSPEED_NODE[:5], f"{VENV}/nexus", "train", "--tp", "2"]
+NEXUS_LAUNCH = [f"{VENV}/python", f"{VENV}/nexus", "launch", "--num_gpus", "2", "train", "--tp", "2"]
+MODULE_RANK = [f"{VENV}/python", "-u", "-m", "megatron_nexus", "--local_rank=1", "train", "--tp", "2"]
 
 
 @pytest.mark.parametrize(
@@ -55,8 +59,18 @@ RANK = ["/opt/venv/bin/python", "-u", "pretrain_nexus.py", "--local_rank=1", "--
             [RANK, ["mpirun", "-n", "2", "python", "pretrain_nexus.py", "--tp", "2"]],
             "mpirun -n 2 python pretrain_nexus.py",
         ),
-        ([[f"{VENV}/python", "-m", "megatron_nexus", "--tp", "2"]], f"{VENV}/python -m megatron_nexus"),
-        ([[f"{VENV}/python", f"{VENV}/nexus-pretrain", "--tp", "2"]], "nexus-pretrain"),
+        ([MODULE_RANK], f"{VENV}/python -m megatron_nexus train"),
+        ([[f"{VENV}/python", f"{VENV}/nexus", "train", "--tp", "2"]], "nexus train"),
+        ([NEXUS_RANK, NEXUS_NODE, NEXUS_LAUNCH], "nexus launch --num_gpus 2 train"),
+        (
+            [MODULE_RANK, [f"{VENV}/python", "-m", "megatron_nexus", *NEXUS_LAUNCH[2:]]],
+            f"{VENV}/python -m megatron_nexus launch --num_gpus 2 train",
+        ),
+        ([NEXUS_RANK, ["mpirun", "-n", "2", "nexus", "train", "--tp", "2"]], "mpirun -n 2 nexus train"),
+        (
+            [MODULE_RANK, ["torchrun", "--standalone", "-m", "megatron_nexus", "train", "--tp", "2"]],
+            "torchrun --standalone -m megatron_nexus train",
+        ),
         # Neither a shell that ran the line nor another program with the same flags.
         ([RANK, ["bash", "-c", "pretrain_nexus.py", "--tp", "2"]], f"{VENV}/python pretrain_nexus.py"),
         (
@@ -66,8 +80,7 @@ RANK = ["/opt/venv/bin/python", "-u", "pretrain_nexus.py", "--local_rank=1", "--
     ],
 )
 def test_the_line_starts_as_it_was_typed(lines: list[list[str]], words: str) -> None:
-    installed = "nexus-pretrain" in words
-    script = f"{VENV}/nexus-pretrain" if installed else "pretrain_nexus.py"
+    script = "pretrain_nexus.py" if "pretrain" in words else f"{VENV}/nexus"
     assert shlex.join(typed_words(lines, script, ["--local_rank=1", "--tp", "2"])) == words
 
 

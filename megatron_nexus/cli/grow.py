@@ -1,6 +1,6 @@
-"""The command `tools/grow_sharded_checkpoint.py`: a checkpoint becomes a larger model, for any topology.
+"""The verb `grow`: make a checkpoint a larger model, written for any topology.
 
-    python tools/grow_sharded_checkpoint.py --load runs/240m --save runs/300m --nexus-m 1088 --tp 4
+    nexus grow --load runs/240m --save runs/300m --nexus-m 1088 --tp 4
 
 Weights, moments and counters are carried over, the function stays, and gradients reach every new weight.
 Without a size to grow it reshards. No process group, no accelerator, no model: pieces of tensors are read,
@@ -10,17 +10,16 @@ filled and written, by one process, by --workers of them or by the ranks of mpir
 import argparse
 import dataclasses
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME, Location, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint, newest_checkpoint
-from megatron_nexus.command import saved_config
-from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool, tell_next
+from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.cli.next_command import log_next_command, train_command
+from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
@@ -32,12 +31,13 @@ from megatron_nexus.growth.request import GROWING, ZERO_WARNING, GrowthRequest, 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags; one that is not given leaves no attribute behind."""
     parser = FlagParser(
+        "grow",
+        "--load RUN --save FOLDER [flags]",
         description=(
             "Make a checkpoint a larger model without changing its function, or, without a larger size, "
             "write it for another topology. The source is never touched."
         ),
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     add_writing_flags(parser)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="grow to the sizes of this preset")
@@ -74,13 +74,6 @@ def add_writing_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    log.configure(speaks=True)
-    end_on_sigterm()
-    run_tool(lambda: _grow(sys.argv[1:]))
-
-
 def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
     """The sizes that the flags and the preset ask for.
 
@@ -103,7 +96,10 @@ def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
     return sizes | {name: values[name] for name in GROWING if name in values}
 
 
-def _grow(argv: Sequence[str]) -> None:
+def run(argv: list[str]) -> None:
+    """Run `nexus grow` with the flags `argv`."""
+    log.configure(speaks=True)
+    end_on_sigterm()
     given = make_parser().parse_args(argv)
     source = find_checkpoint(location(given.load))
     saved = saved_config(source, read_manifest(source))
@@ -150,8 +146,8 @@ def write_grown(
     steps, done = saved.training.train_iters, read_manifest(made).progress.step
     if done >= steps:
         flags += ["--train-iters", str(2 * max(steps, done))]
-    command = pretrain_command(*flags, ranks=given.tp * given.pp)
-    tell_next(command, plan.after, bool(read_manifest(made).tokenizer_fingerprint))
+    command = train_command(*flags, ranks=given.tp * given.pp)
+    log_next_command(command, plan.after, bool(read_manifest(made).tokenizer_fingerprint))
 
 
 def _target_folder(save: str, source: Location, dry_run: bool) -> Path:

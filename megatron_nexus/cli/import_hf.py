@@ -1,7 +1,7 @@
-"""The command `tools/import_hf.py`: a model of others becomes a checkpoint to train, grow and evaluate.
+"""The verb `import`: read a model of others as a checkpoint to train, grow and evaluate.
 
-    python tools/import_hf.py --input Qwen3-0.6B --save runs/qwen3        a folder of Hugging Face's
-    python tools/import_hf.py --input smollm2.gguf --save runs/smollm2    a file of llama.cpp's
+    nexus import --input Qwen3-0.6B --save runs/qwen3        a folder of Hugging Face's
+    nexus import --input smollm2.gguf --save runs/smollm2    a file of llama.cpp's
 
 Weights are streamed into pieces with zero moments; the tokenizer goes along.
 """
@@ -10,13 +10,12 @@ import argparse
 import dataclasses
 import os
 import re
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME
-from megatron_nexus.commands.outcome import end_on_sigterm, pretrain_command, run_tool, tell_next
+from megatron_nexus.cli.next_command import log_next_command, train_command
+from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
@@ -34,11 +33,12 @@ AFFORDABLE_TOKENS = 512
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = FlagParser(
+        "import",
+        "--input PATH --save FOLDER [flags]",
         description=(
             "Make a checkpoint of a Llama, Mistral, Qwen2, Qwen3, OLMo 2 or SmolLM3, to be trained on, grown "
             "and evaluated here. The source is never touched."
         ),
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--input",
@@ -55,15 +55,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
+def run(argv: list[str]) -> None:
+    """Run `nexus import` with the flags `argv`."""
     log.configure(speaks=True)
     end_on_sigterm()
-    run_tool(_run)
-
-
-def _run() -> None:
-    given = make_parser().parse_args(sys.argv[1:])
+    given = make_parser().parse_args(argv)
     if SCHEME in given.save:
         raise ConfigError([f"--save {given.save} is not a folder on this disk: give one, and copy it"])
     root, origin = Path(given.save), Path(given.input)
@@ -99,8 +95,8 @@ def _run() -> None:
     why = "left out, as --no-tokenizer says" if given.no_tokenizer else "the source has no tokenizer.json"
     told("tokenizer: %s", root / "tokenizer" if has_tokenizer else why)
     tokens = min(config.training.seq_length, AFFORDABLE_TOKENS)
-    command = pretrain_command("--load", str(root), "--seq-length", str(tokens))
-    tell_next(command, config, has_tokenizer)
+    command = train_command("--load", str(root), "--seq-length", str(tokens))
+    log_next_command(command, config, has_tokenizer)
 
 
 def open_source(path: Path) -> ForeignModel:

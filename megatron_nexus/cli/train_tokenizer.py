@@ -1,15 +1,13 @@
-"""The command `train_tokenizer.py`: a lossless SentencePiece tokenizer for a corpus of text."""
+"""The verb `train-tokenizer`: a lossless SentencePiece tokenizer for a corpus of text."""
 
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.commands.arguments import add_reading_arguments, positive
-from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.cli.arguments import add_reading_arguments, positive
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.documents import Document, RecordFormat, read_slice, split_into_slices
 from megatron_nexus.data.input_files import find_input_files, tell_empty_files
@@ -20,15 +18,12 @@ from megatron_nexus.errors import ConfigError, DataError
 MEGABYTE = 1e6
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    run_tool(_run)
-
-
-def _run() -> None:
+def run(argv: list[str]) -> None:
+    """Run `nexus train-tokenizer` with the flags `argv`."""
     parser = FlagParser(
+        "train-tokenizer",
+        "--input PATH... --output FILE [flags]",
         description="Train a byte-fallback BPE that gives every text back exactly, on a sample of the input.",
-        allow_abbrev=False,
     )
     add_reading_arguments(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="such as spm.model")
@@ -42,7 +37,7 @@ def _run() -> None:
     )
     parser.add_argument("--strict", action="store_true", help="the first malformed record is an error")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    given = parser.parse_args(sys.argv[1:])
+    given = parser.parse_args(argv)
 
     log.configure(speaks=True)
     output: Path = given.output

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.commands.count_model import count
+from megatron_nexus.cli.count import count
 from megatron_nexus.config.paper import PRINTED_FLOPS_PER_TOKEN, PRINTED_SIZES
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.errors import ConfigError
@@ -34,7 +34,7 @@ def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
         "    if d and d.is_initialized(): sys.stderr.write('a process group was started')\n"
         "    if 'deepspeed' in sys.modules: sys.stderr.write('imports deepspeed')\n"
         "atexit.register(started)\n"
-        "from megatron_nexus.commands.count_model import main; main()"
+        "from megatron_nexus.cli.main import main; main('count')"
     )
     return subprocess.run(
         [sys.executable, "-c", program, *words],

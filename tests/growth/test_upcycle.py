@@ -9,7 +9,7 @@ import torch
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.commands.nexify_checkpoint import main
+from megatron_nexus.cli.main import main
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.request import with_empty_branch
 from tests.support import checkpoints, reference
@@ -104,13 +104,13 @@ def test_the_tool_writes_verifies_and_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatron_nexus.commands.nexify_checkpoint.end_on_sigterm", lambda: None)
+    monkeypatch.setattr("megatron_nexus.cli.upcycle.end_on_sigterm", lambda: None)
     checkpoints.write_checkpoint(tmp_path / "linear", checkpoints.configure(**QWEN3))
 
     def run(words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["nexify_checkpoint.py", *words.split()])
+        monkeypatch.setattr(sys, "argv", ["tools/upcycle_checkpoint.py", *words.split()])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main("upcycle")
         told = console.readouterr()
         return int(ended.value.code or 0), told.out + told.err
 

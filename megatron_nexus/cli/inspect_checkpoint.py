@@ -1,33 +1,26 @@
-"""The command `inspect_checkpoint.py`: what a checkpoint holds, and whether every byte of it is sound."""
+"""The verb `inspect`: show what a checkpoint holds, and check every byte of it."""
 
 import json
-import sys
-from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
+from megatron_nexus.checkpoint.saved_config import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.command import saved_config
-from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.cost import parameter_count
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    run_tool(_run)
-
-
-def _run() -> None:
-    parser = FlagParser(description="Show and check a checkpoint.", allow_abbrev=False)
+def run(argv: list[str]) -> None:
+    """Run `nexus inspect` with the flags `argv`."""
+    parser = FlagParser("inspect", "CHECKPOINT [flags]", description="Show and check a checkpoint.")
     parser.add_argument("checkpoint", type=location, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its logical shape")
     parser.add_argument("--verify", action="store_true", help="read every byte and check it")
-    given = parser.parse_args(sys.argv[1:])
+    given = parser.parse_args(argv)
 
     log.configure(speaks=True)
     folder = find_checkpoint(given.checkpoint)

@@ -1,22 +1,20 @@
-"""The command `evaluate.py`: what a trained model reaches in tasks and on held-out texts.
+"""The verb `evaluate`: scores of a trained model on tasks and held-out texts.
 
-python tools/evaluate.py --load runs/x --tasks piqa,openbookqa,hellaswag,arc_easy,arc_challenge
-python tools/evaluate.py --load runs/x --perplexity held_out.txt
+nexus evaluate --load runs/x --tasks piqa,openbookqa,hellaswag,arc_easy,arc_challenge
+nexus evaluate --load runs/x --perplexity held_out.txt
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_nexus import log
-from megatron_nexus.commands.arguments import positive
-from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
-from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.cli.arguments import positive
+from megatron_nexus.cli.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.evaluation.task_files import PAPER_TASKS, require_tasks
@@ -28,16 +26,12 @@ if TYPE_CHECKING:
     from megatron_nexus.evaluation.tasks import Tasks
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    run_tool(_run)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = FlagParser(
+        "evaluate",
+        "--load RUN --tasks NAMES | --perplexity FILE... [flags]",
         description="Evaluate a trained model on tasks of lm-evaluation-harness and on held-out texts.",
-        allow_abbrev=False,
     )
     add_model_arguments(parser)
     parser.add_argument(
@@ -80,8 +74,9 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
 
 
-def _run() -> None:
-    given = make_parser().parse_args(sys.argv[1:])
+def run(argv: list[str]) -> None:
+    """Run `nexus evaluate` with the flags `argv`."""
+    given = make_parser().parse_args(argv)
     log.configure(speaks=True)
     texts = _look_ahead(given)
     trained = find_model(given)

@@ -1,16 +1,14 @@
-"""The command `preprocess_data.py`: text files to a tokenized corpus."""
+"""The verb `preprocess`: text files to a tokenized corpus."""
 
 import argparse
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.base.communicator import get_communicator
-from megatron_nexus.commands.arguments import add_reading_arguments, positive, prefix
-from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.cli.arguments import add_reading_arguments, positive, prefix
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import instead_of_preprocessing
 from megatron_nexus.data.documents import RecordFormat
@@ -25,13 +23,9 @@ the inputs, the tokenizer and the output folder under the same paths.
 """
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    run_tool(_run)
-
-
-def _run() -> None:
-    given = _parse(sys.argv[1:])
+def run(argv: list[str]) -> None:
+    """Run `nexus preprocess` with the flags `argv`."""
+    given = _parse(argv)
     start_server()
     # Takes as long as the server needs to start: both at once.
     from megatron_nexus.data.preprocess import PreprocessConfig, preprocess, work_folder
@@ -68,10 +62,11 @@ def _run() -> None:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = FlagParser(
+        "preprocess",
+        "--input PATH... --output-prefix PREFIX --tokenizer-model PATH [flags]",
         description="Text files to a corpus: PREFIX.bin, PREFIX.idx (Megatron-LM's format), PREFIX.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.replacement_hint = instead_of_preprocessing
     add_reading_arguments(parser)

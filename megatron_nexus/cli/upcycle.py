@@ -1,7 +1,7 @@
-"""The command `tools/nexify_checkpoint.py`: a trained model gets Nexus-Ranks, or attention of a higher order.
+"""The verb `upcycle`: add Nexus-Ranks, or attention of a higher order, to a trained model.
 
-    python tools/nexify_checkpoint.py --load runs/llama --save runs/nexified --verify
-    python tools/nexify_checkpoint.py --load runs/llama --save runs/order2 --attention-order 2 --verify
+    nexus upcycle --load runs/llama --save runs/upcycled --verify
+    nexus upcycle --load runs/llama --save runs/order2 --attention-order 2 --verify
 
 Q = X W becomes X W + gelu(gelu(X W_M) W_A) W_D, and K and V alike. The new branch is a Nexus-Rank that grows
 from M = A = 0: by the law of growth one factor of each of its paths is zero, so the model computes what it
@@ -12,17 +12,14 @@ With --attention-order, a model of any projections gets inner attentions behind 
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.command import saved_config
-from megatron_nexus.commands.grow_sharded_checkpoint import add_writing_flags, write_grown
-from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
+from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.cli.grow import add_writing_flags, write_grown
+from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.growth.request import add_settings_flags, with_empty_branch
 
@@ -33,12 +30,13 @@ WIDENING = {"nexus_m": 5 / 4, "nexus_a": 3 / 2}
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags; one that is not given leaves no attribute behind."""
     parser = FlagParser(
+        "upcycle",
+        "--load RUN --save FOLDER [flags]",
         description=(
             "Give the linear Q, K and V projections of a trained model Nexus-Ranks beside them, or its "
             "attention a higher order, or both, without changing its function. The source is never touched."
         ),
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     add_writing_flags(parser)
     for name, share in WIDENING.items():
@@ -58,14 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
+def run(argv: list[str]) -> None:
+    """Run `nexus upcycle` with the flags `argv`."""
     log.configure(speaks=True)
     end_on_sigterm()
-    run_tool(lambda: _nexify(sys.argv[1:]))
-
-
-def _nexify(argv: Sequence[str]) -> None:
     given = make_parser().parse_args(argv)
     source = find_checkpoint(location(given.load))
     saved, values = saved_config(source, read_manifest(source)), vars(given)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.command import saved_config, tokenizer_record
+from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_nexus.commands.convert_checkpoint import main
+from megatron_nexus.cli.main import main
 from megatron_nexus.interchange import safetensors_writer
 from tests.support import checkpoints
 from tests.support.paths import REPOSITORY
@@ -42,7 +42,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFi
     def run(words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words.split()])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main("convert")
         told = console.readouterr()
         return int(ended.value.code or 0), told.out + told.err
 

@@ -1,17 +1,14 @@
-"""The command `tools/convert_checkpoint.py`: a checkpoint in the formats of others.
+"""The verb `convert`: a checkpoint in the formats of others.
 
-    python tools/convert_checkpoint.py --load runs/240m --save out --dtype bf16          out/model.safetensors
-    python tools/convert_checkpoint.py --load runs/240m --save out --format universal    DeepSpeed's layout
+    nexus convert --load runs/240m --save out --dtype bf16          out/model.safetensors
+    nexus convert --load runs/240m --save out --format universal    DeepSpeed's layout
 
 One process, no accelerator, no model: tensors are read box by box from whatever topology wrote them.
 """
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.base.json_text import parse_json
@@ -20,7 +17,7 @@ from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import STATES, CheckpointReader
-from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
+from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
 
@@ -30,8 +27,9 @@ MODEL_FILE = "model.safetensors"
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = FlagParser(
+        "convert",
+        "--load RUN --save FOLDER [flags]",
         description="Write a checkpoint in the format of others. The source is never touched.",
-        allow_abbrev=False,
     )
     parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--save", required=True, help="folder that is made for the result")
@@ -62,14 +60,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
+def run(argv: list[str]) -> None:
+    """Run `nexus convert` with the flags `argv`."""
     log.configure(speaks=True)
     end_on_sigterm()
-    run_tool(lambda: _convert(sys.argv[1:]))
-
-
-def _convert(argv: Sequence[str]) -> None:
     given = make_parser().parse_args(argv)
     is_universal = given.format == "universal"
     if is_universal and (given.moments or given.dtype != "fp32"):

@@ -1,23 +1,22 @@
-"""The command `tools/export_hf.py`: a checkpoint becomes a folder that Hugging Face's transformers loads.
+"""The verb `export`: write a checkpoint as a folder that Hugging Face's transformers loads.
 
-    python tools/export_hf.py --load runs/240m --output hf/240m
+    nexus export --load runs/240m --output hf/240m
 
 Weights are streamed piece by piece; the tokenizer goes along where it is known.
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.command import saved_config, tokenizer_record
-from megatron_nexus.commands.arguments import positive
-from megatron_nexus.commands.outcome import end_on_sigterm, run_tool
+from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.cli.arguments import positive
+from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
+from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.errors import ConfigError
@@ -29,11 +28,12 @@ NO_TOKENIZER = "none"
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
     parser = FlagParser(
+        "export",
+        "--load RUN --output FOLDER [flags]",
         description=(
             "Write a checkpoint as a folder that transformers loads: configuration, safetensors, tokenizer, "
             "and the model's code where transformers has none. The source is never touched."
         ),
-        allow_abbrev=False,
     )
     parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="must not exist yet")
@@ -55,15 +55,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
+def run(argv: list[str]) -> None:
+    """Run `nexus export` with the flags `argv`."""
     log.configure(speaks=True)
     end_on_sigterm()
-    run_tool(_run)
-
-
-def _run() -> None:
-    given = make_parser().parse_args(sys.argv[1:])
+    given = make_parser().parse_args(argv)
     source = find_checkpoint(location(given.load))
     manifest = read_manifest(source)
     config = saved_config(source, manifest)

@@ -1,31 +1,25 @@
-"""The command `plot_runs.py`: the losses of several runs in one picture and one table."""
+"""The verb `plot`: the losses of several runs in one picture and one table."""
 
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.commands.outcome import run_tool
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.training.comparison import comparison_table, plot_runs, read_runs
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    run_tool(_run)
-
-
-def _run() -> None:
+def run(argv: list[str]) -> None:
+    """Run `nexus plot` with the flags `argv`."""
     parser = FlagParser(
+        "plot",
+        "RUN... [flags]",
         description="Draw the losses of runs in one picture, and print where each begins and ends.",
-        allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, in order")
     parser.add_argument(
         "--output", type=Path, default=Path("losses.png"), help="the picture (default: losses.png)"
     )
     parser.add_argument("--title", default="", help="of the picture")
-    given = parser.parse_args(sys.argv[1:])
+    given = parser.parse_args(argv)
     log.configure(speaks=True)
     runs = read_runs(given.runs)
     for line in comparison_table(runs):

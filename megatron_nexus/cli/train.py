@@ -1,4 +1,4 @@
-"""The command `pretrain_nexus.py`: configuration, checks, ranks, and how a run ends.
+"""The verb `train`: configuration, checks, ranks, and how a run ends.
 
 torch and DeepSpeed are imported only by the ranks that train, after the checks: a wrong flag is answered
 at once.
@@ -9,22 +9,19 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.base.gc_paused import gc_paused
+from megatron_nexus.base.invocation import program_words
 from megatron_nexus.checkpoint.location import Location, location
-from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
-from megatron_nexus.checkpoint.run_dir import (
-    TOKENIZER_FOLDER,
-    check_save_folder,
-    find_checkpoint,
-    newest_checkpoint,
-)
+from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.run_dir import check_save_folder, find_checkpoint, newest_checkpoint
+from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
 from megatron_nexus.config.config_file import config_text, read_config_file
 from megatron_nexus.config.exit_signals import parse_exit_signals
@@ -34,10 +31,9 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
-from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
+from megatron_nexus.data.tokenizer_record import NO_RECORD
 from megatron_nexus.errors import (
     EXIT_CODE_USER_ERROR,
-    CheckpointError,
     ConfigError,
     DataError,
     NexusError,
@@ -45,7 +41,6 @@ from megatron_nexus.errors import (
 )
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.growth.request import grown_config, read_request
-from megatron_nexus.parallel.launch_command import program_words
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
@@ -56,11 +51,8 @@ if TYPE_CHECKING:
 PEER_EXIT_GRACE_S = 3.0
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    # Until the run listens itself, Ctrl-C ends a process at once: there is nothing to save or to tell.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    argv = sys.argv[1:]
+def run(argv: list[str]) -> NoReturn:
+    """Run `nexus train` with the flags `argv` and end the process."""
     speaks = True
     try:
         world = read_world(os.environ)
@@ -82,7 +74,7 @@ def main() -> NoReturn:
             stop_without_launcher(exit_signals[0])
         if missing_ranks(world, wanted):
             log.logger.info("one process was started on a machine of CPUs: starting %d local ranks", wanted)
-            sys.exit(run_local_ranks(wanted, program_words(argv), exit_signals))
+            sys.exit(run_local_ranks(wanted, [*program_words("train"), *argv], exit_signals))
         if config.checkpoint.load:
             found = (
                 f"continuing from {checkpoint}"
@@ -130,35 +122,6 @@ def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
     if grow:
         saved = grown_config(saved, read_request(grow))
     return build(given, saved, Consumed(done.step, done.samples, done.tokens)), checkpoint
-
-
-def saved_config(checkpoint: Location, manifest: Manifest) -> RunConfig:
-    """The configuration that a checkpoint was trained with. Raises CheckpointError where it has none."""
-    try:
-        config = RunConfig.from_dict(manifest.config)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: its configuration is not one of this version ({error}): load it with the version "
-            "that wrote it"
-        ) from error
-    named = Path(config.data.tokenizer_model)
-    moved = checkpoint.parent / TOKENIZER_FOLDER
-    if named.name == TOKENIZER_FOLDER and not named.exists() and moved.is_dir():
-        # Imported with the model, it lies beside the checkpoint wherever both are now.
-        config = replace(config, data=replace(config.data, tokenizer_model=str(moved)))
-    return config
-
-
-def tokenizer_record(manifest: Manifest) -> TokenizerRecord:
-    """What a checkpoint keeps of its tokenizer."""
-    grown = (entry["axes"] for entry in manifest.lineage if "axes" in entry)
-    sizes = [axes["vocab_size"] for axes in grown if isinstance(axes, Mapping) and "vocab_size" in axes]
-    model = manifest.config["model"]
-    assert isinstance(model, Mapping), "a section"
-    # The tokenizer of the built-in corpus has as many pieces as the vocabulary had before it first grew.
-    first = sizes[0][0] if sizes and isinstance(sizes[0], Sequence) else model["vocab_size"]
-    assert isinstance(first, int), "a number of tokens"
-    return TokenizerRecord(manifest.tokenizer_fingerprint, manifest.prepend_bos, first)
 
 
 def preflight(config: RunConfig, checkpoint: Location | None, world: World) -> None:
@@ -250,7 +213,7 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
         from megatron_nexus.growth.grown_reader import GrownReader
         from megatron_nexus.growth.plan import plan_growth
         from megatron_nexus.parallel.mesh import is_first_failure
-        from megatron_nexus.training.run import run
+        from megatron_nexus.training.run import run as train
     open_state: Callable[[Location], StateReader] = CheckpointReader
     try:
         with path_errors():
@@ -259,7 +222,7 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
                 request = read_request(config.checkpoint.grow)
                 open_state = partial(GrownReader, plan=plan_growth(saved, request))
             record = tokenizer_record(read_manifest(checkpoint)) if checkpoint else NO_RECORD
-            run(config, world, checkpoint, argv, open_state, _open_evaluator, record)
+            train(config, world, checkpoint, argv, open_state, _open_evaluator, record)
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -293,7 +256,3 @@ def _report(error: BaseException, rank: int) -> None:
     else:
         sys.stderr.write(f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}")
     sys.stderr.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,34 +1,27 @@
-"""The command `count_model.py`: what a model costs, beside what the paper prints of it.
+"""The verb `count`: what a model costs, beside what the paper prints of it.
 
-    python tools/count_model.py --preset nexusformer-240m --tp 2 --zero-stage 1 --world-size 8
-    python tools/count_model.py --all
+    nexus count --preset nexusformer-240m --tp 2 --zero-stage 1 --world-size 8
+    nexus count --all
 
 Takes every flag of a run, a checkpoint's model by --load too; starts no process group.
 """
 
 import argparse
 import json
-import sys
-from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.command import configure
-from megatron_nexus.commands.arguments import positive
-from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.cli.arguments import positive
+from megatron_nexus.cli.train import configure
 from megatron_nexus.config.command_line import given_flags
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
 from megatron_nexus.errors import ConfigError
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    run_tool(_run)
-
-
-def _run() -> None:
+def run(argv: list[str]) -> None:
+    """Run `nexus count` with the flags `argv`."""
     log.configure(speaks=True)
-    for line in count(sys.argv[1:]):
+    for line in count(argv):
         log.logger.info("%s", line)
 
 
@@ -63,11 +56,12 @@ def count(argv: list[str]) -> list[str]:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's own flags."""
     parser = FlagParser(
+        "count",
+        "[flags]",
         description="True parameters, FLOPs per token and bytes per rank of a model, beside what the paper "
         "prints of it. Takes the flags of nexus-pretrain: --preset, --config or --load name a model; sizes "
         "such as --nexus-m change it; --tp, --pp, --zero-stage and --precision lay it on ranks; attention is "
         "counted over --seq-length.",
-        allow_abbrev=False,
     )
     parser.add_argument("--all", action="store_true", help="a table of all presets, a row each")
     parser.add_argument(

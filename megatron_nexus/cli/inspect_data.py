@@ -1,14 +1,11 @@
-"""The command `inspect_data.py`: what a tokenized corpus holds, and whether it is sound."""
+"""The verb `inspect-data`: show what a tokenized corpus holds, and check it."""
 
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from megatron_nexus import log
-from megatron_nexus.commands.arguments import count, prefix
-from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.cli.arguments import count, prefix
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.corpus_description import CorpusDescription, read_description
 from megatron_nexus.data.indexed_dataset import IndexedDataset
@@ -26,13 +23,9 @@ from megatron_nexus.errors import DataError
 BAR_WIDTH = 50
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    run_tool(_run)
-
-
-def _run() -> None:
-    parser = FlagParser(description="Show and check a tokenized corpus.", allow_abbrev=False)
+def run(argv: list[str]) -> None:
+    """Run `nexus inspect-data` with the flags `argv`."""
+    parser = FlagParser("inspect-data", "PREFIX [flags]", description="Show and check a tokenized corpus.")
     parser.add_argument("prefix", type=prefix, help="of its .bin and .idx files")
     parser.add_argument(
         "--tokenizer-model",
@@ -42,7 +35,7 @@ def _run() -> None:
     )
     parser.add_argument("--samples", type=count, default=3, help="documents to decode (default: 3)")
     parser.add_argument("--skip-checks", action="store_true", help="do not read all tokens")
-    given = parser.parse_args(sys.argv[1:])
+    given = parser.parse_args(argv)
 
     log.configure(speaks=True)
     dataset = IndexedDataset(given.prefix)

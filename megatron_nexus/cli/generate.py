@@ -1,6 +1,6 @@
-"""The command `generate.py`: a trained model goes on with a text, shown token by token.
+"""The verb `generate`: continue a text with a trained model, shown token by token.
 
-    python tools/generate.py --load runs/x --prompt "def main(" --temperature 0.8 --top-p 0.95
+    nexus generate --load runs/x --prompt "def main(" --temperature 0.8 --top-p 0.95
 
 The text goes to stdout, everything else to stderr.
 """
@@ -9,25 +9,20 @@ import argparse
 import os
 import sys
 import time
-from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.commands.arguments import count, not_negative, positive, share
-from megatron_nexus.commands.model_arguments import TrainedModel, add_model_arguments, find_model
-from megatron_nexus.commands.outcome import run_tool
+from megatron_nexus.cli.arguments import count, not_negative, positive, share
+from megatron_nexus.cli.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.tokenizer import encode_prompt
 from megatron_nexus.errors import DataError
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
-    run_tool(_run)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's flags."""
-    parser = FlagParser(description="Let a trained model go on with a text.", allow_abbrev=False)
+    parser = FlagParser(
+        "generate", "--load RUN [flags]", description="Let a trained model go on with a text."
+    )
     add_model_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to go on with (default: stdin)")
     parser.add_argument(
@@ -61,8 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run() -> None:
-    given = make_parser().parse_args(sys.argv[1:])
+def run(argv: list[str]) -> None:
+    """Run `nexus generate` with the flags `argv`."""
+    given = make_parser().parse_args(argv)
     log.configure(speaks=True, stream=sys.stderr)
     _generate(find_model(given), _read_prompt(given.prompt), given)
 

@@ -71,11 +71,11 @@ def test_growth_of_the_vocabulary_on_the_built_in_corpus(
     [
         ("grow_sharded_checkpoint.py", "--vocab-size 101"),
         ("grow_sharded_checkpoint.py", "--attention-order 2"),
-        ("nexify_checkpoint.py", ""),
+        ("upcycle_checkpoint.py", ""),
     ],
 )
 def test_growth_and_upcycling_on_token_files(command: Command, spawn: Spawn, name: str, words: str) -> None:
-    kind = "--projection linear " if name.startswith("nexify") else ""
+    kind = "--projection linear " if name.startswith("upcycle") else ""
     code, output = command.run(f"{kind}--train-iters 1 --save a")
     assert code == 0, output
     follow(spawn, command.folder, tool(spawn, command.folder, name, f"--load a --save b {words}"))
@@ -88,7 +88,7 @@ def test_an_import_without_a_tokenizer_is_not_trained_on_other_ids(spawn: Spawn,
         tmp_path / "hf"
     )
     imported = tool(spawn, tmp_path, "import_hf.py", "--input hf --save a")
-    upcycled = tool(spawn, tmp_path, "nexify_checkpoint.py", "--load a --save b")
+    upcycled = tool(spawn, tmp_path, "upcycle_checkpoint.py", "--load a --save b")
     for output, run in ((imported, "a"), (upcycled, "b")):
         assert "continue with" not in output
         assert "--tokenizer-model) or token files of it (--data-path)" in output

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_nexus.commands import inspect_data, train_tokenizer
+from megatron_nexus.cli.main import main
 from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_nexus.data.inspection import Bin, find_problems, length_histogram, sample_documents
@@ -32,12 +32,12 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def call(
-    main: object, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str], *arguments: object
+    verb: str, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str], *arguments: object
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a tool that is called in this process."""
-    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    """Exit code, stdout and stderr of a verb that is called in this process."""
+    monkeypatch.setattr(sys, "argv", ["nexus", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        main()  # type: ignore[operator]
+        main(verb)
     captured = console.readouterr()
     assert isinstance(ended.value.code, int)
     return ended.value.code, captured.out, captured.err
@@ -137,7 +137,7 @@ def test_inspection_finds_what_is_wrong(
     (tmp_path / "in.txt").write_text("\n".join(WORDS))
     model = tmp_path / "spm.model"
     code, out, err = call(
-        train_tokenizer.main,
+        "train-tokenizer",
         monkeypatch,
         console,
         *("--input", tmp_path / "in.txt", "--vocab-size", 300, "--output", model),
@@ -166,7 +166,7 @@ def test_inspection_finds_what_is_wrong(
             }
             writer.description = json.dumps(known | description)
     code, out, err = call(
-        inspect_data.main, monkeypatch, console, tmp_path / "corpus", "--tokenizer-model", model
+        "inspect-data", monkeypatch, console, tmp_path / "corpus", "--tokenizer-model", model
     )
     assert "documents        2" in out
     assert code == (2 if message else 0), err
@@ -207,7 +207,7 @@ def test_training_a_tokenizer_that_cannot_work(
     (tmp_path / "in.txt").write_text("one two")
     (tmp_path / "in.jsonl").write_text("oops\n")
     (tmp_path / "latin.txt").write_bytes("ein schöner Text".encode("latin-1"))
-    code, _, err = call(train_tokenizer.main, monkeypatch, console, *flags)
+    code, _, err = call("train-tokenizer", monkeypatch, console, *flags)
     assert code == 2
     assert message in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "in.txt", "latin.txt"]

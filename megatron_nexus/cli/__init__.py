@@ -1,0 +1,1 @@
+"""The command line: `main` has the table of verbs, each of which is a module with a function `run(argv)`."""

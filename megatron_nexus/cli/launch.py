@@ -1,0 +1,59 @@
+"""The verb `launch`: DeepSpeed's runner, which starts `train` on many devices or nodes.
+
+    nexus launch --num_gpus 8 train --preset nexusformer-240m --tp 2
+
+The runner is called in this process. DeepSpeed's own script `deepspeed` does the same, but cannot start from
+a virtual environment whose path holds a space: pip gives it a bare shebang.
+"""
+
+import signal
+import sys
+
+from megatron_nexus.base.invocation import command, program_words
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.log import Progress, configure
+
+HELP = """\
+usage: {launch} [flags of DeepSpeed's runner] train [flags of train]
+
+Start `train` as one rank for each device, with DeepSpeed's runner. Without a flag: all devices of this
+machine. On a machine without accelerators `train` starts the ranks that --tp and --pp need by itself.
+
+  --num_gpus N               ranks on each node
+  --num_nodes N              nodes of the hostfile to use
+  --hostfile FILE            lines such as `worker-1 slots=8` (default: /job/hostfile)
+  --include, --exclude HOSTS such as worker-1:0,2
+  --master_addr, --master_port   where the ranks meet
+  --launcher NAME            pdsh, openmpi, mpich, impi, slurm or mvapich, between nodes
+  --no_ssh --node_rank N     called on every node itself, without ssh
+  --bind_cores_to_rank       pin each rank to its cores
+
+All other flags of the runner are passed on: `python -m deepspeed.launcher.runner --help` lists them;
+`{train} --help` lists those of train.
+"""
+
+
+def run(argv: list[str]) -> None:
+    """Run `nexus launch` with the flags `argv`; the exit code is that of the run.
+
+    Raises ConfigError where the first word that is not a flag of the runner is not `train`.
+    """
+    configure(speaks=True)
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(HELP.format(launch=command("launch"), train=command("train")))
+        return
+    if "train" not in argv:
+        raise ConfigError(
+            [f"{command('launch')} starts the verb train: write `{command('launch')} ... train ...`"]
+        )
+    with Progress("importing DeepSpeed's runner"):
+        from deepspeed.launcher import runner
+    given = runner.parse_args(argv)
+    at = len(argv) - len(given.user_args) - 1
+    if argv[at] != "train":
+        raise ConfigError([f"{argv[at]!r} cannot be launched: only train runs as many ranks"])
+    program = program_words("train")
+    script = ["--module", *program[1:]] if program[0] == "-m" else program
+    # The ranks get Ctrl-C too, save and leave; the runner would end before them with a traceback.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    runner.main([*argv[:at], *script, *argv[at + 1 :]])
