@@ -110,7 +110,17 @@ def test_every_flag_that_the_sources_name_exists(
         known |= set(flag.findall(told_by(verb, "--help", monkeypatch, console)))
     known |= {name.replace("--", "--no-", 1) for name in known}
     # Parts of names that messages put together, and other spellings that are read.
-    known |= {"--base-", "--local_rank", "--local-rank", "--deepspeed", "--no-", "--moe-"}
+    known |= {
+        "--base-",
+        "--lr-decay-",
+        "--lr-warmup-",
+        "--lr-wsd-decay-",
+        "--local_rank",
+        "--local-rank",
+        "--deepspeed",
+        "--no-",
+        "--moe-",
+    }
     unknown = {
         (path.name, name)
         for path in (REPOSITORY / "megatron_nexus").rglob("*.py")
