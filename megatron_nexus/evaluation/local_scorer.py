@@ -20,6 +20,7 @@ from megatron_nexus.evaluation.loaded_model import LoadedModel, require_finite
 from megatron_nexus.evaluation.scores import Request, Score, Tokens, fit
 from megatron_nexus.log import Progress
 from megatron_nexus.models.packing import Packing
+from megatron_nexus.models.rotary import stage_tables
 
 TOKENS_PER_PASS = 4096
 """Of a forward pass, padding included."""
@@ -123,8 +124,10 @@ class LocalScorer:
             assert packing.positions_TB is not None and packing.mask_B1TT is not None, "both are made"
             packing = Packing(packing.positions_TB.to(device), packing.mask_B1TT.to(device))
         x_TBD: Tensor = embedding(tokens_BT.to(device))
+        positions_TB = packing.positions_TB if packing is not None else None
+        tables = stage_tables(self._loaded.decoder.model, len(x_TBD), x_TBD, positions_TB)
         for block in blocks:
-            x_TBD = block(x_TBD, packing)
+            x_TBD = block(x_TBD, tables, packing)
         return x_TBD
 
     def _read(self, x_TBD: Tensor, places_K2: Tensor, asked_K: Tensor) -> tuple[Tensor, Tensor]:
