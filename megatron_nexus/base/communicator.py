@@ -1,14 +1,15 @@
-"""Ranks of a preprocessing run: one process, or those that mpirun or srun started, through mpi4py.
+"""Ranks that share a work without torch: one process, or those that mpirun or srun started, through mpi4py.
 
-Nothing here is collective and nothing waits busily: MPI's own waiting would take the cores that tokenize.
+Nothing waits busily: MPI's own waiting would take the cores that work.
 """
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -18,12 +19,27 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 POLL_S = 0.02
 
+T = TypeVar("T")
 
-class Communicator(Protocol):
-    """The processes that share the work; rank 0 leads."""
 
-    rank: int
-    size: int
+class Ranks(Protocol):
+    """The processes that do something together, of which rank 0 leads: of torch.distributed, MPI, or one."""
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+
+    def all_gather_str(self, message: str) -> list[str]:
+        """Return the message of every rank on every rank; a collective call."""
+
+
+class Communicator(Ranks, Protocol):
+    """Ranks that exchange picklable messages."""
+
     cores: int
     """Cores of this machine that this rank should use."""
 
@@ -32,6 +48,9 @@ class Communicator(Protocol):
 
     def received(self) -> Iterator[object]:
         """Yield the messages that have arrived since the last call, those of one sender in order."""
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks on every rank; a collective call."""
 
     def abort(self) -> None:
         """End all ranks at once."""
@@ -51,6 +70,12 @@ class SingleProcess:
 
     def received(self) -> Iterator[object]:
         yield from ()
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def all_gather_str(self, message: str) -> list[str]:
+        return [message]
 
     def abort(self) -> None:
         raise AssertionError("one process ends by itself")
@@ -80,9 +105,63 @@ class MpiCommunicator:
         while self._world.iprobe():
             yield self._world.recv()
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks on every rank; a collective call."""
+        if self.rank != 0:
+            self.send(0, (self.rank, value))
+            values: list[T] = wait_for_message(self)  # type: ignore[assignment]  # of rank 0
+            return values
+        gathered = {0: value}
+        while len(gathered) < self.size:
+            for message in self.received():
+                assert isinstance(message, tuple), f"not sent by gather: {message}"
+                gathered[message[0]] = message[1]
+            time.sleep(POLL_S)
+        values = [gathered[rank] for rank in range(self.size)]
+        for rank in range(1, self.size):
+            self.send(rank, values)
+        return values
+
+    def all_gather_str(self, message: str) -> list[str]:
+        """Return the message of every rank on every rank; a collective call."""
+        return self.gather(message)
+
     def abort(self) -> None:
         """End all ranks at once."""
         self._world.Abort(1)
+
+
+@contextmanager
+def raise_on_all_ranks(
+    ranks: Ranks, purpose: str, remedy: str = "", describe: Callable[[OSError], str] = str
+) -> Iterator[None]:
+    """Run the block on every rank; if it fails on any, raise CheckpointError on all of them.
+
+    So no rank waits for one that has failed, and all leave the block as from a barrier. The error lists the
+    problem of each rank after `purpose`, and `remedy`; `describe` makes the text of an OSError.
+
+    Raises:
+        CheckpointError: on some rank the block raised OSError, ConfigError or CheckpointError.
+    """
+    problem = ""
+    try:
+        yield
+    except ConfigError as error:
+        problem = "; ".join(error.problems)
+    except OSError as error:
+        problem = describe(error)
+    except CheckpointError as error:
+        problem = str(error)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, text in enumerate(ranks.all_gather_str(problem)):
+        if text:
+            ranks_of.setdefault(text, []).append(rank)
+    if ranks_of:
+        lines = [
+            f"  rank {', '.join(map(str, who))}: {text}" if ranks.size > 1 else f"  {text}"
+            for text, who in ranks_of.items()
+        ]
+        raise CheckpointError("\n".join([purpose, *lines, *([f"  {remedy}"] if remedy else [])]))
 
 
 def wait_for_message(comm: Communicator) -> object:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_nexus.base.communicator import raise_on_all_ranks
 from megatron_nexus.checkpoint.chunks import fragment_boxes
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
@@ -26,7 +27,7 @@ from megatron_nexus.checkpoint.store import (
 )
 from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, ZeroState, zero_state
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.parallel.host_collectives import all_gather_str, gather_from_stages, raise_on_all_ranks
+from megatron_nexus.parallel.host_collectives import MeshRanks, all_gather_str, gather_from_stages
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
@@ -59,12 +60,12 @@ def load_checkpoint(
     """
     purpose = f"{folder}: cannot load the checkpoint"
     zero = zero_state(engine.optimizer)
-    with raise_on_all_ranks(mesh, purpose):
+    with raise_on_all_ranks(MeshRanks(mesh), purpose):
         reader = open_state(folder)
         _check_specs(reader, parameters)
         identity = zlib.crc32((folder / MANIFEST_FILE).read_bytes())
     _check_agreement(reader, identity, parameters, mesh)
-    with raise_on_all_ranks(mesh, purpose):
+    with raise_on_all_ranks(MeshRanks(mesh), purpose):
         zero.restore_groups(reader.manifest.optimizer.groups)
         zero.clear()
         for chunk, values in state_views(zero, parameters, shard):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_nexus.base.communicator import raise_on_all_ranks
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -43,7 +44,7 @@ from megatron_nexus.checkpoint.run_dir import (
 from megatron_nexus.checkpoint.store import Chunk, write_chunks, write_durably
 from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, ZeroState, zero_state
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.parallel.host_collectives import all_gather_str, gather_from_stages, raise_on_all_ranks
+from megatron_nexus.parallel.host_collectives import MeshRanks, all_gather_str, gather_from_stages
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
@@ -200,7 +201,7 @@ class CheckpointWriter:
             "make room, or save to another folder that all ranks share; earlier checkpoints are untouched"
         )
         try:
-            with raise_on_all_ranks(self._mesh, purpose, remedy):
+            with raise_on_all_ranks(MeshRanks(self._mesh), purpose, remedy):
                 yield
         except CheckpointError:
             self._save = None

@@ -128,7 +128,7 @@ def write_grown(
     check(after, given.tp * given.pp)
     plan = dataclasses.replace(plan, after=after)
     group = make_worker_group(given.workers)
-    log.configure(speaks=group.rank == 0)
+    log.configure(speaks=group.is_first)
     log.logger.info("%s %s", "growing" if plan.axes else "resharding", source)
     if plan.axes and request.settings.init == "zero":
         log.logger.info("%s", ZERO_WARNING)

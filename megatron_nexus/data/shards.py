@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_nexus.base.json_text import parse_json, record_of
+from megatron_nexus.base.workers import start_server, worker_pool
 from megatron_nexus.data.documents import BadRecord, Document, FileSlice, RecordFormat, read_slice
 from megatron_nexus.data.indexed_dataset import (
     IndexedDatasetWriter,
@@ -33,7 +34,6 @@ from megatron_nexus.data.indexed_dataset import (
 )
 from megatron_nexus.data.text_change import first_change
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_nexus.data.workers import end_workers, start_workers
 from megatron_nexus.errors import DataError
 
 FORMAT_VERSION = 1
@@ -238,38 +238,38 @@ def tokenize_shards(
     """
     if not shards:
         return
-    pool = start_workers(min(workers, len(shards)))
-    # Two for each worker: one shard is brought to the disk while the next is tokenized.
-    threads = ThreadPoolExecutor(2 * workers)
+    start_server(__name__)
+    with worker_pool(min(workers, len(shards)), "forkserver") as pool:
+        # Two for each worker: one shard is brought to the disk while the next is tokenized.
+        threads = ThreadPoolExecutor(2 * workers)
 
-    def finish(shard: InputShard) -> ShardStats:
-        prefix, writer, counts = pool.submit(_tokenize, shard, tokenizing).result()
-        publish(prefix, writer)
-        return counts
+        def finish(shard: InputShard) -> ShardStats:
+            prefix, writer, counts = pool.submit(_tokenize, shard, tokenizing).result()
+            publish(prefix, writer)
+            return counts
 
-    try:
-        numbers = {threads.submit(finish, shard): number for number, shard in shards.items()}
-        pending = set(numbers)
-        while pending:
-            finished, pending = wait(pending, POLL_INTERVAL_S, FIRST_COMPLETED)
-            for future in finished:
-                yield numbers[future], future.result()
-            if not finished:
-                yield None
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, most likely because memory ran out: give fewer --workers; what is "
-            "finished is kept, so run the same command again"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{tokenizing.folder} cannot be written ({error.strerror or error}): free some space or choose "
-            "another --output-prefix; what is finished is kept, so run the same command again"
-        ) from None
-    finally:
-        # After an error nobody reads what the others would answer: they are not waited for.
-        threads.shutdown(wait=False, cancel_futures=True)
-        end_workers(pool)
+        try:
+            numbers = {threads.submit(finish, shard): number for number, shard in shards.items()}
+            pending = set(numbers)
+            while pending:
+                finished, pending = wait(pending, POLL_INTERVAL_S, FIRST_COMPLETED)
+                for future in finished:
+                    yield numbers[future], future.result()
+                if not finished:
+                    yield None
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed, most likely because memory ran out: give fewer --workers; what "
+                "is finished is kept, so run the same command again"
+            ) from None
+        except OSError as error:
+            raise DataError(
+                f"{tokenizing.folder} cannot be written ({error.strerror or error}): free some space or "
+                "choose another --output-prefix; what is finished is kept, so run the same command again"
+            ) from None
+        finally:
+            # After an error nobody reads what the others would answer: they are not waited for.
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _tokenize(shard: InputShard, tokenizing: TokenizeConfig) -> tuple[Path, int, ShardStats]:

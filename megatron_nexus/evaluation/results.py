@@ -1,8 +1,9 @@
 """Results of an evaluation: a table with a column for each task, as the paper's Table 1, and JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from megatron_nexus.base.table import table
 from megatron_nexus.evaluation.perplexity import Perplexity
 
 
@@ -29,23 +30,11 @@ def task_table(results: Mapping[str, TaskResult]) -> list[str]:
         if any(error is not None for error in errors):
             rows.append(["  +-", *map(_cell, errors), ""])
     rows.append(["items", *(f"{result.items:,}" for result in results.values()), ""])
-    return aligned(rows)
+    return table(rows)
 
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}" if abs(value) <= 1 else f"{value:.4g}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def perplexity_line(perplexity: Perplexity) -> str:

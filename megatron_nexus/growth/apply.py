@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from math import isfinite, prod
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -113,17 +114,6 @@ def targets_of(files: Sequence[Sequence[Chunk]]) -> list[Target]:
     return sorted(targets, key=lambda t: (order[t.chunk.tensor, t.chunk.state], t.chunk.box.offsets))
 
 
-def split_work(targets: Sequence[Target], workers: int) -> list[list[Target]]:
-    """Runs of chunks of about equal bytes, one for each worker."""
-    total = sum(target.bytes for target in targets)
-    parts: list[list[Target]] = [[] for _ in range(workers)]
-    done = 0
-    for target in targets:
-        parts[min(workers - 1, done * workers // max(1, total))].append(target)
-        done += target.bytes
-    return parts
-
-
 def write_chunks_at(
     open_reader: Callable[[], GrownReader], folder: Path, work_items: Sequence[Target], advance: Advance
 ) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -188,7 +178,7 @@ def grow_checkpoint(
     """
     with ExitStack() as held:
         with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
-            if group.rank == 0:
+            if group.is_first:
                 held.enter_context(run_dir_lock(root))
                 _require_empty(root)
         _grow(plan, source, root, group, verify)
@@ -216,28 +206,28 @@ def _grow(plan: GrowthPlan, source: Location, root: Path, group: WorkerGroup, ve
     folder = temporary_folder(root, step)
     try:
         with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
-            if group.rank == 0:
+            if group.is_first:
                 _begin(root, step, config)
         files = target_files(config)
         targets = targets_of(files)
         with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
-            if group.rank == 0:
+            if group.is_first:
                 _lay_out(folder, files)
         stage = f"writing {len(targets):,} chunks"
         work = partial(write_chunks_at, open_reader, folder)
-        parts = group.map_partitions(partial(split_work, targets), work, lambda target: target.bytes, stage)
+        parts = group.map_partitions(targets, attrgetter("bytes"), work, stage)
         with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
-            if group.rank == 0:
+            if group.is_first:
                 _finish(root, step, files, [entry for part in parts for entry in part], manifest)
                 if verify:
                     verified = _verified(plan, source, folder, manifest)
                     write_durably(folder / MANIFEST_FILE, manifest_to_json(verified))
                 publish_checkpoint(root, step)
     except BaseException as error:
-        if group.rank == 0:
+        if group.is_first:
             abandon_checkpoint(root, step)
-        if not isinstance(error, CheckpointError):  # of those every rank knows
-            group.abort()
+        if group.comm.size > 1 and not isinstance(error, CheckpointError):  # of those every rank knows
+            group.comm.abort()
         raise
 
 

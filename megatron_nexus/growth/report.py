@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
+from megatron_nexus.base.table import table
 from megatron_nexus.checkpoint.store import DTYPE, STATES
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan
@@ -13,16 +14,13 @@ from megatron_nexus.spec.param import Constant, Layout
 from megatron_nexus.spec.shard import Shard
 
 
-def plan_table(plan: GrowthPlan) -> Iterator[str]:
-    """Yield the lines of a table: each parameter, its old and new shape, its fill, its bytes with moments.
+def plan_table(plan: GrowthPlan) -> list[str]:
+    """Return the lines of a table: each parameter, its old and new shape, its fill, its bytes with moments.
 
     Parameters of equal layers share a line.
     """
     rows = [("parameter", "", "old shape", "new shape", "filled with", "bytes")]
-    rows += _rows(plan)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    for row in rows:
-        yield "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
+    return table([*rows, *_rows(plan)], "<")
 
 
 def _rows(plan: GrowthPlan) -> Iterator[tuple[str, str, str, str, str, str]]:

@@ -1,22 +1,20 @@
-"""Agreement of all ranks: a barrier that carries what went wrong, so that no rank waits for one that failed.
+"""Collectives of short texts between all ranks of a mesh, on the host.
 
-Messages go over the mesh's control group as plain bytes: nothing is pickled.
+They go over the mesh's control group as plain bytes: nothing is pickled.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh
 
 
 def all_gather_str(mesh: Mesh, message: str) -> list[str]:
-    """The short message of every rank, on every rank; a collective call."""
+    """Return the short message of every rank on every rank; a collective call."""
     contents = _bytes_of(message)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
     dist.all_gather(lengths, torch.tensor([contents.numel()]), group=mesh.control)
@@ -37,7 +35,7 @@ def _bytes_of(message: str) -> Tensor:
 
 
 def broadcast_str(mesh: Mesh, message: str, source: int) -> str:
-    """The message of the rank `source`, on every rank; a collective call."""
+    """Return the message of the rank `source` on every rank; a collective call."""
     contents = _bytes_of(message)
     length = torch.tensor([contents.numel()])
     dist.broadcast(length, source, group=mesh.control)
@@ -48,28 +46,27 @@ def broadcast_str(mesh: Mesh, message: str, source: int) -> str:
 
 
 def gather_from_stages(mesh: Mesh, message: str) -> list[str]:
-    """The messages of the first rank of each pipeline stage; a collective call."""
+    """Return the messages of the first rank of each pipeline stage on every rank; a collective call."""
     per_stage = mesh.dp_size * mesh.tp_size
     return [broadcast_str(mesh, message, pipe * per_stage) for pipe in range(mesh.pp_size)]
 
 
-@contextmanager
-def raise_on_all_ranks(mesh: Mesh, purpose: str, remedy: str = "") -> Iterator[None]:
-    """Run a block on every rank: all ranks leave it as from a barrier, or all raise.
+@dataclass(frozen=True)
+class MeshRanks:
+    """The ranks of a mesh as those of a communicator."""
 
-    Raises:
-        CheckpointError: on some rank the block raised OSError or CheckpointError.
-    """
-    problem = ""
-    try:
-        yield
-    except (OSError, CheckpointError) as error:
-        problem = str(error)
-    problems = all_gather_str(mesh, problem)
-    if any(problems):
-        ranks_of: dict[str, list[int]] = {}
-        for rank, text in enumerate(problems):
-            if text:
-                ranks_of.setdefault(text, []).append(rank)
-        lines = [f"  rank {', '.join(map(str, ranks))}: {text}" for text, ranks in ranks_of.items()]
-        raise CheckpointError("\n".join([purpose, *lines, *([f"  {remedy}"] if remedy else [])]))
+    mesh: Mesh
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process."""
+        return self.mesh.rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.mesh.world_size
+
+    def all_gather_str(self, message: str) -> list[str]:
+        """Return the short message of every rank on every rank; a collective call."""
+        return all_gather_str(self.mesh, message)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_nexus.base.table import table
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.paper import PRINTED_SIZES
 from megatron_nexus.config.presets import PRESETS, Value
@@ -66,14 +67,7 @@ def _row(flags: Mapping[str, Value], world_size: int | None, paper_name: str = "
 
 def cost_table(rows: Sequence[CostRow]) -> list[str]:
     """The lines of the table; FLOPs are in millions per token."""
-    cells = [*zip(*HEADINGS, strict=True), *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADINGS))]
-    return [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in cells
-    ]
+    return table([*zip(*HEADINGS, strict=True), *(_cells(row) for row in rows)])
 
 
 def _cells(row: CostRow) -> tuple[str, ...]:

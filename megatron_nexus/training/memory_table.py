@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from megatron_nexus.base.table import table
+
 MIB = 2**20
 
 
@@ -25,6 +27,4 @@ def memory_table(plan: Sequence[Mapping[str, int]], world_size: int) -> list[str
     for first, last, memory in rank_groups(plan, world_size):
         ranks = f"{first}-{last}" if last > first else f"{first}"
         rows.append([ranks, *(f"{size / MIB:,.1f}" for size in memory.values())])
-    least = [10, *(12 for _ in plan[0])]
-    widths = [max(width, *map(len, cells)) for width, *cells in zip(least, *rows, strict=True)]
-    return ["".join(f" {cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return table(rows, ">")
