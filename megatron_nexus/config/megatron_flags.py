@@ -22,7 +22,6 @@ _NO_RNG = "drop it: nothing here draws random numbers after the start"
 _METRICS = "drop it: step times are in metrics.jsonl"
 _WANDB = "use --tensorboard-dir, which wandb sync reads"
 _BF16 = "use --bf16"
-_GARBAGE = "drop it: what the imports make is kept from Python's collector, which finds little more"
 _BOS = "give it to `nexus preprocess`: a run begins documents as its corpus and its checkpoint do"
 _ONLY_VALIDATE = "use --load with --train-iters of the checkpoint's step: it validates, and trains nothing"
 _PROFILE = "drop it: start the command under nsys or py-spy; step times are in metrics.jsonl"
@@ -132,8 +131,6 @@ _INSTEAD: dict[str, str] = {
     "check-for-nan-in-loss-and-grad": "drop it: a loss or gradient that is not finite always ends the run",
     "no-check-for-nan-in-loss-and-grad": "drop it: a loss or gradient that is not finite always ends the run",
     "no-rope-fusion": _NO_KERNEL,
-    "manual-gc": _GARBAGE,
-    "manual-gc-interval": _GARBAGE,
     "calculate-per-token-loss": "drop it: the loss is always the mean over all tokens of the batch",
     # data
     "data-impl": "drop it: token files are memory-mapped .bin/.idx pairs",
@@ -280,7 +277,6 @@ _INSTEAD: dict[str, str] = {
     "log-energy": _METRICS,
     "throughput-window-size": "use --log-interval",
     "logging-level": "use --log-interval",
-    "deterministic-mode": "drop it: the same command gives the same losses, but for kernels of GPUs",
     "fake-process-group": "use --dry-run with --world-size",
     "sft": "drop it: runs pretrain; every token counts in the loss",
     "no-gradient-reduce-div-fusion": _NO_KERNEL,

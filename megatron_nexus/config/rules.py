@@ -141,6 +141,7 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
         "--tp": config.parallel.tensor_model_parallel_size,
         "--pp": config.parallel.pipeline_model_parallel_size,
         "--log-interval": config.logging.log_interval,
+        "--manual-gc-interval": training.manual_gc_interval,
         "--lr": optimizer.lr,
         "--adam-eps": optimizer.adam_eps,
         "--init-method-std": model.init_method_std,

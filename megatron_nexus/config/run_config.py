@@ -21,6 +21,7 @@ FeedForwardKind = Literal["swiglu", "pattention", "nexus"]
 InnerNormScale = Literal["hidden", "width"]
 Normalization = Literal["RMSNorm", "NonParametricLayerNorm"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
+MatmulPrecision = Literal["highest", "high"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
 
@@ -239,6 +240,18 @@ class TrainingConfig:
     compile: bool = config_field(
         False, "compile the blocks with torch.compile; the first step takes about a minute longer"
     )
+    deterministic_mode: bool = config_field(
+        False,
+        "deterministic kernels only: on a GPU a resumed run is bit-identical with it alone; slower there",
+        "--deterministic",
+    )
+    float32_matmul_precision: MatmulPrecision = config_field(
+        "highest", "products of float32 matrices on a GPU: highest (IEEE float32) or high (TF32)"
+    )
+    manual_gc: bool = config_field(
+        False, "collect Python's garbage at fixed steps, at the same moment on all ranks, and never between"
+    )
+    manual_gc_interval: int = config_field(1000, "steps between two collections of --manual-gc")
     norm_impl: NormImpl = config_field("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
     seed: int = config_field(1234, "seed of the initial weights and of the order of samples")
 

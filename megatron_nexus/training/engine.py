@@ -257,11 +257,16 @@ class Engine:
         return mean.item() / self._mesh.dp_size
 
     def _to_device(self, batch: Batch) -> Batch:
-        stream, labels = batch
-        device = self._mesh.device
+        stream, labels_BT = batch
         if isinstance(stream, tuple):
-            return (stream[0].to(device), stream[1].to(device)), labels.to(device)
-        return stream.to(device), labels.to(device)
+            return (self._copied(stream[0]), self._copied(stream[1])), self._copied(labels_BT)
+        return self._copied(stream), self._copied(labels_BT)
+
+    def _copied(self, x: Tensor) -> Tensor:
+        """Return `x` on the device; from pinned memory, for a copy from pageable memory waits for the GPU."""
+        if self._mesh.device.type == "cuda":
+            return x.pin_memory().to(self._mesh.device, non_blocking=True)
+        return x
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         return map(self._to_device, batches)

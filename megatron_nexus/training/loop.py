@@ -1,6 +1,7 @@
 """The loop: take a step, tell, validate, save; until the last step or until someone asks to stop."""
 
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -179,8 +180,12 @@ class Trainer:
         evaluations: list[Validation] = []
         task_scores: TaskScores | None = None
         stopping = False
+        if config.training.manual_gc:
+            gc.disable()
         while self.progress.step < last and not stopping:
             step = self.progress.step + 1
+            if config.training.manual_gc and step % config.training.manual_gc_interval == 0:
+                gc.collect()
             batch = self._batch_schedule.size(self.progress.samples)
             self.engine.set_batch_size(batch)
             samples = self.progress.samples + batch

@@ -65,6 +65,25 @@ def compile_problem(config: RunConfig, version: str, device: str) -> str:
     return ""
 
 
+def set_environment(config: RunConfig) -> None:
+    """Set what CUDA's libraries read from the environment when they start, unless the user has set it."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # else 70 to 80 GB fragment
+    if config.training.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def configure_torch(config: RunConfig, mesh: Mesh) -> None:
+    """Set torch's threads, memory and choice of kernels in this process; a collective call."""
+    set_num_threads(mesh)
+    if mesh.device.type == "cpu":
+        tune_malloc()
+    torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
+    if config.training.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def set_num_threads(mesh: Mesh) -> None:
     """Set torch's threads to this rank's cores, unless OMP_NUM_THREADS is set; a collective call."""
     cores = " ".join(str(core) for core in sorted(os.sched_getaffinity(0)))

@@ -40,9 +40,9 @@ from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import RunResult, Trainer
 from megatron_nexus.training.machine import (
     compile_problem,
+    configure_torch,
     gemm_flops_per_s,
-    set_num_threads,
-    tune_malloc,
+    set_environment,
     untested_torch,
 )
 from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
@@ -71,10 +71,9 @@ def run(
     # DeepSpeed calls collectives by names that torch has deprecated; its users cannot mend that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
     parallel = config.parallel
+    set_environment(config)
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    if mesh.device.type == "cpu":
-        set_num_threads(mesh)
-        tune_malloc()
+    configure_torch(config, mesh)
     if mesh.rank == 0 and (warning := untested_torch(torch.__version__)):
         logger.warning("%s", warning)
     _check_device(config, mesh)

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.rules import check
@@ -22,6 +23,16 @@ from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
 
 STEPS = 3
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what has the host wait for a value of a tensor: item(), bool(), float()."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def micro_batches(
@@ -63,11 +74,14 @@ def run_case(flags: dict, index: int) -> dict[str, object]:
 
     with mock.patch.object(type(get_accelerator()), "synchronize", wait):  # a CPU has nothing to wait for
         results = [engine.train_step(batches, config.optimizer.lr) for _ in range(STEPS)]
+        with HostReads() as reads:
+            engine.train_step(batches, config.optimizer.lr)
     close_mesh()
     return {
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "waits": waits,
+        "host reads": reads.count,
         **received,
     }
 

@@ -95,3 +95,10 @@ def test_adding_each_gradient_at_once_changes_no_digit(ranks: int, at_once: int,
 def test_no_step_waits_for_the_device(ranks: int) -> None:
     """DeepSpeed's throughput timer does, twice in a micro-batch."""
     assert {record["waits"] for records in seen(ranks) for record in records} == {0}
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_a_step_of_any_number_of_micro_batches_reads_a_handful_of_values(ranks: int) -> None:
+    """Each has the host wait for a GPU: the loss, the norm, whether they are finite, whether to clip."""
+    for case, *records in zip(CASES[ranks], *seen(ranks), strict=True):
+        assert max(record["host reads"] for record in records) <= 8, case
