@@ -118,6 +118,7 @@ POSITIVE = [
     "tp",
     "pp",
     "log-interval",
+    "manual-gc-interval",
     "adam-eps",
     "init-method-std",
     "norm-epsilon",
