@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_nexus.config.rules import MOST
+from megatron_nexus.config.config_field import MOST
 from megatron_nexus.data.input_files import ENDINGS
 
 

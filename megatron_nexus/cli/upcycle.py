@@ -20,6 +20,7 @@ from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.saved_config import saved_config
 from megatron_nexus.cli.grow import add_writing_flags, write_grown
 from megatron_nexus.cli.runner import end_on_sigterm
+from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.growth.request import add_settings_flags, with_empty_branch
 
@@ -41,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_writing_flags(parser)
     for name, share in WIDENING.items():
         parser.add_argument(
-            "--" + name.replace("_", "-"),
+            flag_of(name),
             type=int,
             metavar="INT",
             help=f"width of the branch (default: {share:g} of the hidden size)",

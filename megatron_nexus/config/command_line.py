@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args, get_origin, get_type_hints
 
+from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.data_path import token_count
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import family_hint, replacement_hint
@@ -20,10 +21,6 @@ from megatron_nexus.errors import ConfigError
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
 # What the command itself reads; the rest of the flags are fields and the preset.
 COMMAND_FLAGS = ("config", "dry_run", "world_size")
-
-
-def _flag(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
         hints = get_type_hints(kind)
         for entry in dataclasses.fields(kind):
-            flags = [_flag(entry.name), *entry.metadata["aliases"]]
+            flags = [flag_of(entry.name), *entry.metadata["aliases"]]
             default = PRESETS[DEFAULT_PRESET].get(entry.name, entry.default)
             text = f"{entry.metadata['help']} (default: {default!r})".replace("%", "%%")
             hint = hints[entry.name]
@@ -84,7 +81,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(known).items()}
     for flag in LAUNCHER_FLAGS:
         given.pop(flag.strip("-").replace("-", "_"), None)
-    if len(lengths := [_flag(name) for name in LENGTHS if name in given]) > 1:
+    if len(lengths := [flag_of(name) for name in LENGTHS if name in given]) > 1:
         raise ConfigError([f"{' and '.join(lengths)} both say how long to train: give one of them"])
     return given
 
@@ -134,7 +131,7 @@ def build(
         name = saved.preset
         model = dataclasses.asdict(saved.model)
         clashes = [
-            f"{_flag(field)} {given[field]!r} is not the checkpoint's {value!r}: drop the flag, or start "
+            f"{flag_of(field)} {given[field]!r} is not the checkpoint's {value!r}: drop the flag, or start "
             f"a new run without --load"
             for field, value in {"preset": name, **model}.items()
             if given.get(field, value) != value

@@ -4,19 +4,14 @@ Pure arithmetic over the configuration and the world size, so that it runs befor
 """
 
 from collections.abc import Iterable
-from math import inf, isqrt
+from math import isqrt
 
+from megatron_nexus.config.config_field import MOST, bound_problems, flag_of
 from megatron_nexus.config.data_path import parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.deepspeed_config import deepspeed_config
 from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.run_config import SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
-
-MOST_LAYERS = 10_000
-"""A model is described layer by layer before anything is refused for its size."""
-
-MOST = 2**48
-"""Of every whole number: what is made of a few stays far from where floats and 64-bit integers end."""
 
 MOST_ELEMENTS = 2**59
 """Of all weights, of a layer's activations: 16 bytes of each are counted in 64 bits."""
@@ -30,11 +25,20 @@ def divisors(number: int) -> str:
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError with every problem of `config` on `world_size` ranks."""
-    problems = [*_excessive_numbers(config, world_size)] or [*_excessive_products(config)]
-    if problems:  # what follows computes with them
-        raise ConfigError(problems)
+    sections = [getattr(config, name) for name in SECTIONS]
+    bounds = [problem for section in sections for problem in bound_problems(section)]
+    numbers = [value for section in sections for value in vars(section).values() if isinstance(value, int)]
+    if world_size > MOST:
+        bounds.append(f"--world-size {world_size} must be at most {MOST:,}: give a smaller number")
+    # What follows computes with them.
+    if max(map(abs, [*numbers, world_size])) > MOST:
+        raise ConfigError(bounds)
+    if excessive := [*_excessive_products(config)]:
+        raise ConfigError([*bounds, *excessive])
     problems = [
-        *_size_problems(config),
+        *bounds,
+        *_model_problems(config),
+        *_optimizer_problems(config),
         *_topology_problems(config, world_size),
         *_data_problems(config),
         *_batch_problems(config, world_size),
@@ -83,16 +87,6 @@ def config_warnings(config: RunConfig) -> list[str]:
     return said
 
 
-def _excessive_numbers(config: RunConfig, world_size: int) -> Iterable[str]:
-    numbers = {"world_size": world_size}
-    for section in SECTIONS:
-        numbers |= vars(getattr(config, section))
-    for name, number in numbers.items():
-        if isinstance(number, int) and abs(number) > MOST:
-            flag = f"--{name.replace('_', '-')}"
-            yield f"{flag} {number} must be at most 2**48 ({MOST:,}): give a smaller number"
-
-
 def _excessive_products(config: RunConfig) -> Iterable[str]:
     model, training = config.model, config.training
     *others, widest = sorted(
@@ -121,86 +115,17 @@ def _excessive_products(config: RunConfig) -> Iterable[str]:
             yield f"{name}: {product:.1e} is beyond {MOST_ELEMENTS:.1e}, the most to count with: give less"
 
 
-def _size_problems(config: RunConfig) -> Iterable[str]:
-    model, training, optimizer = config.model, config.training, config.optimizer
-    positive = {
-        "--vocab-size": model.vocab_size,
-        "--num-layers": model.num_layers,
-        "--hidden-size": model.hidden_size,
-        "--num-attention-heads": model.num_attention_heads,
-        "--attention-order": model.attention_order,
-        "--kv-channels": model.kv_channels,
-        "--ffn-hidden-size": model.ffn_hidden_size,
-        **({"--nexus-m": model.nexus_m, "--nexus-a": model.nexus_a} if model.has_nexus else {}),
-        **({"--pattention-slots": model.pattention_slots} if model.projection == "pattention" else {}),
-        **({"--ffn-nexus-m": model.ffn_nexus_m} if model.feed_forward == "nexus" else {}),
-        "--micro-batch-size": training.micro_batch_size,
-        "--global-batch-size": training.global_batch_size,
-        "--seq-length": training.seq_length,
-        "--train-iters": training.train_iters,
-        "--tp": config.parallel.tensor_model_parallel_size,
-        "--pp": config.parallel.pipeline_model_parallel_size,
-        "--log-interval": config.logging.log_interval,
-        "--manual-gc-interval": training.manual_gc_interval,
-        "--lr": optimizer.lr,
-        "--adam-eps": optimizer.adam_eps,
-        "--init-method-std": model.init_method_std,
-        "--norm-epsilon": model.norm_epsilon,
-        "--rotary-base": model.rotary_base,
-        "--rope-scaling-factor": model.rope_scaling_factor,
-        "--rope-low-freq-factor": model.rope_low_freq_factor,
-        "--rope-high-freq-factor": model.rope_high_freq_factor,
-        "--original-max-position-embeddings": model.original_max_position_embeddings,
+def _model_problems(config: RunConfig) -> Iterable[str]:
+    model = config.model
+    needed = {
+        "nexus_m": (model.has_nexus, f"--projection {model.projection}"),
+        "nexus_a": (model.has_nexus, f"--projection {model.projection}"),
+        "pattention_slots": (model.projection == "pattention", "--projection pattention"),
+        "ffn_nexus_m": (model.feed_forward == "nexus", "--feed-forward nexus"),
     }
-    for flag, value in positive.items():
-        if not 0 < value < inf:
-            yield f"{flag} {value} must be positive: give a finite number above 0"
-    for flag, count in {
-        "--num-layers": model.num_layers,
-        "--attention-order": model.attention_order,
-    }.items():
-        if count > MOST_LAYERS:
-            yield f"{flag} {count} is above the {MOST_LAYERS:,} that can be planned: give fewer"
-    not_negative = {
-        "--min-lr": optimizer.min_lr,
-        "--lr-decay-iters": optimizer.lr_decay_iters,
-        "--lr-start-iter": optimizer.lr_start_iter,
-        "--lr-warmup-iters": optimizer.lr_warmup_iters,
-        "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
-        "--lr-decay-samples": optimizer.lr_decay_samples,
-        "--lr-warmup-samples": optimizer.lr_warmup_samples,
-        "--lr-wsd-decay-samples": optimizer.lr_wsd_decay_samples,
-        "--train-samples": training.train_samples,
-        "--weight-decay": optimizer.weight_decay,
-        "--clip-grad": optimizer.clip_grad,
-        "--save-interval": config.checkpoint.save_interval,
-        "--keep-latest": config.checkpoint.keep_latest,
-        "--keep-every": config.checkpoint.keep_every,
-        "--eval-interval": config.logging.eval_interval,
-        "--eval-iters": config.logging.eval_iters,
-        "--eval-tasks-interval": config.logging.eval_tasks_interval,
-        "--eval-tasks-limit": config.logging.eval_tasks_limit,
-        "--padding-multiple": config.parallel.padding_multiple,
-        "--num-query-groups": model.num_query_groups,
-        "--sliding-window": model.sliding_window,
-        "--no-rope-freq": model.no_rope_freq,
-        "--base-hidden-size": model.base_hidden_size,
-        "--base-kv-channels": model.base_kv_channels,
-        "--pattention-slots": model.pattention_slots,
-        "--base-pattention-slots": model.base_pattention_slots,
-        "--base-ffn-hidden-size": model.base_ffn_hidden_size,
-        "--ffn-nexus-m": model.ffn_nexus_m,
-        "--base-ffn-nexus-m": model.base_ffn_nexus_m,
-        "--base-nexus-m": model.base_nexus_m,
-        "--base-nexus-a": model.base_nexus_a,
-        "--seed": training.seed,
-    }
-    for flag, value in not_negative.items():
-        if not 0 <= value < inf:
-            yield f"{flag} {value} must not be negative: give a finite number, 0 or above"
-    for flag, beta in {"--adam-beta1": optimizer.adam_beta1, "--adam-beta2": optimizer.adam_beta2}.items():
-        if not 0 <= beta < 1:
-            yield f"{flag} {beta} must lie in [0, 1): give a number such as 0.9"
+    for name, (is_needed, kind) in needed.items():
+        if is_needed and getattr(model, name) == 0:
+            yield f"{flag_of(name)} 0 must be positive with {kind}: give a number above 0"
     if model.projection != "nexus":
         for flag, given in {
             "--nexus-inner-norm": model.nexus_inner_norm,
@@ -249,18 +174,14 @@ def _size_problems(config: RunConfig) -> Iterable[str]:
             f"{flag} {model.rotary_channels} must be even, rotary embedding turns pairs of channels: "
             f"use {model.rotary_channels + 1}"
         )
-    bases = {
-        "hidden-size": (model.base_hidden_size, model.hidden_size),
-        "kv-channels": (model.base_kv_channels, model.kv_channels),
-        "pattention-slots": (model.base_pattention_slots, model.pattention_slots),
-        "ffn-hidden-size": (model.base_ffn_hidden_size, model.ffn_hidden_size),
-        "nexus-m": (model.base_nexus_m, model.nexus_m),
-        "nexus-a": (model.base_nexus_a, model.nexus_a),
-        "ffn-nexus-m": (model.base_ffn_nexus_m, model.ffn_nexus_m),
-    }
-    for name, (base, size) in bases.items():
-        if base > max(size, 0):
-            yield f"--base-{name} {base} is above --{name} {size}, models only grow: use at most {size}"
+    for name, base in vars(model).items():
+        if name.startswith("base_") and base > max(size := getattr(model, name.removeprefix("base_")), 0):
+            flag, of = flag_of(name), flag_of(name.removeprefix("base_"))
+            yield f"{flag} {base} is above {of} {size}, models only grow: use at most {size}"
+
+
+def _optimizer_problems(config: RunConfig) -> Iterable[str]:
+    optimizer = config.optimizer
     if config.checkpoint.keep_every > 0 and config.checkpoint.keep_latest == 0:
         yield (
             f"--keep-every {config.checkpoint.keep_every} excepts checkpoints from deletion, and without "
@@ -328,9 +249,7 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             f"--pp {pp} is more than --num-layers {model.num_layers}, each stage needs a layer: "
             f"use at most {model.num_layers}"
         )
-    if parallel.zero_stage not in (0, 1, 2, 3):
-        yield f"--zero-stage {parallel.zero_stage} does not exist: use 0, 1, 2 or 3"
-    elif parallel.zero_stage > 1 and pp > 1:
+    if parallel.zero_stage in (2, 3) and pp > 1:
         yield (
             f"--zero-stage {parallel.zero_stage} needs --pp 1, and --pp is {pp}: "
             "use --zero-stage 1, or --pp 1"

@@ -6,11 +6,12 @@ Megatron-LM's spelling where Megatron-LM has the flag, plus the aliases given he
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Self, TypeVar, get_type_hints
+from dataclasses import dataclass
+from typing import Literal, Self, get_type_hints
 
 from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.batch_schedule import BatchSchedule, batch_schedule
+from megatron_nexus.config.config_field import config_field
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS
 
 Precision = Literal["bf16", "fp32"]
@@ -25,32 +26,32 @@ MatmulPrecision = Literal["highest", "high"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
 
+MOST_LAYERS = 10_000
+"""A model is described layer by layer before it is refused for its size."""
+
 INNER_BEFORE_IT_WAS_RECORDED: InnerAttention = "cross"
 """The inner form of a model of a higher order whose saved configuration has no `attention_inner`."""
-
-
-T = TypeVar("T")
-
-
-def config_field(default: T, help_text: str, *aliases: str) -> T:
-    """A field of a section: its default, what it means with its unit, and other spellings of its flag."""
-    made: T = field(default=default, metadata={"help": help_text, "aliases": aliases})
-    return made
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The decoder: logical sizes only; nothing here needs to divide by a parallel size except the heads."""
 
-    vocab_size: int = config_field(4096, "tokens in the vocabulary")
-    num_layers: int = config_field(4, "decoder blocks")
-    hidden_size: int = config_field(128, "width D of the residual stream")
-    num_attention_heads: int = config_field(4, "attention heads")
+    vocab_size: int = config_field(4096, "tokens in the vocabulary", positive=True, grows=True)
+    num_layers: int = config_field(4, "decoder blocks", positive=True, maximum=MOST_LAYERS, grows=True)
+    hidden_size: int = config_field(128, "width D of the residual stream", positive=True, grows=True)
+    num_attention_heads: int = config_field(4, "attention heads", positive=True, grows=True)
     num_query_groups: int = config_field(
-        0, "groups of heads that share keys and values (grouped-query attention); 0: each head has its own"
+        0,
+        "groups of heads that share keys and values (grouped-query attention); 0: each head has its own",
+        grows=True,
     )
     attention_order: int = config_field(
-        1, "1: standard attention; 2 and above: queries and keys refined by inner attentions, no new weights"
+        1,
+        "1: standard attention; 2 and above: queries and keys refined by inner attentions, no new weights",
+        positive=True,
+        maximum=MOST_LAYERS,
+        grows=True,
     )
     attention_inner: InnerAttention = config_field(
         "self",
@@ -61,22 +62,27 @@ class ModelConfig:
         False,
         "learnt gate of each head on its refined queries and on its keys, 0 at first: starts as order 1",
     )
-    kv_channels: int = config_field(32, "size of one head; heads x this is the attention width", "--head-dim")
+    kv_channels: int = config_field(
+        32, "size of one head; heads x this is the attention width", "--head-dim", positive=True, grows=True
+    )
     feed_forward: FeedForwardKind = config_field(
         "swiglu",
         "swiglu, pattention (Tokenformer), or nexus (a Nexus-Rank, as in the authors' released code)",
     )
     ffn_hidden_size: int = config_field(
-        344, "width of the SwiGLU feed-forward, slots of the Pattention, or second width of the Nexus-Rank"
+        344,
+        "width of the SwiGLU feed-forward, slots of the Pattention, or second width of the Nexus-Rank",
+        positive=True,
+        grows=True,
     )
-    ffn_nexus_m: int = config_field(0, "first width of a Nexus-Rank feed-forward")
+    ffn_nexus_m: int = config_field(0, "first width of a Nexus-Rank feed-forward", grows=True)
     projection: Projection = config_field(
         "nexus",
         "what computes Q, K and V: nexus (Nexus-Rank), linear (a matrix each), linear_nexus (their sum), or "
         "pattention (Tokenformer), which computes the attention's output as well",
     )
     pattention_slots: int = config_field(
-        0, "parameter tokens of each Pattention of the attention: Q, K, V and output"
+        0, "parameter tokens of each Pattention of the attention: Q, K, V and output", grows=True
     )
     qk_layernorm: bool = config_field(
         False, "RMSNorm of each head's query and key before the rotary embedding"
@@ -91,8 +97,8 @@ class ModelConfig:
     sliding_window: int = config_field(
         0, "tokens that each token sees, itself included, as Mistral has it; 0: all before it"
     )
-    nexus_m: int = config_field(160, "first width M of each Nexus-Rank projection, D < M < A")
-    nexus_a: int = config_field(192, "second width A of each Nexus-Rank projection")
+    nexus_m: int = config_field(160, "first width M of each Nexus-Rank projection, D < M < A", grows=True)
+    nexus_a: int = config_field(192, "second width A of each Nexus-Rank projection", grows=True)
     nexus_inner_norm: bool = config_field(False, "gain-free norm before each GELU of a Nexus-Rank")
     nexus_inner_norm_scale: InnerNormScale = config_field(
         "hidden",
@@ -125,19 +131,27 @@ class ModelConfig:
     base_kv_channels: int = config_field(
         0, "head size before it grew: these channels turn and its root scales scores; 0: it has not grown"
     )
-    rotary_base: float = config_field(10000.0, "base of the rotary position embedding")
+    rotary_base: float = config_field(10000.0, "base of the rotary position embedding", positive=True)
     use_rope_scaling: bool = config_field(
         False, "slow rotary frequencies divided by --rope-scaling-factor, as Llama 3.1 and later do"
     )
-    rope_scaling_factor: float = config_field(8.0, "what frequencies are divided by that turn too slowly")
+    rope_scaling_factor: float = config_field(
+        8.0, "what frequencies are divided by that turn too slowly", positive=True
+    )
     rope_low_freq_factor: float = config_field(
-        1.0, "turns within --original-max-position-embeddings up to which a frequency is divided whole"
+        1.0,
+        "turns within --original-max-position-embeddings up to which a frequency is divided whole",
+        positive=True,
     )
     rope_high_freq_factor: float = config_field(
-        4.0, "turns within --original-max-position-embeddings from which a frequency stays as it is"
+        4.0,
+        "turns within --original-max-position-embeddings from which a frequency stays as it is",
+        positive=True,
     )
     original_max_position_embeddings: int = config_field(
-        8192, "tokens of a sample before the model was trained on longer ones, for --use-rope-scaling"
+        8192,
+        "tokens of a sample before the model was trained on longer ones, for --use-rope-scaling",
+        positive=True,
     )
     no_rope_freq: int = config_field(
         0, "every such layer has no rotary embedding: 4 is SmolLM3's every fourth; 0: all have it"
@@ -145,8 +159,8 @@ class ModelConfig:
     normalization: Normalization = config_field(
         "RMSNorm", "RMSNorm with a gain, or NonParametricLayerNorm (Tokenformer): without gain and bias"
     )
-    norm_epsilon: float = config_field(1e-6, "epsilon of the norms")
-    init_method_std: float = config_field(0.02, "standard deviation of the initial weights")
+    norm_epsilon: float = config_field(1e-6, "epsilon of the norms", positive=True)
+    init_method_std: float = config_field(0.02, "standard deviation of the initial weights", positive=True)
 
     @property
     def attention_width(self) -> int:
@@ -203,17 +217,17 @@ class ModelConfig:
 class ParallelConfig:
     """How one model is spread over ranks. Data parallelism is what the world size leaves."""
 
-    tensor_model_parallel_size: int = config_field(1, "ranks that share each layer", "--tp")
-    pipeline_model_parallel_size: int = config_field(1, "pipeline stages", "--pp")
-    zero_stage: int = config_field(1, "ZeRO stage: 0, 1 at any pp; 2, 3 at pp = 1 (0 is served as 1)")
+    tensor_model_parallel_size: int = config_field(1, "ranks that share each layer", "--tp", positive=True)
+    pipeline_model_parallel_size: int = config_field(1, "pipeline stages", "--pp", positive=True)
+    zero_stage: int = config_field(
+        1, "ZeRO stage: 0, 1 at any pp; 2, 3 at pp = 1 (0 is served as 1)", maximum=3
+    )
     sequence_parallel: bool = config_field(False, "split norms and residual over the tensor-parallel ranks")
     padding_multiple: int = config_field(
         0, "split axes are padded in memory to this multiple per rank; 0: 64 on an accelerator, 1 on a CPU"
     )
     deepspeed_config: str = config_field(
-        "",
-        "JSON file of DeepSpeed settings, merged with what follows from the flags",
-        "--deepspeed_config",
+        "", "JSON file of DeepSpeed settings, merged with what follows from the flags", "--deepspeed_config"
     )
 
 
@@ -221,14 +235,16 @@ class ParallelConfig:
 class TrainingConfig:
     """What one optimizer step is, and how many there are."""
 
-    micro_batch_size: int = config_field(8, "samples per rank, forward and backward pass")
-    global_batch_size: int = config_field(32, "samples per optimizer step over all ranks")
-    seq_length: int = config_field(128, "tokens per sample")
+    micro_batch_size: int = config_field(8, "samples per rank, forward and backward pass", positive=True)
+    global_batch_size: int = config_field(32, "samples per optimizer step over all ranks", positive=True)
+    seq_length: int = config_field(128, "tokens per sample", positive=True)
     rampup_batch_size: tuple[str, ...] = config_field(
         (),
         "start, increment, samples: the batch grows from start to --global-batch-size over so many samples",
     )
-    train_iters: int = config_field(300, "optimizer steps of the whole run, resumed steps included")
+    train_iters: int = config_field(
+        300, "optimizer steps of the whole run, resumed steps included", positive=True
+    )
     train_tokens: str = config_field(
         "", "--train-iters by the tokens of the whole run, such as 100B; the last step is a whole one"
     )
@@ -251,7 +267,9 @@ class TrainingConfig:
     manual_gc: bool = config_field(
         False, "collect Python's garbage at fixed steps, at the same moment on all ranks, and never between"
     )
-    manual_gc_interval: int = config_field(1000, "steps between two collections of --manual-gc")
+    manual_gc_interval: int = config_field(
+        1000, "steps between two collections of --manual-gc", positive=True
+    )
     norm_impl: NormImpl = config_field("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
     seed: int = config_field(1234, "seed of the initial weights and of the order of samples")
 
@@ -260,7 +278,7 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = config_field(3e-4, "peak learning rate")
+    lr: float = config_field(3e-4, "peak learning rate", positive=True)
     min_lr: float = config_field(3e-5, "learning rate at the end of the decay")
     lr_decay_style: DecayStyle = config_field(
         "cosine", "cosine, linear, constant or WSD (warm-up, stable, decay)"
@@ -277,9 +295,9 @@ class OptimizerConfig:
     )
     lr_wsd_decay_samples: int = config_field(0, "samples of the final decay of WSD; 0: a tenth of the run")
     weight_decay: float = config_field(0.1, "decoupled weight decay of matrices; norm gains have none")
-    adam_beta1: float = config_field(0.9, "decay of the first moment")
-    adam_beta2: float = config_field(0.95, "decay of the second moment")
-    adam_eps: float = config_field(1e-8, "epsilon of Adam")
+    adam_beta1: float = config_field(0.9, "decay of the first moment", below=1)
+    adam_beta2: float = config_field(0.95, "decay of the second moment", below=1)
+    adam_eps: float = config_field(1e-8, "epsilon of Adam", positive=True)
     clip_grad: float = config_field(1.0, "largest global gradient norm; 0 clips nothing")
     optimizer_impl: OptimizerImpl = config_field(
         "torch",
@@ -362,7 +380,7 @@ class CheckpointConfig:
 class LoggingConfig:
     """What the run tells, and how often."""
 
-    log_interval: int = config_field(10, "steps between lines on the console")
+    log_interval: int = config_field(10, "steps between lines on the console", positive=True)
     eval_interval: int = config_field(100, "steps between validations; 0: only at the end")
     eval_iters: int = config_field(8, "global batches per validation; 0: no validation")
     eval_tasks: str = config_field(

@@ -3,32 +3,19 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from math import inf
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_nexus.base.invocation import command
+from megatron_nexus.config.config_field import bound_problems, config_field, flag_of, growing_fields
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
-from megatron_nexus.config.run_config import InnerAttention, ModelConfig, RunConfig, config_field
+from megatron_nexus.config.run_config import InnerAttention, ModelConfig, RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.spec.growth_rule import Init
 
 Placement = Literal["interleaved", "end"]
 
-GROWING = (
-    "vocab_size",
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "ffn_nexus_m",
-    "nexus_m",
-    "nexus_a",
-    "pattention_slots",
-    "attention_order",
-)
+GROWING = growing_fields(ModelConfig)
 """The fields of a model that growth can raise; all others stay."""
 
 ZERO_WARNING = (
@@ -50,7 +37,9 @@ class GrowthConfig:
     init_std: float = config_field(
         0.0, "deviation of random new weights; 0: --init-method-std of the checkpoint's model"
     )
-    noise_share: float = config_field(0.1, "deviation of --init noise, as a share of each old tensor's")
+    noise_share: float = config_field(
+        0.1, "deviation of --init noise, as a share of each old tensor's", positive=True
+    )
     growth_seed: int = config_field(1234, "seed of the new weights")
     depth_placement: Placement = config_field(
         "interleaved", "new layers: interleaved with the old ones, or all at the end"
@@ -90,7 +79,7 @@ def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
         kind = f"a width of a Nexus-Rank feed-forward, and this model's is {old.feed_forward}"
         foreign["ffn_nexus_m"] = f"{kind}: drop the flag"
     return [
-        f"--{name.replace('_', '-')} {sizes[name]} is {reason}"
+        f"{flag_of(name)} {sizes[name]} is {reason}"
         for name, reason in foreign.items()
         if sizes.get(name, getattr(old, name)) != getattr(old, name)
     ]
@@ -115,7 +104,7 @@ def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
             "sees, so the function would change: use --init out_rand"
         )
     slots = [
-        f"--{name.replace('_', '-')}"
+        f"{flag_of(name)}"
         for name, kind in (("pattention_slots", old.projection), ("ffn_hidden_size", old.feed_forward))
         if kind == "pattention" and grows(name)
     ]
@@ -156,7 +145,7 @@ def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
             "norms of what new layers give (--post-norm) would begin with zeros and blow up their gradients"
         )
     return [
-        f"--{name.replace('_', '-')} {sizes[name]}: {why}; grow other sizes of this model"
+        f"{flag_of(name)} {sizes[name]}: {why}; grow other sizes of this model"
         for name, why in reasons.items()
         if sizes.get(name, 0) > getattr(old, name)
     ]
@@ -170,7 +159,7 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     assert set(sizes) <= set(GROWING), f"{sorted(set(sizes) - set(GROWING))} cannot grow"
     problems = []
     for name, size in sizes.items():
-        flag, before = "--" + name.replace("_", "-"), getattr(old, name)
+        flag, before = flag_of(name), getattr(old, name)
         if size < before:
             problems.append(
                 f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
@@ -184,12 +173,7 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             f"{old.no_rope_freq}), and the function would change: use --depth-placement end"
         )
     problems += _fixed_sizes(old, sizes)
-    if not 0 <= growth.init_std < inf:
-        problems.append(f"--init-std {growth.init_std} must not be negative: give 0 or a finite number above")
-    if not 0 < growth.noise_share < inf:
-        problems.append(f"--noise-share {growth.noise_share} must be positive: give 0.1 or 0.2, as the paper")
-    if growth.growth_seed < 0:
-        problems.append(f"--growth-seed {growth.growth_seed} must not be negative: give 0 or above")
+    problems += bound_problems(growth)
     if problems:
         raise ConfigError(problems)
     new = ModelConfig(**{**asdict(old), **sizes})
@@ -299,7 +283,7 @@ def read_request(text: str) -> GrowthRequest:
     names = [name for name, _, _ in words]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ConfigError([f"--grow {text!r} says {name} twice: keep one" for name in twice])
-    given = parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, _, value in words])
+    given = parser.parse_args([f"{flag_of(name)}={value}" for name, _, value in words])
     request = GrowthRequest.from_flags(vars(given))
     if not request.sizes:
         raise ConfigError(
@@ -313,7 +297,7 @@ def add_growth_flags(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("sizes", "Larger sizes of the model; what is not given stays.")
     for entry in fields(ModelConfig):
         if entry.name in GROWING:
-            flags = ["--" + entry.name.replace("_", "-"), *entry.metadata["aliases"]]
+            flags = [flag_of(entry.name), *entry.metadata["aliases"]]
             sizes.add_argument(*flags, type=int, metavar="INT", help=entry.metadata["help"])
     add_settings_flags(parser)
 
@@ -323,7 +307,7 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("new weights", "How they begin.")
     hints = get_type_hints(GrowthConfig)
     for entry in fields(GrowthConfig):
-        flag, hint = "--" + entry.name.replace("_", "-"), hints[entry.name]
+        flag, hint = flag_of(entry.name), hints[entry.name]
         text = f"{entry.metadata['help']} (default: {entry.default!r})"
         if get_origin(hint) is not None:
             settings.add_argument(flag, choices=get_args(hint), help=text)

@@ -10,6 +10,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_nexus.checkpoint.manifest import JsonObject
+from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
@@ -85,7 +86,7 @@ def data_changes(before: JsonObject, config: RunConfig, description: str, was: s
             now = getattr(getattr(config, section), name)
             old = values.get(name, now) if isinstance(values, Mapping) else now
             if old != now:
-                changes.append(f"--{name.replace('_', '-')} {now}, was {old or 'not given'}")
+                changes.append(f"{flag_of(name)} {now}, was {old or 'not given'}")
     if description != was and "split" not in "".join(changes) and "data-range" not in "".join(changes):
         changes.append(f"other documents: {description}, was {was}")
     return changes or ["the content of its files, under the same names and with as many tokens"]

@@ -18,6 +18,7 @@ from megatron_nexus.checkpoint.run_dir import check_writable
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.command_line import model_name
+from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.rules import config_warnings
@@ -147,7 +148,7 @@ def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             was = before.get(name, value)
             if (tuple(was) if isinstance(was, list) else was) != value:  # JSON has lists for our tuples
-                changes.append(f"--{name.replace('_', '-')} {value!r}, was {was!r}")
+                changes.append(f"{flag_of(name)} {value!r}, was {was!r}")
     return changes
 
 
