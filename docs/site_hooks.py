@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
 from megatron_nexus.config.run_config import SECTIONS
@@ -27,6 +28,12 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "megatron_nexus"
 WIDTH = "100"
 """Columns of a help text."""
+
+RUN = "import sys; from megatron_nexus.cli.main import main; sys.argv[0] = 'nexus'; main()"
+"""The program `nexus`, installed or not."""
+
+WIDE = {"workarounds", "fidelity", "performance", "paper_numbers", "initial_values", "configuration"}
+"""Pages of wide tables, which take the place of the table of contents."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -38,6 +45,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     api = next(entry for entry in reference if "API" in entry)
     api["API"] = [{package: f"reference/api/{package}.md"} for package in _packages()]
     return config
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Hide the table of contents of pages that need its place."""
+    if page.file.name in WIDE:
+        page.meta["hide"] = ["toc"]
+    return markdown
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -127,7 +141,7 @@ def command_line_page() -> str:
 
 def _help(words: list[str]) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_nexus", *words, "--help"],
+        [sys.executable, "-c", RUN, *words, "--help"],
         capture_output=True,
         text=True,
         check=True,

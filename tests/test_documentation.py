@@ -1,0 +1,338 @@
+"""What README and docs say is so: commands are parsed or run, outputs compared, messages and files exist.
+
+`<!-- needs: network -->` (or cluster, or gpu) before a fence says why its commands cannot run here; the
+commands of this package in it are parsed all the same.
+"""
+
+import ast
+import contextlib
+import importlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from megatron_nexus.cli.main import VERBS
+from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.config.rules import check
+from tests.support.paths import REPOSITORY
+from tests.support.waiting import TIMEOUT_S
+
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+NEEDS = ("network", "cluster", "gpu")
+FENCE = re.compile(r"(?:<!-- needs: (\w+) -->\n)?```bash\n(.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a fence of a page: its words, the variables set before it, and what it needs."""
+
+    page: str
+    words: tuple[str, ...]
+    variables: tuple[str, ...]
+    needs: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: {' '.join(self.words)}"
+
+
+def commands_of(page: Path) -> Iterator[Command]:
+    for needs, text in FENCE.findall(page.read_text()):
+        for line in text.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\|\|?", line):
+                words = shlex.split(part, comments=True)
+                variables = list(takewhile(lambda word: re.match(r"[A-Z_]+=", word), words))
+                if words[len(variables) :]:
+                    yield Command(page.name, tuple(words[len(variables) :]), tuple(variables), needs)
+
+
+COMMANDS = [command for page in PAGES for command in commands_of(page)]
+
+
+class ParsedError(Exception):
+    """Ends a verb when its flags have been parsed."""
+
+
+def parse(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse the words after `nexus` by the parser of the verb, and check the configuration of a run."""
+    verb, *flags = words
+    if verb == "launch":
+        flags = flags[flags.index("train") + 1 :]
+    elif verb != "train":
+        real = FlagParser.parse_args
+
+        def parse_args(parser: FlagParser, args: list[str] | None = None) -> None:
+            real(parser, args)
+            raise ParsedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FlagParser, "parse_args", parse_args)
+            try:
+                importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run(flags)
+            except ParsedError:
+                pass
+            except SystemExit as ended:
+                assert flags == ["--help"] and ended.code == 0, (words, ended.code)
+        return
+    given = given_flags(flags)
+    if given.keys().isdisjoint(("load", "config")):
+        config = build(given)
+        check(config, config.model_parallel_size)
+
+
+def exists(name: str) -> bool:
+    return (REPOSITORY / name).is_file()
+
+
+def check_pip(command: Command) -> None:
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert command.needs == "network", f"{command}: add <!-- needs: network --> before the fence"
+    words = iter(command.words[2:])
+    for word in words:
+        if word == "-r":
+            assert exists(next(words)), command
+        elif found := re.fullmatch(r"\.\[(.*)\]", word):
+            assert set(found[1].split(",")) <= extras.keys(), command
+
+
+def check_command(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a command as far as that is possible without running it."""
+    program, *words = command.words
+    match program:
+        case "nexus":
+            if words not in (["--help"], ["--version"]):
+                parse(tuple(words), monkeypatch)
+        case "deepspeed" | "torchrun" | "mpirun" | "srun" | "python":
+            if "nexus" in words:
+                return check_command(
+                    Command(command.page, command.words[1 + words.index("nexus") :], (), ""), monkeypatch
+                )
+            if words[:2] == ["-m", "venv"]:
+                return None
+            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            assert exists(words[script]), command
+            if words[script] == "pretrain_nexus.py":
+                parse(("train", *words[script + 1 :]), monkeypatch)
+        case "bash":
+            assert exists(words[0]), command
+        case "sbatch":
+            text = (REPOSITORY / words[0]).read_text()
+            assert all(f"${{{name.split('=')[0]}:" in text for name in command.variables), command
+        case "pip":
+            check_pip(command)
+        case "docker":
+            if words[0] == "build":
+                assert (
+                    f" AS {words[words.index('--target') + 1]}\n" in (REPOSITORY / "Dockerfile").read_text()
+                )
+            assert command.needs == "network", command
+        case "hf":
+            assert command.needs == "network", command
+        case "mkdocs":
+            assert exists("mkdocs.yml")
+        case "export" | "." | "python3":
+            pass
+        case _:
+            raise AssertionError(f"{command}: how is this command to be checked?")
+    return None
+
+
+def test_what_fences_need_is_one_of_three_things() -> None:
+    assert {command.needs for command in COMMANDS} <= {*NEEDS, ""}
+    for page in PAGES:
+        text = page.read_text()
+        marks = re.findall(r"^<!-- needs: ", text, re.MULTILINE)
+        assert len(marks) == sum(bool(needs) for needs, _ in FENCE.findall(text)), page.name
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_command_exists_with_its_flags(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_command(command, monkeypatch)
+
+
+def test_the_commands_of_all_pages_were_found() -> None:
+    assert {command.page for command in COMMANDS} >= {"README.md", "growth.md", "clusters.md", "data.md"}
+    assert {command.words[1] for command in COMMANDS if command.words[0] == "nexus"} >= VERBS.keys()
+
+
+def test_a_flag_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in ("nexus grow --nexus-b 3", "nexus train --tp 2 --sped 3", "nexus plot a --outptu b"):
+        with pytest.raises(Exception, match="unknown flag"):
+            check_command(Command("", tuple(words.split()), (), ""), monkeypatch)
+
+
+PROGRAMS = [
+    pytest.param(program, printed, id=f"{page.name}-{number}")
+    for page in PAGES
+    if page.name != "paper_numbers.md"  # tests/cli/test_count_model.py
+    for number, (program, printed) in enumerate(
+        re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page.read_text(), re.DOTALL)
+    )
+]
+
+
+@pytest.mark.parametrize(("program", "printed"), PROGRAMS)
+def test_a_page_calculates_what_it_says(program: str, printed: str) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(program, {})
+    assert said.getvalue() == printed
+
+
+NAMED = re.compile(
+    r"`((?:megatron_nexus|tests|tools|examples|benchmarks|docs)/[\w./+-]+"
+    r"|(?:base|checkpoint|cli|config|data|growth|models|parallel|planner|spec|training)/[\w./]+)`"
+)
+
+
+def test_every_file_that_a_page_names_exists() -> None:
+    missing = {
+        (page.name, name)
+        for page in PAGES
+        for name in NAMED.findall(page.read_text())
+        if not (REPOSITORY / name).exists() and not (REPOSITORY / "megatron_nexus" / name).exists()
+    }
+    assert missing == set()
+
+
+def texts() -> list[str]:
+    """Return every string of the package, with a NUL for each value that is put into it."""
+
+    def of(node: ast.expr) -> str:
+        match node:
+            case ast.Constant(value=str(text)):
+                return re.sub(r"%[-\d.]*[sdfe]", "\0", text)
+            case ast.JoinedStr(values=values):
+                return "".join(of(value) for value in values)
+            case _:
+                return "\0"
+
+    return [
+        of(node)
+        for path in (REPOSITORY / "megatron_nexus").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+
+
+def test_every_message_of_the_troubleshooting_page_occurs_in_the_code() -> None:
+    quoted = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 20
+    said = [" ".join(text.replace("\0", "VALUE").split()) for text in texts()]
+    unknown = [
+        message
+        for message in quoted
+        # `...` stands for values and for what is left out.
+        if not any(re.search(".*?".join(map(re.escape, message.split("..."))), text) for text in said)
+    ]
+    assert unknown == []
+
+
+TINY = (
+    "--vocab-size 300 --num-layers 2 --hidden-size 16 --num-attention-heads 2 --kv-channels 8 "
+    "--ffn-hidden-size 24 --nexus-m 20 --nexus-a 24 --seq-length 32 --micro-batch-size 2 "
+    "--global-batch-size 4 --eval-iters 1 --data-path corpus --tokenizer-model spm.model --split 8,2"
+)
+LAST = {"": "2", "150": "3", "200": "4"}
+"""Steps of a shrunk run by those that the page says."""
+
+
+def shrunk(words: tuple[str, ...]) -> list[str]:
+    """Return a command of the page for a small model and few steps."""
+    flags = list(words)
+    for flag, value in (("--preset", "nexusformer-tiny"), ("--world-size", "2")):
+        if flag in flags:
+            flags[flags.index(flag) + 1] = value
+    if flags[0] != "train" or "--dry-run" in flags:
+        return flags
+    said = flags[flags.index("--train-iters") + 1] if "--train-iters" in flags else ""
+    if "--load" not in flags:
+        flags += shlex.split(TINY)
+    return [*flags, "--train-iters", LAST[said]]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_first_page_run_one_after_the_other(tmp_path: Path) -> None:
+    nexus = [sys.executable, "-m", "megatron_nexus"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def run(words: list[str]) -> str:
+        done = subprocess.run(
+            [*nexus, *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout
+
+    (tmp_path / "texts.txt").write_text(
+        "\n".join(f"def main_{i}(): return {i} + {'word ' * (i % 40)}" for i in range(400))
+    )
+    reading = "--input texts.txt --txt-documents line"
+    run(shlex.split(f"train-tokenizer {reading} --vocab-size 300 --output spm.model"))
+    run(shlex.split(f"preprocess {reading} --output-prefix corpus --tokenizer-model spm.model"))
+    said = {
+        command.words[1:]: run(shrunk(command.words[1:]))
+        for command in commands_of(DOCS / "getting_started.md")
+        if command.words[0] == "nexus"
+    }
+    outputs = "\n".join(said.values())
+    assert "resumed runs/a/iter_0000002" in outputs and "resumed runs/b/iter_0000003" in outputs
+    assert "verified in float64" in outputs
+    assert (tmp_path / "losses.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation, built from this repository; fails on any warning."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_no_page_loads_anything_from_a_network(site: Path) -> None:
+    loads = re.compile(
+        r"""<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+    )
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 25
+    assert {(page.name, url) for page in pages for url in loads.findall(page.read_text())} == set()
+    styles = "".join(path.read_text() for path in site.rglob("*.css"))
+    assert not re.search(r"@import|url\([\"']?(?:https?:)?//", styles)
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_flag_verb_and_module_and_formulas_are_markup(site: Path) -> None:
+    flags = (site / "reference" / "configuration.html").read_text()
+    assert all(f'id="{name}"' in flags for name in ("nexus-m", "zero-stage", "train-tokens", "keep-latest"))
+    verbs = (site / "reference" / "cli.html").read_text()
+    assert all(f"usage: nexus {verb}" in verbs for verb in VERBS)
+    assert (
+        "class_row" not in flags
+        and "CheckpointReader" in (site / "reference/api/checkpoint.html").read_text()
+    )
+    assert "<mfrac>" in (site / "growth.html").read_text()
+    assert "Nexus" in (site / "search" / "search_index.js").read_text()
