@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -21,6 +22,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from megatron_nexus.config.config_field import MOST, Bounds
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
 from megatron_nexus.config.run_config import SECTIONS
 
@@ -43,21 +45,23 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     assert isinstance(config.nav, list)
     reference = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
     api = next(entry for entry in reference if "API" in entry)
-    api["API"] = [{package: f"reference/api/{package}.md"} for package in _packages()]
+    api["API"] = [{package.partition(".")[2] or package: _api_path(package)} for package in _packages()]
     return config
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Hide the table of contents of pages that need its place."""
+    """Hide the table of contents of pages that need its place; find the guide before the API."""
     if page.file.name in WIDE:
         page.meta["hide"] = ["toc"]
+    if page.file.src_uri.startswith("reference/api/"):
+        page.meta["search"] = {"boost": 0.2}
     return markdown
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from the code."""
     pages = {"reference/configuration.md": configuration_page(), "reference/cli.md": command_line_page()}
-    pages |= {f"reference/api/{package}.md": api_page(package) for package in _packages()}
+    pages |= {_api_path(package): api_page(package) for package in _packages()}
     pages |= {
         f"{name.lower()}.md": (REPOSITORY / f"{name}.md").read_text()
         for name in ("CONTRIBUTING", "CHANGELOG")
@@ -95,8 +99,9 @@ def _configuration_lines() -> Iterator[str]:
             default = PRESETS[DEFAULT_PRESET].get(entry.name, entry.default)
             spelt = "<br>".join(f"`{flag}`" for flag in flags)
             yield (
-                f'| <span id="{name}"></span>{spelt} | {_kind(hints[entry.name])} | {_value(default)} '
-                f"| {_cell(entry.metadata['help'])} |"
+                f'| <span id="{name}"></span>{spelt} | {_kind(hints[entry.name])}{_range(entry.metadata["bounds"])} '
+                f"| {_value(default)} | {_cell(entry.metadata['help'])}"
+                f"{' *Can grow.*' if entry.metadata['grows'] else ''} |"
             )
         yield ""
 
@@ -110,6 +115,17 @@ def _kind(hint: Any) -> str:
     if get_origin(hint) is not None:
         return "<br>".join(f"`{choice}`" for choice in get_args(hint))
     return {int: "integer", float: "number", str: "text"}[hint]
+
+
+def _range(bounds: Bounds | None) -> str:
+    """Return the bounds of a number that a reader would not guess."""
+    if bounds is None:
+        return ""
+    if bounds.below < inf:
+        return f", 0 to below {bounds.below:g}"
+    if bounds.maximum < MOST:
+        return f", {int(bounds.positive)} to {bounds.maximum:,}"
+    return " > 0" if bounds.positive else " ≥ 0"
 
 
 def _value(value: object) -> str:
@@ -158,8 +174,13 @@ def verbs() -> list[str]:
 
 
 def _packages() -> list[str]:
-    """Return the packages with public modules, in the order of their names."""
-    return sorted({path.parent.relative_to(PACKAGE).as_posix() for path in _modules()} - {"."})
+    """Return the packages with public modules, the one of all first."""
+    below = {path.parent.relative_to(REPOSITORY).as_posix() for path in _modules()}
+    return sorted(package.replace("/", ".") for package in below)
+
+
+def _api_path(package: str) -> str:
+    return f"reference/api/{package.rpartition('.')[2]}.md"
 
 
 def _modules() -> list[Path]:
@@ -172,12 +193,11 @@ def _modules() -> list[Path]:
 
 def api_page(package: str) -> str:
     """Return the directives that have mkdocstrings document the modules of a package."""
-    about = _docstring(PACKAGE / package / "__init__.py")
-    lines = [f"# megatron_nexus.{package}\n", f"{about}\n"]
+    folder = REPOSITORY / package.replace(".", "/")
+    lines = [f"# {package}\n", f"{_docstring(folder / '__init__.py')}\n"]
     for path in _modules():
-        if path.parent == PACKAGE / package:
-            name = path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".")
-            lines += [f"## {path.stem}\n", f"::: {name}\n"]
+        if path.parent == folder:
+            lines += [f"## {path.stem}\n", f"::: {package}.{path.stem}\n"]
     return "\n".join(lines)
 
 
