@@ -89,17 +89,18 @@ def _configuration_lines() -> Iterator[str]:
         "without flags uses; `nexus presets` lists the others. Flags override the file, the file overrides "
         "the preset. This page is generated from `megatron_nexus/config/run_config.py`.\n"
     )
-    for section, kind in SECTIONS.items():
-        yield f"## {section}\n\n{(kind.__doc__ or '').strip()}\n"
+    for section, fields in SECTIONS.items():
+        yield f"## {section}\n\n{(fields.__doc__ or '').strip()}\n"
         yield "| flag | type | default | meaning |\n|---|---|---|---|"
-        hints = get_type_hints(kind)
-        for entry in dataclasses.fields(kind):
+        hints = get_type_hints(fields)
+        for entry in dataclasses.fields(fields):
             name = entry.name.replace("_", "-")
             flags = [f"--{name}", *entry.metadata["aliases"]]
             default = PRESETS[DEFAULT_PRESET].get(entry.name, entry.default)
             spelt = "<br>".join(f"`{flag}`" for flag in flags)
+            kind = _kind(hints[entry.name]) + _range(entry.metadata["bounds"])
             yield (
-                f'| <span id="{name}"></span>{spelt} | {_kind(hints[entry.name])}{_range(entry.metadata["bounds"])} '
+                f'| <span id="{name}"></span>{spelt} | {kind} '
                 f"| {_value(default)} | {_cell(entry.metadata['help'])}"
                 f"{' *Can grow.*' if entry.metadata['grows'] else ''} |"
             )
