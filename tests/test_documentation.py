@@ -174,6 +174,15 @@ def test_a_flag_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) ->
             check_command(Command("", tuple(words.split()), (), ""), monkeypatch)
 
 
+def test_the_readme_is_short_and_says_first_what_is_needed_and_untested() -> None:
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    screen = "\n".join(lines[:20])
+    assert all(fact in screen for fact in ("Linux", "3.11", "3.13", "Never run on a GPU"))
+    text = "\n".join(lines)
+    assert text.index("download.pytorch.org/whl/cpu") < text.index("pip install -r requirements.txt")
+
+
 PROGRAMS = [
     pytest.param(program, printed, id=f"{page.name}-{number}")
     for page in PAGES
