@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.cli.main import VERBS
+from megatron_nexus.cli.main import VERBS, main
 from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
@@ -172,6 +172,33 @@ def test_a_flag_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) ->
     for words in ("nexus grow --nexus-b 3", "nexus train --tp 2 --sped 3", "nexus plot a --outptu b"):
         with pytest.raises(Exception, match="unknown flag"):
             check_command(Command("", tuple(words.split()), (), ""), monkeypatch)
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+FOREIGN = {
+    "deepspeed, torchrun, mpirun": "--num_gpus --nproc-per-node --master_port",
+    "SLURM": "--kill-on-bad-exit --signal --requeue --ntasks-per-node --cpus-per-task",
+    "docker": "--target --rm --shm-size",
+    "pip, hf, mkdocs": "--extra-index-url --no-deps --repo-type --local-dir --strict",
+}
+
+
+def test_every_flag_in_the_text_exists(
+    monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+) -> None:
+    known = {flag for flags in FOREIGN.values() for flag in flags.split()}
+    for verb in VERBS:
+        monkeypatch.setattr(sys, "argv", ["nexus", verb, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        known |= set(FLAG.findall(console.readouterr().out))
+    for program in [*(REPOSITORY / "benchmarks").glob("*.py"), *(REPOSITORY / "tests").rglob("*_worker.py")]:
+        known |= set(FLAG.findall(program.read_text()))
+    known |= {name.replace("--", "--no-", 1) for name in known}
+    texts = {page.name: page.read_text() for page in PAGES}
+    assert {
+        (page, name) for page in texts for name in FLAG.findall(texts[page]) if name not in known
+    } == set()
 
 
 def test_the_readme_is_short_and_says_first_what_is_needed_and_untested() -> None:
