@@ -102,7 +102,7 @@ def _configuration_lines() -> Iterator[str]:
             yield (
                 f'| <span id="{name}"></span>{spelt} | {kind} '
                 f"| {_value(default)} | {_cell(entry.metadata['help'])}"
-                f"{' *Can grow.*' if entry.metadata['grows'] else ''} |"
+                f"{'; *can grow*' if entry.metadata['grows'] else ''} |"
             )
         yield ""
 
@@ -195,7 +195,7 @@ def _modules() -> list[Path]:
 def api_page(package: str) -> str:
     """Return the directives that have mkdocstrings document the modules of a package."""
     folder = REPOSITORY / package.replace(".", "/")
-    lines = [f"# {package}\n", f"{_docstring(folder / '__init__.py')}\n"]
+    lines = [f"# {package.partition('.')[2] or package}\n", f"{_docstring(folder / '__init__.py')}\n"]
     for path in _modules():
         if path.parent == folder:
             lines += [f"## {path.stem}\n", f"::: {package}.{path.stem}\n"]
