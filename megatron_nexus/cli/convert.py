@@ -6,7 +6,6 @@
 One process, no accelerator, no model: tensors are read box by box from whatever topology wrote them.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from megatron_nexus.errors import ConfigError
 MODEL_FILE = "model.safetensors"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's flags."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser(
         "convert",
         "--load RUN --save FOLDER [flags]",

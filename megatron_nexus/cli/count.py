@@ -6,7 +6,6 @@
 Takes every flag of a run, a checkpoint's model by --load too; starts no process group.
 """
 
-import argparse
 import json
 
 from megatron_nexus import log
@@ -53,8 +52,8 @@ def count(argv: list[str]) -> list[str]:
     return cost_lines(cost, config, world_size)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's own flags."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's own flags; those of train follow them."""
     parser = FlagParser(
         "count",
         "[flags]",

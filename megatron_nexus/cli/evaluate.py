@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from megatron_nexus.evaluation.tasks import Tasks
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's flags."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser(
         "evaluate",
         "--load RUN --tasks NAMES | --perplexity FILE... [flags]",

@@ -5,7 +5,6 @@
 Weights are streamed piece by piece; the tokenizer goes along where it is known.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from megatron_nexus.interchange.output_dir import check_is_new
 NO_TOKENIZER = "none"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's flags."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser(
         "export",
         "--load RUN --output FOLDER [flags]",

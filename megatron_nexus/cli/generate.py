@@ -18,8 +18,8 @@ from megatron_nexus.data.tokenizer import encode_prompt
 from megatron_nexus.errors import DataError
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's flags."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser(
         "generate", "--load RUN [flags]", description="Let a trained model go on with a text."
     )

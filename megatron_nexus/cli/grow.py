@@ -20,6 +20,7 @@ from megatron_nexus.checkpoint.run_dir import find_checkpoint, newest_checkpoint
 from megatron_nexus.checkpoint.saved_config import saved_config
 from megatron_nexus.cli.next_command import log_next_command, train_command
 from megatron_nexus.cli.runner import end_on_sigterm
+from megatron_nexus.config.command_line import preset_name
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
@@ -28,8 +29,8 @@ from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.request import GROWING, ZERO_WARNING, GrowthRequest, add_growth_flags
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's flags; one that is not given leaves no attribute behind."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags; one that is not given leaves no attribute behind."""
     parser = FlagParser(
         "grow",
         "--load RUN --save FOLDER [flags]",
@@ -40,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add_writing_flags(parser)
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="grow to the sizes of this preset")
+    parser.add_argument("--preset", type=preset_name, metavar="NAME", help="grow to the sizes of this preset")
     add_growth_flags(parser)
     return parser
 

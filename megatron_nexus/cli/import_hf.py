@@ -6,7 +6,6 @@
 Weights are streamed into pieces with zero moments; the tokenizer goes along.
 """
 
-import argparse
 import dataclasses
 import os
 import re
@@ -30,8 +29,8 @@ AFFORDABLE_TOKENS = 512
 """Of a sample, to begin with: the context of a large model may be more than this machine can train on."""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's flags."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser(
         "import",
         "--input PATH --save FOLDER [flags]",

@@ -14,13 +14,18 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.cost import parameter_count
 
 
-def run(argv: list[str]) -> None:
-    """Run `nexus inspect` with the flags `argv`."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser("inspect", "CHECKPOINT [flags]", description="Show and check a checkpoint.")
     parser.add_argument("checkpoint", type=location, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its logical shape")
     parser.add_argument("--verify", action="store_true", help="read every byte and check it")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Run `nexus inspect` with the flags `argv`."""
+    given = make_parser().parse_args(argv)
 
     log.configure(speaks=True)
     folder = find_checkpoint(given.checkpoint)

@@ -23,8 +23,8 @@ from megatron_nexus.errors import DataError
 BAR_WIDTH = 50
 
 
-def run(argv: list[str]) -> None:
-    """Run `nexus inspect-data` with the flags `argv`."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser("inspect-data", "PREFIX [flags]", description="Show and check a tokenized corpus.")
     parser.add_argument("prefix", type=prefix, help="of its .bin and .idx files")
     parser.add_argument(
@@ -35,7 +35,12 @@ def run(argv: list[str]) -> None:
     )
     parser.add_argument("--samples", type=count, default=3, help="documents to decode (default: 3)")
     parser.add_argument("--skip-checks", action="store_true", help="do not read all tokens")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Run `nexus inspect-data` with the flags `argv`."""
+    given = make_parser().parse_args(argv)
 
     log.configure(speaks=True)
     dataset = IndexedDataset(given.prefix)

@@ -51,6 +51,9 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "evaluate": Verb("evaluate", "score a model on tasks and held-out texts"),
         "generate": Verb("generate", "continue a text"),
     },
+    "Shell": {
+        "completion": Verb("completion", "print a script that completes verbs and flags by TAB"),
+    },
 }
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}
 
@@ -100,7 +103,8 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
     if word.startswith("-"):
         remedy = f"a verb comes first, such as {COMMAND} train {word}"
     else:
-        near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0)
-        remedy = f"did you mean {COMMAND} {near[0]}? {COMMAND} --help lists all verbs"
+        near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.4)
+        meant = f"did you mean {COMMAND} {near[0]}? " if near else ""
+        remedy = f"{meant}{COMMAND} --help lists all verbs"
     sys.stderr.write(f"ConfigError: {ConfigError([f'{word!r} is not a verb: {remedy}'])}\n")
     sys.exit(2)

@@ -7,8 +7,8 @@ from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.training.comparison import comparison_table, plot_runs, read_runs
 
 
-def run(argv: list[str]) -> None:
-    """Run `nexus plot` with the flags `argv`."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser(
         "plot",
         "RUN... [flags]",
@@ -19,7 +19,12 @@ def run(argv: list[str]) -> None:
         "--output", type=Path, default=Path("losses.png"), help="the picture (default: losses.png)"
     )
     parser.add_argument("--title", default="", help="of the picture")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Run `nexus plot` with the flags `argv`."""
+    given = make_parser().parse_args(argv)
     log.configure(speaks=True)
     runs = read_runs(given.runs)
     for line in comparison_table(runs):

@@ -25,7 +25,7 @@ the inputs, the tokenizer and the output folder under the same paths.
 
 def run(argv: list[str]) -> None:
     """Run `nexus preprocess` with the flags `argv`."""
-    given = _parse(argv)
+    given = make_parser().parse_args(argv)
     start_server("megatron_nexus.data.shards")
     # Takes as long as the server needs to start: both at once.
     from megatron_nexus.data.preprocess import PreprocessConfig, preprocess, work_folder
@@ -60,7 +60,8 @@ def run(argv: list[str]) -> None:
         raise
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser(
         "preprocess",
         "--input PATH... --output-prefix PREFIX --tokenizer-model PATH [flags]",
@@ -104,4 +105,4 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="S",
         help="seconds between progress lines",
     )
-    return parser.parse_args(argv)
+    return parser

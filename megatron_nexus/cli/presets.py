@@ -28,12 +28,17 @@ GROWN = ("300m", "380m", "440m")
 PURPOSES = {"tiny": "minutes on two CPU cores", "20m": "experiments on a CPU"}
 
 
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
+    parser = FlagParser("presets", "[flags]", description="List the named models with their true sizes.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
 def run(argv: list[str]) -> None:
     """Run `nexus presets` with the flags `argv`."""
     log.configure(speaks=True)
-    parser = FlagParser("presets", "[flags]", description="List the named models with their true sizes.")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    given = parser.parse_args(argv)
+    given = make_parser().parse_args(argv)
     rows = list(preset_rows())
     if given.json:
         log.logger.info("%s", json.dumps(rows, indent=1))

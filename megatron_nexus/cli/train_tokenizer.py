@@ -18,8 +18,8 @@ from megatron_nexus.errors import ConfigError, DataError
 MEGABYTE = 1e6
 
 
-def run(argv: list[str]) -> None:
-    """Run `nexus train-tokenizer` with the flags `argv`."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
     parser = FlagParser(
         "train-tokenizer",
         "--input PATH... --output FILE [flags]",
@@ -37,7 +37,12 @@ def run(argv: list[str]) -> None:
     )
     parser.add_argument("--strict", action="store_true", help="the first malformed record is an error")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Run `nexus train-tokenizer` with the flags `argv`."""
+    given = make_parser().parse_args(argv)
 
     log.configure(speaks=True)
     output: Path = given.output

@@ -28,8 +28,8 @@ WIDENING = {"nexus_m": 5 / 4, "nexus_a": 3 / 2}
 """M and A in hidden sizes where no flag says otherwise: D < M < A, as in the small presets."""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's flags; one that is not given leaves no attribute behind."""
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags; one that is not given leaves no attribute behind."""
     parser = FlagParser(
         "upcycle",
         "--load RUN --save FOLDER [flags]",

@@ -5,10 +5,12 @@ Nothing here asks the machine, so it answers on a login node.
 
 import argparse
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args, get_origin, get_type_hints
 
+from megatron_nexus.base.invocation import command
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.data_path import token_count
 from megatron_nexus.config.flag_parser import FlagParser
@@ -21,18 +23,35 @@ from megatron_nexus.errors import ConfigError
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
 # What the command itself reads; the rest of the flags are fields and the preset.
 COMMAND_FLAGS = ("config", "dry_run", "world_size")
+# What most command lines say: the help begins with these.
+MAIN_FIELDS = (
+    *("data_path", "tokenizer_model", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("global_batch_size", "train_iters", "lr", "save", "load"),
+)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser: a group for each section; a flag that is not given leaves no attribute behind."""
+def make_parser() -> FlagParser:
+    """Return the parser: the main flags, then a group for each section, then what the command itself reads.
+
+    A flag that is not given leaves no attribute behind.
+    """
     parser = FlagParser(
         "train",
         "[flags]",
         description=f"Pretrain a Nexusformer. Without a flag: {DEFAULT_PRESET} on a built-in corpus.",
         argument_default=argparse.SUPPRESS,
     )
+    main = parser.add_argument_group(
+        "main flags", "What most command lines say; all others follow by section."
+    )
     parser.replacement_hint, parser.family_hint = replacement_hint, family_hint
-    parser.add_argument("--preset", choices=sorted(PRESETS), help=f"named sizes (default: {DEFAULT_PRESET})")
+    main.add_argument(
+        "--preset",
+        type=preset_name,
+        metavar="NAME",
+        help=f"sizes and settings of a named model; `{command('presets')}` lists them "
+        f"(default: {DEFAULT_PRESET})",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the configuration, costs and memory per rank, and stop"
@@ -44,22 +63,14 @@ def make_parser() -> argparse.ArgumentParser:
     # DeepSpeed's own scripts are told --deepspeed.
     for ignored in LAUNCHER_FLAGS:
         parser.add_argument(ignored, nargs="?", help=argparse.SUPPRESS)
+    fields = {entry.name: (entry, kind) for kind in SECTIONS.values() for entry in dataclasses.fields(kind)}
+    for name in MAIN_FIELDS:
+        _add_flag(main, *fields[name])
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
-        hints = get_type_hints(kind)
         for entry in dataclasses.fields(kind):
-            flags = [flag_of(entry.name), *entry.metadata["aliases"]]
-            default = PRESETS[DEFAULT_PRESET].get(entry.name, entry.default)
-            text = f"{entry.metadata['help']} (default: {default!r})".replace("%", "%%")
-            hint = hints[entry.name]
-            if hint is bool:
-                group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
-            elif get_origin(hint) is tuple:
-                group.add_argument(*flags, nargs="+", help=text, metavar="WORD")
-            elif get_origin(hint) is not None:
-                group.add_argument(*flags, choices=get_args(hint), help=text)
-            else:
-                group.add_argument(*flags, type=hint, help=text, metavar=hint.__name__.upper())
+            if entry.name not in MAIN_FIELDS:
+                _add_flag(group, entry, kind)
         if section == "training":
             for precision in ("bf16", "fp32"):
                 group.add_argument(
@@ -69,7 +80,35 @@ def make_parser() -> argparse.ArgumentParser:
                     const=precision,
                     help=f"short for --precision {precision}",
                 )
+    parser.print_options_last()
     return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[object], section: type) -> None:
+    """Add the flag of a field of a section."""
+    flags = [flag_of(entry.name), *entry.metadata["aliases"]]
+    default = PRESETS[DEFAULT_PRESET].get(entry.name, entry.default)
+    shown = "empty" if default in ("", ()) else repr(default)
+    text = f"{entry.metadata['help']} (default: {shown})".replace("%", "%%")
+    hint = get_type_hints(section)[entry.name]
+    if hint is bool:
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
+    elif get_origin(hint) is tuple:
+        group.add_argument(*flags, nargs="+", help=text, metavar="WORD")
+    elif get_origin(hint) is not None:
+        group.add_argument(*flags, choices=get_args(hint), help=text)
+    else:
+        group.add_argument(*flags, type=hint, help=text, metavar=hint.__name__.upper())
+
+
+def preset_name(text: str) -> str:
+    """Return the name of a preset. Raises ArgumentTypeError, which names the nearest, where there is none."""
+    if text not in PRESETS:
+        near = difflib.get_close_matches(text, PRESETS, n=1, cutoff=0)[0]
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a preset, {near} is the nearest: `{command('presets')}` lists all"
+        )
+    return text
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Value]:

@@ -33,6 +33,10 @@ class FlagParser(argparse.ArgumentParser):
         version = f"megatron_nexus {__version__}"
         self.add_argument("--version", action="version", version=version, help="print the version and exit")
 
+    def print_options_last(self) -> None:
+        """Have the help end with the flags that are in no group of their own, where argparse begins."""
+        self._action_groups.append(self._action_groups.pop(self._action_groups.index(self._optionals)))
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError([message])
 

@@ -103,7 +103,7 @@ def test_help_names_every_flag_with_its_default() -> None:
     for _, name, hint, default in FIELDS:
         assert f"--{name.replace('_', '-')}" in text
         shown = PRESETS[DEFAULT_PRESET].get(name, default)
-        assert f"(default: {shown!r})" in text, (name, hint)
+        assert f"(default: {'empty' if shown in ('', ()) else repr(shown)})" in text, (name, hint)
 
 
 def test_the_launcher_s_local_rank_is_accepted_and_is_no_field() -> None:
@@ -128,7 +128,7 @@ def test_the_launcher_s_local_rank_is_accepted_and_is_no_field() -> None:
         ("--num-layers 2.5", ["--num-layers", "'2.5'", "int"]),
         ("--num-layers", ["--num-layers", "expected one argument"]),
         ("--precision fp16", ["--precision", "'fp16'", "bf16", "fp32"]),
-        ("--preset nexusformer-1t", ["--preset", "'nexusformer-1t'", "nexusformer-170m"]),
+        ("--preset nexusformer-1t", ["--preset", "'nexusformer-1t'", "nexusformer-tiny", "nexus presets"]),
         ("--nexus-inner-norm=yes", ["--nexus-inner-norm", "'yes'"]),
     ],
 )
