@@ -7,7 +7,9 @@ a virtual environment whose path holds a space: pip gives it a bare shebang.
 """
 
 import signal
+import socket
 import sys
+from pathlib import Path
 
 from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.errors import ConfigError
@@ -50,10 +52,22 @@ def run(argv: list[str]) -> None:
         from deepspeed.launcher import runner
     given = runner.parse_args(argv)
     at = len(argv) - len(given.user_args) - 1
+    flags = argv[:at]
     if argv[at] != "train":
         raise ConfigError([f"{argv[at]!r} cannot be launched: only train runs as many ranks"])
     program = program_words("train")
     script = ["--module", *program[1:]] if program[0] == "-m" else program
     # The ranks get Ctrl-C too, save and leave; the runner would end before them with a traceback.
     signal.signal(signal.SIGINT, lambda number, frame: None)
-    runner.main([*argv[:at], *script, *argv[at + 1 :]])
+    alone = not Path(given.hostfile).exists() and "--no_ssh" not in flags
+    if alone and not any(flag.startswith("--master_port") for flag in flags):
+        flags += ["--master_port", str(_free_port())]  # or two jobs of one machine would meet at 29500
+    runner.main([*flags, *script, *argv[at + 1 :]])
+
+
+def _free_port() -> int:
+    """Return a TCP port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
