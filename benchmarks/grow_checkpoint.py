@@ -24,7 +24,18 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.checkpoint.chunks import fragment_boxes
+from megatron_nexus.checkpoint.data_file import (
+    DTYPE,
+    STATES,
+    Chunk,
+    block_checksums,
+    chunk_starts,
+    data_file_name,
+    data_file_record,
+    safetensors_header,
+)
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
     JsonObject,
@@ -32,18 +43,8 @@ from megatron_nexus.checkpoint.manifest import (
     OptimizerRecord,
     RunProgress,
     Topology,
-    manifest_to_json,
 )
-from megatron_nexus.checkpoint.store import (
-    DTYPE,
-    STATES,
-    Chunk,
-    block_checksums,
-    chunk_starts,
-    rank_files,
-    safetensors_header,
-    write_index,
-)
+from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
 from megatron_nexus.config.command_line import build
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.cost import parameter_count
@@ -76,8 +77,9 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
     layer -= parameter_count(decoder_specs(build({**sizes, "num_layers": 1}).model).values())
     config = build({**sizes, "num_layers": max(1, round((1 - VOCABULARY_SHARE) * elements / layer))})
     specs = decoder_specs(config.model)
-    folder = root / "iter_0001000"
-    folder.mkdir(parents=True)
+    checkpoint = NewCheckpoint(root, 1000, SingleProcess())
+    checkpoint.begin()
+    folder = checkpoint.folder
     shard = Shard(0, 1)
     chunks = [
         Chunk(spec.name, state, part.box)
@@ -88,8 +90,9 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
     checksums = []
     largest = max(chunk.box.numel for chunk in chunks)
     random = np.random.default_rng(0).standard_normal(largest, dtype=np.float32)
-    with rank_files(folder, 0)[0].open("wb") as file:
-        file.write(safetensors_header(chunks))
+    header = safetensors_header(chunks)
+    with (folder / data_file_name(0)).open("wb") as file:
+        file.write(header)
         for chunk in chunks:
             count = chunk.box.numel
             if sparse:
@@ -98,10 +101,10 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
                 contents = random[:count].view(np.uint8).data
                 checksums.append(block_checksums(contents))
                 file.write(contents)
-        file.truncate(chunk_starts(chunks)[-1])
+        file.truncate(chunk_starts(header, chunks)[-1])
         file.flush()
         os.fsync(file.fileno())
-    write_index(folder, 0, chunks, checksums, {})
+    record = data_file_record(0, header, chunks, checksums)
     group: JsonObject = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     manifest = Manifest(
         progress=RunProgress(1000, 0, 0, 0),
@@ -113,7 +116,7 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
         tokenizer_fingerprint="",
         lineage=[],
     )
-    (folder / "manifest.json").write_text(manifest_to_json(manifest))
+    checkpoint.finish(manifest, [record])
     return parameter_count(specs.values())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_nexus.checkpoint.store import STATES
+from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
 from megatron_nexus.spec.growth_rule import Fill, Init

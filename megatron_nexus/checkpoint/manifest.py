@@ -4,7 +4,7 @@ A JSON file with a checksum, written last: a folder that has one is complete. Ne
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from megatron_nexus.base.json_text import parse_json, record_of, with_types
@@ -14,8 +14,11 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, FORMAT_VERSION)
+"""Version 2 had no `files`, and an index per rank."""
 MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.json"
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 JsonObject: TypeAlias = Mapping[str, JsonValue]
@@ -101,6 +104,8 @@ class Manifest:
     data: DataRecord = UNKNOWN_DATA
     prepend_bos: bool | None = None
     """Whether the documents that were trained on began with BOS; None: as the tokenizer's own files say."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """The length in bytes of every other file of the checkpoint, by name; `NewCheckpoint` fills it in."""
     format_version: int = FORMAT_VERSION
 
 
@@ -132,10 +137,7 @@ def _optimizer_to_json(record: OptimizerRecord) -> JsonObject:
     return {
         "step_count": record.step_count,
         "groups": record.groups,
-        "births": [
-            {"tensor": region.tensor, "box": asdict(region.box), "step_count": region.adam_step}
-            for region in record.grown_regions
-        ],
+        "grown_regions": [asdict(region) for region in record.grown_regions],
     }
 
 
@@ -144,9 +146,9 @@ def _optimizer_from_json(raw: Mapping[str, Any]) -> OptimizerRecord:
         GrownRegion(
             entry["tensor"],
             Box(tuple(entry["box"]["offsets"]), tuple(entry["box"]["sizes"])),
-            entry["step_count"],
+            entry["adam_step" if "adam_step" in entry else "step_count"],
         )
-        for entry in raw["births"]
+        for entry in raw.get("grown_regions", raw.get("births"))  # their name in version 2
     )
     return OptimizerRecord(raw["step_count"], raw["groups"], grown_regions)
 
@@ -164,6 +166,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "data": asdict(manifest.data),
         "prepend_bos": manifest.prepend_bos,
         "config": manifest.config,
+        "files": manifest.files,
         "specs": [spec_to_json(spec) for spec in manifest.specs.values()],
     }
     return dumps_with_crc(record, indent=1)
@@ -172,7 +175,7 @@ def manifest_to_json(manifest: Manifest) -> str:
 def is_of_another_format(contents: bytes) -> bool:
     """Return whether a manifest states another format version than this one."""
     try:
-        return bool(parse_json(contents)["format_version"] != FORMAT_VERSION)
+        return bool(parse_json(contents)["format_version"] not in READABLE_VERSIONS)
     except (KeyError, TypeError, ValueError):
         return False
 
@@ -190,11 +193,14 @@ def read_manifest(folder: Location) -> Manifest:
         version = parse_json(contents)["format_version"]
         if type(version) is not int:
             raise TypeError(f"format_version is {version!r:.80}")
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             age, remedy = ("newer", ", or a later one") if version > FORMAT_VERSION else ("older", "")
+            limit = (
+                f"{FORMAT_VERSION}, the newest" if age == "newer" else f"{READABLE_VERSIONS[0]}, the oldest"
+            )
             raise CheckpointError(
-                f"{path}: format version {version} is {age} than {FORMAT_VERSION}, the one that this "
-                f"version of megatron_nexus reads: load it with the version that wrote it{remedy}"
+                f"{path}: format version {version} is {age} than {limit} that this version of "
+                f"megatron_nexus reads: load it with the version that wrote it{remedy}"
             )
         raw = loads_with_crc(contents)
         specs = [spec_from_json(spec) for spec in raw["specs"]]
@@ -210,6 +216,7 @@ def read_manifest(folder: Location) -> Manifest:
             data=record_of(DataRecord, raw.get("data", {})),
             # Before this was recorded, all runs trained without BOS.
             prepend_bos=raw.get("prepend_bos", False if raw["progress"]["step"] else None),
+            files=raw["files"] if version > 2 else {},
             format_version=version,
         )
         with_types(manifest.optimizer)

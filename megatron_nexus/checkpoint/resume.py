@@ -13,18 +13,14 @@ from torch import Tensor
 
 from megatron_nexus.base.communicator import raise_on_all_ranks
 from megatron_nexus.checkpoint.chunks import fragment_boxes
+from megatron_nexus.checkpoint.data_file import STATES, Chunk
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
     Topology,
 )
-from megatron_nexus.checkpoint.store import (
-    STATES,
-    CheckpointReader,
-    Chunk,
-    StateReader,
-)
+from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, ZeroState, zero_state
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.host_collectives import MeshRanks, all_gather_str, gather_from_stages

@@ -5,17 +5,16 @@ SAVE/latest         the name of the one to resume from, replaced atomically
 """
 
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from megatron_nexus.checkpoint.checksummed_json import is_truncated, loads_with_crc
-from megatron_nexus.checkpoint.location import Location, Place
+from megatron_nexus.checkpoint.checksummed_json import is_truncated
+from megatron_nexus.checkpoint.format_2 import rank_defect
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, is_of_another_format, read_manifest
 from megatron_nexus.checkpoint.run_lock import not_writable_error
 from megatron_nexus.checkpoint.storage import LATEST_FILE, LocalFolder, folder_of
-from megatron_nexus.checkpoint.store import rank_files
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import logger
 
@@ -28,26 +27,6 @@ _NAME = re.compile(r"iter_(\d+)")
 def checkpoint_name(step: int) -> str:
     """Return the name of the folder of a step's checkpoint."""
     return f"iter_{step:07d}"
-
-
-def temporary_folder(root: Place, step: int) -> Place:
-    """Where a step's checkpoint is written before it is one."""
-    return root / folder_of(root / checkpoint_name(step)).unfinished_name
-
-
-def begin_checkpoint(root: Location, step: int) -> None:
-    """Clear away what dead saves left, and make room for a new checkpoint. Raises OSError."""
-    folder_of(root / checkpoint_name(step)).begin()
-
-
-def publish_checkpoint(root: Location, step: int) -> None:
-    """Give a checkpoint that has all its files its name, and make it the latest. Raises OSError."""
-    folder_of(root / checkpoint_name(step)).publish()
-
-
-def abandon_checkpoint(root: Location, step: int) -> None:
-    """Delete what a save that failed has written, as far as that is possible."""
-    folder_of(root / checkpoint_name(step)).abandon()
 
 
 def _defects(folder: Location) -> list[str]:
@@ -63,27 +42,17 @@ def _defects(folder: Location) -> list[str]:
         contents = (folder / MANIFEST_FILE).read_bytes()
         if is_truncated(contents) and not is_of_another_format(contents):
             return [f"{MANIFEST_FILE} is cut short"]
-        ranks = range(read_manifest(folder).topology.world_size)
-        return [defect for rank in ranks if (defect := _rank_defect(folder, rank, held))]
+        manifest = read_manifest(folder)
+        if not manifest.files:
+            ranks = range(manifest.topology.world_size)
+            return [defect for rank in ranks if (defect := rank_defect(folder, rank, held))]
+        return [
+            f"{name} has {held[name]:,} of {size:,} bytes" if name in held else f"without {name}"
+            for name, size in manifest.files.items()
+            if held.get(name) != size
+        ]
     except OSError as error:
         return [f"{error.filename}: {error.strerror}"]
-
-
-def _rank_defect(folder: Location, rank: int, held: Mapping[str, int]) -> str:
-    """Say what is wrong with the files of a rank, given all files with their sizes; "" if nothing."""
-    data, index = rank_files(folder, rank)
-    for file in (data, index):
-        if file.name not in held:
-            return f"without {file.name}"
-    contents = index.read_bytes()
-    if is_truncated(contents):
-        return f"{index.name} is cut short"
-    try:
-        expected = int(loads_with_crc(contents)["bytes"])
-    except (KeyError, TypeError, ValueError):
-        return ""  # wrong bytes: loading refuses them
-    found = held[data.name]
-    return f"{data.name} has {found:,} of {expected:,} bytes" if found != expected else ""
 
 
 def _checkpoints(root: Location) -> dict[int, Location]:

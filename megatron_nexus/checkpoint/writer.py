@@ -1,8 +1,8 @@
-"""Save the training state of a DeepSpeed engine, at once or beside the training, without gathering anything.
+"""Save the training state of a DeepSpeed engine, at once or in the background, without gathering tensors.
 
 Every rank streams the chunks it owns into a temporary folder; when all have succeeded rank 0 writes the
-manifest, renames the folder and replaces `latest`. Files are written by one thread of each rank; the ranks
-agree in their main threads only, so that no collective runs beside those of the training.
+index and the manifest, renames the folder and replaces `latest`. Files are written by one thread of each
+rank; the ranks agree in their main threads only, so that no collective runs beside those of the training.
 """
 
 import json
@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nexus.base.communicator import raise_on_all_ranks
+from megatron_nexus.checkpoint.data_file import Chunk, DataFileRecord, write_chunks
+from megatron_nexus.checkpoint.index import record_from_json, record_to_json
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
-    MANIFEST_FILE,
     UNKNOWN_DATA,
     DataRecord,
     EngineRecord,
@@ -28,26 +28,20 @@ from megatron_nexus.checkpoint.manifest import (
     Manifest,
     OptimizerRecord,
     RunProgress,
-    manifest_to_json,
     spec_from_json,
     spec_to_json,
 )
+from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
 from megatron_nexus.checkpoint.resume import random_states, state_views, topology_of
 from megatron_nexus.checkpoint.retention import KEEP_ALL, Retention, delete_outdated
-from megatron_nexus.checkpoint.run_dir import (
-    abandon_checkpoint,
-    begin_checkpoint,
-    checkpoint_name,
-    publish_checkpoint,
-    temporary_folder,
-)
-from megatron_nexus.checkpoint.store import Chunk, write_chunks, write_durably
 from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, ZeroState, zero_state
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.parallel.host_collectives import MeshRanks, all_gather_str, gather_from_stages
+from megatron_nexus.parallel.host_collectives import MeshRanks, all_gather_str, gather_from_stages, gather_str
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
+
+REMEDY = "make room, or save to another folder that all ranks share; earlier checkpoints are untouched"
 
 
 @dataclass(frozen=True)
@@ -75,13 +69,13 @@ class Saved:
 
 @dataclass
 class _Save:
-    """A save under way: this rank's job, and whether that is the last one."""
+    """A save under way, and this rank's job: to write its data file, then to publish the checkpoint."""
 
+    checkpoint: NewCheckpoint[Location]
     manifest: Manifest
     began: float
-    job: Future[None]
+    job: Future[DataFileRecord] | Future[None]
     stall_s: float = 0.0
-    publishes: bool = False
 
 
 class CheckpointWriter:
@@ -126,9 +120,9 @@ class CheckpointWriter:
         assert self._save is None, "one save at a time"
         assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "gradients would be lost"
         began = time.perf_counter()
-        with self._agreed(step):
-            if mesh.rank == 0:
-                begin_checkpoint(self._root, step)
+        checkpoint = NewCheckpoint(self._root, step, MeshRanks(mesh), REMEDY)
+        with self._abandoned_on_error(checkpoint):
+            checkpoint.begin()
         zero = zero_state(engine.optimizer)
         specs, groups = _of_all_stages(zero, self._parameters, mesh)
         manifest = Manifest(
@@ -147,13 +141,13 @@ class CheckpointWriter:
         values = [tensor.to("cpu", copy=True) for _, tensor in owned] if async_save else [t for _, t in owned]
         job = self._thread.submit(
             write_chunks,
-            temporary_folder(self._root, step),
+            checkpoint.folder,
             mesh.rank,
             [chunk for chunk, _ in owned],
             (tensor.cpu().numpy() for tensor in values),
             random_states(mesh),
         )
-        self._save = _Save(manifest, began, job, time.perf_counter() - began)
+        self._save = _Save(checkpoint, manifest, began, job, time.perf_counter() - began)
 
     def advance(self) -> Saved | None:
         """Take the save that is under way as far as it can go without waiting; what it made once it is done.
@@ -174,50 +168,45 @@ class CheckpointWriter:
 
     def _settle(self, save: _Save) -> Saved | None:
         """Wait for the job of every rank and start the next one, if there is one."""
-        progress = save.manifest.progress
-        with self._agreed(progress.step):
-            _raise_error(save.job)
-        if not save.publishes:
-            save.publishes = True
-            save.job = self._thread.submit(self._publish, save.manifest)
-            return None
+        checkpoint = save.checkpoint
+        with self._abandoned_on_error(checkpoint):
+            with checkpoint.agreed():
+                record = _result(save.job)
+            if record is not None:  # this rank's data file, as those of the others, is written
+                records = gather_str(self._mesh, json.dumps(record_to_json(record)))
+                files = [record_from_json(json.loads(text)) for text in records]
+                save.job = self._thread.submit(self._publish, checkpoint, save.manifest, files)
+                return None
         self._save = None
-        folder = self._root / checkpoint_name(progress.step)
-        return Saved(progress.step, folder, save.stall_s, time.perf_counter() - save.began)
+        step = save.manifest.progress.step
+        return Saved(step, checkpoint.path, save.stall_s, time.perf_counter() - save.began)
 
-    def _publish(self, manifest: Manifest) -> None:
-        """Make complete what all ranks have written; the affair of rank 0. Raises OSError."""
+    def _publish(
+        self, checkpoint: NewCheckpoint[Location], manifest: Manifest, files: Sequence[DataFileRecord]
+    ) -> None:
+        """Make the checkpoint complete, on rank 0, once all ranks have written. Raises OSError."""
         if self._mesh.rank == 0:
-            step = manifest.progress.step
-            write_durably(temporary_folder(self._root, step) / MANIFEST_FILE, manifest_to_json(manifest))
-            publish_checkpoint(self._root, step)
+            checkpoint.publish(manifest, files)
             delete_outdated(self._root, self._retention)
 
     @contextmanager
-    def _agreed(self, step: int) -> Iterator[None]:
-        """Run a block on every rank: all leave it as from a barrier, or all raise and nothing is left."""
-        purpose = f"{self._root / checkpoint_name(step)}: cannot save the checkpoint"
-        remedy = (
-            "make room, or save to another folder that all ranks share; earlier checkpoints are untouched"
-        )
+    def _abandoned_on_error(self, checkpoint: NewCheckpoint[Location]) -> Iterator[None]:
+        """Delete what was written if the ranks raise CheckpointError, before any of them goes on."""
         try:
-            with raise_on_all_ranks(MeshRanks(self._mesh), purpose, remedy):
-                yield
+            yield
         except CheckpointError:
             self._save = None
-            if self._mesh.rank == 0:
-                abandon_checkpoint(self._root, step)
+            checkpoint.abandon()
             all_gather_str(self._mesh, "")  # a barrier: no rank goes on while the folder is still there
             raise
 
 
-def _raise_error(job: Future[None]) -> None:
-    """Wait for a job and raise the error that it ended with, one of which the other ranks can be told."""
+def _result(job: Future[DataFileRecord] | Future[None]) -> DataFileRecord | None:
+    """Wait for a job and return its result, or raise its error as one that is reported to all ranks."""
     error = job.exception()
-    if isinstance(error, OSError | CheckpointError):
-        raise error
-    if error is not None:
-        raise CheckpointError(f"the writer failed: {type(error).__name__}: {error}") from error
+    if error is None or isinstance(error, OSError | CheckpointError):
+        return job.result()
+    raise CheckpointError(f"the writer failed: {type(error).__name__}: {error}") from error
 
 
 def _owned(

@@ -17,8 +17,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import JsonObject, JsonValue
-from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import ParamSpec
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from megatron_nexus import log
 from megatron_nexus.base.json_text import parse_json
+from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader
+from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> None:
     lines = {
         "checkpoint": f"{folder}, format version {manifest.format_version}",
         **_describe(manifest, saved_config(folder, manifest)),
-        "files": f"{len(sizes):,}, {total_bytes:,} bytes, {reader.chunk_count:,} pieces",
+        "files": f"{len(sizes):,}, {total_bytes:,} bytes, {reader.chunk_count:,} chunks",
     }
     for name, text in lines.items():
         log.logger.info("%-12s %s", name, text)
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> None:
             axes = " x ".join(f"{axis.name} {axis.size:,}" for axis in spec.axes)
             log.logger.info("%s  %s", spec.name, axes)
     if given.verify:
-        with log.Progress("Reading every piece", total_bytes / 1e6, "MB") as progress:
+        with log.Progress("Reading every chunk", total_bytes / 1e6, "MB") as progress:
             non_finite = reader.verify(lambda count: progress.advance(count / 1e6))
         log.logger.info("No damage found in %s bytes", f"{total_bytes:,}")
         if non_finite.counts:

@@ -1,16 +1,14 @@
-"""Write the grown checkpoint: target files chunk by chunk, shared out over workers, in bounded memory.
+"""Write the grown checkpoint: data files chunk by chunk, by all workers, in bounded memory.
 
 The files are laid out as the ranks of the target topology would write them. Their headers and lengths
-are known beforehand, so any worker can put any chunk in its place. The folder gets its name last:
+are known beforehand, so any worker can write any chunk. The folder gets its name last:
 an interrupted growth leaves nothing; after a kill, which nothing can tidy, the next growth or run that saves
 there removes the temporary folder.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -23,35 +21,21 @@ import numpy as np
 from megatron_nexus.base.durable import fsync, naming_errors
 from megatron_nexus.base.invocation import command
 from megatron_nexus.checkpoint.chunks import fragment_boxes
-from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    Topology,
-    manifest_to_json,
-    read_manifest,
-)
-from megatron_nexus.checkpoint.run_dir import (
-    abandon_checkpoint,
-    begin_checkpoint,
-    checkpoint_name,
-    newest_checkpoint,
-    publish_checkpoint,
-    temporary_folder,
-)
-from megatron_nexus.checkpoint.run_lock import run_dir_lock
-from megatron_nexus.checkpoint.store import (
+from megatron_nexus.checkpoint.data_file import (
     DTYPE,
     STATES,
     Chunk,
+    DataFileRecord,
     block_checksums,
     chunk_starts,
-    rank_files,
+    data_file_name,
+    data_file_record,
     safetensors_header,
     write_at,
-    write_durably,
-    write_index,
 )
+from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.manifest import Manifest, Topology
+from megatron_nexus.checkpoint.new_checkpoint import new_checkpoint
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.grown_reader import GrownReader
@@ -59,7 +43,7 @@ from megatron_nexus.growth.plan import GrowthPlan
 from megatron_nexus.growth.report import checkpoint_bytes
 from megatron_nexus.growth.request import CHANGING
 from megatron_nexus.growth.verify import compare
-from megatron_nexus.growth.worker_group import Advance, WorkerGroup
+from megatron_nexus.growth.worker_group import Advance, WorkerGroup, os_error_message
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import layer_specs, stage_layers
 from megatron_nexus.spec.shard import Shard
@@ -81,7 +65,7 @@ class Target:
 
 
 def target_files(config: RunConfig) -> list[list[Chunk]]:
-    """The chunks in the file of each rank of the topology in `config`, with one copy of the model."""
+    """Return the chunks in the file of each rank of the topology in `config`, with one copy of the model."""
     tp = config.parallel.tensor_model_parallel_size
     pp = config.parallel.pipeline_model_parallel_size
     layers = layer_specs(config.model)
@@ -104,11 +88,12 @@ def target_files(config: RunConfig) -> list[list[Chunk]]:
 
 
 def targets_of(files: Sequence[Sequence[Chunk]]) -> list[Target]:
-    """All chunks, those of the same part of a tensor together: what they read lies together too."""
+    """Return all chunks, those of one part of a tensor together: what they read lies together too."""
     order: dict[tuple[str, str], int] = {}
     targets = []
     for rank, chunks in enumerate(files):
-        for number, (chunk, start) in enumerate(zip(chunks, chunk_starts(chunks)[:-1], strict=True)):
+        starts = chunk_starts(safetensors_header(chunks), chunks)
+        for number, (chunk, start) in enumerate(zip(chunks, starts, strict=False)):  # one more: the length
             order.setdefault((chunk.tensor, chunk.state), len(order))
             targets.append(Target(rank, number, start, chunk))
     return sorted(targets, key=lambda t: (order[t.chunk.tensor, t.chunk.state], t.chunk.box.offsets))
@@ -117,7 +102,7 @@ def targets_of(files: Sequence[Sequence[Chunk]]) -> list[Target]:
 def write_chunks_at(
     open_reader: Callable[[], GrownReader], folder: Path, work_items: Sequence[Target], advance: Advance
 ) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Put a worker's chunks in their places; (rank, number, CRC-32 of its blocks) of each.
+    """Write chunks into the data files; return (rank, number, CRC-32 of its blocks) of each.
 
     While a chunk is written and its checksum computed the next one is read: memory for two chunks.
 
@@ -132,24 +117,24 @@ def write_chunks_at(
     buffers = [np.empty(most, DTYPE) for _ in range(2)]
 
     def land(target: Target, written: Future[None], checksum: Future[tuple[int, ...]]) -> None:
-        with naming_errors(rank_files(folder, target.rank)[0]):
+        with naming_errors(folder / data_file_name(target.rank)):
             written.result()
         checksums.append((target.rank, target.number, checksum.result()))
         advance(target.bytes)
 
     try:
-        with ThreadPoolExecutor(2) as beside:
+        with ThreadPoolExecutor(2) as background:
             for target, buffer in zip(work_items, cycle(buffers)):
                 if target.rank not in files:
-                    files[target.rank] = os.open(rank_files(folder, target.rank)[0], os.O_WRONLY)
+                    files[target.rank] = os.open(folder / data_file_name(target.rank), os.O_WRONLY)
                 chunk = target.chunk
                 values = buffer[: chunk.box.numel]
                 reader.read_into(values.reshape(chunk.box.sizes), chunk.tensor, chunk.state, chunk.box)
                 contents = values.view(np.uint8).data
                 if in_flight:
                     land(*in_flight)
-                written = beside.submit(_write, files[target.rank], contents, target.start)
-                in_flight = target, written, beside.submit(block_checksums, contents)
+                written = background.submit(_write, files[target.rank], contents, target.start)
+                in_flight = target, written, background.submit(block_checksums, contents)
             if in_flight:
                 land(*in_flight)
     finally:
@@ -176,101 +161,57 @@ def grow_checkpoint(
         CheckpointError: on every rank, if one cannot read or write, another process saves in `root`, or the
             logits differ; nothing is left behind.
     """
-    with ExitStack() as held:
-        with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
-            if group.is_first:
-                held.enter_context(run_dir_lock(root))
-                _require_empty(root)
-        _grow(plan, source, root, group, verify)
-    return root / checkpoint_name(read_manifest(source).progress.step)
-
-
-def _require_empty(root: Path) -> None:
-    """Raise CheckpointError where checkpoints lie in `root`."""
-    newest = newest_checkpoint(root)
-    if newest is not None:
-        raise CheckpointError(
-            f"--save {root} holds {newest.name}, and checkpoints are never overwritten: give another folder"
-        )
-
-
-def _grow(plan: GrowthPlan, source: Location, root: Path, group: WorkerGroup, verify: bool) -> None:
-    """As `grow_checkpoint`, in a folder that is ours."""
     config = plan.after
     open_reader = partial(GrownReader, source, plan)
     manifest = open_reader().manifest
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     manifest = replace(manifest, topology=Topology(tp * pp, pp, 1, tp))
+    needed = checkpoint_bytes(config.model)
     step = manifest.progress.step
-    folder = temporary_folder(root, step)
-    try:
-        with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
-            if group.is_first:
-                _begin(root, step, config)
+    with (
+        group.aborted_on_error(),
+        new_checkpoint(root, step, group.comm, needed, new_run=True, describe=os_error_message) as checkpoint,
+    ):
         files = target_files(config)
         targets = targets_of(files)
-        with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
-            if group.is_first:
-                _lay_out(folder, files)
+        checkpoint.on_first_rank(partial(_lay_out, checkpoint.folder, files))
         stage = f"writing {len(targets):,} chunks"
-        work = partial(write_chunks_at, open_reader, folder)
+        work = partial(write_chunks_at, open_reader, checkpoint.folder)
         parts = group.map_partitions(targets, attrgetter("bytes"), work, stage)
-        with group.raise_on_all_ranks(f"{root}: cannot write the checkpoint"):
-            if group.is_first:
-                _finish(root, step, files, [entry for part in parts for entry in part], manifest)
-                if verify:
-                    verified = _verified(plan, source, folder, manifest)
-                    write_durably(folder / MANIFEST_FILE, manifest_to_json(verified))
-                publish_checkpoint(root, step)
-    except BaseException as error:
-        if group.is_first:
-            abandon_checkpoint(root, step)
-        if group.comm.size > 1 and not isinstance(error, CheckpointError):  # of those every rank knows
-            group.comm.abort()
-        raise
-
-
-def _begin(root: Path, step: int, config: RunConfig) -> None:
-    """Make the temporary folder, before chunks without end are listed. Raises OSError, CheckpointError."""
-    begin_checkpoint(root, step)
-    needed, free = checkpoint_bytes(config.model), shutil.disk_usage(root).free
-    if needed > free:
-        raise CheckpointError(
-            f"the new checkpoint needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: "
-            "make room, or save elsewhere"
+        checksums = {(rank, number): found for part in parts for rank, number, found in part}
+        records = [
+            data_file_record(
+                rank, safetensors_header(chunks), chunks, [checksums[rank, n] for n in range(len(chunks))]
+            )
+            for rank, chunks in enumerate(files)
+        ]
+        checkpoint.on_first_rank(partial(_make_durable, checkpoint.folder, records))
+        checkpoint.finish(
+            manifest, records, partial(_verified, plan, source, checkpoint.folder) if verify else None
         )
+    return checkpoint.path
 
 
 def _lay_out(folder: Path, files: Sequence[Sequence[Chunk]]) -> None:
-    """Make the data files, full length. Raises OSError."""
+    """Create the data files in their full length. Raises OSError."""
     for rank, chunks in enumerate(files):
-        path = rank_files(folder, rank)[0]
+        path = folder / data_file_name(rank)
+        header = safetensors_header(chunks)
         with naming_errors(path), path.open("wb") as file:
-            file.write(safetensors_header(chunks))
-            file.truncate(chunk_starts(chunks)[-1])
+            file.write(header)
+            file.truncate(chunk_starts(header, chunks)[-1])
 
 
-def _finish(
-    root: Path,
-    step: int,
-    files: Sequence[Sequence[Chunk]],
-    checksums: Sequence[tuple[int, int, tuple[int, ...]]],
-    manifest: Manifest,
-) -> None:
-    """Write indices and manifest, and make all durable. Raises OSError."""
-    folder = temporary_folder(root, step)
-    found = {(rank, number): checksum for rank, number, checksum in checksums}
-    for rank, chunks in enumerate(files):
-        fsync(rank_files(folder, rank)[0])
-        write_index(folder, rank, chunks, [found[rank, number] for number in range(len(chunks))], {})
-    write_durably(folder / MANIFEST_FILE, manifest_to_json(manifest))
+def _make_durable(folder: Path, records: Sequence[DataFileRecord]) -> None:
+    for record in records:
+        fsync(folder / record.name)
 
 
 def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest with the result of the comparison in the newest entry of its lineage.
+    """Return the manifest with the result of the comparison in the newest entry of its lineage.
 
-    Raises CheckpointError where the function has changed; `noise` and `random` change it by intent.
+    Raises CheckpointError if the function has changed; `noise` and `random` change it by intent.
     """
     found = compare(plan, source, folder)
     if not isfinite(found.largest_logit):

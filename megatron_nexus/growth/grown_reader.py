@@ -9,9 +9,10 @@ from math import prod, sqrt
 import numpy as np
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within, intersect, split_box
+from megatron_nexus.checkpoint.data_file import DTYPE, Array
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest
-from megatron_nexus.checkpoint.store import DTYPE, Array, CheckpointReader
+from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, translate
 from megatron_nexus.spec.growth_rule import Fill, FilledBox

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from math import prod
 
 from megatron_nexus.base.table import table
-from megatron_nexus.checkpoint.store import DTYPE, STATES
+from megatron_nexus.checkpoint.data_file import DTYPE, STATES
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan
 from megatron_nexus.models.decoder import decoder_specs, layer_specs, training_flops_per_token

@@ -2,10 +2,10 @@
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from megatron_nexus.base.communicator import Communicator, get_communicator, raise_on_all_ranks
@@ -32,6 +32,18 @@ class WorkerGroup:
     def is_first(self) -> bool:
         """Whether this is rank 0."""
         return self.comm.rank == 0
+
+    @contextmanager
+    def aborted_on_error(self) -> Iterator[None]:
+        """End the other ranks if the block fails with what they cannot know of; they would wait for ever."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except BaseException:
+            if self.comm.size > 1:
+                self.comm.abort()
+            raise
 
     def raise_on_all_ranks(self, purpose: str) -> AbstractContextManager[None]:
         """Run the block on every rank; if it fails on any, raise CheckpointError on all of them."""

@@ -10,25 +10,26 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.checkpoint.chunks import full_box, split_box
+from megatron_nexus.checkpoint.data_file import (
+    STATES,
+    Array,
+    Chunk,
+    chunk_starts,
+    safetensors_header,
+    write_chunks,
+)
 from megatron_nexus.checkpoint.manifest import (
-    MANIFEST_FILE,
     EngineRecord,
     Manifest,
     OptimizerRecord,
     RunProgress,
     Topology,
-    manifest_to_json,
 )
+from megatron_nexus.checkpoint.new_checkpoint import new_checkpoint
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.run_dir import (
-    TOKENIZER_FOLDER,
-    begin_checkpoint,
-    checkpoint_name,
-    publish_checkpoint,
-    temporary_folder,
-)
-from megatron_nexus.checkpoint.store import STATES, Array, Chunk, chunk_starts, write_chunks, write_durably
+from megatron_nexus.checkpoint.run_dir import TOKENIZER_FOLDER, checkpoint_name
 from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY, group_settings
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import open_tokenizer
@@ -69,7 +70,7 @@ def import_checkpoint(
         for state in STATES
         for box in split_box(full_box(spec.shape), CHUNK_ELEMENTS)
     ]
-    needed = chunk_starts(chunks)[-1]
+    needed = chunk_starts(safetensors_header(chunks), chunks)[-1]
     non_finite = NonFiniteValues()
     with (
         output_dir(root, needed) as folder,
@@ -92,17 +93,15 @@ def import_checkpoint(
             place = str(root.resolve() / TOKENIZER_FOLDER)
             data = dataclasses.replace(config.data, tokenizer_model=place)
             config = dataclasses.replace(config, data=data)
-        begin_checkpoint(folder, 0)
-        unfinished = temporary_folder(folder, 0)
-        write_chunks(unfinished, 0, chunks, _values(source, places, chunks, progress, non_finite), {})
-        if non_finite.counts and not allow_non_finite:
-            raise CheckpointError(
-                f"{origin} holds {non_finite}, as float32: the model computes nothing; get sound weights, or "
-                "import it as it is with --allow-nonfinite"
-            )
-        manifest = _manifest(source, origin, specs, config, fingerprint)
-        write_durably(unfinished / MANIFEST_FILE, manifest_to_json(manifest))
-        publish_checkpoint(folder, 0)
+        with new_checkpoint(folder, 0, SingleProcess()) as checkpoint:
+            values = _values(source, places, chunks, progress, non_finite)
+            record = write_chunks(checkpoint.folder, 0, chunks, values, {})
+            if non_finite.counts and not allow_non_finite:
+                raise CheckpointError(
+                    f"{origin} holds {non_finite}, as float32: the model computes nothing; get sound "
+                    "weights, or import it as it is with --allow-nonfinite"
+                )
+            checkpoint.finish(_manifest(source, origin, specs, config, fingerprint), [record])
     if non_finite.counts:
         logger.warning("%s holds %s: imported as it is", origin, non_finite)
     return root / checkpoint_name(0)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from megatron_nexus.checkpoint.chunks import full_box
+from megatron_nexus.checkpoint.data_file import DTYPE, STATES
 from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.store import DTYPE, STATES, StateReader
+from megatron_nexus.checkpoint.store import StateReader
 from megatron_nexus.spec.param import Flow, Layout, ParamSpec
 
 LATEST_FILE = "latest_universal"

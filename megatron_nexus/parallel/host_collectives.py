@@ -25,9 +25,26 @@ def all_gather_str(mesh: Mesh, message: str) -> list[str]:
     padded[: contents.numel()] = contents
     gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(mesh.world_size)]
     dist.all_gather(gathered, padded, group=mesh.control)
-    return [
-        part[: int(length)].numpy().tobytes().decode() for part, length in zip(gathered, lengths, strict=True)
-    ]
+    return [_text_of(part[: int(length)]) for part, length in zip(gathered, lengths, strict=True)]
+
+
+def gather_str(mesh: Mesh, message: str) -> list[str]:
+    """Return the message of every rank on rank 0, and an empty list elsewhere; a collective call."""
+    contents = _bytes_of(message)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
+    dist.all_gather(lengths, torch.tensor([contents.numel()]), group=mesh.control)
+    padded = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)
+    padded[: contents.numel()] = contents
+    if mesh.rank != 0:
+        dist.gather(padded, dst=0, group=mesh.control)
+        return []
+    gathered = [torch.empty_like(padded) for _ in range(mesh.world_size)]
+    dist.gather(padded, gathered, dst=0, group=mesh.control)
+    return [_text_of(part[: int(length)]) for part, length in zip(gathered, lengths, strict=True)]
+
+
+def _text_of(contents: Tensor) -> str:
+    return contents.numpy().tobytes().decode()
 
 
 def _bytes_of(message: str) -> Tensor:
@@ -42,7 +59,7 @@ def broadcast_str(mesh: Mesh, message: str, source: int) -> str:
     if mesh.rank != source:
         contents = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(contents, source, group=mesh.control)
-    return contents.numpy().tobytes().decode()
+    return _text_of(contents)
 
 
 def gather_from_stages(mesh: Mesh, message: str) -> list[str]:

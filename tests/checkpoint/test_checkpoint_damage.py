@@ -8,27 +8,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_nexus.checkpoint import store
+from megatron_nexus.base.communicator import SingleProcess
+from megatron_nexus.checkpoint import data_file, store
 from megatron_nexus.checkpoint.chunks import full_box
+from megatron_nexus.checkpoint.data_file import STATES, Chunk, write_chunks
 from megatron_nexus.checkpoint.manifest import FORMAT_VERSION, manifest_to_json
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Chunk, write_chunks
+from megatron_nexus.checkpoint.new_checkpoint import new_checkpoint
+from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
-from tests.support.two_rank_checkpoint import BOXES, MANIFEST, SPEC, write
+from tests.support.two_rank_checkpoint import BOXES, FORMAT_2, MANIFEST, SPEC, write
 
-FILES = [
-    "manifest.json",
-    *(f"rank_0000{rank}.{ending}" for rank in (0, 1) for ending in ("json", "safetensors")),
-]
+FILES = ["index.json", "manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"]
+OLD_FILES = [*FILES[1:], "rank_00000.json", "rank_00001.json"]
 EDGE, STRIDE = 24, 13
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound one, with an older one beside it."""
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A sound checkpoint and one of format version 2, each with an older one beside it."""
     root = tmp_path_factory.mktemp("damage")
-    write(root, 1)
-    return write(root, 3)
+    for name in ("new", "old"):
+        write(root / name, 1)
+    old = shutil.copytree(FORMAT_2 / "iter_0000003", root / "old" / "iter_0000003")
+    return {"new": write(root / "new", 3), "old": old}
+
+
+@pytest.fixture
+def checkpoint(both: dict[str, Path]) -> Path:
+    return both["new"]
 
 
 def positions(path: Path) -> list[int]:
@@ -51,15 +59,20 @@ def lose(contents: bytes, position: int) -> bytes:
     return contents[:position] + contents[position + 1 :]
 
 
-def test_every_file_is_damaged_here(checkpoint: Path) -> None:
-    assert sorted(path.name for path in checkpoint.iterdir()) == sorted(FILES)
+CASES = [("new", name) for name in FILES] + [("old", name) for name in OLD_FILES]
+
+
+def test_every_file_is_damaged_here(both: dict[str, Path]) -> None:
+    found = {(age, path.name) for age, folder in both.items() for path in folder.iterdir()}
+    assert found == set(CASES)
 
 
 @pytest.mark.parametrize("damage", [flip, lose])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("age", "name"), CASES)
 def test_one_byte_is_found_by_loading_and_by_verifying(
-    checkpoint: Path, name: str, damage: Callable[[bytes, int], bytes]
+    both: dict[str, Path], age: str, name: str, damage: Callable[[bytes, int], bytes]
 ) -> None:
+    checkpoint = both[age]
     path = checkpoint / name
     whole = path.read_bytes()
     try:
@@ -77,9 +90,11 @@ def test_one_byte_is_found_by_loading_and_by_verifying(
     read_all(checkpoint.with_name("iter_0000001"))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_or_longer_or_empty_file_is_named(checkpoint: Path, tmp_path: Path, name: str) -> None:
-    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+@pytest.mark.parametrize(("age", "name"), CASES)
+def test_a_missing_or_longer_or_empty_file_is_named(
+    both: dict[str, Path], tmp_path: Path, age: str, name: str
+) -> None:
+    folder = shutil.copytree(both[age], tmp_path / both[age].name)
     path = folder / name
     whole = path.read_bytes()
     for contents in (whole + b"x", b"", None):
@@ -96,13 +111,13 @@ def test_a_missing_or_longer_or_empty_file_is_named(checkpoint: Path, tmp_path: 
 
 def test_all_damaged_files_are_told_at_once(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
-    for name in FILES[1:]:
+    for name in FILES[2:]:
         (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=r"rank_00000.json: (?s:.*)\n.*rank_00001.json: "):
+    with pytest.raises(CheckpointError, match=r"rank_00000.safetensors: (?s:.*)\n.*rank_00001.safetensors: "):
         CheckpointReader(folder)
 
 
-@pytest.mark.parametrize(("version", "age"), [(FORMAT_VERSION + 1, "newer"), (FORMAT_VERSION - 1, "older")])
+@pytest.mark.parametrize(("version", "age"), [(FORMAT_VERSION + 1, "newer"), (1, "older")])
 def test_another_format_version_is_named(checkpoint: Path, tmp_path: Path, version: int, age: str) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     other = dataclasses.replace(MANIFEST, format_version=version)
@@ -115,17 +130,15 @@ def test_a_part_is_checked_by_the_blocks_that_hold_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "BLOCK_BYTES", 64)
-    (tmp_path / "manifest.json").write_text(
-        manifest_to_json(
-            dataclasses.replace(MANIFEST, topology=dataclasses.replace(MANIFEST.topology, world_size=1))
-        )
-    )
+    monkeypatch.setattr(data_file, "BLOCK_BYTES", 64)
     # 5 rows of 4 elements: 80 bytes, rows 0 to 3 in the first block, row 4 in the second.
     chunks = [Chunk("w", state, full_box(SPEC.shape)) for state in STATES]
-    write_chunks(tmp_path, 0, chunks, (np.ones(SPEC.shape, np.float32) for _ in chunks), {})
-    data = tmp_path / "rank_00000.safetensors"
+    with new_checkpoint(tmp_path, 1, SingleProcess()) as made:
+        values = (np.ones(SPEC.shape, np.float32) for _ in chunks)
+        made.finish(MANIFEST, [write_chunks(made.folder, 0, chunks, values, {})])
+    data = made.path / "rank_00000.safetensors"
     data.write_bytes(flip(data.read_bytes(), data.stat().st_size - 1))  # in row 4 of exp_avg_sq
-    reader = CheckpointReader(tmp_path)
+    reader = CheckpointReader(made.path)
     assert (reader.read_box("w", "exp_avg_sq", Box((1, 1), (3, 2))) == 1).all()
     for box in (Box((4, 3), (1, 1)), Box((0, 3), (5, 1))):
         with pytest.raises(CheckpointError, match=r"w\[0:5, 0:4\] \(exp_avg_sq\) is damaged within a MiB"):

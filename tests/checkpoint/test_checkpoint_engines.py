@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from megatron_nexus.checkpoint.chunks import full_box
+from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader
+from megatron_nexus.checkpoint.store import CheckpointReader
 from tests.checkpoint import engine_kinds as toy
 from tests.support.paths import REPOSITORY
 from tests.support.waiting import TIMEOUT_S

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +18,9 @@ from safetensors.numpy import load_file
 
 from megatron_nexus.checkpoint import run_dir
 from megatron_nexus.checkpoint.chunks import full_box
+from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import (
-    Topology,
-    manifest_to_json,
+    GrownRegion,
     read_manifest,
     spec_from_json,
     spec_to_json,
@@ -29,11 +31,11 @@ from megatron_nexus.checkpoint.run_dir import (
     find_checkpoint,
     newest_checkpoint,
 )
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader
+from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Normal, ParamSpec
 from megatron_nexus.spec.shard import Box
-from tests.support.two_rank_checkpoint import BOXES, MANIFEST, SPEC, VALUES, slices, write
+from tests.support.two_rank_checkpoint import BOXES, FORMAT_2, MANIFEST, SPEC, VALUES, slices, write
 
 
 @pytest.fixture
@@ -53,7 +55,47 @@ def test_any_box_is_read_back(folder: Path) -> None:
 
 
 def test_manifest_is_read_back(folder: Path) -> None:
-    assert read_manifest(folder) == MANIFEST
+    found = read_manifest(folder)
+    assert found.files == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "manifest.json"}
+    assert dataclasses.replace(found, files={}) == MANIFEST
+
+
+def test_format_version_2_is_read(tmp_path: Path) -> None:
+    root = shutil.copytree(FORMAT_2, tmp_path / "run")
+    folder = find_checkpoint(root)
+    reader = CheckpointReader(folder)
+    reader.verify()
+    for state in STATES:
+        assert (reader.read_box("w", state, full_box(SPEC.shape)) == VALUES[state]).all()
+    assert [reader.random_states(rank) for rank in (0, 1)] == [{"cpu": b"\x00"}, {"cpu": b"\x01"}]
+    grown = GrownRegion("w", Box((3, 0), (2, 4)), adam_step=2)
+    assert reader.manifest.optimizer == dataclasses.replace(MANIFEST.optimizer, grown_regions=(grown,))
+    write(root, 1)
+    for name in ("rank_00001.json", "rank_00000.safetensors"):
+        os.truncate(folder / name, 10)
+        run_dir._tell_once.cache_clear()
+        assert find_checkpoint(root).name == "iter_0000001"
+
+
+def test_a_reader_opens_one_index_however_many_ranks_wrote(tmp_path: Path) -> None:
+    elements = [Box((row, column), (1, 1)) for row in range(5) for column in range(4)]
+    opened: list[str] = []
+    listening = True
+
+    def listen(event: str, arguments: tuple[object, ...]) -> None:
+        if listening and event == "open":
+            opened.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(listen)  # for the life of this process
+    for number, boxes in enumerate((BOXES, [[box] for box in elements])):
+        folder = write(tmp_path, number, boxes=boxes)
+        opened.clear()
+        reader = CheckpointReader(folder)
+        assert Counter(opened) == {"manifest.json": 2, "index.json": 1}, "to read it, and to lock it"
+        opened.clear()
+        reader.read_box("w", "fp32", Box((0, 0), (1, 1)))
+        assert set(opened) == {"rank_00000.safetensors"}
+    listening = False
 
 
 @pytest.mark.parametrize("init", [Normal(0.02), Constant(1.0)])
@@ -92,8 +134,6 @@ def few_descriptors() -> Iterator[None]:
 def test_more_ranks_may_have_written_than_files_may_be_open(tmp_path: Path, few_descriptors: None) -> None:
     elements = [Box((row, column), (1, 1)) for row in range(5) for column in range(4)]
     folder = write(tmp_path, boxes=[[box] for box in elements])
-    written_by_all = dataclasses.replace(MANIFEST, topology=Topology(len(elements), 1, len(elements), 1))
-    (folder / "manifest.json").write_text(manifest_to_json(written_by_all))
     reader = CheckpointReader(folder)
     reader.verify()
     assert (reader.read_box("w", "fp32", full_box(SPEC.shape)) == VALUES["fp32"]).all()
@@ -131,7 +171,7 @@ def test_what_load_finds(tmp_path: Path) -> None:
     (root / "latest").unlink()
     assert find_checkpoint(root) == second
     (root / "latest").write_text("iter_0000020\n")
-    (second / "rank_00001.json").unlink()
+    (second / "rank_00001.safetensors").unlink()
     assert find_checkpoint(root) == first
     (second / "manifest.json").unlink()
     with pytest.raises(
@@ -143,7 +183,7 @@ def test_what_load_finds(tmp_path: Path) -> None:
         find_checkpoint(root / "iter_0000007")
 
 
-@pytest.mark.parametrize("name", ["rank_00001.safetensors", "rank_00000.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["rank_00001.safetensors", "index.json", "manifest.json"])
 @pytest.mark.parametrize("cut", [1, 100, None])
 def test_load_goes_back_to_the_newest_whole_one_and_says_so(
     tmp_path: Path, name: str, cut: int | None, caplog: pytest.LogCaptureFixture
@@ -178,7 +218,7 @@ def test_a_folder_in_which_no_checkpoint_is_whole_is_never_begun_anew(tmp_path: 
 def test_wrong_bytes_are_not_taken_for_an_end_that_is_missing(tmp_path: Path) -> None:
     write(tmp_path, 1)
     folder = write(tmp_path, 2)
-    for name in ("rank_00000.safetensors", "rank_00000.json"):
+    for name in ("rank_00000.safetensors", "index.json"):
         contents = bytearray((folder / name).read_bytes())
         contents[len(contents) // 2] ^= 1
         (folder / name).write_bytes(contents)

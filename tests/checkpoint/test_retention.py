@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nexus.base.communicator import SingleProcess
+from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
 from megatron_nexus.checkpoint.retention import Retention, delete_outdated
-from megatron_nexus.checkpoint.run_dir import begin_checkpoint, find_checkpoint
+from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from tests.support.two_rank_checkpoint import write
 
@@ -45,7 +47,7 @@ def test_only_those_go_that_latest_has_left_behind(tmp_path: Path) -> None:
 def test_incomplete_ones_neither_count_nor_go(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
-    (tmp_path / "iter_0000002" / "rank_00001.json").unlink()
+    (tmp_path / "iter_0000002" / "rank_00001.safetensors").unlink()
     (tmp_path / "iter_0000003" / "manifest.json").write_text("{")
     write(tmp_path, 4)
     delete_outdated(tmp_path, Retention(2))
@@ -78,7 +80,7 @@ def test_a_half_deleted_one_is_no_checkpoint_and_goes_with_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(path: Path) -> None:
-        (path / "rank_00000.json").unlink()
+        (path / "index.json").unlink()
         raise KeyboardInterrupt
 
     write(tmp_path, 1)
@@ -88,7 +90,7 @@ def test_a_half_deleted_one_is_no_checkpoint_and_goes_with_the_next(
         delete_outdated(tmp_path, Retention(1))
     assert names(tmp_path) == [".deleted_iter_0000001", "iter_0000002"]
     shutil.rmtree(tmp_path / "iter_0000002")
-    begin_checkpoint(tmp_path, 3)
+    NewCheckpoint(tmp_path, 3, SingleProcess()).begin()
     assert names(tmp_path) == [".deleted_iter_0000001", ".tmp_iter_0000003"], "nothing was brought back"
     write(tmp_path, 3)
     delete_outdated(tmp_path, Retention(1))

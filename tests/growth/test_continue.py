@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within
+from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.config.command_line import build
 from tests.support import checkpoints, reference
 from tests.support.paths import TESTS

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from megatron_nexus.base.durable import naming_errors
+from megatron_nexus.checkpoint.data_file import write_at
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
-from megatron_nexus.checkpoint.store import write_at
 from megatron_nexus.cli.main import main
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.growth.worker_group import os_error_message

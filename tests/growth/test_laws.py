@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within
+from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest

@@ -129,7 +129,7 @@ def test_logits_are_those_of_transformers_and_nothing_is_held_whole(
     assert (logits(checkpoint, config, TOKENS) - expected).abs().max() < EXACT
     reader = CheckpointReader(checkpoint)
     reader.verify()
-    stored = [chunk for chunks in reader._stored.values() for chunk in chunks]
+    stored = [chunk for record in reader._index.files for chunk in record.chunks]
     assert max(entry.chunk.box.numel for entry in stored) <= 100
     moments = [checkpoints.tensors(checkpoint, state) for state in ("exp_avg", "exp_avg_sq")]
     assert not any(values.any() for state in moments for values in state.values())

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.store import STATES
 from megatron_nexus.cli.main import main
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.decoder import DecoderStage, stage_layers

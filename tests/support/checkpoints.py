@@ -10,21 +10,16 @@ from torch import Tensor
 
 from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.checkpoint.chunks import fragment_boxes, full_box, index_within
+from megatron_nexus.checkpoint.data_file import STATES, Chunk, write_chunks
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
     Manifest,
     OptimizerRecord,
     RunProgress,
     Topology,
-    manifest_to_json,
 )
-from megatron_nexus.checkpoint.run_dir import (
-    begin_checkpoint,
-    checkpoint_name,
-    publish_checkpoint,
-    temporary_folder,
-)
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader, Chunk, write_chunks
+from megatron_nexus.checkpoint.new_checkpoint import new_checkpoint
+from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.growth.apply import grow_checkpoint
@@ -98,8 +93,6 @@ def write_checkpoint(
 ) -> Path:
     """A checkpoint with random weights and moments as `tp` ranks would write it."""
     specs = decoder_specs(config.model)
-    begin_checkpoint(root, STEP)
-    folder = temporary_folder(root, STEP)
     whole = {}
     for name, spec in specs.items():
         for i, state in enumerate(STATES):
@@ -108,19 +101,6 @@ def write_checkpoint(
             drawn = dataclasses.replace(spec, name=f"{name} {state}", init=init)
             values = logical_values(drawn, seed + i, full_box(spec.shape))
             whole[name, state] = np.abs(values) if state == "exp_avg_sq" else values
-    for rank in range(tp):
-        shard = Shard(rank, tp)
-        chunks = [
-            Chunk(name, state, part.box)
-            for name, spec in specs.items()
-            if spec.is_sharded or rank == 0
-            for state in STATES
-            for part in fragment_boxes(spec, shard, 0, prod(shard.local_shape(spec)), most=chunk_elements)
-        ]
-        arrays = (
-            whole[p.tensor, p.state][index_within(p.box, full_box(specs[p.tensor].shape))] for p in chunks
-        )
-        write_chunks(folder, rank, chunks, arrays, {"cpu": b"random"})
     groups = {"decay": GROUP, "no_decay": {**GROUP, "weight_decay": 0.0}}
     if all(spec.decays for spec in specs.values()):  # a model without gains
         del groups["no_decay"]
@@ -134,9 +114,23 @@ def write_checkpoint(
         tokenizer_fingerprint="",
         lineage=[],
     )
-    (folder / "manifest.json").write_text(manifest_to_json(manifest))
-    publish_checkpoint(root, STEP)
-    return root / checkpoint_name(STEP)
+    with new_checkpoint(root, STEP, SingleProcess()) as checkpoint:
+        records = []
+        for rank in range(tp):
+            shard = Shard(rank, tp)
+            chunks = [
+                Chunk(name, state, part.box)
+                for name, spec in specs.items()
+                if spec.is_sharded or rank == 0
+                for state in STATES
+                for part in fragment_boxes(spec, shard, 0, prod(shard.local_shape(spec)), most=chunk_elements)
+            ]
+            arrays = (
+                whole[p.tensor, p.state][index_within(p.box, full_box(specs[p.tensor].shape))] for p in chunks
+            )
+            records.append(write_chunks(checkpoint.folder, rank, chunks, arrays, {"cpu": b"random"}))
+        checkpoint.finish(manifest, records)
+    return checkpoint.path
 
 
 def grow(

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nexus.base.communicator import SingleProcess
+from megatron_nexus.checkpoint.data_file import STATES, Chunk, write_chunks
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
     Manifest,
     OptimizerRecord,
     RunProgress,
     Topology,
-    manifest_to_json,
 )
-from megatron_nexus.checkpoint.run_dir import begin_checkpoint, publish_checkpoint, temporary_folder
-from megatron_nexus.checkpoint.store import STATES, Chunk, write_chunks
+from megatron_nexus.checkpoint.new_checkpoint import new_checkpoint
 from megatron_nexus.spec.param import Axis, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
@@ -28,6 +28,8 @@ MANIFEST = Manifest(
     tokenizer_fingerprint="sha256:0",
     lineage=[{"parent": None, "seed": 1}],
 )
+FORMAT_2 = Path(__file__).parents[1] / "checkpoint" / "format_2"
+"""The same checkpoint, with a grown region, as format version 2 wrote it."""
 # Rank 0 holds the first 11 elements of the flat tensor, rank 1 the other 9.
 BOXES = [[Box((0, 0), (2, 4)), Box((2, 0), (1, 3))], [Box((2, 3), (1, 1)), Box((3, 0), (2, 4))]]
 VALUES = {state: np.random.default_rng(i).random((5, 4), np.float32) for i, state in enumerate(STATES)}
@@ -38,13 +40,11 @@ def slices(box: Box) -> tuple[slice, ...]:
 
 
 def write(root: Path, step: int = 3, boxes: list[list[Box]] = BOXES) -> Path:
-    begin_checkpoint(root, step)
-    folder = temporary_folder(root, step)
-    for rank, of_rank in enumerate(boxes):
-        chunks = [Chunk("w", state, box) for box in of_rank for state in STATES]
-        write_chunks(
-            folder, rank, chunks, (VALUES[p.state][slices(p.box)] for p in chunks), {"cpu": bytes([rank])}
-        )
-    (folder / "manifest.json").write_text(manifest_to_json(MANIFEST))
-    publish_checkpoint(root, step)
-    return root / f"iter_{step:07d}"
+    with new_checkpoint(root, step, SingleProcess()) as checkpoint:
+        records = []
+        for rank, of_rank in enumerate(boxes):
+            chunks = [Chunk("w", state, box) for box in of_rank for state in STATES]
+            values = (VALUES[p.state][slices(p.box)] for p in chunks)
+            records.append(write_chunks(checkpoint.folder, rank, chunks, values, {"cpu": bytes([rank])}))
+        checkpoint.finish(MANIFEST, records)
+    return checkpoint.path

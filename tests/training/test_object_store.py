@@ -117,6 +117,8 @@ def test_only_the_bytes_that_are_needed_are_fetched(
 
     monkeypatch.setattr(ObjectPath, "read_range", count)
     name, spec = next((n, s) for n, s in reader.manifest.specs.items() if len(s.shape) == 2)
+    reader.read_box(name, "fp32", Box((0, 0), spec.shape))  # and the header of the data file, once
+    fetched.clear()
     reader.read_box(name, "fp32", Box((0, 0), spec.shape))
     assert sum(fetched) == 4 * spec.shape[0] * spec.shape[1]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_nexus.checkpoint.store import STATES, CheckpointReader
+from megatron_nexus.checkpoint.data_file import STATES
+from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.spec.shard import Box
 from tests.support.paths import TESTS
