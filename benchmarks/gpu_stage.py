@@ -1,0 +1,186 @@
+"""What the stages of gpu_kit.py share: rows of the table, the budget, models, engines and clocks."""
+
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_nexus.config.command_line import build
+from megatron_nexus.config.presets import Value
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.models.decoder import DecoderStage, Loss
+from megatron_nexus.models.layer_context import LayerContext
+from megatron_nexus.parallel.mesh import Mesh, make_mesh
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.parallel.world import World
+from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.engine import Engine
+
+# Read when CUDA starts.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+MULTIPLE = 64 if CUDA else 1
+PRESET = "nexusformer-20m" if CUDA else "nexusformer-tiny"
+COMPILER = "inductor" if CUDA else "aot_eager"  # half a minute a model on a CPU
+FP32_BOUND, BF16_BOUND = 2e-5, 6e-2
+"""Errors of gradients, in norm, from float64: sums of thousands of terms; 8 bits through a few layers."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what was measured, and the bound or prediction it is held to."""
+
+    name: str
+    measured: float
+    unit: str = ""
+    predicted: float | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether a bound holds; of a prediction, measured over predicted."""
+        if self.at_most is not None:
+            return "ok" if self.measured <= self.at_most else f"FAILED: at most {self.at_most:g}"
+        if self.at_least is not None:
+            return "ok" if self.measured >= self.at_least else f"FAILED: at least {self.at_least:g}"
+        return f"{self.measured / self.predicted:.2f} x" if self.predicted else ""
+
+
+class Kit:
+    """What the stages share: the folder, the end of the budget, the GEMM rate and the one-rank mesh."""
+
+    def __init__(self, folder: Path, budget_s: float) -> None:
+        self.folder = folder
+        self.deadline = time.monotonic() + budget_s
+        self.gemm_flops_per_s = 0.0
+        self._mesh: Mesh | None = None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the budget is spent."""
+        return self.deadline - time.monotonic()
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of this process alone, made at first use."""
+        if self._mesh is None:
+            self._mesh = make_mesh(World("none", 0, 1, 0, 1, "127.0.0.1", _free_port()), 1, 1)
+        return self._mesh
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def seconds_of(action: Callable[[], object], repeats: int) -> float:
+    """Return the median seconds of `action` over `repeats` runs, after one to warm up."""
+    action()
+    samples = []
+    for _ in range(repeats):
+        synchronize()
+        began = time.perf_counter()
+        action()
+        synchronize()
+        samples.append(time.perf_counter() - began)
+    return statistics.median(samples)
+
+
+def peak_gib() -> float:
+    """The most memory that was allocated on the GPU since the last reset, in GiB."""
+    return torch.cuda.max_memory_allocated() / 2**30 if CUDA else float("nan")
+
+
+def reset_memory() -> None:
+    """Free cached memory and start counting the peak anew."""
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def make_model(
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device = DEVICE,
+    recompute: str | None = None,
+) -> tuple[DecoderStage, Loss]:
+    """Return the whole decoder and its loss, without DeepSpeed."""
+    context = LayerContext(
+        TensorParallel(None),
+        Shard(0, 1, MULTIPLE),
+        config.training.seed,
+        dtype,
+        recompute=recompute or config.training.recompute_granularity,  # type: ignore[arg-type]
+    )
+    stage = DecoderStage(config.model, range(config.model.num_layers + 2), context)
+    return stage.to(device), Loss(config.model, context.tp, context.shard)
+
+
+def tokens_of(config: RunConfig, samples: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Return random tokens and labels [samples, length] on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.model.vocab_size, (samples, length + 1), generator=generator)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def gradients(stage: DecoderStage, loss: Loss, batch: tuple[Tensor, Tensor]) -> tuple[float, list[Tensor]]:
+    """Return the loss and every gradient of one forward and backward pass."""
+    device = next(stage.parameters()).device
+    stage.zero_grad(set_to_none=True)
+    value = loss(stage(batch[0].to(device)), batch[1].to(device))
+    value.backward()
+    found = [p.grad.detach().clone() for p in stage.parameters() if p.grad is not None]
+    return float(value), found
+
+
+def worst_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest error of a gradient, in norm, relative to that gradient's norm."""
+    return max(
+        float((a.double().cpu() - b.double().cpu()).norm() / b.double().cpu().norm().clamp_min(1e-30))
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+@contextmanager
+def engine_of(
+    kit: Kit, flags: Mapping[str, Value]
+) -> Iterator[tuple[Engine, RunConfig, Iterator[tuple[Tensor, Tensor]]]]:
+    """An engine of `flags` with batches of random tokens; its memory is given back at the end."""
+    from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
+
+    import_muon_uncompiled()
+    config = build({"precision": "bf16", "micro_batch_size": 4, "global_batch_size": 8, **flags})
+    reset_memory()
+    engine = Engine(config, kit.mesh)
+    size, length = config.training.micro_batch_size, config.training.seq_length
+    batches = (tokens_of(config, size, length, seed) for seed in range(10**9))
+    try:
+        yield engine, config, batches
+    finally:
+        engine.deepspeed.destroy()
+
+
+def planned_gib(config: RunConfig) -> float:
+    """The peak of one rank by the memory plan, in GiB."""
+    from megatron_nexus.training.memory_plan import plan_memory
+
+    return plan_memory(config, 1, DEVICE, MULTIPLE)[0].peak / 2**30
