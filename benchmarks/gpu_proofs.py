@@ -31,6 +31,7 @@ from gpu_stage import (
 )
 
 from megatron_nexus.config.command_line import build
+from megatron_nexus.config.presets import Value
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.models.decoder import compile_blocks
 
@@ -93,7 +94,7 @@ def engine(kit: Kit) -> Iterator[Row]:
         (1, "full", False),
     ]
     for zero_stage, recompute, compiled in [*cases, *([(1, "none", True)] if CUDA else [])]:
-        flags = {
+        flags: dict[str, Value] = {
             "preset": PRESET,
             "zero_stage": zero_stage,
             "recompute_granularity": recompute,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.command_line import build
+from megatron_nexus.config.presets import Value
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, training_flops_per_token
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 
@@ -146,7 +147,7 @@ def loop(kit: Kit) -> Iterator[Row]:
         for compiled in (False, True) if CUDA else (False,):
             if kit.left_s < 45 and CUDA:
                 return
-            flags = {"preset": preset, "global_batch_size": 16, "compile": compiled}
+            flags: dict[str, Value] = {"preset": preset, "global_batch_size": 16, "compile": compiled}
             with engine_of(kit, flags) as (made, config, batches):
                 seconds = seconds_of(partial(made.train_step, batches, 1e-4), 5 if CUDA else 1)
                 rate = config.training.global_batch_size * config.training.seq_length / seconds
