@@ -5,7 +5,6 @@ the message must name. The last tables are of other tools and of mistakes that o
 """
 
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -20,9 +19,8 @@ from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_wit
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.data.indexed_dataset import HEADER, IndexedDatasetWriter
 from megatron_nexus.data.sentencepiece_tokenizer import train_sentencepiece_bpe
-from tests.support.cli import Command, assert_refused, commands, ended
+from tests.support.cli import PYTHON, WARM, Command, assert_refused, commands, ended
 from tests.support.paths import REPOSITORY
-from tests.support.waiting import TIMEOUT_S
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +35,7 @@ FLAGS = [
     ("--lr", ["--lr", "expected one argument"]),
     ("--num-layers 2.5", ["--num-layers", "'2.5'"]),
     ("--precision fp16", ["--precision", "'fp16'", "'bf16', 'fp32'"]),
-    ("--preset nexusformer-1t", ["'nexusformer-1t'", "'nexusformer-170m'"]),
+    ("--preset nexusformer-1t", ["'nexusformer-1t'", "nexus presets"]),
     ("stray", ["'stray' belongs to no flag"]),
     ("--train-tokens many", ["--train-tokens many is not a number of tokens"]),
     ("--train-tokens 1M --train-iters 3", ["give one of them"]),
@@ -45,7 +43,7 @@ FLAGS = [
     ("--tp 0", ["--tp 0 must be positive"]),
     ("--pp 3", ["--pp 3 is more than --num-layers 2", "use at most 2"]),
     ("--pp 2 --zero-stage 2", ["--zero-stage 2 needs --pp 1", "use --zero-stage 1"]),
-    ("--zero-stage 5", ["--zero-stage 5 does not exist"]),
+    ("--zero-stage 5", ["--zero-stage 5", "at most 3"]),
     ("--sequence-parallel", ["--sequence-parallel", "--tp is 1: drop the flag"]),
     ("--tp 2 --sequence-parallel --seq-length 15", ["--seq-length 15", "use 14"]),
     ("--global-batch-size 5", ["--global-batch-size 5", "use 4 or 6"]),
@@ -124,13 +122,16 @@ TABLE = [
     *((words, "DataError", told) for words, told in DATA),
 ]
 
+COLD = [FLAGS[0][0], CHECKPOINTS[0][0], DATA[0][0]]
+"""One of each stage is answered by a cold interpreter, imports and all; so is the first of the tools."""
+
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """A folder with a good corpus, a good checkpoint, and bad ones of each kind."""
     folder = tmp_path_factory.mktemp("bad")
     for made in commands(folder, tmp_path_factory.mktemp("logs")):
-        write_bad_corpora(folder)
+        write_bad_corpora(made)
         code, output = made.run("--save kept --train-iters 2")
         assert code == 0, output
         write_bad_checkpoints(folder)
@@ -141,7 +142,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
         yield made
 
 
-def write_bad_corpora(folder: Path) -> None:
+def write_bad_corpora(command: Command) -> None:
+    folder = command.folder
     index, tokens = (folder / "corpus.idx").read_bytes(), (folder / "corpus.bin").read_bytes()
     magic, version, code, sequences, boundaries = HEADER.unpack(index[: HEADER.size])
     header = (version, code, sequences, boundaries)
@@ -165,7 +167,7 @@ def write_bad_corpora(folder: Path) -> None:
     (folder / "nested.json").write_text("[" * 100_000)
     (folder / "values.yaml").write_text("training:\n  seed: 2001-02-30\n")
     words = "--input text.jsonl --output-prefix mine --tokenizer-model small.model --append-eod --workers 1"
-    code, output = tool(folder, "preprocess_data.py", words)
+    code, output = command.tool("preprocess_data.py", words)
     assert code == 0, output
 
 
@@ -197,26 +199,12 @@ def contents(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
-def tool(folder: Path, name: str, words: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / name), *shlex.split(words)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    return done.returncode, done.stdout
-
-
 @pytest.mark.parametrize(("words", "kind", "told"), TABLE, ids=[words for words, _, _ in TABLE])
 def test_a_mistake_is_answered_with_one_message_and_nothing_is_written(
     command: Command, words: str, kind: str, told: list[str]
 ) -> None:
     before = contents(command.folder)
-    assert_refused(*command.run(words), kind, *told)
+    assert_refused(*command.run(words, PYTHON if words in COLD else WARM), kind, *told)
     assert contents(command.folder) == before
 
 
@@ -286,7 +274,7 @@ TOOLS = [
 @pytest.mark.parametrize(("name", "words", "told"), TOOLS, ids=[f"{n} {words}" for n, words, _ in TOOLS])
 def test_tools_answer_alike(command: Command, name: str, words: str, told: list[str]) -> None:
     before = contents(command.folder)
-    code, output = tool(command.folder, name, words)
+    code, output = command.tool(name, words, PYTHON if (name, words) == TOOLS[0][:2] else WARM)
     assert code == 2, output
     assert "Traceback" not in output and "usage:" not in output
     assert all(part in output for part in told), output
@@ -337,7 +325,7 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(command: Command, s
 
 def test_the_corpora_here_are_bad_by_what_was_done_to_them_alone(command: Command) -> None:
     for name in ("corpus", "mine"):
-        code, output = tool(command.folder, "inspect_data.py", name)
+        code, output = command.tool("inspect_data.py", name)
         assert code == 0, output
 
 

@@ -13,7 +13,10 @@ BIN = Path(sys.executable).parent
 SHELL = [
     path for ending in ("sh", "sbatch") for path in sorted((REPOSITORY / "examples").rglob(f"*.{ending}"))
 ]
-GATES = [REPOSITORY / name for name in ("tests/run", "tests/run_oldest_torch", ".ci/run")]
+GATES = [
+    REPOSITORY / name
+    for name in ("tests/run", "tests/run_oldest_torch", "tests/support/unoptimized_cxx", ".ci/run")
+]
 CHECKS = [("shellcheck", path) for path in [*SHELL, *GATES]]
 
 

@@ -28,7 +28,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-import tests.support.rank_preload  # noqa: F401 - what the ranks would import
+import tests.support.preload  # noqa: F401 - what the ranks would import
 from megatron_nexus.checkpoint import writer
 from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint

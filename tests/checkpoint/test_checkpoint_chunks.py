@@ -49,31 +49,27 @@ SHARDED = (Layout.SHARDED_PADDED, Layout.SHARDED)
 LAYOUTS = [(a, b) for a in Layout for b in Layout if not (a in SHARDED and b in SHARDED)]
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS)
-@pytest.mark.parametrize("tensor_size", [1, 2, 3])
-@pytest.mark.parametrize("cuts", [1, 2, 5])
-def test_slabs_of_all_ranks_are_the_logical_tensor(
-    layouts: tuple[Layout, Layout], tensor_size: int, cuts: int
-) -> None:
-    sizes = tuple(6 if layout is Layout.SHARDED else 7 for layout in layouts)
-    axes = tuple(Axis("abc"[i], sizes[i], layouts[i]) for i in range(2))
-    spec = ParamSpec("w", axes, Constant(0.0), Role.MATMUL)
-    logical = np.arange(1.0, spec.numel + 1).reshape(spec.shape)
-    found = np.zeros(spec.shape)
-    for rank in range(tensor_size if spec.is_sharded else 1):
-        shard = Shard(rank, tensor_size, multiple=2)
-        box = shard.box(spec)
-        local = np.zeros(shard.local_shape(spec))
-        local[tuple(slice(0, size) for size in box.sizes)] = logical[
-            index_within(box, Box((0, 0), spec.shape))
-        ]
-        edges = [local.size * cut // cuts for cut in range(cuts + 1)]
-        for start, stop in itertools.pairwise(edges):
-            flat = local.reshape(-1)[start:stop]
-            for part in fragment_boxes(spec, shard, start, stop - start, most=4):
-                run = flat[part.start : part.start + np.prod(part.stored)].reshape(part.stored)
-                found[index_within(part.box, Box((0, 0), spec.shape))] += run[part.corner]
-    assert (found == logical).all()
+def test_fragments_of_all_ranks_are_the_logical_tensor() -> None:
+    for layouts, tensor_size, cuts in itertools.product(LAYOUTS, (1, 2, 3), (1, 2, 5)):
+        sizes = tuple(6 if layout is Layout.SHARDED else 7 for layout in layouts)
+        axes = tuple(Axis("abc"[i], sizes[i], layouts[i]) for i in range(2))
+        spec = ParamSpec("w", axes, Constant(0.0), Role.MATMUL)
+        logical = np.arange(1.0, spec.numel + 1).reshape(spec.shape)
+        found = np.zeros(spec.shape)
+        for rank in range(tensor_size if spec.is_sharded else 1):
+            shard = Shard(rank, tensor_size, multiple=2)
+            box = shard.box(spec)
+            local = np.zeros(shard.local_shape(spec))
+            local[tuple(slice(0, size) for size in box.sizes)] = logical[
+                index_within(box, Box((0, 0), spec.shape))
+            ]
+            edges = [local.size * cut // cuts for cut in range(cuts + 1)]
+            for start, stop in itertools.pairwise(edges):
+                flat = local.reshape(-1)[start:stop]
+                for part in fragment_boxes(spec, shard, start, stop - start, most=4):
+                    run = flat[part.start : part.start + np.prod(part.stored)].reshape(part.stored)
+                    found[index_within(part.box, Box((0, 0), spec.shape))] += run[part.corner]
+        assert (found == logical).all(), (layouts, tensor_size, cuts)
 
 
 def test_intersection_and_disjointness() -> None:

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
-from tests.support.cli import DEEPSPEED, PYTHON, Command, commands, ended
+from tests.support.cli import DEEPSPEED, WARM, Command, commands, ended, run_tool
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 
@@ -31,17 +30,17 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def tool(spawn: Spawn, folder: Path, name: str, words: str) -> str:
-    code, output = ended(spawn([*PYTHON, str(REPOSITORY / "tools" / name), *shlex.split(words)], folder))
+    code, output = run_tool(spawn, folder, name, words)
     assert code == 0, output
     return output
 
 
-def follow(spawn: Spawn, folder: Path, output: str) -> str:
-    """Run the line that a tool printed last; what it says."""
+def follow(spawn: Spawn, folder: Path, output: str, launcher: list[str]) -> str:
+    """Run the line that a tool printed last, one rank of it without DeepSpeed's launcher; what it says."""
     line = re.findall(r"continue with +(.*)", output)[-1]
-    launcher, *words = shlex.split(line)
-    assert launcher == "deepspeed"
-    code, said = ended(spawn([*DEEPSPEED, *words], folder))
+    typed, *words = shlex.split(line)
+    assert typed == "deepspeed"
+    code, said = ended(spawn([*launcher, *words], folder))
     assert code == 0, said
     assert "resumed" in said and "finished after iteration" in said
     return said
@@ -51,11 +50,11 @@ def test_growth_of_the_vocabulary_on_the_built_in_corpus(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    train = [*PYTHON, str(REPOSITORY / "pretrain_nexus.py"), *shlex.split(TINY)]
+    train = [*WARM, str(REPOSITORY / "pretrain_nexus.py"), *shlex.split(TINY)]
     code, output = ended(spawn([*train, "--save", "a"], tmp_path))
     assert code == 0, output
     grown = tool(spawn, tmp_path, "grow_sharded_checkpoint.py", "--load a --save b --vocab-size 403")
-    said = follow(spawn, tmp_path, grown)
+    said = follow(spawn, tmp_path, grown, DEEPSPEED)
     assert "Training a tokenizer" not in said and "Tokenizing" not in said, "the corpus is there already"
     ends = [newest_checkpoint(tmp_path / name) for name in ("a", "b")]
     assert ends[0] is not None and ends[1] is not None
@@ -78,7 +77,7 @@ def test_growth_and_upcycling_on_token_files(command: Command, spawn: Spawn, nam
     kind = "--projection linear " if name.startswith("upcycle") else ""
     code, output = command.run(f"{kind}--train-iters 1 --save a")
     assert code == 0, output
-    follow(spawn, command.folder, tool(spawn, command.folder, name, f"--load a --save b {words}"))
+    follow(spawn, command.folder, tool(spawn, command.folder, name, f"--load a --save b {words}"), WARM)
 
 
 def test_an_import_without_a_tokenizer_is_not_trained_on_other_ids(spawn: Spawn, tmp_path: Path) -> None:
@@ -93,6 +92,6 @@ def test_an_import_without_a_tokenizer_is_not_trained_on_other_ids(spawn: Spawn,
         assert "continue with" not in output
         assert "--tokenizer-model) or token files of it (--data-path)" in output
         script = str(REPOSITORY / "pretrain_nexus.py")
-        code, said = ended(spawn([sys.executable, script, "--load", run], tmp_path))
+        code, said = ended(spawn([*WARM, script, "--load", run], tmp_path))
         assert code == 2 and "Traceback" not in said, said
         assert "knows no tokenizer" in said and "--tokenizer-model" in said and "--data-path" in said

@@ -67,21 +67,23 @@ def test_no_flags_give_the_default_preset() -> None:
     assert values == expected
 
 
-@pytest.mark.parametrize(("section", "name", "hint", "default"), ALONE)
-def test_every_flag_sets_its_field_and_no_other(section: str, name: str, hint: type, default: object) -> None:
-    flag, before = "--" + name.replace("_", "-"), parse()
-    if hint is bool:
-        value: object = True
-        assert getattr(getattr(parse(f"--no-{flag[2:]}"), section), name) is False
-        words = [flag]
-    else:
-        value = other_value(hint, getattr(getattr(before, section), name))
-        words = [flag, *(value if isinstance(value, tuple) else [str(value)])]
-    changed = dataclasses.replace(getattr(before, section), **{name: value})
-    assert parse(*words) == dataclasses.replace(before, **{section: changed})
-    assert parse(*words) != before
-    if hint is not bool:
-        assert parse("=".join(words)) == parse(*words)
+def test_every_flag_sets_its_field_and_no_other() -> None:
+    before = parse()
+    for section, name, hint, _ in ALONE:
+        flag = "--" + name.replace("_", "-")
+        if hint is bool:
+            value: object = True
+            assert getattr(getattr(parse(f"--no-{flag[2:]}"), section), name) is False, flag
+            words = [flag]
+        else:
+            value = other_value(hint, getattr(getattr(before, section), name))
+            words = [flag, *(value if isinstance(value, tuple) else [str(value)])]
+        changed = dataclasses.replace(getattr(before, section), **{name: value})
+        found = parse(*words)
+        assert found == dataclasses.replace(before, **{section: changed}), flag
+        assert found != before, flag
+        if hint is not bool:
+            assert parse("=".join(words)) == found, flag
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ def whole(dataset: IndexedDataset) -> SplitRange:
     return split_documents(dataset, "1").train
 
 
-@pytest.mark.parametrize("n", [*range(1, 40), 97, 100, 101, 1000, 1023, 1024, 1025, 10_007])
-def test_a_permutation_is_a_bijection(n: int) -> None:
-    for seed, epoch in [(0, 0), (1, 0), (0, 1), (-3, 2), (2**63, 7)]:
-        order = Permutation(n, seed, epoch)
-        assert sorted(order[i] for i in range(n)) == list(range(n))
+def test_a_permutation_is_a_bijection() -> None:
+    for n in (*range(1, 40), 97, 100, 101, 1000, 1023, 1024, 1025, 10_007):
+        for seed, epoch in [(0, 0), (1, 0), (0, 1), (-3, 2), (2**63, 7)]:
+            order = Permutation(n, seed, epoch)
+            assert sorted(order[i] for i in range(n)) == list(range(n)), (n, seed, epoch)
 
 
 def test_permutations_of_seeds_and_epochs_differ() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.training.metrics import read_metrics
 from tests.support import eval_model
-from tests.support.cli import assert_refused, ended, summary
+from tests.support.cli import WARM, assert_refused, ended, summary
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 from tests.support.task_files import write_task_files
@@ -40,7 +39,7 @@ def folder(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> Path:
 
 def train(words: str, folder: Path, spawn: Spawn) -> tuple[int, str]:
     script = str(REPOSITORY / "pretrain_nexus.py")
-    return ended(spawn([sys.executable, script, *FLAGS, *shlex.split(words)], folder))
+    return ended(spawn([*WARM, script, *FLAGS, *shlex.split(words)], folder))
 
 
 @pytest.mark.slow
@@ -68,7 +67,7 @@ def test_a_run_tells_what_its_checkpoint_scores(folder: Path, spawn: Spawn) -> N
             "--output",
             "o.json",
         ]
-        tool = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), *words]
+        tool = [*WARM, str(REPOSITORY / "tools" / "evaluate.py"), *words]
         code, output = ended(spawn(tool, folder))
         assert code == 0, output
         found = json.loads((folder / "o.json").read_text())["tasks"]

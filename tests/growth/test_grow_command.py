@@ -21,6 +21,7 @@ from megatron_nexus.cli.main import main
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.growth.worker_group import os_error_message
 from tests.support import checkpoints
+from tests.support.cli import WARM
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 from tests.support.waiting import wait_for
@@ -224,7 +225,7 @@ def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn
     config = checkpoints.configure(seq_length=12, precision="fp32", lr=1e-3)
     before = contents(checkpoints.write_checkpoint(tmp_path / "old", config))
     words = "--data-path corpus --split 8,2 --eval-iters 1 --train-iters 42 --load old --reset-optimizer"
-    pretrain = [sys.executable, str(REPOSITORY / "pretrain_nexus.py"), *words.split()]
+    pretrain = [*WARM, str(REPOSITORY / "pretrain_nexus.py"), *words.split()]
     training = spawn([*pretrain, "--grow", "nexus_m=20 num_layers=3 init=in_rand", "--save", "new"], tmp_path)
     assert training.end() == 0, training.output()
     manifest = read_manifest(find_checkpoint(tmp_path / "new"))

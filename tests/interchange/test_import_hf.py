@@ -30,6 +30,7 @@ from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.interchange import import_checkpoint
 from megatron_nexus.interchange.export import export_checkpoint
 from tests.support import checkpoints, reference
+from tests.support.cli import WARM
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 
@@ -200,7 +201,7 @@ def test_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spawn
             writer.add_document(rng.integers(0, SIZES["vocab_size"], 100))
     words = "--load run --save new --tp 2 --data-path corpus --split 8,2 --seq-length 16 --train-iters 3"
     words += " --global-batch-size 4 --eval-iters 1 --fp32"
-    training = spawn([sys.executable, str(REPOSITORY / "pretrain_nexus.py"), *words.split()], tmp_path)
+    training = spawn([*WARM, str(REPOSITORY / "pretrain_nexus.py"), *words.split()], tmp_path)
     assert training.end() == 0, training.output()
     manifest = read_manifest(tmp_path / "new" / "iter_0000003")
     assert manifest.optimizer.step_count == 3 and manifest.lineage[0]["model_type"] == "llama"

@@ -10,11 +10,14 @@ import numpy as np
 
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
-from tests.support.paths import REPOSITORY
-from tests.support.subprocesses import Program, Spawn, spawner
+from tests.support.paths import REPOSITORY, TESTS
+from tests.support.ports import free_port
+from tests.support.subprocesses import WARM_PYTHON, Program, Spawn, spawner
+from tests.support.waiting import wait_for
 
 VOCABULARY = 97
 PYTHON = [sys.executable]
+WARM = [WARM_PYTHON]
 DEEPSPEED, TORCHRUN = ([str(Path(sys.executable).with_name(name))] for name in ("deepspeed", "torchrun"))
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -26,30 +29,52 @@ SMALL = shlex.split(
 ENDLESS = 1_000_000
 
 
+def warm_ranks(count: int) -> list[str]:
+    """Return a launcher of `count` ranks that have done their imports."""
+    return [WARM_PYTHON, str(TESTS / "support" / "warm_launcher.py"), str(count), str(free_port())]
+
+
 class Command:
-    """Starts the command in a folder with a corpus and a link to the script, as a user would."""
+    """Starts the command in a folder with a corpus and a link to the script, as a user would.
+
+    Without a launcher it is one process that has done its imports.
+    """
 
     def __init__(self, folder: Path, spawn: Spawn) -> None:
         self.folder = folder
         self._spawn = spawn
 
-    def start(self, words: str, launcher: list[str] = PYTHON) -> Program:
+    def start(self, words: str, launcher: list[str] = WARM) -> Program:
         """Start the training script with the small model's flags and `words`."""
         return self._spawn([*launcher, "pretrain_nexus.py", *SMALL, *shlex.split(words)], self.folder)
 
-    def run(self, words: str, launcher: list[str] = PYTHON) -> tuple[int, str]:
+    def run(self, words: str, launcher: list[str] = WARM) -> tuple[int, str]:
         """The exit code and all output of a run, which leaves no process behind."""
         return ended(self.start(words, launcher))
+
+    def tool(self, name: str, words: str, python: list[str] = WARM) -> tuple[int, str]:
+        """The exit code and all output of a file of tools/."""
+        return run_tool(self._spawn, self.folder, name, words, python)
 
     def repeat(self, line: str) -> tuple[int, str]:
         """Run a command line that a run printed."""
         launcher, *words = shlex.split(line)
-        program = {"deepspeed": DEEPSPEED, "torchrun": TORCHRUN}.get(launcher, [launcher])
+        programs = {"deepspeed": DEEPSPEED, "torchrun": TORCHRUN, sys.executable: WARM}
+        program = programs.get(launcher, [launcher])
         return ended(self._spawn([*program, *words], self.folder))
 
     def losses(self, folder: str) -> dict[int, float]:
         records = read_metrics(self.folder / folder / METRICS_FILE)
         return {int(record["step"]): record["loss"] for record in records if "loss" in record}
+
+
+def run_tool(spawn: Spawn, folder: Path, name: str, words: str, python: list[str] = WARM) -> tuple[int, str]:
+    """The exit code and all output of a file of tools/, which leaves no process behind."""
+    program = spawn([*python, str(REPOSITORY / "tools" / name), *shlex.split(words)], folder)
+    code = program.end()
+    # A server of workers ends by itself once its tool is gone.
+    wait_for(lambda: program.left() == {}, "the end of all processes")
+    return code, program.output()
 
 
 def ended(program: Program) -> tuple[int, str]:

@@ -9,23 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.paths import REPOSITORY
-from tests.support.waiting import TIMEOUT_S
+from tests.support.waiting import TIMEOUT_S, wait_for
+from tests.support.warm_server import WarmProcess, heed_terminal_keys
 
 MARK = "NEXUS_TEST_PROGRAM"
+WARM_PYTHON = "python, with all imports done"
+"""In the place of an interpreter: the program is forked from the warm server."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def as_in_a_terminal() -> None:
-    """Heed the keys of a terminal, which a shell has all ignore that it starts in the background."""
-    for key in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(key, signal.SIG_DFL)
 
 
 @dataclass
 class Program:
-    """A started command and all that descends from it, which a mark in the environment tells apart."""
+    """A started command and all that descends from it, known by a mark in the environment or its session."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | WarmProcess
     mark: str
     log: Path
 
@@ -40,6 +37,11 @@ class Program:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {TIMEOUT_S:.0f} s:\n{self.output()[-4000:]}") from None
 
+    def wait_for_output(self, text: str) -> None:
+        """Wait until its output holds `text`; fail where it ends before."""
+        wait_for(lambda: text in self.output() or self.process.poll() is not None, f"output {text!r}")
+        assert text in self.output(), f"it ended without {text!r}:\n{self.output()[-4000:]}"
+
     def interrupt(self) -> None:
         """Ctrl-C in a terminal: SIGINT to every process of the group."""
         os.killpg(self.process.pid, signal.SIGINT)
@@ -52,7 +54,9 @@ class Program:
     def _command_of(self, pid: int) -> str:
         folder = Path(f"/proc/{pid}")
         try:
-            if f"{MARK}={self.mark}".encode() not in (folder / "environ").read_bytes().split(b"\0"):
+            marked = f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            session = (folder / "stat").read_text().rpartition(")")[2].split()[3]
+            if not marked and session != str(self.process.pid):
                 return ""
             return (folder / "cmdline").read_text().replace("\0", " ")  # empty once it is a zombie
         except OSError:  # it ended while we looked
@@ -70,17 +74,11 @@ def spawner(logs: Path) -> Iterator[Spawn]:
         mark = uuid.uuid4().hex
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         environment |= {"PYTHONPATH": str(REPOSITORY), MARK: mark}
-        with (logs / mark).open("w") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=as_in_a_terminal,
-            )
+        process: subprocess.Popen[bytes] | WarmProcess
+        if command[0] == WARM_PYTHON:
+            process = WarmProcess(command[1:], cwd, environment, logs / mark)
+        else:
+            process = _start(command, cwd, environment, logs / mark)
         programs.append(Program(process, mark, logs / mark))
         return programs[-1]
 
@@ -90,3 +88,19 @@ def spawner(logs: Path) -> Iterator[Spawn]:
             os.kill(pid, signal.SIGKILL)
         program.process.kill()
         program.process.wait()
+
+
+def _start(
+    command: list[str], cwd: Path, environment: dict[str, str], output: Path
+) -> subprocess.Popen[bytes]:
+    with output.open("w") as log:
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=heed_terminal_keys,
+        )

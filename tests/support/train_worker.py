@@ -32,7 +32,7 @@ from megatron_nexus.training.grown_adam import install_bias_correction
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator, Text
 from tests.support.waiting import TIMEOUT_S
 
-STEPS = 5
+STEPS = 3
 
 Batch = tuple[Tensor, Tensor]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-import tests.support.rank_preload  # noqa: F401 - what the ranks would import
+import tests.support.preload  # noqa: F401 - what the ranks would import
 from megatron_nexus import log
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader

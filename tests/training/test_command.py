@@ -23,11 +23,13 @@ from tests.support.cli import (
     PYTHON,
     SMALL,
     TORCHRUN,
+    WARM,
     Command,
     assert_refused,
     commands,
     ended,
     summary,
+    warm_ranks,
 )
 from tests.support.paths import REPOSITORY
 from tests.support.ports import free_port
@@ -109,15 +111,17 @@ def test_a_batch_that_ramps_up_trains_as_one_that_is_changed_by_hand(command: Co
     steady = f"{mode} --lr-decay-style constant --lr-warmup-iters 2"
     folder = f"ramp{RAMP_MODES.index(mode)}"
     ramp = "--rampup-batch-size 2 2 8 --global-batch-size 4 --train-samples 20"
-    code, output = command.run(f"{steady} --save {folder} {ramp}")
+    launcher = warm_ranks(2) if "--pp 2" in mode else WARM
+    code, output = command.run(f"{steady} --save {folder} {ramp}", launcher)
     assert code == 0, output
     assert "batch: from 2 samples by 2 up to 4 over the first 8 samples of the run" in output
     assert "finished after iteration 7" in output, "4 steps of 2 samples, 3 of 4"
     assert summary(output, "tokens") == "320 in 7 iterations"
-    code, output = command.run(f"{steady} --save {folder}-hand --global-batch-size 2 --train-tokens 128")
+    by_hand = f"{steady} --save {folder}-hand --global-batch-size 2 --train-tokens 128"
+    code, output = command.run(by_hand, launcher)
     assert code == 0, output
     words = f"--load {folder}-hand --global-batch-size 4 --train-tokens 320"
-    code, output = command.run(f"{mode} {words}")
+    code, output = command.run(f"{mode} {words}", launcher)
     assert code == 0, output
     assert "resumed" in output and "at iteration 4, 8 samples" in output
     assert command.losses(f"{folder}-hand") == command.losses(folder)
@@ -125,8 +129,8 @@ def test_a_batch_that_ramps_up_trains_as_one_that_is_changed_by_hand(command: Co
 
 @pytest.mark.parametrize(("count", "remedy"), [(1, "start 2 ranks"), (3, "start 2 ranks")])
 def test_a_count_that_does_not_fit_is_refused_once(command: Command, count: int, remedy: str) -> None:
-    launcher = [*DEEPSPEED, "--num_gpus", str(count), "--master_port", str(free_port())]
-    code, output = command.run("--tp 2", launcher)
+    deepspeed = [*DEEPSPEED, "--num_gpus", str(count), "--master_port", str(free_port())]
+    code, output = command.run("--tp 2", deepspeed if count == 3 else warm_ranks(count))
     assert_refused(code, output, "ConfigError", f"the world has {count} rank", "--tp 2 x --pp 1 = 2", remedy)
 
 
@@ -154,7 +158,7 @@ def test_what_skip_train_is_answered_with_validates_and_trains_nothing(command: 
 def test_ctrl_c_saves_leaves_nothing_running_and_load_auto_resumes(command: Command) -> None:
     auto = "--load auto --save stopped --tp 2"
     program = command.start(f"{auto} --train-iters {ENDLESS}")
-    wait_for(lambda: "iteration       3/" in program.output(), "the third step")
+    program.wait_for_output("iteration       3/")
     program.interrupt()
     code, output = ended(program)
     assert code == 0, output
@@ -167,7 +171,7 @@ def test_ctrl_c_saves_leaves_nothing_running_and_load_auto_resumes(command: Comm
     assert newest_checkpoint(command.folder / "stopped") == command.folder / f"stopped/iter_{step:07d}"
     assert f"--train-iters {ENDLESS}" in summary(output, "resume with")
 
-    code, output = command.run(f"{auto} --train-iters {step + 2}")
+    code, output = command.run(f"{auto} --train-iters {step + 2}", warm_ranks(2))
     assert code == 0, output
     assert f"resumed stopped/iter_{step:07d} at iteration {step}" in output
     assert list(command.losses("stopped")) == list(range(1, step + 3))
@@ -175,7 +179,7 @@ def test_ctrl_c_saves_leaves_nothing_running_and_load_auto_resumes(command: Comm
 
 def test_ctrl_c_under_the_deepspeed_command_saves_and_leaves_nothing_running(command: Command) -> None:
     program = command.start(f"--tp 2 --save under-deepspeed --train-iters {ENDLESS}", DEEPSPEED)
-    wait_for(lambda: "iteration       3/" in program.output(), "the third step")
+    program.wait_for_output("iteration       3/")
     program.interrupt()
     program.end()  # its exit code is the launcher's own
     wait_for(lambda: program.left() == {}, "the end of all ranks")
@@ -187,7 +191,7 @@ def test_ctrl_c_under_the_deepspeed_command_saves_and_leaves_nothing_running(com
 
 def test_a_run_whose_deepspeed_command_was_killed_saves_and_leaves_nothing_running(command: Command) -> None:
     program = command.start(f"--tp 2 --save killed-launcher --train-iters {ENDLESS}", DEEPSPEED)
-    wait_for(lambda: "iteration       3/" in program.output(), "the third step")
+    program.wait_for_output("iteration       3/")
     os.kill(program.process.pid, signal.SIGTERM)  # deepspeed passes it on to nobody
     assert program.end() == -signal.SIGTERM
     wait_for(lambda: program.left() == {}, "the end of launcher and ranks")
@@ -205,7 +209,7 @@ def importing(program: Program) -> int:
 
 
 def test_ctrl_c_before_training_ends_at_once_with_one_message(command: Command) -> None:
-    program = command.start("--tp 2 --save never --train-iters 2")
+    program = command.start("--tp 2 --save never --train-iters 2", PYTHON)
     wait_for(lambda: importing(program) == 2, "two ranks that import torch")
     program.interrupt()
     code, output = ended(program)
@@ -217,7 +221,8 @@ def test_ctrl_c_before_training_ends_at_once_with_one_message(command: Command) 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(command: Command) -> None:
     code, output = command.run(
-        "--tp 2 --save lost --save-interval 1 --train-iters 9 --lr 1e30 --clip-grad 0 --lr-warmup-iters 0"
+        "--tp 2 --save lost --save-interval 1 --train-iters 9 --lr 1e30 --clip-grad 0 --lr-warmup-iters 0",
+        warm_ranks(2),
     )
     way_back = "start again: lost/iter_0000001 holds weights that never gave a finite loss"
     assert_refused(code, output, "TrainingError", "step 2: loss", "(rank 0: ", way_back, "lower --lr")
@@ -261,7 +266,7 @@ def test_libraries_do_at_the_end_of_a_run_what_they_do_at_exit(command: Command,
 
 def test_when_a_rank_is_killed_all_end_within_ten_seconds_with_one_message(command: Command) -> None:
     program = command.start(f"--tp 2 --pp 2 --save killed --train-iters {ENDLESS} --log-interval 50")
-    wait_for(lambda: "iteration       1/" in program.output(), "the first step")
+    program.wait_for_output("iteration       1/")
     ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in program.left()}
     victim = next(pid for pid, environment in ranks.items() if b"RANK=2" in environment)
     assert "starting 4 local ranks" in program.output()

@@ -15,7 +15,7 @@ from megatron_nexus.checkpoint.run_dir import complete_checkpoints, find_checkpo
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
-from tests.support.cli import ENDLESS, Command, assert_refused, commands, summary
+from tests.support.cli import ENDLESS, Command, assert_refused, commands, summary, warm_ranks
 from tests.support.ports import free_port
 from tests.support.waiting import TIMEOUT_S, wait_for
 
@@ -77,7 +77,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 @pytest.fixture(scope="module")
 def killed(command: Command) -> int:
     """A run on two ranks that was killed amid its saves: the last step that it had reported saved."""
-    program = command.start(f"{SAVE} --pp 2 --async-save --train-iters {ENDLESS}")
+    program = command.start(f"{SAVE} --pp 2 --async-save --train-iters {ENDLESS}", warm_ranks(2))
     wait_for(lambda: program.output().count("\nsaved s3://bucket/runs/a/iter_") > 1, "saves")
     for pid in program.left():
         os.kill(pid, signal.SIGKILL)

@@ -1,8 +1,9 @@
-"""What the ranks of tests import, once: a server that has done so forks them (see `processes`)."""
+"""What the warm server imports once, for all processes that it forks (see `warm_server`)."""
 
 from megatron_nexus.base.gc_paused import gc_paused
 
 with gc_paused():
+    import matplotlib.pyplot  # noqa: F401
     import torch._dynamo  # noqa: F401 - torch imports it at the first optimizer
 
     import megatron_nexus.training.run  # noqa: F401
