@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"parallel", "data"},
     {"models", "checkpoint"},
     {"training", "growth", "evaluation", "interchange", "analysis"},
-    {"__main__", "cli", "pretrain_nexus", "tools"},
+    {"__main__", "api", "cli", "pretrain_nexus", "tools"},
 ]
 HEIGHT = {noun: height for height, layer in enumerate(LAYERS) for noun in layer}
 # Of layer 4, a model knows nothing of where its tokens come from, and a checkpoint nothing of models.

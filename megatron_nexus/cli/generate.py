@@ -78,11 +78,9 @@ def _read_prompt(given: str | None) -> str:
 
 
 def _generate(trained: TrainedModel, prompt: str, given: argparse.Namespace) -> None:
-    import torch
-
+    from megatron_nexus.evaluation.continuation import continue_text
     from megatron_nexus.evaluation.decoding import Decoding
-    from megatron_nexus.evaluation.sampling import Sampling, draw
-    from megatron_nexus.evaluation.text_stream import TextStream
+    from megatron_nexus.evaluation.sampling import Sampling
 
     tokenizer, loaded = trained.tokenizer, trained.load()
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
@@ -99,22 +97,16 @@ def _generate(trained: TrainedModel, prompt: str, given: argparse.Namespace) -> 
     for number in range(given.num_samples):
         if given.num_samples > 1:
             _show(f"--- sample {number + 1} of {given.num_samples}, seed {given.seed + number}\n")
-        generator = torch.Generator().manual_seed(given.seed + number)
-        stream = TextStream(tokenizer, ids)
         _show(prompt)
-        began, made, logits_BV = time.perf_counter(), 0, decoding.first_logits_BV
-        while made < given.max_new_tokens:
-            token = draw(logits_BV[0], sampling, generator)
+        began, made = time.perf_counter(), 0
+        seed = given.seed + number
+        for part in continue_text(decoding, tokenizer, ids, given.max_new_tokens, sampling, seed):
+            _show(part)
             made += 1
-            if token == tokenizer.eod_id:
-                break
-            _show(stream.push(token))
-            if made < given.max_new_tokens:
-                logits_BV = decoding.extend([token])
-        _show(stream.finish() + "\n")
+        _show("\n")
         taken_s = time.perf_counter() - began
+        made = min(made, given.max_new_tokens)  # the last part is of the end token, or of none
         log.logger.info("%d tokens, %.1f tokens/s", made, made / taken_s)
-        decoding.restart()
 
 
 def _show(text: str) -> None:

@@ -15,7 +15,8 @@ from typing import NoReturn
 
 from megatron_nexus import __version__
 from megatron_nexus.base.invocation import COMMAND
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.base.linux import require_linux
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()
 
 def main(verb: str | None = None) -> NoReturn:
     """Run `verb`, or the one that the command line names first, and end the process."""
+    try:
+        require_linux()
+    except ConfigError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(EXIT_CODE_USER_ERROR)
     argv = sys.argv[1:]
     if verb is None:
         verb, argv = _split(argv)

@@ -75,18 +75,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_model(given: argparse.Namespace) -> TrainedModel:
-    """What the flags name; nothing heavy is imported or read.
+    """Return the model that the flags name, as `open_model` does."""
+    return open_model(given.load, given.tokenizer_model, given.precision or "", given.device or "")
+
+
+def open_model(load: str, tokenizer_model: Path | None, precision: str, device: str) -> TrainedModel:
+    """Return the model of a run's folder or of one checkpoint; nothing heavy is imported or read.
 
     Raises:
         CheckpointError, DataError: there is no such checkpoint or tokenizer.
     """
-    checkpoint = find_checkpoint(location(given.load))
+    checkpoint = find_checkpoint(location(load))
     manifest = read_manifest(checkpoint)
     config = saved_config(checkpoint, manifest)
-    tokenizer = find_tokenizer(config, tokenizer_record(manifest), given.tokenizer_model)
+    tokenizer = find_tokenizer(config, tokenizer_record(manifest), tokenizer_model)
     if tokenizer is None:
         raise DataError(
             f"{checkpoint} was trained on token files without a tokenizer: name theirs with --tokenizer-model"
         )
-    precision = given.precision or config.training.precision
-    return TrainedModel(checkpoint, manifest, config, tokenizer, precision, given.device or "")
+    return TrainedModel(
+        checkpoint, manifest, config, tokenizer, precision or config.training.precision, device
+    )
