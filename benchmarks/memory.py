@@ -29,11 +29,12 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.models.layer_context import padding_multiple
 from megatron_nexus.parallel.local_ranks import run_local_ranks
 from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
-from megatron_nexus.training.machine import padding_multiple, set_num_threads, tune_malloc
-from megatron_nexus.training.memory_plan import plan_memory
+from megatron_nexus.planner.memory import plan_memory
+from megatron_nexus.training.machine import set_num_threads, tune_malloc
 
 MIB = 2**20
 STEPS = 3

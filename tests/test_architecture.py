@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"config", "spec"},
     {"parallel", "data"},
     {"models", "checkpoint"},
-    {"training", "growth", "evaluation", "interchange", "analysis"},
+    {"training", "growth", "evaluation", "interchange", "planner", "analysis"},
     {"__main__", "api", "cli", "pretrain_nexus", "tools"},
 ]
 HEIGHT = {noun: height for height, layer in enumerate(LAYERS) for noun in layer}

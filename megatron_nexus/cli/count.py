@@ -36,14 +36,14 @@ def count(argv: list[str]) -> list[str]:
         named = [f"--{name}" for name in ("preset", "config", "load", "grow") if name in given]
         if named:
             raise ConfigError([f"--all counts every preset: drop it, or drop {', '.join(named)}"])
-        from megatron_nexus.training.cost_table import cost_table, preset_rows
+        from megatron_nexus.planner.cost_table import cost_table, preset_rows
 
         rows = preset_rows(given, own.world_size)
         return [json.dumps([row.as_json() for row in rows], indent=1)] if own.json else cost_table(rows)
     config, _ = configure(flags)
     world_size = own.world_size or config.model_parallel_size
     check(config, world_size)
-    from megatron_nexus.training.model_cost import cost_lines, model_cost, state_per_rank
+    from megatron_nexus.planner.model_cost import cost_lines, model_cost, state_per_rank
 
     cost = model_cost(config)
     if own.json:

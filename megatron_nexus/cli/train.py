@@ -191,7 +191,7 @@ def _dry_run(config: RunConfig, world_size: int, speaks: bool) -> NoReturn:
         log.logger.info("%s\n", config_text(config).rstrip())
         with log.Progress("planning the memory of each rank"):
             with gc_paused():
-                from megatron_nexus.training.dry_run import report
+                from megatron_nexus.planner.dry_run import report
             lines = report(config, world_size)
         for line in lines:
             log.logger.info("%s", line)

@@ -70,8 +70,7 @@ def target_files(config: RunConfig) -> list[list[Chunk]]:
     pp = config.parallel.pipeline_model_parallel_size
     layers = layer_specs(config.model)
     files = []
-    for stage in range(pp):
-        held = stage_layers(config.model, config.training.seq_length, stage, pp)
+    for held in stage_layers(config.model, config.training.seq_length, pp):
         specs = [spec for index in held for spec in layers[index]]
         for rank in range(tp):
             shard = Shard(rank, tp)

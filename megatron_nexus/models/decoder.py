@@ -8,7 +8,8 @@ T tokens, B batch, D hidden, V the part of the vocabulary on this rank.
 """
 
 from collections.abc import Callable
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +85,10 @@ def decoder_specs(model: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def layer_flops_per_token(model: ModelConfig, seq_length: int) -> list[int]:
-    """Forward FLOPs per token of each layer, attention included (`spec.cost` says what is counted)."""
-    flops = [weight_flops_per_token(specs) for specs in layer_specs(model)]
+    """Return forward FLOPs per token of each layer, attention included (`spec.cost` says what is counted)."""
+    embedding, block, head = map(weight_flops_per_token, layer_specs(replace(model, num_layers=1)))
     attention = attention_flops_per_token(model.attention_width, seq_length, model.inner_attention_width)
-    return [flops[0], *(block + attention for block in flops[1:-1]), flops[-1]]
+    return [embedding, *[block + attention] * model.num_layers, head]  # all blocks are alike
 
 
 def training_flops_per_token(model: ModelConfig, seq_length: int) -> int:
@@ -95,10 +96,10 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> int:
     return 3 * sum(layer_flops_per_token(model, seq_length))
 
 
-def stage_layers(model: ModelConfig, seq_length: int, stage: int, stages: int) -> range:
-    """The layers of a pipeline stage: cut so that the most expensive stage is as cheap as possible."""
+def stage_layers(model: ModelConfig, seq_length: int, stages: int) -> list[range]:
+    """Return each pipeline stage's layers: cut so that the most expensive stage is as cheap as possible."""
     cuts = balanced_cuts(layer_flops_per_token(model, seq_length), stages)
-    return range(cuts[stage], cuts[stage + 1])
+    return [range(*ends) for ends in pairwise(cuts)]
 
 
 class Embedding(SpecModule):

@@ -1,4 +1,4 @@
-"""Context: what every layer is built with beside its own sizes."""
+"""LayerContext: what every layer is built with besides its own sizes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megatron_nexus.config.run_config import NormImpl, Recompute
+from megatron_nexus.config.run_config import NormImpl, Recompute, RunConfig
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""By what --precision calls them."""
+
+
+def padding_multiple(config: RunConfig, device: torch.device) -> int:
+    """Return the alignment of split axes per rank: as configured, or what the device's matrix units want."""
+    return config.parallel.padding_multiple or (1 if device.type == "cpu" else 64)
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,13 @@ from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, stage_layers
-from megatron_nexus.models.layer_context import LayerContext
+from megatron_nexus.models.layer_context import DTYPES, LayerContext, padding_multiple
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
-from megatron_nexus.training.machine import DTYPES, padding_multiple
 from megatron_nexus.training.optimizer import make_optimizer
 
 Batch = tuple[Stream, Tensor]
@@ -121,10 +120,7 @@ class Engine:
         )
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
         self._loss = loss = Loss(config.model, tp, self.shard)
-        stages = [
-            stage_layers(config.model, config.training.seq_length, stage, mesh.pp_size)
-            for stage in range(mesh.pp_size)
-        ]
+        stages = stage_layers(config.model, config.training.seq_length, mesh.pp_size)
         topology = PipeModelDataParallelTopology(
             num_pp=mesh.pp_size, num_mp=mesh.tp_size, num_dp=mesh.dp_size
         )

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_nexus.config.run_config import Precision, RunConfig
+from megatron_nexus.models.layer_context import DTYPES
 from megatron_nexus.parallel.host_collectives import all_gather_str
 from megatron_nexus.parallel.mesh import Mesh
 
@@ -23,13 +24,6 @@ _GEMM_SECONDS, _GEMM_BLOCKS = 0.5, 5
 
 TESTED_TORCH = ("2.10", "2.13")
 """The oldest version that the laws are run on, and the newest."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def padding_multiple(config: RunConfig, device: torch.device) -> int:
-    """The alignment of split axes per rank: as configured, or what the device's matrix units want."""
-    return config.parallel.padding_multiple or (1 if device.type == "cpu" else 64)
 
 
 def untested_torch(version: str) -> str:

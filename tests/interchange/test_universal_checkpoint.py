@@ -46,8 +46,7 @@ KINDS = {
 def module_names(config: RunConfig, stages: int) -> dict[str, str]:
     """What the engines' own modules call each parameter, by logical name."""
     names = {}
-    for stage in range(stages):
-        layers = stage_layers(config.model, config.training.seq_length, stage, stages)
+    for stage, layers in enumerate(stage_layers(config.model, config.training.seq_length, stages)):
         module = DecoderStage(config.model, layers, LayerContext(TensorParallel(None), Shard(0, 1), seed=0))
         logical = {id(p): name for name, (_, p) in logical_parameters(module).items()}
         above = "stage" if stages == 1 else str(stage)

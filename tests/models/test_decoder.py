@@ -161,14 +161,14 @@ def test_stages_in_a_row_are_the_whole_decoder() -> None:
     tokens = _tokens()
     whole = DecoderStage(MODEL, ALL, ALONE)(tokens)
     x = tokens
-    for stage in range(3):
-        x = DecoderStage(MODEL, stage_layers(MODEL, 16, stage, 3), ALONE)(x)
+    for layers in stage_layers(MODEL, 16, 3):
+        x = DecoderStage(MODEL, layers, ALONE)(x)
     assert torch.equal(x, whole)
 
 
 def test_stages_are_cut_by_cost_and_cover_all_layers() -> None:
     heavy_head = dataclasses.replace(MODEL, vocab_size=5000)
-    layers = [stage_layers(heavy_head, 16, stage, 2) for stage in range(2)]
+    layers = stage_layers(heavy_head, 16, 2)
     assert [*layers[0], *layers[1]] == list(ALL)
     flops = layer_flops_per_token(heavy_head, 16)
     assert flops[-1] > sum(flops[:-1])

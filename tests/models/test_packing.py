@@ -37,7 +37,7 @@ def test_a_packed_sample_is_its_documents_run_alone(
     tokens, labels, positions = sample()
     model = dataclasses.replace(MODEL, **changes)
     context = dataclasses.replace(APART, recompute=recompute)
-    row = [DecoderStage(model, stage_layers(model, LENGTH, i, stages), context) for i in range(stages)]
+    row = [DecoderStage(model, layers, context) for layers in stage_layers(model, LENGTH, stages)]
     stream: Stream = (tokens, positions)
     for stage in row:
         stream = stage(stream)

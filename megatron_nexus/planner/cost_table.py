@@ -1,4 +1,4 @@
-"""The costs of every preset as a table, a row each, beside what the paper prints."""
+"""The costs of every preset as a table, a row each, with what the paper prints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.paper import PRINTED_SIZES
 from megatron_nexus.config.presets import PRESETS, Value
 from megatron_nexus.config.rules import check
-from megatron_nexus.training.memory_table import MIB
-from megatron_nexus.training.model_cost import ModelCost, deviation, model_cost, state_per_rank
+from megatron_nexus.planner.memory import MIB
+from megatron_nexus.planner.model_cost import ModelCost, deviation, model_cost, state_per_rank
 
 # Each column's two lines of heading.
 HEADINGS = (
@@ -41,9 +41,9 @@ class CostRow:
 
 
 def preset_rows(given: Mapping[str, Value], world_size: int | None = None) -> list[CostRow]:
-    """A row of each preset with `given` flags over it, on `world_size` ranks or one copy of the model.
+    """Return a row for each preset with `given` flags over it, on `world_size` ranks or one model copy.
 
-    A preset that does not have the sizes that the paper prints for it has a second row, which does.
+    A preset whose sizes differ from those that the paper prints has a second row with the latter.
 
     Raises ConfigError where the flags do not suit a preset.
     """
@@ -66,7 +66,7 @@ def _row(flags: Mapping[str, Value], world_size: int | None, paper_name: str = "
 
 
 def cost_table(rows: Sequence[CostRow]) -> list[str]:
-    """The lines of the table; FLOPs are in millions per token."""
+    """Return the lines of the table; FLOPs are in millions per token."""
     return table([*zip(*HEADINGS, strict=True), *(_cells(row) for row in rows)])
 
 

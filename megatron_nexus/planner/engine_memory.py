@@ -1,4 +1,4 @@
-"""What DeepSpeed holds on a rank beside the model's own tensors, read from its optimizers.
+"""What DeepSpeed holds on a rank besides the model's own tensors, read from its optimizers.
 
 One class for each optimizer that it chooses, and the account that they keep. All sizes in bytes.
 """
@@ -8,13 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
 from megatron_nexus.config.deepspeed_config import deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.spec.param import ParamSpec
-from megatron_nexus.training.machine import DTYPES
+from megatron_nexus.models.layer_context import DTYPES
 
 FP32, BF16 = 4, 2
 START = "start"  # gone when training begins: counted in the peak alone
@@ -22,8 +18,8 @@ START = "start"  # gone when training begins: counted in the peak alone
 REDUCE_BUCKET, ALL_REDUCE_BUCKET, MAX_LIVE, PERSISTENT = 500_000_000, 500_000_000, 1_000_000_000, 100_000
 
 
-@dataclass
-class Block:
+@dataclass(frozen=True)
+class Allocation:
     """Memory that is held until it is dropped."""
 
     size: int
@@ -36,53 +32,59 @@ class Memory:
     def __init__(self) -> None:
         self.held: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
-        self.peak = 0
+        self.total = self.peak = 0
 
-    def hold(self, column: str, size: int) -> Block:
+    def hold(self, column: str, size: int) -> Allocation:
         """Allocate `size` bytes under `column`."""
-        block = Block(size, column)
-        self._count(column, size)
-        return block
+        self.swing(column, size, size)
+        return Allocation(size, column)
 
-    def drop(self, *blocks: Block) -> None:
-        """Free blocks."""
-        for block in blocks:
-            self.held[block.column] -= block.size
+    def drop(self, *allocations: Allocation) -> None:
+        """Free allocations."""
+        for allocation in allocations:
+            self.swing(allocation.column, 0, -allocation.size)
 
-    def move(self, block: Block, column: str) -> None:
-        """Count a block under another column."""
-        self.held[block.column] -= block.size
-        block.column = column
-        self._count(column, block.size)
+    def swing(self, column: str, most: int, level: int) -> None:
+        """Hold up to `most` bytes more under `column` for a moment, and then `level` more."""
+        held = self.held[column]
+        self.most[column] = max(self.most[column], held + most)
+        self.peak = max(self.peak, self.total + most)
+        self.held[column] = held + level
+        self.total += level
 
-    def _count(self, column: str, size: int) -> None:
-        self.held[column] += size
-        self.most[column] = max(self.most[column], self.held[column])
-        self.peak = max(self.peak, self.held.total())
+
+@dataclass(frozen=True)
+class ParameterSize:
+    """A parameter's elements on this rank, and whether weight decay applies: that chooses its group."""
+
+    elements: int
+    decays: bool
 
 
 class EngineMemory(ABC):
-    """What DeepSpeed holds beside the model's own tensors, in the order in which it allocates it."""
+    """What DeepSpeed holds besides the model's own tensors, in the order in which it allocates it."""
+
+    takes_gradients = False
+    """Whether each gradient leaves `.grad` as soon as it is complete."""
 
     def __init__(
         self,
         memory: Memory,
         config: RunConfig,
         world_size: int,
-        parameters: Sequence[tuple[ParamSpec, nn.Parameter]],
-        device: torch.device,
+        parameters: Sequence[ParameterSize],
+        device_type: str,
     ) -> None:
         self.memory = memory
         self.copies = config.data_parallel_size(world_size)
         self.stage = max(1, config.parallel.zero_stage)
         self.width = DTYPES[config.training.precision].itemsize
-        self.parameters = [parameter for _, parameter in parameters]
-        self.sizes = [parameter.numel() for parameter in self.parameters]
-        groups = [[p.numel() for spec, p in parameters if spec.decays is decays] for decays in (True, False)]
+        self.sizes = [parameter.elements for parameter in parameters]
+        groups = [[p.elements for p in parameters if p.decays is decays] for decays in (True, False)]
         # Each group is padded so that its partitions are equal and aligned to two elements.
         unit = 2 * self.copies
         self.flat = [-(-sum(group) // unit) * unit for group in groups if group]
-        settings = deepspeed_config(config, world_size, device.type)
+        settings = deepspeed_config(config, world_size, device_type)
         zero, bf16 = settings["zero_optimization"], settings["bf16"]
         assert isinstance(zero, dict) and isinstance(bf16, dict)
         # Bytes an element in which gradients are summed over ranks.
@@ -92,11 +94,13 @@ class EngineMemory(ABC):
         assert isinstance(bucket, int | float)
         self.bucket_elements = int(bucket)
         # A CPU has memory only where something was written.
-        self.whole_bucket = device.type != "cpu"
-        self.moments: list[Block] = []
+        self.whole_bucket = device_type != "cpu"
+        self.grads: dict[int, Allocation] = {}
+        self.has_moments = False
 
     @property
     def elements(self) -> int:
+        """Of all parameters, padding included."""
         return sum(self.flat)
 
     def bucket(self, width: int) -> int:
@@ -104,65 +108,78 @@ class EngineMemory(ABC):
         elements = self.bucket_elements if self.whole_bucket else min(self.bucket_elements, self.elements)
         return width * elements
 
-    def model(self) -> list[Block]:
-        """The model as it is built."""
+    def model(self) -> list[Allocation]:
+        """Allocate the model as it is built."""
         return [self.memory.hold(START, self.width * size) for size in self.sizes]
 
     def make_moments(self, elements: Sequence[int]) -> None:
-        """Adam's two, made in the first step."""
-        if not self.moments:
-            self.moments = [self.memory.hold("optimizer", FP32 * n) for n in elements for _ in range(2)]
+        """Allocate Adam's two moments, in the first step."""
+        if not self.has_moments:
+            self.memory.hold("optimizer", 2 * FP32 * sum(elements))
+            self.has_moments = True
 
-    def passing(self, *sizes: int) -> None:
-        """Buffers that come and go together."""
-        self.memory.drop(*[self.memory.hold("buffers", size) for size in sizes])
+    def transient(self, *sizes: int) -> None:
+        """Allocate buffers that come and go together."""
+        self.memory.swing("buffers", sum(sizes), 0)
 
-    def gradient(self, parameter: Tensor) -> None:  # noqa: B027 - most engines leave it
-        """The gradient of a parameter is complete."""
+    def gradient(self, index: int, transient: bool = True) -> None:
+        """Account for the complete gradient of a parameter.
+
+        One that the engine takes at once is counted as long as that lasts, unless not `transient`.
+        """
+        size = self.width * self.sizes[index]
+        if self.takes_gradients:
+            self.take(index, size * transient)
+        elif index not in self.grads:  # else it is added to the one of the micro-batches before
+            self.grads[index] = self.memory.hold("gradients", size)
+
+    def take(self, index: int, size: int) -> None:
+        """Take a gradient of `size` bytes away: most engines copy it into a buffer that is there."""
+        self.memory.swing("gradients", size, 0)
 
     def before_backward(self) -> None:  # noqa: B027 - most engines have no part in it
-        """A backward pass begins."""
+        """Begin a backward pass."""
 
     @abstractmethod
     def start(self) -> None:
-        """The engine is made."""
+        """Make the engine."""
 
     @abstractmethod
     def after_backward(self, last: bool) -> None:
-        """The backward pass of a micro-batch is over, of the step's last one where `last`."""
+        """End the backward pass of a micro-batch, of the step's last one where `last`."""
 
     @abstractmethod
     def step(self) -> None:
-        """The optimizer steps."""
+        """Step the optimizer."""
 
 
 class _Bf16(EngineMemory):
     """BF16_Optimizer: bf16 weights, fp32 gradients of all of them, a share of the fp32 master weights."""
 
     def start(self) -> None:
+        self.takes_gradients = self.immediate
         model = self.model()
-        for flat in self.flat:
-            self.memory.hold("weights", BF16 * flat)
+        self.memory.hold("weights", BF16 * self.elements)
         self.memory.drop(*model)
         for flat in self.flat:
             self.memory.hold("optimizer", FP32 * flat // self.copies)
             self.memory.hold("gradients", FP32 * flat)
 
-    def gradient(self, parameter: Tensor) -> None:
-        if self.immediate:  # cast, added to the fp32 one and freed (accumulate_hp_grads_and_remove_lp)
-            self.passing(FP32 * parameter.numel())
-            parameter.grad = None
+    def take(self, index: int, size: int) -> None:
+        # Cast, added to the fp32 one and freed (accumulate_hp_grads_and_remove_lp).
+        grad = self.memory.hold("gradients", size)
+        self.transient(FP32 * self.sizes[index])
+        self.memory.drop(grad)
 
     def after_backward(self, last: bool) -> None:
         if not self.immediate:  # they stay allocated and are added one by one (update_hp_grads)
-            for size in self.sizes:
-                self.passing(FP32 * size)
+            self.transient(FP32 * max(self.sizes))
         if last:
             # All-reduced from one copy, or in place where there is one tensor: alone, or as large as the
             # bucket; cast where that is asked for (allreduce_no_retain, allreduce_bucket).
             together = len(self.flat) > 1 and self.flat[0] <= ALL_REDUCE_BUCKET
             elements = self.elements if together else max(self.flat)
-            self.passing(FP32 * elements * together, BF16 * elements * (self.summed == BF16))
+            self.transient(FP32 * elements * together, BF16 * elements * (self.summed == BF16))
 
     def step(self) -> None:
         self.make_moments([flat // self.copies for flat in self.flat])
@@ -172,36 +189,27 @@ class _Stage1And2(EngineMemory):
     """DeepSpeedZeroOptimizer: fp32 at stage 1, either precision at stage 2, without the pipeline engine."""
 
     def start(self) -> None:
+        self.takes_gradients = self.stage == 2
         model = self.model()
-        for flat in self.flat:
-            self.memory.hold("weights", self.width * flat)
+        self.memory.hold("weights", self.width * self.elements)
         self.memory.drop(*model)
-        for flat in self.flat:
-            self.memory.hold("optimizer", FP32 * flat // self.copies)
-        self.passing(*self.shares)
-        self.gathered: Block | None = None
+        self.share = FP32 * self.elements // self.copies
+        self.memory.hold("optimizer", self.share)
+        self.transient(self.share)
         self.in_bucket = 0
-        self.own: list[Block] = []
-        self.kept: list[Block] = []
-
-    @property
-    def shares(self) -> list[int]:
-        return [FP32 * flat // self.copies for flat in self.flat]
+        self.gathered: Allocation | None = None
+        self.own: Allocation | None = None
+        self.kept: Allocation | None = None
 
     def before_backward(self) -> None:
-        if self.partitioned:
+        if self.takes_gradients:
             self.gathered = self.memory.hold("gradients", self.bucket(self.width))
 
-    @property
-    def partitioned(self) -> bool:
-        return self.stage == 2
-
-    def gradient(self, parameter: Tensor) -> None:
-        if self.partitioned:
-            parameter.grad = None  # copied into the bucket
-            if self.in_bucket + parameter.numel() > self.bucket_elements:
-                self._reduce()
-            self.in_bucket += parameter.numel()
+    def take(self, index: int, size: int) -> None:
+        super().take(index, size)
+        if self.in_bucket + self.sizes[index] > self.bucket_elements:
+            self._reduce()
+        self.in_bucket += self.sizes[index]
 
     def _reduce(self) -> None:
         """All-reduce the bucket and keep what is this rank's own.
@@ -209,45 +217,42 @@ class _Stage1And2(EngineMemory):
         This rank is the last: its share comes first, while most activations are there.
         """
         if self.width == FP32:
-            self.own = self.own or [self.memory.hold("gradients", share) for share in self.shares]
+            self.own = self.own or self.memory.hold("gradients", self.share)
         else:
             # A copy in fp32, of which this rank's is added to a buffer for all micro-batches.
             copy = self.memory.hold("buffers", FP32 * self.in_bucket * (self.summed == FP32))
-            self.kept = self.kept or [self.memory.hold("gradients", share) for share in self.shares]
+            self.kept = self.kept or self.memory.hold("gradients", self.share)
             self.memory.drop(copy)
         self.in_bucket = 0
 
     def after_backward(self, last: bool) -> None:
-        if self.partitioned:
+        if self.takes_gradients:
             self._reduce()
-            if self.kept:
-                self.memory.drop(*self.own)  # added to those of the micro-batches before
-            else:
+            if self.kept and self.own:
+                self.memory.drop(self.own)  # added to those of the micro-batches before
+            elif self.own:
                 self.kept = self.own
-            self.own = []
+            self.own = None
             assert self.gathered is not None
             self.memory.drop(self.gathered)
         elif last:
-            self.passing(FP32 * min(self.elements, self.bucket_elements))
+            self.transient(FP32 * min(self.elements, self.bucket_elements))
 
     def step(self) -> None:
         # Each group's gradients in one piece: the unpartitioned ones are dropped after that.
-        copied = not (self.partitioned and self.width == BF16)
-        flat = [self.memory.hold("buffers", share) for share in self.shares] if copied else []
-        for parameter in self.parameters:
-            parameter.grad = None
-        self.memory.drop(*self.kept)
-        self.kept = []
+        copied = not (self.takes_gradients and self.width == BF16)
+        flat = self.memory.hold("buffers", self.share * copied)
+        self.memory.drop(*self.grads.values(), *([self.kept] if self.kept else []))
+        self.grads.clear()
+        self.kept = None
         self.make_moments([flat // self.copies for flat in self.flat])
-        self.memory.drop(*flat)
+        self.memory.drop(flat)
 
 
 class _Stage3(EngineMemory):
     """DeepSpeedZeroOptimizer_Stage3: every parameter is cut up, and whole while it is computed with."""
 
-    @property
-    def own(self) -> int:
-        return sum(-(-size // self.copies) for size in self.sizes)
+    takes_gradients = True
 
     def start(self) -> None:
         parts = []
@@ -255,31 +260,26 @@ class _Stage3(EngineMemory):
             whole = self.memory.hold(START, self.width * size)
             parts.append(self.memory.hold(START, self.width * -(-size // self.copies)))
             self.memory.drop(whole)
-        own = self.own
+        self.own = own = sum(-(-size // self.copies) for size in self.sizes)
         self.memory.hold("weights", self.width * own)
         self.memory.drop(*parts)
         if self.width != FP32:
-            self.passing(FP32 * own)
+            self.transient(FP32 * own)
         self.memory.hold("optimizer", FP32 * own)  # of fp32 weights too: _create_fp32_partitions
-        self.passing(FP32 * own)
+        self.transient(FP32 * own)
         self.memory.hold("gradients", self.bucket(self.summed))
         self.memory.hold("gradients", FP32 * own)
         small = sum(size for size in self.sizes if size < PERSISTENT)
         self.memory.hold("buffers", self.width * small)  # these stay whole
         self.large = min(self.elements, MAX_LIVE) - small
-        self.whole: Block | None = None
 
     def before_backward(self) -> None:
         # Nothing is let go that is used again within stage3_max_reuse_distance: all of a small model.
         self.whole = self.memory.hold("buffers", self.width * self.large)
 
-    def gradient(self, parameter: Tensor) -> None:
-        parameter.grad = None  # copied into the bucket
-
     def after_backward(self, last: bool) -> None:
         # Reduce-scattered from one copy in the order of ranks (reduce_scatter_coalesced).
-        self.passing(self.bucket(self.summed), FP32 * self.own * (self.summed == BF16))
-        assert self.whole is not None
+        self.transient(self.bucket(self.summed), FP32 * self.own * (self.summed == BF16))
         self.memory.drop(self.whole)
 
     def step(self) -> None:
@@ -289,7 +289,7 @@ class _Stage3(EngineMemory):
 
 
 def engine_memory_of(config: RunConfig) -> type[EngineMemory]:
-    """The one that DeepSpeed chooses."""
+    """Return the class of the optimizer that DeepSpeed chooses."""
     stage = max(1, config.parallel.zero_stage)
     if stage == 3:
         return _Stage3

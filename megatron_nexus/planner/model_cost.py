@@ -1,7 +1,7 @@
 """What a model costs, and what the paper prints of it: parameters by part, FLOPs per token, bytes per rank.
 
-Everything follows from the specs: the same numbers cut pipeline stages, are told by `--dry-run` and give the
-log its MFU.
+Everything follows from the specs: the same numbers cut pipeline stages, appear in `--dry-run` and give
+the log its MFU.
 """
 
 from collections import Counter
@@ -15,15 +15,14 @@ from megatron_nexus.config.paper import PRINTED_FLOPS_PER_TOKEN, nominal_paramet
 from megatron_nexus.config.presets import PAPER_SIZES
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.models.decoder import layer_flops_per_token, layer_parts, training_flops_per_token
+from megatron_nexus.models.layer_context import padding_multiple
+from megatron_nexus.planner.memory import memory_table, plan_state
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.spec.param import Role
-from megatron_nexus.training.machine import padding_multiple
-from megatron_nexus.training.memory_plan import plan_state
-from megatron_nexus.training.memory_table import memory_table
 
 # Kept out of the count of non-embedding parameters: the two matrices of the vocabulary.
 VOCABULARY_PARTS = ("embedding", "head")
-# Vectors that are no gains of norms.
+# Vectors that are not gains of norms.
 GATES = ("q_gate", "k_gate")
 
 
@@ -76,14 +75,14 @@ class ModelCost:
 
 
 def deviation(true: int, printed: int | None) -> float | None:
-    """How far the true number is from the printed one, in percent of it."""
+    """Return how far the true number is from the printed one, in percent of it."""
     return 100.0 * (true - printed) / printed if printed else None
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
-    """Parameters of embedding, q, k, v, gates, output, feed_forward, head and norms, over all layers."""
+    """Count parameters in embedding, q, k, v, gates, output, feed_forward, head, norms, over all layers."""
     counts: Counter[str] = Counter()
-    norms = 0  # told last
+    norms = 0
     for layer in layer_parts(model):
         for part, specs in layer.items():
             vectors = parameter_count(spec for spec in specs if spec.role is Role.VECTOR)
@@ -94,7 +93,7 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
 
 
 def model_cost(config: RunConfig, paper_name: str = "") -> ModelCost:
-    """The cost of a run's model; `paper_name` is the preset whose numbers stand beside it, else its own."""
+    """Return the cost of a run's model, with the paper's numbers for `paper_name` or its own preset."""
     model, length = config.model, config.training.seq_length
     name = model_name(config)
     forward = sum(layer_flops_per_token(model, length))
@@ -112,7 +111,7 @@ def model_cost(config: RunConfig, paper_name: str = "") -> ModelCost:
 
 
 def size_line(cost: ModelCost) -> str:
-    """The true count beside the paper's name for it."""
+    """Format the true count and the paper's name for it."""
     line = f"{cost.name}: {cost.parameters:,} parameters"
     if cost.paper_size is None:
         return line
@@ -121,7 +120,7 @@ def size_line(cost: ModelCost) -> str:
 
 
 def flops_line(cost: ModelCost) -> str:
-    """FLOPs per token and the attention's share of them."""
+    """Format FLOPs per token and the attention's part of them."""
     return (
         f"FLOPs per token: {cost.forward_flops:,} forward, of which {cost.attention_flops:,} attention over "
         f"{cost.seq_length:,} tokens; {cost.training_flops:,} forward and backward"
@@ -129,14 +128,14 @@ def flops_line(cost: ModelCost) -> str:
 
 
 def state_per_rank(config: RunConfig, world_size: int) -> list[Mapping[str, int]]:
-    """Bytes of weights, gradients and optimizer on a rank of each pipeline stage, and of all three."""
+    """Return bytes of weights, gradients and optimizer on a rank of each stage, and of all three."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan_state(config, world_size, device, padding_multiple(config, device))
     return [{**memory, "together": sum(memory.values())} for memory in plan]
 
 
 def cost_lines(cost: ModelCost, config: RunConfig, world_size: int) -> list[str]:
-    """The report of one model."""
+    """Return the report of one model."""
     lines = [
         size_line(cost),
         f"{cost.non_embedding:,} without the embedding and the head",

@@ -9,12 +9,11 @@ from megatron_nexus.models.decoder import (
     decoder_specs,
     layer_parts,
 )
+from megatron_nexus.models.layer_context import DTYPES
+from megatron_nexus.planner.memory import STATE, memory_table, plan_memory, plan_state, rank_groups
+from megatron_nexus.planner.model_cost import model_cost, parameters_by_part
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.spec.param import Role
-from megatron_nexus.training.machine import DTYPES
-from megatron_nexus.training.memory_plan import STATE, plan_memory, plan_state
-from megatron_nexus.training.memory_table import memory_table, rank_groups
-from megatron_nexus.training.model_cost import model_cost, parameters_by_part
 
 SMALL: dict[str, Value] = {
     "vocab_size": 301,

@@ -11,7 +11,7 @@ import torch
 
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
-from megatron_nexus.training.memory_plan import plan_memory
+from megatron_nexus.planner.memory import plan_memory
 from tests.support.paths import REPOSITORY
 from tests.support.ranks import run_ranks
 from tests.support.subprocesses import LAUNCHER_VARIABLES

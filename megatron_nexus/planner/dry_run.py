@@ -1,4 +1,4 @@
-"""What `--dry-run` tells: the resolved configuration, its costs, and what each rank will hold.
+"""The report of `--dry-run`: the costs of a configuration, and what each rank will hold.
 
 Starts no process group, opens no data and imports no DeepSpeed.
 """
@@ -10,26 +10,25 @@ import torch
 
 from megatron_nexus.config.rules import config_warnings
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.training.machine import padding_multiple
-from megatron_nexus.training.memory_plan import RankMemory, plan_memory
-from megatron_nexus.training.memory_table import MIB, memory_table
-from megatron_nexus.training.model_cost import flops_line, model_cost, size_line
+from megatron_nexus.models.layer_context import padding_multiple
+from megatron_nexus.planner.memory import MIB, RankMemory, memory_table, plan_memory
+from megatron_nexus.planner.model_cost import flops_line, model_cost, size_line
 
 
 def report(config: RunConfig, world_size: int) -> list[str]:
-    """The lines of a dry run of `config` on `world_size` ranks of machines like this one."""
+    """Return the lines of a dry run of `config` on `world_size` ranks of machines like this one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan_memory(config, world_size, device, padding_multiple(config, device))
     parallel, training = config.parallel, config.training
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     dp = config.data_parallel_size(world_size)
-    cost = model_cost(config)
+    cost, steps = model_cost(config), config.accumulation_steps(world_size)
     return [
         "",
         size_line(cost),
         flops_line(cost),
         f"tokens per optimizer step: {training.global_batch_size * training.seq_length:,}, "
-        f"in {config.accumulation_steps(world_size)} micro-batches per rank",
+        f"in {steps} micro-batch{'es' if steps > 1 else ''} per rank",
         f"mesh: tensor {parallel.tensor_model_parallel_size} x pipeline "
         f"{parallel.pipeline_model_parallel_size} x data {dp} = {ranks}; "
         f"{training.precision}, ZeRO {max(1, parallel.zero_stage)}, recompute "

@@ -1,0 +1,301 @@
+"""Trace: what one micro-batch allocates and frees on a pipeline stage, recorded once on fake tensors.
+
+The stage is built from the real model code on tensors without elements, and runs forward and backward. So
+what autograd keeps, what recompute drops and what sequence parallelism splits is never stated a second time.
+All blocks of a stage are alike: one that has others on both sides stands for all of those.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_nexus.config.run_config import ModelConfig, Recompute
+from megatron_nexus.models.decoder import DecoderStage, Loss
+from megatron_nexus.models.layer_context import LayerContext
+from megatron_nexus.models.packing import Stream
+from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.models.rotary import rotary_tables, stage_tables
+from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.spec.shard import Box, Shard
+
+KEPT = "the stage's output is kept"
+"""Event: at the last stage the pipeline engine keeps the outputs of two micro-batches, and frees a third."""
+
+Swing: TypeAlias = tuple[int, int]
+"""Bytes of activations over some operations: the most above the level before them, and the level after."""
+
+Events: TypeAlias = list[Swing | str]
+"""Swings, KEPT, and the name within its layer of each parameter whose gradient leaves the activations."""
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """All that decides the activations of a stage: `model` has as many layers as the stage has blocks."""
+
+    model: ModelConfig
+    has_embedding: bool
+    has_head: bool
+    tp_size: int
+    sequence_parallel: bool
+    micro_batch_size: int
+    seq_length: int
+    dtype: torch.dtype
+    recompute: Recompute
+    reset_position_ids: bool
+    reset_attention_mask: bool
+    device: torch.device
+    multiple: int
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether positions go along with the activations."""
+        return self.reset_position_ids or self.reset_attention_mask
+
+    @property
+    def first_has_its_own(self) -> bool:
+        """Whether the first block's events differ: its input comes from another stage, or tables go along."""
+        return not self.has_embedding or self.is_packed
+
+    @property
+    def last_has_its_own(self) -> bool:
+        """Whether the last block's events differ."""
+        return not self.has_head or self.is_packed
+
+    @property
+    def layers(self) -> range:
+        """The layers of the stage in a decoder of these blocks alone."""
+        return range(not self.has_embedding, self.model.num_layers + 1 + self.has_head)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.seq_length
+
+    @property
+    def output_bytes(self) -> int:
+        """Of the activations that stages send each other."""
+        return prod(self.output_shape) * self.dtype.itemsize
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """[T, B, D] of the activations that stages send each other."""
+        tokens = self.seq_length // (self.tp_size if self.sequence_parallel else 1)
+        return tokens, self.micro_batch_size, self.model.hidden_size
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Events of a forward or backward pass: before the layers, and of each layer in the order run."""
+
+    before: Events
+    layers: Sequence[Events]
+
+    def repeated(self, index: int, times: int) -> "Pass":
+        """Return the pass with `times` copies more of the layer `index`."""
+        return Pass(self.before, [*self.layers[:index], *[self.layers[index]] * times, *self.layers[index:]])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch's two passes, and what stays when it is over."""
+
+    forward: Pass
+    backward: Pass
+    table_bytes: int
+    """Of the rotary tables, which all micro-batches share."""
+    kept_bytes: int
+    """Of an output that the pipeline engine keeps."""
+
+
+class _AllocationTracker(TorchDispatchMode):
+    """Logs the bytes of every storage that an operation makes, and again when its last tensor is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[int | str] = []
+        self.sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
+        self.parameters: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self.sizes and storage not in self.parameters:
+                    size = self.sizes[storage] = [storage.nbytes()]
+                    self.log += size
+                    weakref.finalize(storage, self._freed, size)
+        return result
+
+    def _freed(self, size: list[int]) -> None:
+        self.log += [-bytes_ for bytes_ in size]
+
+    def take_gradient(self, parameter: Tensor, name: str) -> None:
+        """Move a complete gradient out of the activations."""
+        assert parameter.grad is not None
+        size = self.sizes.pop(parameter.grad.untyped_storage(), [])
+        self._freed(size)
+        size.clear()
+        self.log.append(name)
+        parameter.grad = None
+
+    def events(self) -> Events:
+        """Return what was logged since the last call, runs of bytes as one swing each."""
+        events: Events = []
+        most = level = 0
+        for entry in [*self.log, ""]:
+            if isinstance(entry, int):
+                level += entry
+                most = max(most, level)
+                continue
+            if most or level:
+                events.append((most, level))
+                most = level = 0
+            if entry:
+                events.append(entry)
+        self.log.clear()
+        return events
+
+
+class _FakeProcessGroup:
+    """A tensor-parallel group whose other ranks do not exist: its collectives return at once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+    def allreduce(self, *arguments: object) -> None: ...
+
+    # The last two are called by torch before 2.13.
+    all_gather_single = reduce_scatter_single = _allgather_base = _reduce_scatter_base = allreduce
+
+
+class _EmptyShard(Shard):
+    """A shard of the same shapes whose parameters are left empty: no initial value is drawn."""
+
+    def box(self, spec: ParamSpec) -> Box:
+        none = (0,) * len(spec.axes)
+        return Box(none, none)
+
+
+class _Stage:
+    """A stage that runs a micro-batch as DeepSpeed's engine does."""
+
+    def __init__(self, shape: StageShape) -> None:
+        self.shape = shape
+        group = cast(dist.ProcessGroup, _FakeProcessGroup(shape.tp_size)) if shape.tp_size > 1 else None
+        tp = TensorParallel(group, shape.sequence_parallel)
+        shard = _EmptyShard(0, shape.tp_size, shape.multiple)
+        context = LayerContext(
+            tp,
+            shard,
+            seed=0,
+            dtype=shape.dtype,
+            recompute=shape.recompute,
+            reset_position_ids=shape.reset_position_ids,
+            reset_attention_mask=shape.reset_attention_mask,
+        )
+        self.decoder = DecoderStage(shape.model, shape.layers, context)
+        self.loss = Loss(shape.model, tp, shard)
+        self.tracker = _AllocationTracker()
+        self.marks: list[Events] = []
+        for layer in self.decoder.layers:
+            layer.register_forward_pre_hook(lambda *_: self._mark())
+            layer.register_forward_hook(lambda _module, _inputs, output: self._mark_backward(output))
+        for name, (_, parameter) in logical_parameters(self.decoder).items():
+            self.tracker.parameters.add(parameter.untyped_storage())
+            local = name.split(".", 2)[2] if name.startswith("layers.") else name
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter, local=local: self.tracker.take_gradient(parameter, local)
+            )
+
+    def _mark(self) -> None:
+        self.marks.append(self.tracker.events())
+
+    def _mark_backward(self, output: Tensor | tuple[Tensor, ...]) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        tensor.register_hook(lambda _: self._mark())
+
+    def _pass(self) -> Pass:
+        self._mark()
+        before, *layers = self.marks  # the last of which has what follows it too, as the loss
+        self.marks.clear()
+        return Pass(before, layers)
+
+    def micro_batch(self) -> MicroBatch:
+        """Run a micro-batch forward and backward."""
+        shape, log = self.shape, self.tracker.log
+        shape_BT = (shape.micro_batch_size, shape.seq_length)
+        labels_BT = torch.zeros(shape_BT, dtype=torch.int64)
+        received = torch.empty(shape.output_shape, dtype=shape.dtype)
+        log.clear()
+        stage_tables(shape.model, shape.seq_length, received)
+        table_bytes = sum(size for size in log if isinstance(size, int))
+        log.clear()
+        source: Tensor | None = None
+        x = torch.zeros(shape_BT, dtype=torch.int64)
+        if not shape.has_embedding:
+            source = torch.empty(shape.output_shape, dtype=shape.dtype).requires_grad_()
+            x = source.clone()  # the pipeline engine does
+        stream: Stream = (x, torch.zeros(shape_BT, dtype=torch.int64)) if shape.is_packed else x
+        result = self.decoder(stream)
+        output = result[0] if isinstance(result, tuple) else result
+        del x, stream, result
+        kept: list[Tensor] = []
+        if shape.has_head:
+            if not shape.has_embedding:
+                kept.append(output.detach())
+                log.append(KEPT)
+            output = self.loss(output, labels_BT)
+        forward = self._pass()
+        output.backward(None if shape.has_head else received)
+        del source, output
+        return MicroBatch(
+            forward, self._pass(), table_bytes, sum(tensor.untyped_storage().nbytes() for tensor in kept)
+        )
+
+
+@lru_cache(maxsize=1024)
+def _run(shape: StageShape) -> MicroBatch:
+    rotary_tables.cache_clear()  # real tables would not be counted
+    with FakeTensorMode(), shape.device:
+        stage = _Stage(shape)
+        with stage.tracker:
+            traced = stage.micro_batch()
+    rotary_tables.cache_clear()  # nor may a run ever see these
+    return traced
+
+
+def trace(shape: StageShape) -> MicroBatch:
+    """Return what a micro-batch allocates on a stage; the run of few blocks is cached."""
+    blocks = shape.model.num_layers
+    few = min(blocks, 1 + shape.first_has_its_own + shape.last_has_its_own)
+    traced = _run(replace(shape, model=replace(shape.model, num_layers=few)))
+    if few == blocks:
+        return traced
+    # Layers in the order run: forward the embedding and then the first block, backward the head and the last.
+    forward = traced.forward.repeated(shape.has_embedding + shape.first_has_its_own, blocks - few)
+    backward = traced.backward.repeated(shape.has_head + shape.last_has_its_own, blocks - few)
+    return replace(traced, forward=forward, backward=backward)
