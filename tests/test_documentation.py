@@ -7,6 +7,7 @@ commands of this package in it are parsed all the same.
 import ast
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nexus import api
 from megatron_nexus.cli.main import VERBS, main
 from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.flag_parser import FlagParser
@@ -183,15 +185,20 @@ FOREIGN = {
 }
 
 
-def test_every_flag_in_the_text_exists(
-    monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
-) -> None:
-    known = {flag for flags in FOREIGN.values() for flag in flags.split()}
+@pytest.fixture
+def flags(monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]) -> set[str]:
+    """The flags of all verbs, as their help lists them."""
+    found: set[str] = set()
     for verb in VERBS:
-        monkeypatch.setattr(sys, "argv", ["nexus", verb, "--help"])
-        with pytest.raises(SystemExit):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(sys, "argv", ["nexus", verb, "--help"])
             main()
-        known |= set(FLAG.findall(console.readouterr().out))
+        found |= set(FLAG.findall(console.readouterr().out))
+    return found
+
+
+def test_every_flag_in_the_text_exists(flags: set[str]) -> None:
+    known = flags | {flag for words in FOREIGN.values() for flag in words.split()}
     for program in [*(REPOSITORY / "benchmarks").glob("*.py"), *(REPOSITORY / "tests").rglob("*_worker.py")]:
         known |= set(FLAG.findall(program.read_text()))
     known |= {name.replace("--", "--no-", 1) for name in known}
@@ -199,6 +206,26 @@ def test_every_flag_in_the_text_exists(
     assert {
         (page, name) for page in texts for name in FLAG.findall(texts[page]) if name not in known
     } == set()
+
+
+def test_the_python_of_the_api_page_calls_what_exists_with_settings_that_exist(flags: set[str]) -> None:
+    page = (DOCS / "python_api.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    calls = [
+        node
+        for node in ast.walk(ast.parse(program))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "api"
+    ]
+    assert len(calls) == 4
+    for call in calls:
+        assert isinstance(call.func, ast.Attribute)
+        own = inspect.signature(getattr(api, call.func.attr)).parameters
+        for keyword in call.keywords:
+            assert keyword.arg in own or f"--{str(keyword.arg).replace('_', '-')}" in flags, keyword.arg
+    assert all(f"| `{name}` |" in page for name in ("configure", "train", "open_run", "load", "grow"))
 
 
 def test_the_readme_is_short_and_says_first_what_is_needed_and_untested() -> None:
