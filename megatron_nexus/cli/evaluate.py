@@ -90,9 +90,9 @@ def run(argv: list[str]) -> None:
     scorer = LocalScorer(loaded)
     results: Mapping[str, TaskResult] = {}
     if tasks is not None:
-        from megatron_nexus.evaluation.harness import NexusLM, judge
+        from megatron_nexus.evaluation.harness import NexusLM, run_harness
 
-        results = judge(NexusLM(scorer, trained.tokenizer, loaded), tasks, given.limit)
+        results = run_harness(NexusLM(scorer, trained.tokenizer, loaded), tasks, given.limit)
         for line in task_table(results):
             log.logger.info("%s", line)
     perplexities = {}

@@ -46,7 +46,7 @@ from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
 
 if TYPE_CHECKING:
-    from megatron_nexus.evaluation.training_judge import TrainingJudge
+    from megatron_nexus.evaluation.in_training import InTrainingEvaluator
 
 PEER_EXIT_GRACE_S = 3.0
 
@@ -238,14 +238,13 @@ def _train(config: RunConfig, world: World, checkpoint: Location | None, argv: l
     sys.exit(0)
 
 
-def _open_evaluator(config: RunConfig, tokenizer: Tokenizer) -> "TrainingJudge":
-    """Who evaluates --eval-tasks. Raises ConfigError or DataError where a task cannot be had."""
+def _open_evaluator(config: RunConfig, tokenizer: Tokenizer) -> "InTrainingEvaluator":
+    """Return what evaluates --eval-tasks. Raises ConfigError or DataError where a task cannot be opened."""
     logging = config.logging
     with log.Progress("importing lm-evaluation-harness"):
-        from megatron_nexus.evaluation.training_judge import TrainingJudge
+        from megatron_nexus.evaluation.in_training import InTrainingEvaluator
     folder = Path(logging.eval_task_path) if logging.eval_task_path else None
-    length = config.training.seq_length
-    return TrainingJudge(logging.task_names, folder, logging.eval_tasks_limit, length, tokenizer)
+    return InTrainingEvaluator(logging.task_names, folder, logging.eval_tasks_limit, tokenizer)
 
 
 def _report(error: BaseException, rank: int) -> None:

@@ -1,1 +1,1 @@
-"""How a model is judged: text that it goes on with, scores of tasks, perplexity."""
+"""Evaluation of a model: generation, scores of tasks, perplexity."""

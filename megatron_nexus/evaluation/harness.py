@@ -1,4 +1,4 @@
-"""The harness: a model of ours judged by lm-evaluation-harness; sealed for `lm_eval`."""
+"""A model of this package under lm-evaluation-harness; one of the files that import `lm_eval`."""
 
 import contextlib
 import io
@@ -17,8 +17,8 @@ from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.perplexity import windows
 from megatron_nexus.evaluation.results import TaskResult
 from megatron_nexus.evaluation.sampling import Sampling
-from megatron_nexus.evaluation.scores import Request, Scorer
 from megatron_nexus.evaluation.tasks import Tasks
+from megatron_nexus.models.scores import Request, Scorer
 
 BOOTSTRAPS = 1000
 """Of metrics whose standard error has no formula; accuracy has one."""
@@ -109,8 +109,8 @@ def require_scoring(tasks: Tasks) -> None:
         raise ConfigError(wrong)
 
 
-def judge(model: NexusLM, tasks: Tasks, limit: int | None = None) -> dict[str, TaskResult]:
-    """What a model reaches in each task, over its first `limit` items. Touches no random state."""
+def run_harness(model: NexusLM, tasks: Tasks, limit: int | None = None) -> dict[str, TaskResult]:
+    """Return the result of each task over its first `limit` items. Does not touch global random state."""
     # Its bars would stand in the way of ours.
     with contextlib.redirect_stderr(io.StringIO()):
         results = lm_eval.evaluate(

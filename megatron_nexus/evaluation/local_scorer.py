@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_nexus.evaluation.loaded_model import LoadedModel, require_finite
-from megatron_nexus.evaluation.scores import Request, Score, Tokens, fit
 from megatron_nexus.log import Progress
 from megatron_nexus.models.packing import Packing
 from megatron_nexus.models.rotary import stage_tables
+from megatron_nexus.models.scores import Request, Score, Tokens, fit
 
 TOKENS_PER_PASS = 4096
 """Of a forward pass, padding included."""

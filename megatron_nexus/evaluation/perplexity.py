@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megatron_nexus.data.tokenizer import Tokenizer, context_id, encode_prompt
 from megatron_nexus.errors import CheckpointError, DataError
-from megatron_nexus.evaluation.scores import Request, Scorer
+from megatron_nexus.models.scores import Request, Scorer
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from lm_eval.api.instance import Instance
 
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.errors import ConfigError, DataError
-from megatron_nexus.evaluation.harness import NexusLM, judge, require_scoring
+from megatron_nexus.evaluation.harness import NexusLM, require_scoring, run_harness
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer
 from megatron_nexus.evaluation.results import task_table
-from megatron_nexus.evaluation.scores import Request
 from megatron_nexus.evaluation.task_files import PAPER_TASKS
 from megatron_nexus.evaluation.tasks import open_tasks
+from megatron_nexus.models.scores import Request
 from tests.support.task_files import ITEMS, write_task_files
 
 
@@ -34,9 +34,9 @@ def test_a_task_from_a_file_is_judged_twice_alike(
     assert tuple(tasks) == PAPER_TASKS
     model = NexusLM(LocalScorer(loaded), tokenizer, loaded)
     states = (random.getstate(), torch.get_rng_state())
-    results = judge(model, tasks)
+    results = run_harness(model, tasks)
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
-    assert judge(model, tasks) == results, "tasks can be asked again"
+    assert run_harness(model, tasks) == results, "tasks can be asked again"
     # The first task by hand: the likelier of two solutions, per character for acc_norm.
     right, right_norm = 0, 0
     for record in tasks["piqa"].test_docs():
@@ -52,7 +52,7 @@ def test_a_task_from_a_file_is_judged_twice_alike(
     table = task_table(results)
     assert table[0].split() == [*PAPER_TASKS, "average"]
     assert table[1].split()[:2] == ["acc", f"{100 * right / ITEMS:.2f}"]
-    assert judge(model, {"piqa": tasks["piqa"]}, limit=3)["piqa"].items == 3
+    assert run_harness(model, {"piqa": tasks["piqa"]}, limit=3)["piqa"].items == 3
 
 
 def test_wrong_tasks_are_told(tmp_path: Path) -> None:

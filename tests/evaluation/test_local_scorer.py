@@ -10,7 +10,7 @@ from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer, make_rows
-from megatron_nexus.evaluation.scores import Request, Score
+from megatron_nexus.models.scores import Request, Score
 from tests.support import eval_model
 
 

@@ -25,11 +25,12 @@ from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import read_request
 from megatron_nexus.models.packing import Stream
+from megatron_nexus.models.scores import Request
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_adam import install_bias_correction
-from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator, Text
+from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
 from tests.support.waiting import TIMEOUT_S
 
 STEPS = 3
@@ -56,17 +57,18 @@ def document_positions(samples: int, seq_length: int) -> Tensor:
     return places - torch.where(begins, places, 0).cummax(dim=1).values
 
 
-def scored_texts(vocab_size: int, seq_length: int) -> list[Text]:
-    """Texts of many lengths, and how many of their last tokens are scored; and one with every last token."""
+def scoring_requests(vocab_size: int, seq_length: int) -> list[Request]:
+    """Texts of many lengths, of which a number of last tokens is scored; and one with every last token."""
     generator = torch.Generator().manual_seed(9)
     lengths = [(seq_length + 1, seq_length), (2, 1), (seq_length, 3), *((n, n // 2) for n in range(4, 11))]
     texts = [(torch.randint(0, vocab_size, (n,), generator=generator).tolist(), k) for n, k in lengths]
-    return texts + [([*texts[0][0][:2], last], 1) for last in range(vocab_size)]
+    texts += [([*texts[0][0][:2], last], 1) for last in range(vocab_size)]
+    return [Request(tuple(tokens[:-k]), tuple(tokens[-k:])) for tokens, k in texts]
 
 
-def judge(texts: list[Text]) -> TaskEvaluator:
-    """Who asks for the scores of `texts`, and hands them on as they are."""
-    return lambda score: {"all": {"": score(texts)}}
+def evaluator_of(requests: list[Request]) -> TaskEvaluator:
+    """Asks for the scores of `requests`, and hands them on as they are."""
+    return lambda scorer: {"all": {"": [dataclasses.astuple(score) for score in scorer.score(requests)]}}
 
 
 def my_batches(
@@ -126,7 +128,7 @@ def run_case(case: dict, out: Path, index: int) -> None:
     if config.data.reset_attention_mask:
         positions = document_positions(training.global_batch_size, training.seq_length)
     mine = my_batches(batches, training.micro_batch_size, mesh, positions)
-    texts = scored_texts(config.model.vocab_size, training.seq_length)
+    requests = scoring_requests(config.model.vocab_size, training.seq_length)
     losses, norms, padding, scores = [], [], 0.0, {}
     for step in range(1, STEPS + 1):
         result = engine.train_step(mine, config.optimizer.lr)
@@ -134,7 +136,8 @@ def run_case(case: dict, out: Path, index: int) -> None:
         norms.append(result.grad_norm)
         padding = max(padding, padding_of(engine))
         if step in (2, STEPS):  # the law of the steps between says that training does not notice
-            scores = DistributedScorer(config, mesh, engine).run(judge(texts if step == STEPS else texts[:4]))
+            asked = requests if step == STEPS else requests[:4]
+            scores = DistributedScorer(config, mesh, engine).run(evaluator_of(asked))
         if step in (1, STEPS):
             request = SaveRequest(RunProgress(step, 0, 0, 0), dataclasses.asdict(config), "")
             save(engine, mesh, out / case["name"], request)

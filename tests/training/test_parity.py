@@ -26,7 +26,7 @@ from megatron_nexus.spec.shard import Box, Shard
 from tests.support import reference
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
-from tests.support.train_worker import STEPS, document_positions, global_batches, scored_texts
+from tests.support.train_worker import STEPS, document_positions, global_batches, scoring_requests
 
 # M, A, the feed-forward and the vocabulary divide by no tensor-parallel size; gradients are clipped.
 FLAGS = {
@@ -203,14 +203,15 @@ def _check(folder: Path, flags: dict, world: int) -> None:
 
 def _check_scores(found: list, w: dict[str, Tensor], model: dict, tolerance: float, greedy: bool) -> None:
     """Log-likelihoods of the ends of texts, to the loss' tolerance for each token, and what is likeliest."""
-    texts = scored_texts(FLAGS["vocab_size"], FLAGS["seq_length"])
-    assert len(found) == len(texts)
+    requests = scoring_requests(FLAGS["vocab_size"], FLAGS["seq_length"])
+    assert len(found) == len(requests)
 
     @cache
     def log_p_TV(*context: int) -> Tensor:
         return reference.logits(w, torch.tensor([context]), model)[0].log_softmax(-1)
 
-    for (tokens, count), (log_p, is_greedy) in zip(texts, found, strict=True):
+    for request, (log_p, is_greedy) in zip(requests, found, strict=True):
+        tokens, count = request.context + request.continuation, len(request.continuation)
         log_p_KV = log_p_TV(*tokens[:-1])[-count:]
         ends = torch.tensor(tokens[-count:])
         assert log_p == pytest.approx(float(log_p_KV.gather(1, ends[:, None]).sum()), abs=count * tolerance)

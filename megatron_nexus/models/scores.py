@@ -1,4 +1,4 @@
-"""Scores: how likely a model finds a continuation of a context, in tokens, and who can tell."""
+"""Scores: the log-likelihood of a continuation of a context, and the protocol of what computes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ class Scorer(Protocol):
     """Tokens that it sees at once, at most."""
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
-        """The score of each request. Raises DataError on one that does not fit."""
+        """Return the score of each request. Raises DataError where a continuation is too long."""
         ...
 
 
 def fit(request: Request, seq_length: int) -> Request:
-    """A request cut on the left to what a model sees: all but the last token, which it need not read.
+    """Return a request whose context is cut on the left so that a model of `seq_length` tokens reads it.
 
-    Raises DataError where the continuation alone is longer.
+    The last token is scored, not read. Raises DataError where the continuation alone is longer.
     """
     assert request.context and request.continuation, f"an empty part: {request}"
     length = len(request.continuation)
