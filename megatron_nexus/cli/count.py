@@ -10,7 +10,7 @@ import json
 
 from megatron_nexus import log
 from megatron_nexus.cli.arguments import positive
-from megatron_nexus.cli.train import configure
+from megatron_nexus.cli.train_command import configure
 from megatron_nexus.config.command_line import given_flags
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check

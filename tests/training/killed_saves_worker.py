@@ -26,7 +26,7 @@ import tests.support.preload  # noqa: F401 - what the ranks would import
 from megatron_nexus import log
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.cli.train import configure
+from megatron_nexus.cli.train_command import configure
 from megatron_nexus.config.rules import check
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.parallel.world import read_world

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.cli.train import configure
+from megatron_nexus.cli.train_command import configure
 from megatron_nexus.config.rules import check
 from megatron_nexus.models import parameters
 from megatron_nexus.parallel.world import read_world

@@ -57,7 +57,7 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
     code, output = command.run("--pp 2 --train-iters 5 --lr-warmup-iters 5", DEEPSPEED)
     assert code == 0, output
     assert output.count("note: --lr-warmup-iters 5 is not over") == 1, "one rank speaks"
-    assert "one process was started on a machine of CPUs: starting 2 local ranks" in output
+    assert "spawning 2 local ranks" in output
     assert "mesh: tensor 1 x pipeline 2 x data 1 on CPU" in output
     assert "finished after iteration 5" in output
     run = summary(output, "metrics").removesuffix(f"/{METRICS_FILE}")
@@ -95,7 +95,7 @@ def test_a_launcher_that_was_told_a_count_gives_the_ranks(
     launcher = [str(free_port()) if word == "free" else word for word in launcher]
     code, output = command.run(f"--tp 2 --save {save} --train-iters 4", launcher)
     assert code == 0, output
-    assert "starting 2 local ranks" not in output
+    assert "spawning 2 local ranks" not in output
     assert "mesh: tensor 2 x pipeline 1 x data 1" in output
     typed = shlex.join([Path(launcher[0]).name, *launcher[1:], "pretrain_nexus.py", "--data-path"])
     assert summary(output, "resume with").startswith(typed), output
@@ -140,7 +140,7 @@ def test_the_module_is_the_script_and_ranks_of_it_are_started_alike(command: Com
     )
     code, output = ended(program)
     assert code == 0, output
-    assert "starting 2 local ranks" in output
+    assert "spawning 2 local ranks" in output
     line = summary(output, "resume with")
     assert line.startswith(f"{sys.executable} -m megatron_nexus --data-path corpus"), line
     assert "the learning rate jumps from" in summary(output, "note")
@@ -269,7 +269,7 @@ def test_when_a_rank_is_killed_all_end_within_ten_seconds_with_one_message(comma
     program.wait_for_output("iteration       1/")
     ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in program.left()}
     victim = next(pid for pid, environment in ranks.items() if b"RANK=2" in environment)
-    assert "starting 4 local ranks" in program.output()
+    assert "spawning 4 local ranks" in program.output()
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
     code, output = ended(program)

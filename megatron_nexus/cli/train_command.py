@@ -1,0 +1,115 @@
+"""What a command line of `train` asks for: flags, files and the checkpoint's manifest, each read once.
+
+Imports no torch: it answers on a login node.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nexus.checkpoint.location import Location, location
+from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
+from megatron_nexus.checkpoint.run_dir import find_checkpoint, newest_checkpoint
+from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
+from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
+from megatron_nexus.config.config_file import read_config_file
+from megatron_nexus.config.presets import DEFAULT_PRESET, Value
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.growth.request import GrowthRequest, grown_config, read_request
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from: its manifest, its configuration, and what --grow asks of it."""
+
+    checkpoint: Location
+    manifest: Manifest
+    saved: RunConfig
+    growth: GrowthRequest | None
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """The flags of a run and what they mean; `start` is None where it begins with initial weights."""
+
+    argv: list[str]
+    config: RunConfig
+    start: Start | None
+    dry_run: bool
+    world_size: int | None
+
+    @property
+    def checkpoint(self) -> Location | None:
+        """The checkpoint that the run starts from."""
+        return self.start.checkpoint if self.start else None
+
+    @property
+    def tokenizer_record(self) -> TokenizerRecord:
+        """What the checkpoint keeps of its tokenizer."""
+        return tokenizer_record(self.start.manifest) if self.start else NO_RECORD
+
+    def planned_ranks(self, started: int) -> int:
+        """Return the ranks that --dry-run plans for, of which a launcher has `started` some.
+
+        As --world-size says, else as many as were started, else one copy of the model.
+        """
+        return self.world_size or (started if started > 1 else max(1, self.config.model_parallel_size))
+
+
+def read_train_command(argv: list[str]) -> TrainCommand:
+    """Return what a command line means: flags over a file over a checkpoint's configuration or a preset.
+
+    Raises:
+        ConfigError: flags that are unknown, wrong or contradict the checkpoint.
+        CheckpointError: --load names nothing that can be loaded.
+    """
+    given = given_flags(argv)
+    dry_run, size = "dry_run" in given, given.get("world_size")
+    if size is not None and not dry_run:
+        raise ConfigError([f"--world-size {size} belongs to --dry-run: add it, or drop --world-size"])
+    if isinstance(size, int) and size < 1:
+        raise ConfigError([f"--world-size {size} must be positive: give the number of ranks"])
+    if "config" in given:
+        given = merge_settings(read_config_file(Path(str(given["config"]))), given)
+    start = _start(given)
+    if start is None:
+        config = build(given)
+    else:
+        done = start.manifest.progress
+        saved = grown_config(start.saved, start.growth) if start.growth else start.saved
+        config = build(given, saved, Consumed(done.step, done.samples, done.tokens))
+    return TrainCommand(argv, config, start, dry_run, size if isinstance(size, int) else None)
+
+
+def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
+    """Return the configuration of a command line and the checkpoint it starts from; errors as above."""
+    read = read_train_command(argv)
+    return read.config, read.checkpoint
+
+
+def _start(given: Mapping[str, Value]) -> Start | None:
+    """Return what --load and --grow name; None without a checkpoint."""
+    load, grow = str(given.get("load", "")), str(given.get("grow", ""))
+    checkpoint = None
+    if load:
+        checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(location(load))
+    if "grow" in given and not grow.strip():
+        raise ConfigError(["--grow is empty: write such as nexus_m=1088, or drop it"])
+    if checkpoint is None:
+        if grow:
+            raise ConfigError([f"--grow {grow!r} needs a checkpoint to grow: give --load"])
+        return None
+    manifest = read_manifest(checkpoint)
+    saved = saved_config(checkpoint, manifest)
+    return Start(checkpoint, manifest, saved, read_request(grow) if grow else None)
+
+
+def _newest_run(given: Mapping[str, Value]) -> Location | None:
+    """Return what --load auto means: the newest checkpoint in --save, or in the preset's default runs."""
+    if "save" in given:
+        return newest_checkpoint(location(str(given["save"])))
+    runs = sorted(Path("runs").glob(f"{given.get('preset', DEFAULT_PRESET)}-*"), reverse=True)
+    return next((found for found in map(newest_checkpoint, runs) if found is not None), None)
