@@ -118,7 +118,7 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
             self._gate.passed()
             return super().agreed(mesh)
 
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it; the command sets it too
     world = read_world(os.environ)
     check(config, world.size)

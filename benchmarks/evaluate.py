@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64], help="of the hf backend")
     given = parser.parse_args()
-    log.configure(speaks=False)
+    log.configure(is_main_rank=False)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(given.threads)
     checkpoint = find_checkpoint(location(given.load))

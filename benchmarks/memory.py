@@ -184,7 +184,7 @@ def run(flags: dict[str, Value], ranks: int, keeps: bool, folder: Path) -> list[
 def main() -> None:
     """Run every case with both settings of the allocator, and print the table."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     device = torch.device("cpu")
     wanted = [int(word) for word in sys.argv[1:]] or range(len(CASES))
     print(

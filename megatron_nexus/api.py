@@ -53,11 +53,11 @@ def configure(**settings: Setting) -> "RunConfig":
         CheckpointError: `load` names nothing that can be loaded.
     """
     require_linux()
-    from megatron_nexus.cli import train as command
+    from megatron_nexus.cli import train_command
     from megatron_nexus.config.rules import check
 
     with path_errors():
-        config, _ = command.configure(_flags(settings))
+        config, _ = train_command.configure(_flags(settings))
     check(config, config.model_parallel_size)
     return config
 

@@ -1,4 +1,4 @@
-"""The errors a user can mend: each message names the value, the rule it breaks and the remedy.
+"""The errors a user can fix: each message names the value, the rule it breaks and the remedy.
 
 The command lines print them without a traceback and exit with code 2. A broken invariant of our own
 is an `assert`, never one of these.
@@ -28,7 +28,7 @@ _REMEDIES = {
 
 
 class NexusError(Exception):
-    """Base of every error that the user can mend."""
+    """Base of every error that the user can fix."""
 
 
 class ConfigError(NexusError):
@@ -46,7 +46,7 @@ class ConfigError(NexusError):
 
 
 class DataError(NexusError):
-    """A corpus, an index or a tokenizer cannot be used as it is."""
+    """A corpus, an index or a tokenizer cannot be used."""
 
 
 class CheckpointError(NexusError):
@@ -79,7 +79,7 @@ def path_error(error: OSError, words: Sequence[str]) -> ConfigError:
 
 
 def _flag_of(path: str, words: Sequence[str]) -> str:
-    """The flag with the longest value that a path begins with, and a space; "" where there is none."""
+    """Return the flag with the longest value that a path begins with, and a space; "" where there is none."""
     found, longest, flag = "", 0, ""
     for word in words:
         if word.startswith("--"):

@@ -14,5 +14,5 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 def install_command(extra: str) -> str:
-    """The pip command that installs the packages of an extra."""
+    """Return the pip command that installs the packages of an extra."""
     return shlex.join(["pip", "install", *EXTRAS[extra]])

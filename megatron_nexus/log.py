@@ -1,7 +1,7 @@
 """The console: one logger for the whole package, and progress lines for everything that takes time.
 
-Only rank 0 speaks (`configure(speaks=...)`); errors are reported by the entry script. Nothing else in
-the package prints.
+Only the main rank prints (`configure(is_main_rank=...)`); errors are printed by the command line. Nothing
+else in the package prints.
 """
 
 import errno
@@ -16,15 +16,16 @@ from typing import TextIO
 logger = logging.getLogger("megatron_nexus")
 
 HEARTBEAT_S = 5.0
+QUIET_IMPORT_S = 2.0
 
 
 def silence(stream: TextIO) -> None:
-    """Send what else is written to `stream` nowhere: who read it has enough, as `head` does."""
+    """Discard what else is written to `stream`: its reader, such as `head`, has ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Console(logging.StreamHandler[TextIO]):
-    """Writes messages, and no more of them where nobody reads: the work goes on."""
+    """Write messages until the reader ends; the work continues without them."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()
@@ -35,33 +36,45 @@ class _Console(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
-def configure(speaks: bool, stream: TextIO | None = None) -> None:
+def configure(is_main_rank: bool, stream: TextIO | None = None) -> None:
     """Send the package's messages to stdout, or to `stream` where stdout is for something else.
 
-    A process that does not speak shows warnings only.
+    Other ranks print warnings only.
     """
     handler = _Console(stream or sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if speaks else logging.WARNING)
+    logger.setLevel(logging.INFO if is_main_rank else logging.WARNING)
     logger.propagate = False
+
+
+def importing(library: str) -> "Progress":
+    """Return the progress of an import, which prints nothing if it takes less than two seconds."""
+    return Progress(f"importing {library}", after_s=QUIET_IMPORT_S)
 
 
 class Progress:
     """A stage of work that reports itself: a line when it begins, one every `interval_s`, one when it ends.
 
-    The lines in between come from a thread, so a stage that is one long foreign call (training a
+    The lines in between come from a thread, so a stage that is one long call of a library (training a
     tokenizer, importing torch) is never silent either. `total` and `advance` are optional: with them the
-    lines show the share done and the time left.
+    lines show the part done and the time left. A stage that ends within `after_s` prints nothing.
     """
 
     def __init__(
-        self, stage: str, total: float | None = None, unit: str = "", interval_s: float = HEARTBEAT_S
+        self,
+        stage: str,
+        total: float | None = None,
+        unit: str = "",
+        interval_s: float = HEARTBEAT_S,
+        after_s: float = 0.0,
     ) -> None:
         self.stage = stage
         self.total = total
         self.unit = unit
         self.interval_s = interval_s
+        self.after_s = after_s
+        self._is_shown = not after_s
         self.done = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -79,12 +92,18 @@ class Progress:
         return f"{share}, {elapsed_s:.0f} s, about {left_s:.0f} s left"
 
     def _beat(self) -> None:
+        if not self._is_shown:
+            if self._stop.wait(self.after_s):
+                return
+            self._is_shown = True
+            logger.info("%s ...", self.stage)
         while not self._stop.wait(self.interval_s):
             logger.info("%s ... %s", self.stage, self._describe())
 
     def __enter__(self) -> "Progress":
         self._began = time.monotonic()
-        logger.info("%s ...", self.stage)
+        if self._is_shown:
+            logger.info("%s ...", self.stage)
         self._thread.start()
         return self
 
@@ -96,5 +115,5 @@ class Progress:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if error is None:
+        if error is None and self._is_shown:
             logger.info("%s: done in %.1f s", self.stage, time.monotonic() - self._began)

@@ -9,7 +9,7 @@ from megatron_nexus.data.input_files import ENDINGS
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """What text to read: --input, --json-keys, --txt-documents."""
+    """Add the flags that say what text to read: --input, --json-keys, --txt-documents."""
     parser.add_argument(
         "--input",
         required=True,
@@ -55,7 +55,7 @@ class _OneKey(argparse.Action):
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """A number above 0."""
+    """Return a parser of numbers above 0."""
 
     def parse(text: str) -> int | float:
         value = kind(text)
@@ -68,7 +68,7 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
 
 
 def not_negative(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """A number that is not below 0."""
+    """Return a parser of finite numbers from 0 on."""
 
     def parse(text: str) -> int | float:
         value = kind(text)
@@ -81,7 +81,7 @@ def not_negative(kind: type[int] | type[float]) -> Callable[[str], int | float]:
 
 
 def share(text: str) -> float:
-    """A number above 0, at most 1."""
+    """Return a number above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
@@ -89,7 +89,7 @@ def share(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A number that is not below 0."""
+    """Return a whole number from 0 on."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
@@ -99,7 +99,7 @@ def count(text: str) -> int:
 
 
 def prefix(text: str) -> Path:
-    """The common part of the names of a corpus' files."""
+    """Return the prefix of a corpus: what the names of its files have in common."""
     if text.endswith("/") or not Path(text).name:
         raise argparse.ArgumentTypeError(
             f"{text!r} is a folder: add a name, such as {text.rstrip('/')}/corpus"

@@ -62,7 +62,7 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus convert` with the flags `argv`."""
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     is_universal = given.format == "universal"
@@ -79,14 +79,15 @@ def run(argv: list[str]) -> None:
     save = Path(given.save)
     _require_outside(save, source)
     # torch is imported only now: wrong flags are answered at once.
-    from megatron_nexus.interchange.output_dir import output_dir
-    from megatron_nexus.interchange.safetensors_writer import (
-        Precision,
-        plain_bytes,
-        require_finite,
-        write_safetensors,
-    )
-    from megatron_nexus.interchange.universal_checkpoint import universal_bytes, write_universal
+    with log.importing("torch"):
+        from megatron_nexus.interchange.output_dir import output_dir
+        from megatron_nexus.interchange.safetensors_writer import (
+            Precision,
+            plain_bytes,
+            require_finite,
+            write_safetensors,
+        )
+        from megatron_nexus.interchange.universal_checkpoint import universal_bytes, write_universal
 
     files: dict[str, Precision] = {"fp32": given.dtype}
     if given.moments:
@@ -114,11 +115,11 @@ def run(argv: list[str]) -> None:
         require_finite(source, non_finite, given.allow_nonfinite)
     log.logger.info("wrote %s: %s bytes of tensors", save, f"{total:,}")
     if is_universal:
-        _tell_how_to_load(save, manifest)
+        _log_how_to_load(save, manifest)
 
 
 def read_names(file: str, manifest: Manifest) -> dict[str, str]:
-    """The name that each parameter is written under, by its logical one.
+    """Return the name that each parameter is written under, by its logical name.
 
     Raises ConfigError: the file is not such an object, or two parameters get one name.
     """
@@ -168,7 +169,7 @@ def _require_outside(save: Path, source: object) -> None:
 
 
 def _metadata(manifest: Manifest) -> dict[str, str]:
-    """What the header of a plain file says of the model; all values are text there."""
+    """Return the metadata of a safetensors header, whose values are strings."""
     return {
         "producer": "megatron_nexus",
         "step": str(manifest.progress.step),
@@ -178,12 +179,11 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _tell_how_to_load(save: Path, manifest: Manifest) -> None:
-    told = log.logger.info
-    told('  DeepSpeed loads it with "checkpoint": {"load_universal": true} and')
-    told("  engine.load_checkpoint(%r, load_lr_scheduler_states=False)", str(save))
+def _log_how_to_load(save: Path, manifest: Manifest) -> None:
+    log.logger.info('  DeepSpeed loads it with "checkpoint": {"load_universal": true} and')
+    log.logger.info("  engine.load_checkpoint(%r, load_lr_scheduler_states=False)", str(save))
     groups = ", ".join(manifest.optimizer.groups)
-    told("  its optimizer must have the groups %s, in this order", groups)
+    log.logger.info("  its optimizer must have the groups %s, in this order", groups)
     if manifest.optimizer.grown_regions:
         log.logger.warning(
             "note: %d parts of tensors that growth added count their own steps of Adam; DeepSpeed has one "

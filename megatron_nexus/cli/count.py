@@ -19,13 +19,13 @@ from megatron_nexus.errors import ConfigError
 
 def run(argv: list[str]) -> None:
     """Run `nexus count` with the flags `argv`."""
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     for line in count(argv):
         log.logger.info("%s", line)
 
 
 def count(argv: list[str]) -> list[str]:
-    """The lines that the command prints for its arguments.
+    """Return the lines that the verb prints for its flags.
 
     Raises:
         ConfigError, CheckpointError: wrong flags, as of a run; no such checkpoint.

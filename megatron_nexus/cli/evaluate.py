@@ -70,17 +70,17 @@ def make_parser() -> FlagParser:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Names between commas, each once."""
+    """Return the names between commas, each once."""
     return tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
 
 
 def run(argv: list[str]) -> None:
     """Run `nexus evaluate` with the flags `argv`."""
     given = make_parser().parse_args(argv)
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     texts = _look_ahead(given)
     trained = find_model(given)
-    # Data that cannot be fetched is told before a model is loaded.
+    # Data that cannot be fetched is an error before a model is loaded.
     tasks = _open_tasks(given.tasks, given.task_path) if given.tasks else None
     loaded = trained.load()
     from megatron_nexus.evaluation.local_scorer import LocalScorer
@@ -146,7 +146,7 @@ def _require_writable(output: Path) -> None:
 
 
 def _open_tasks(names: Sequence[str], folder: Path | None) -> "Tasks":
-    with log.Progress("importing lm-evaluation-harness"):
+    with log.importing("lm-evaluation-harness"):
         from megatron_nexus.evaluation.tasks import open_tasks
     return open_tasks(names, folder)
 
@@ -157,7 +157,7 @@ def _record(
     results: "Mapping[str, TaskResult]",
     perplexities: "Mapping[Path, Perplexity]",
 ) -> dict[str, object]:
-    """All of it for JSON, with what it was measured on."""
+    """Return all results, and what they were measured on, for JSON."""
     from megatron_nexus.evaluation.results import perplexity_record
 
     return {

@@ -43,7 +43,7 @@ def make_parser() -> FlagParser:
         "--tokenizer-model",
         default="",
         metavar="PATH",
-        help=f"where the run's tokenizer is now, if not where its settings say; {NO_TOKENIZER}: export none",
+        help=f"where to find the run's tokenizer if it has moved; {NO_TOKENIZER}: export none",
     )
     parser.add_argument(
         "--shard-gb", type=positive(float), default=5.0, metavar="GB", help="largest weight file (default: 5)"
@@ -56,7 +56,7 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus export` with the flags `argv`."""
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     source = find_checkpoint(location(given.load))
@@ -68,15 +68,15 @@ def run(argv: list[str]) -> None:
     check_is_new(target)
     if source.resolve() in target.resolve().parents:
         raise ConfigError([f"--output {target} lies in the source {source}, which is never touched"])
-    told = log.logger.info
     path = Path(given.tokenizer_model) if given.tokenizer_model else None
     tokenizer = None
     if given.tokenizer_model != NO_TOKENIZER:
         tokenizer = find_tokenizer(config, tokenizer_record(manifest), path)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megatron_nexus.interchange.export import export_checkpoint
-    from megatron_nexus.interchange.model_card import loading_code
-    from megatron_nexus.interchange.tokenizer_files import require_convertible
+    with log.importing("torch"):
+        from megatron_nexus.interchange.export import export_checkpoint
+        from megatron_nexus.interchange.model_card import loading_code
+        from megatron_nexus.interchange.tokenizer_files import require_convertible
 
     require_convertible(tokenizer)
     shard_bytes = int(given.shard_gb * 1e9)
@@ -85,18 +85,18 @@ def run(argv: list[str]) -> None:
     )
     count = len(made.files)
     files = f"{count} file{'s' if count > 1 else ''} of weights"
-    told("wrote %s: %s in %s, %s", target, config.preset, given.dtype, files)
+    log.logger.info("wrote %s: %s in %s, %s", target, config.preset, given.dtype, files)
     if made.tied:
-        told("its head is its embedding, as in the model that was imported")
+        log.logger.info("the LM head is tied to the embedding, as in the imported model")
     if tokenizer is not None:
-        told("tokenizer: %s", made.tokenizer)
+        log.logger.info("tokenizer: %s", made.tokenizer)
     elif given.tokenizer_model == NO_TOKENIZER:
-        told("tokenizer: none, as asked")
+        log.logger.info("tokenizer: none, as --tokenizer-model none says")
     else:
-        told(
-            "tokenizer: none is known, for the run read token files without one; give it with "
+        log.logger.info(
+            "tokenizer: none is known: the run read token files without one; give it with "
             "--tokenizer-model to export it too"
         )
-    told("load with")
+    log.logger.info("load with")
     for line in loading_code(made.architecture, str(target), tokenizer is not None):
-        told("  %s", line)
+        log.logger.info("  %s", line)

@@ -59,12 +59,12 @@ def make_parser() -> FlagParser:
 def run(argv: list[str]) -> None:
     """Run `nexus generate` with the flags `argv`."""
     given = make_parser().parse_args(argv)
-    log.configure(speaks=True, stream=sys.stderr)
+    log.configure(is_main_rank=True, stream=sys.stderr)
     _generate(find_model(given), _read_prompt(given.prompt), given)
 
 
 def _read_prompt(given: str | None) -> str:
-    """The text to go on with. Raises DataError where it is not UTF-8."""
+    """Return the text to continue. Raises DataError where it is not UTF-8."""
     if given is None:
         if sys.stdin.isatty():
             log.logger.info("type the text to go on with, and end it with Ctrl-D")
@@ -78,9 +78,10 @@ def _read_prompt(given: str | None) -> str:
 
 
 def _generate(trained: TrainedModel, prompt: str, given: argparse.Namespace) -> None:
-    from megatron_nexus.evaluation.continuation import continue_text
-    from megatron_nexus.evaluation.decoding import Decoding
-    from megatron_nexus.evaluation.sampling import Sampling
+    with log.importing("torch"):
+        from megatron_nexus.evaluation.continuation import continue_text
+        from megatron_nexus.evaluation.decoding import Decoding
+        from megatron_nexus.evaluation.sampling import Sampling
 
     tokenizer, loaded = trained.tokenizer, trained.load()
     sampling = Sampling(given.temperature, given.top_k, given.top_p)

@@ -47,7 +47,7 @@ def make_parser() -> FlagParser:
 
 
 def add_writing_flags(parser: argparse.ArgumentParser) -> None:
-    """What to read and how to write it: folders, topology, workers, checks."""
+    """Add the flags that say what to read and how to write it: folders, topology, workers, checks."""
     parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
     parser.add_argument("--save", default="", help="folder of the new checkpoint")
     parser.add_argument(
@@ -76,7 +76,7 @@ def add_writing_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
-    """The sizes that the flags and the preset ask for.
+    """Return the sizes that the flags and the preset ask for.
 
     Raises ConfigError: the preset is a model of another kind.
     """
@@ -99,7 +99,7 @@ def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
 
 def run(argv: list[str]) -> None:
     """Run `nexus grow` with the flags `argv`."""
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     source = find_checkpoint(location(given.load))
@@ -119,17 +119,18 @@ def write_grown(
     root = _target_folder(given.save, source, given.dry_run)
     # torch is imported only now: wrong flags are answered at once.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megatron_nexus.growth.apply import grow_checkpoint
-    from megatron_nexus.growth.plan import plan_growth
-    from megatron_nexus.growth.report import plan_table, size_lines
-    from megatron_nexus.growth.worker_group import make_worker_group
+    with log.importing("torch"):
+        from megatron_nexus.growth.apply import grow_checkpoint
+        from megatron_nexus.growth.plan import plan_growth
+        from megatron_nexus.growth.report import plan_table, size_lines
+        from megatron_nexus.growth.worker_group import make_worker_group
 
     plan = plan_growth(saved, request)
     after = dataclasses.replace(plan.after, parallel=parallel)
     check(after, given.tp * given.pp)
     plan = dataclasses.replace(plan, after=after)
     group = make_worker_group(given.workers)
-    log.configure(speaks=group.is_first)
+    log.configure(is_main_rank=group.is_first)
     log.logger.info("%s %s", "growing" if plan.axes else "resharding", source)
     if plan.axes and request.settings.init == "zero":
         log.logger.info("%s", ZERO_WARNING)
@@ -152,7 +153,7 @@ def write_grown(
 
 
 def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
-    """The folder to save in. Raises ConfigError: none is given, or it has checkpoints."""
+    """Return the folder to save in. Raises ConfigError where none is given or it holds checkpoints."""
     if not save:
         if dry_run:
             return Path()

@@ -20,10 +20,10 @@ from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError, DataError
-from megatron_nexus.interchange.foreign_config import context_length, model_of, ties_head
-from megatron_nexus.interchange.foreign_model import ForeignModel
+from megatron_nexus.interchange.hf_config import context_length, model_of, ties_head
 from megatron_nexus.interchange.output_dir import check_is_new
 from megatron_nexus.interchange.safetensors_folder import open_folder
+from megatron_nexus.interchange.source_model import SourceModel
 
 AFFORDABLE_TOKENS = 512
 """Of a sample, to begin with: the context of a large model may be more than this machine can train on."""
@@ -56,7 +56,7 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus import` with the flags `argv`."""
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     if SCHEME in given.save:
@@ -70,36 +70,35 @@ def run(argv: list[str]) -> None:
         source = dataclasses.replace(source, write_tokenizer=None)
     config = configuration(source)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megatron_nexus.interchange.import_checkpoint import import_checkpoint
-    from megatron_nexus.models.decoder import decoder_specs
-    from megatron_nexus.spec.cost import parameter_count
+    with log.importing("torch"):
+        from megatron_nexus.interchange.import_checkpoint import import_checkpoint
+        from megatron_nexus.models.decoder import decoder_specs
+        from megatron_nexus.spec.cost import parameter_count
 
     specs = decoder_specs(config.model)
-    told = log.logger.info
-    told(
+    log.logger.info(
         "importing %s: %s, %s parameters",
         origin,
         source.config["model_type"],
         f"{parameter_count(specs.values()):,}",
     )
     if ties_head(source.config):
-        told(
-            "its head is its embedding; here the head is a copy of its own, %s parameters more, which "
-            "training moves apart",
+        log.logger.info(
+            "the source ties the LM head to the embedding; it is untied here (a copy, %s parameters more)",
             f"{specs['head.weight'].numel:,}",
         )
     made = import_checkpoint(source, origin, root, config, given.allow_nonfinite)
-    told("wrote %s", made)
+    log.logger.info("wrote %s", made)
     has_tokenizer = source.write_tokenizer is not None
     why = "left out, as --no-tokenizer says" if given.no_tokenizer else "the source has no tokenizer.json"
-    told("tokenizer: %s", root / "tokenizer" if has_tokenizer else why)
+    log.logger.info("tokenizer: %s", root / "tokenizer" if has_tokenizer else why)
     tokens = min(config.training.seq_length, AFFORDABLE_TOKENS)
     command = train_command("--load", str(root), "--seq-length", str(tokens))
     log_next_command(command, config, has_tokenizer)
 
 
-def open_source(path: Path) -> ForeignModel:
-    """The model at a path.
+def open_source(path: Path) -> SourceModel:
+    """Open the model at a path: a .gguf file, or a folder with config.json and safetensors.
 
     Raises CheckpointError, DataError: there is none, or a package is missing.
     """
@@ -113,8 +112,8 @@ def open_source(path: Path) -> ForeignModel:
         return open_gguf(path)
 
 
-def configuration(source: ForeignModel) -> RunConfig:
-    """What a run that begins with a model is configured as: its sizes, and samples of its context length.
+def configuration(source: SourceModel) -> RunConfig:
+    """Return the configuration of a run that begins with a model: its sizes, and its context length.
 
     Raises ConfigError where this decoder does not compute it.
     """

@@ -27,7 +27,7 @@ def run(argv: list[str]) -> None:
     """Run `nexus inspect` with the flags `argv`."""
     given = make_parser().parse_args(argv)
 
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     folder = find_checkpoint(given.checkpoint)
     reader = CheckpointReader(folder)
     manifest = reader.manifest
@@ -58,7 +58,7 @@ def run(argv: list[str]) -> None:
 
 
 def _describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
-    """What the manifest tells, by topic."""
+    """Return what the manifest holds, as lines by topic."""
     done, ranks, model = manifest.progress, manifest.topology, config.model
     grown_regions = len(manifest.optimizer.grown_regions)
     groups = ", ".join(
@@ -75,11 +75,7 @@ def _describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
         f"{ranks.tensor_size} x pipeline {ranks.pipe_size} x data {ranks.data_size}, "
         f"ZeRO {max(1, config.parallel.zero_stage)}, {config.training.precision}",
         "optimizer": f"{manifest.optimizer.step_count:,} steps of AdamW; {groups}"
-        + (
-            f"; {grown_regions} parts of tensors that growth added count from their birth"
-            if grown_regions
-            else ""
-        ),
+        + (f"; {grown_regions} newly grown regions with their own Adam step count" if grown_regions else ""),
         "data": f"{manifest.data.description or 'unknown'}, from sample {manifest.data.first_sample:,} on",
         "tokenizer": manifest.tokenizer_fingerprint or "none",
     }

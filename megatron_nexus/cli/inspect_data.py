@@ -42,7 +42,7 @@ def run(argv: list[str]) -> None:
     """Run `nexus inspect-data` with the flags `argv`."""
     given = make_parser().parse_args(argv)
 
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     dataset = IndexedDataset(given.prefix)
     description = read_description(given.prefix)
     tokenizer = open_tokenizer(given.tokenizer_model) if given.tokenizer_model else None
@@ -60,26 +60,26 @@ def run(argv: list[str]) -> None:
 
 
 def _show(dataset: IndexedDataset, description: CorpusDescription | None) -> None:
-    say = log.logger.info
+    info = log.logger.info
     lengths = dataset.document_lengths
-    say("documents        %s", f"{dataset.document_count:,}")
-    say("tokens           %s, stored as %s", f"{dataset.token_count:,}", dataset.dtype.name)
+    info("documents        %s", f"{dataset.document_count:,}")
+    info("tokens           %s, stored as %s", f"{dataset.token_count:,}", dataset.dtype.name)
     if description is None:
-        say("description      none: not written by preprocess_data.py")
+        info("description      none: not written by this project's preprocessing")
     else:
-        say("tokenizer        %s, %s ids", description.tokenizer, f"{description.vocab_size:,}")
+        info("tokenizer        %s, %s ids", description.tokenizer, f"{description.vocab_size:,}")
         begin = f"begin with BOS, token {description.bos_id}" if description.prepend_bos else "have no BOS"
-        say("documents        %s", begin)
-        say("bytes per token  %.2f", description.text_bytes / max(1, description.tokens))
-        say(
+        info("documents        %s", begin)
+        info("bytes per token  %.2f", description.text_bytes / max(1, description.tokens))
+        info(
             "left out         %s empty, %s malformed records; %s empty files",
             f"{description.empty_documents:,}",
             f"{sum(description.malformed.values()):,}",
             f"{description.empty_files:,}",
         )
         for sample in description.malformed_samples:
-            say("                 %s", sample)
-    say(
+            info("                 %s", sample)
+    info(
         "document length  mean %s, median %s, 99 %% below %s, longest %s tokens",
         f"{lengths.mean():,.0f}",
         f"{np.median(lengths):,.0f}",
@@ -90,21 +90,21 @@ def _show(dataset: IndexedDataset, description: CorpusDescription | None) -> Non
     most = max(entry.documents for entry in bins)
     for entry in bins:
         bar = "#" * round(BAR_WIDTH * entry.documents / most)
-        say("%12s ... %12s  %s %s", f"{entry.smallest:,}", f"{entry.largest:,}", bar, f"{entry.documents:,}")
+        info("%12s ... %12s  %s %s", f"{entry.smallest:,}", f"{entry.largest:,}", bar, f"{entry.documents:,}")
 
 
 def _show_loss(
     dataset: IndexedDataset, description: CorpusDescription | None, tokenizer: Tokenizer | None
 ) -> None:
-    """Tell what the tokens do not keep, as far as it is known; of an older corpus the tokenizer tells."""
+    """Log what the tokens lose of the text, as the description says, or else the tokenizer."""
     unknown = description.unknown_share if description else None
     if unknown is None and tokenizer is not None:
         unknown = 0.0 if tokenizer.unk_id is None else count_token(dataset, tokenizer.unk_id)
         unknown /= max(1, dataset.token_count)
-    told = "not known" if unknown is None else f"{100 * unknown:.3g} % of the tokens"
-    log.logger.info("unknown ids      %s", told)
+    share = "not known" if unknown is None else f"{100 * unknown:.3g} % of the tokens"
+    log.logger.info("unknown ids      %s", share)
     if description is not None and description.lossless is not None:
-        told = (
+        lossless = (
             "yes"
             if description.lossless
             else (
@@ -113,10 +113,10 @@ def _show_loss(
             )
         )
     elif tokenizer is not None:
-        told = "yes" if tokenizer.lossless else "not known: the tokenizer does not keep every text"
+        lossless = "yes" if tokenizer.lossless else "not known: the tokenizer does not keep every text"
     else:
-        told = "not known"
-    log.logger.info("lossless         %s", told)
+        lossless = "not known"
+    log.logger.info("lossless         %s", lossless)
 
 
 def _show_samples(dataset: IndexedDataset, tokenizer: Tokenizer, samples: int) -> None:

@@ -69,7 +69,7 @@ def main(verb: str | None = None) -> NoReturn:
     argv = sys.argv[1:]
     if verb is None:
         verb, argv = _split(argv)
-    # Until the verb itself listens, Ctrl-C ends the process at once: there is nothing to save or to say.
+    # Until the verb itself listens, Ctrl-C ends the process at once: there is nothing to save.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     run: Callable[[list[str]], None] = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run
     if verb == "train":

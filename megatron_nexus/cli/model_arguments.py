@@ -35,7 +35,7 @@ class TrainedModel:
     """"" takes an accelerator where there is one."""
 
     def load(self) -> "LoadedModel":
-        """Its decoder in memory; imports torch. Raises ConfigError where the device is not to be had."""
+        """Load the decoder; imports torch. Raises ConfigError where the device is not available."""
         with Progress(f"loading {self.checkpoint}"):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             from megatron_nexus.evaluation.loaded_model import DTYPES, choose_device, load_model
@@ -54,7 +54,7 @@ class TrainedModel:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--load, --tokenizer-model, --precision, --device."""
+    """Add the flags --load, --tokenizer-model, --precision and --device."""
     parser.add_argument(
         "--load", required=True, metavar="RUN", help="a run's folder or one checkpoint in it; s3:// too"
     )
@@ -80,7 +80,7 @@ def find_model(given: argparse.Namespace) -> TrainedModel:
 
 
 def open_model(load: str, tokenizer_model: Path | None, precision: str, device: str) -> TrainedModel:
-    """Return the model of a run's folder or of one checkpoint; nothing heavy is imported or read.
+    """Return the model of a run's folder or of one checkpoint; no weights are read.
 
     Raises:
         CheckpointError, DataError: there is no such checkpoint or tokenizer.

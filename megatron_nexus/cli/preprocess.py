@@ -43,7 +43,7 @@ def run(argv: list[str]) -> None:
         log_interval_s=given.log_interval,
     )
     comm = get_communicator(os.environ)
-    log.configure(speaks=comm.rank == 0)
+    log.configure(is_main_rank=comm.rank == 0)
     try:
         preprocess(job, comm)
     except NexusError:

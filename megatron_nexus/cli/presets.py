@@ -37,7 +37,7 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus presets` with the flags `argv`."""
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     given = make_parser().parse_args(argv)
     rows = list(preset_rows())
     if given.json:
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> None:
 
 def preset_rows() -> Iterator[dict[str, int | str]]:
     """Yield the sizes of each preset, its family and what it is for."""
-    with gc_paused():
+    with log.importing("torch"), gc_paused():
         from megatron_nexus.models.decoder import decoder_specs
         from megatron_nexus.spec.cost import parameter_count
 

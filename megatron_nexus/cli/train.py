@@ -45,7 +45,7 @@ def run(argv: list[str]) -> NoReturn:
     try:
         world = read_world(os.environ)
         is_first_here = world.local_rank == 0
-        log.configure(speaks=world.rank == 0)
+        log.configure(is_main_rank=world.rank == 0)
         if world.rank and {"-h", "--help", "--version"}.intersection(argv):
             sys.exit(0)  # rank 0 prints it
         with path_errors():
@@ -167,7 +167,7 @@ def _train(command: TrainCommand, world: World) -> NoReturn:
 
 def _open_evaluator(config: RunConfig, tokenizer: Tokenizer) -> "InTrainingEvaluator":
     """Return what evaluates --eval-tasks. Raises ConfigError or DataError where a task cannot be opened."""
-    with log.Progress("importing lm-evaluation-harness"):
+    with log.importing("lm-evaluation-harness"):
         from megatron_nexus.evaluation.in_training import InTrainingEvaluator
     path, limit = config.logging.eval_task_path, config.logging.eval_tasks_limit
     return InTrainingEvaluator(config.logging.task_names, Path(path) if path else None, limit, tokenizer)

@@ -59,7 +59,7 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus upcycle` with the flags `argv`."""
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     source = find_checkpoint(location(given.load))

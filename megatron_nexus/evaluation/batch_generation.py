@@ -31,7 +31,7 @@ def generate_texts(
     stop: Stop,
     seed: int = 1234,
 ) -> list[str]:
-    """What a model goes on with behind each prompt, without the text that stopped it.
+    """Return the continuation of each prompt, without the text that stopped it.
 
     Prompts are cut on the left so that they and the new tokens are what the model sees at once.
 

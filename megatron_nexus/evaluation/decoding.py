@@ -43,5 +43,5 @@ class Decoding:
         return self._decode(torch.tensor(tokens)[:, None])
 
     def restart(self) -> None:
-        """Go back to where the prompts end."""
+        """Restart from the end of the prompts."""
         self._cache.rewind(self._prompt_length)

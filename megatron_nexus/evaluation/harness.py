@@ -30,7 +30,7 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """Answers the three questions of the harness: how likely is a continuation, a text; what comes next."""
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer, loaded: LoadedModel | None = None) -> None:
-        """Without a loaded model it does not generate."""
+        """Wrap `scorer`; tasks that generate text need the loaded model too."""
         super().__init__()
         self._scorer = scorer
         self._tokenizer = tokenizer
@@ -49,14 +49,14 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None
     ) -> list[int]:
-        """Token ids, begun as the documents of the training data are."""
+        """Return token ids that begin as the documents of the training data do."""
         ids = self._tokenizer.encode(string)
         if add_special_tokens is None or add_special_tokens:
             ids = [*self._tokenizer.document_prefix, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-likelihood of each (context, continuation), and whether it is the likeliest."""
+        """Return the log-likelihood of each (context, continuation), and whether it is the greedy one."""
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return scores
 
@@ -67,7 +67,7 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return [(score.log_likelihood, score.greedy) for score in self._scorer.score(asked)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of each text, in windows of the model's length."""
+        """Return the log-likelihood of each text, in windows of the model's length."""
         length = self._scorer.seq_length
         asked = [
             windows(self.tok_encode(request.args[0]), self.prefix_token_id, length, length)
@@ -77,7 +77,7 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return [sum(next(scores).log_likelihood for _ in of_text) for of_text in asked]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The text that follows each prompt, as its settings ask."""
+        """Return the text that is generated after each prompt, under its own settings."""
         assert self._loaded is not None, "require_scoring lets no such task through"
         by_settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -133,7 +133,7 @@ def run_harness(model: NexusLM, tasks: Tasks, limit: int | None = None) -> dict[
 
 
 def _named_numbers(of_task: Mapping[str, object], errors: bool) -> dict[str, float]:
-    """The metrics of a task, or their standard errors, by metric.
+    """Return the metrics of a task, or their standard errors, by metric.
 
     The harness writes both as "metric,filter" and "metric_stderr,filter", the usual filter being "none".
     """

@@ -56,7 +56,7 @@ def load_model(
 
 
 def require_finite(values: Tensor, loaded: LoadedModel) -> Tensor:
-    """What a model computes, or CheckpointError where it is NaN or infinite."""
+    """Return `values`. Raises CheckpointError where one is NaN or infinite."""
     if not values.isfinite().all():
         raise CheckpointError(
             f"{loaded.checkpoint}: what the model computes is not finite (NaN or infinity): "
@@ -67,7 +67,7 @@ def require_finite(values: Tensor, loaded: LoadedModel) -> Tensor:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `cpu` or `cuda`; "" takes an accelerator where there is one.
+    """Return the device `cpu` or `cuda`; "" means an accelerator where there is one.
 
     Raises ConfigError where CUDA is asked for and not to be had.
     """

@@ -53,7 +53,7 @@ class Row:
 
 
 def make_rows(requests: Sequence[Request], longest: int) -> list[Row]:
-    """Requests of the same context in one row, of at most `longest` tokens, the longest row first."""
+    """Return rows of at most `longest` tokens, the longest first; requests with one context share a row."""
     rows: list[Row] = []
     open_rows: dict[Tokens, Row] = {}
     for number, request in enumerate(requests):
@@ -76,7 +76,7 @@ class LocalScorer:
 
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> list[Score]:
-        """The score of each request, cut on the left to what the model sees."""
+        """Return the score of each request, cut on the left to the model's length."""
         fitting = [fit(request, self.seq_length) for request in requests]
         rows = make_rows(fitting, max(self.seq_length, self._tokens_per_pass // 4))
         scores: dict[int, Score] = {}
@@ -89,7 +89,7 @@ class LocalScorer:
         return [scores[number] for number in range(len(requests))]
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-        """Runs of rows, the longest first, each as large as a pass may be."""
+        """Yield batches of rows, the longest first, each as large as fits one forward pass."""
         begin = 0
         while begin < len(rows):
             count = max(1, self._tokens_per_pass // len(rows[begin].tokens))
@@ -117,7 +117,7 @@ class LocalScorer:
         return scores
 
     def _activations(self, tokens_BT: Tensor, packing: Packing | None) -> Tensor:
-        """What the head reads, [T, B, D]."""
+        """Return the input of the head, [T, B, D]."""
         device = self._loaded.device
         embedding, *blocks, _ = self._loaded.decoder.layers
         if packing is not None:
@@ -131,7 +131,7 @@ class LocalScorer:
         return x_TBD
 
     def _read(self, x_TBD: Tensor, places_K2: Tensor, asked_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability [K] of each token asked for, and whether it is the likeliest, on the CPU."""
+        """Return the log-probability [K] of each token asked for, and whether it is the argmax."""
         head, device = self._loaded.decoder.layers[-1], self._loaded.device
         log_p, likeliest = [], []
         for places, asked in zip(
@@ -149,7 +149,7 @@ class LocalScorer:
 
 
 def _packing(rows: Sequence[Row], length: int) -> Packing:
-    """Positions and sight of rows with several continuations; padding sees what it likes."""
+    """Return positions and mask of rows with several continuations; padding is not masked."""
     branch_BT = torch.zeros(len(rows), length, dtype=torch.int64)
     positions_BT = torch.arange(length).repeat(len(rows), 1)
     for b, row in enumerate(rows):

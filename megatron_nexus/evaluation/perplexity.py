@@ -49,12 +49,12 @@ class Perplexity:
 
 
 def _exp(loss: float) -> float:
-    """exp of a loss in nats, infinite where that is beyond a float."""
+    """Return exp of a loss in nats, infinity where a float overflows."""
     return math.exp(loss) if loss < 700.0 else math.inf
 
 
 def windows(tokens: Sequence[int], first: int, seq_length: int, stride: int) -> list[Request]:
-    """The windows of a text: each token is scored once, none without context; `first` stands before all."""
+    """Return the windows of a text: each token is scored once, none without context; `first` comes first."""
     row = [first, *tokens]
     made = []
     begin = 1
@@ -67,7 +67,7 @@ def windows(tokens: Sequence[int], first: int, seq_length: int, stride: int) -> 
 
 
 def measure_perplexity(scorer: Scorer, tokenizer: Tokenizer, text: str, stride: int = 0) -> Perplexity:
-    """Perplexity of a text, one document. `stride` 0: a whole sample.
+    """Return the perplexity of a text, one document. `stride` 0 means a whole sample.
 
     Raises:
         DataError: the text is empty, or the stride longer than a sample.

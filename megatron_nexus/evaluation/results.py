@@ -17,7 +17,7 @@ class TaskResult:
 
 
 def task_table(results: Mapping[str, TaskResult]) -> list[str]:
-    """A row for each metric, in per cent, and for its error; the mean where all tasks have it; the items."""
+    """Return a table with a row for each metric in per cent and its error; means where all tasks have it."""
     names = list(results)
     metrics = list(dict.fromkeys(metric for result in results.values() for metric in result.metrics))
     rows = [["", *names, "average"]]
@@ -38,7 +38,7 @@ def _cell(value: float | None) -> str:
 
 
 def perplexity_line(perplexity: Perplexity) -> str:
-    """A perplexity in words."""
+    """Return a perplexity as a line of text."""
     return (
         f"perplexity {perplexity.per_token:.4g} per token, {perplexity.per_word:.4g} per word, "
         f"{perplexity.per_byte:.4g} per byte ({perplexity.bits_per_byte:.4f} bits per byte) over "
@@ -47,7 +47,7 @@ def perplexity_line(perplexity: Perplexity) -> str:
 
 
 def perplexity_record(perplexity: Perplexity) -> dict[str, float]:
-    """A perplexity for JSON."""
+    """Return a perplexity for JSON."""
     return {
         **asdict(perplexity),
         "per_token": perplexity.per_token,

@@ -24,7 +24,7 @@ class Sampling:
 
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token id. Computed in float64 on the CPU, so that a seed means the same on every device."""
+    """Return a token id, drawn in float64 on the CPU, so that a seed means the same on every device."""
     logits_V = logits_V.to("cpu", torch.float64)
     if sampling.temperature == 0.0:
         return int(logits_V.argmax())

@@ -55,7 +55,7 @@ def require_tasks(tasks: Sequence[str], folder: Path | None) -> None:
 
 
 def task_file(folder: Path, task: str) -> Path:
-    """Where the records of a task lie."""
+    """Return the path of a task's records."""
     return folder / f"{task}.jsonl"
 
 
@@ -76,7 +76,7 @@ def require_task_files(folder: Path, tasks: Sequence[str]) -> None:
 
 
 def read_task_file(path: Path, task: str) -> list[Record]:
-    """The records of a task. Raises DataError, which names the first line that is not a record of it."""
+    """Return the records of a task. Raises DataError, which names the first line that is not one."""
     records = []
     try:
         lines = path.read_bytes().splitlines()
@@ -99,7 +99,7 @@ def read_task_file(path: Path, task: str) -> list[Record]:
 
 
 def _problem(record: object, task: str) -> str:
-    """What keeps a record from being one of the task; "" if nothing does."""
+    """Return what is wrong with a record of the task, "" if nothing is."""
     if not isinstance(record, dict):
         return "is not a JSON object"
     for name in _TEXTS[task]:

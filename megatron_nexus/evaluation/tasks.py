@@ -35,7 +35,7 @@ _CONFIGURATIONS = {
 
 
 def open_tasks(names: Sequence[str], folder: Path | None) -> Tasks:
-    """Tasks by name, with their records; those of `folder` are read from its files, others are fetched.
+    """Return tasks by name, with records from the files of `folder`, or fetched without one.
 
     Raises:
         ConfigError: a task is unknown, has no file, or is none for a model of text.
@@ -57,7 +57,7 @@ def open_tasks(names: Sequence[str], folder: Path | None) -> Tasks:
 
 
 def read_local(task: str, path: str, **metadata: object) -> dict[str, datasets.Dataset]:
-    """What the harness calls for the records of a local task; it hands over what its metadata holds, too."""
+    """Return the records of a local task: the harness calls this with what the task's metadata holds."""
     return {"test": datasets.Dataset.from_list(read_task_file(Path(path), task))}
 
 

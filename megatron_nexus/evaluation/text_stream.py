@@ -21,21 +21,21 @@ class TextStream:
         self._shown = len(tokenizer.decode(self._ids))
 
     def push(self, token: int) -> str:
-        """What is certain of the text after one more token, as far as it has not been told."""
+        """Return the text that is complete after one more token and has not been returned before."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         open_characters = min(OPEN_BYTES, len(text) - len(text.rstrip(CUT_OFF)))
-        told = self._tell(text[: len(text) - open_characters])
+        new = self._new(text[: len(text) - open_characters])
         if open_characters == 0 and len(self._ids) > 2 * CONTEXT_TOKENS:
             del self._ids[:-CONTEXT_TOKENS]
             self._shown = len(self._tokenizer.decode(self._ids))
-        return told
+        return new
 
     def finish(self) -> str:
-        """The rest, with what was cut off."""
-        return self._tell(self._tokenizer.decode(self._ids))
+        """Return the rest, incomplete characters included."""
+        return self._new(self._tokenizer.decode(self._ids))
 
-    def _tell(self, text: str) -> str:
+    def _new(self, text: str) -> str:
         part = text[self._shown :]
         self._shown += len(part)
         return part

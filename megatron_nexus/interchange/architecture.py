@@ -1,6 +1,6 @@
 """Which class of transformers computes a model, and what its `config.json` says.
 
-Models of the shape of Llama, Mistral, Qwen2, Qwen3, OLMo 2 and SmolLM3 are told in transformers' own classes;
+Models of the shape of Llama, Mistral, Qwen2, Qwen3, OLMo 2 and SmolLM3 become transformers' own classes;
 all others, and those that have grown in a way that these know nothing of, in `modeling_nexusformer.py`, which
 goes with the files.
 """
@@ -38,7 +38,7 @@ STOCK = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, SMOLLM3)
 
 
 def architecture_of(model: ModelConfig, origin: str = "") -> Architecture:
-    """The class that computes `model`; `origin` is the model_type that it was imported as, if it was."""
+    """Return the class that computes `model`; `origin` is the model_type that it was imported as, or ""."""
     grown = model.base_hidden_size or model.base_kv_channels
     plain = (model.projection, model.feed_forward, model.normalization) == ("linear", "swiglu", "RMSNorm")
     if not plain or grown or model.attention_order > 1:
@@ -63,7 +63,7 @@ def architecture_of(model: ModelConfig, origin: str = "") -> Architecture:
 
 
 def rope_json(model: ModelConfig) -> JsonObject:
-    """The `rope_parameters` of a model."""
+    """Return the `rope_parameters` of a model."""
     if not model.use_rope_scaling:
         return {"rope_type": "default", "rope_theta": model.rotary_base}
     return {
@@ -85,7 +85,7 @@ def config_json(
     tied: bool = False,
     begin_token: int | None = None,
 ) -> JsonObject:
-    """The contents of `config.json`.
+    """Return the contents of `config.json`.
 
     Args:
         model: its sizes.

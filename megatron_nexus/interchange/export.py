@@ -68,7 +68,7 @@ def export_checkpoint(
     """Write the checkpoint `source` of a run that was configured so as the folder `target`.
 
     `precision` is that of the weights, of which a file has at most `shard_bytes`. The source is only read.
-    NaN and infinity are refused, or told where `allow_non_finite`.
+    NaN and infinity are refused, or counted in a warning with `allow_non_finite`.
 
     Raises:
         ConfigError: `target` exists, or no class of transformers computes the model.
@@ -109,7 +109,7 @@ def export_checkpoint(
         )
         for path in architecture.files:
             shutil.copyfile(path, folder / path.name)
-        told = write_tokenizer(tokenizer, folder, length) if tokenizer is not None else ""
+        described = write_tokenizer(tokenizer, folder, length) if tokenizer is not None else ""
         with Progress("writing weights", needed / MEGABYTE, "MB") as progress:
             for name, shard in zip(names, shards, strict=True):
                 write_safetensors(
@@ -125,11 +125,11 @@ def export_checkpoint(
         require_finite(source, non_finite, allow_non_finite)
         if len(shards) > 1:
             _write_json(folder / "model.safetensors.index.json", _index(names, shards, needed))
-    return Exported(architecture, names, told, tied)
+    return Exported(architecture, names, described, tied)
 
 
 def imported_as(manifest: Manifest) -> str:
-    """The model_type that a checkpoint's model was imported as; empty where it was not imported."""
+    """Return the model_type that a checkpoint's model was imported as, "" where it was not imported."""
     return next((str(entry["model_type"]) for entry in manifest.lineage if "model_type" in entry), "")
 
 
@@ -145,7 +145,7 @@ def _is_tied(reader: CheckpointReader) -> bool:
 
 
 def _shards(specs: Mapping[str, ParamSpec], precision: Precision, most_bytes: int) -> list[dict[str, str]]:
-    """The tensors of each file, their names here and there: `most_bytes` at most, or a larger one alone."""
+    """Yield the tensors of each file by both names: at most `most_bytes`, or one larger tensor alone."""
     shards: list[dict[str, str]] = []
     held = 0
     for name, spec in specs.items():

@@ -16,9 +16,9 @@ from gguf.quants import dequantize
 
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import LLAMA, QWEN3, JsonObject
-from megatron_nexus.interchange.foreign_model import Array, ForeignModel
 from megatron_nexus.interchange.gguf_header import check_gguf
 from megatron_nexus.interchange.gguf_tokenizer import write_gguf_tokenizer
+from megatron_nexus.interchange.source_model import Array, SourceModel
 
 ENDS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -40,8 +40,8 @@ PARTS = {
 }
 
 
-def open_gguf(path: Path) -> ForeignModel:
-    """The model in a file.
+def open_gguf(path: Path) -> SourceModel:
+    """Open the model in a file.
 
     Raises CheckpointError: it cannot be read, is not a GGUF file, or of a kind that is not known here.
     """
@@ -61,11 +61,11 @@ def open_gguf(path: Path) -> ForeignModel:
         ) from error
     weights = GgufWeights(path, reader.tensors, config)
     writer = partial(write_gguf_tokenizer, fields) if "tokenizer.ggml.model" in fields else None
-    return ForeignModel(path.stem, "gguf", config, weights, writer)
+    return SourceModel(path.stem, "gguf", config, weights, writer)
 
 
 def _config(fields: Mapping[str, object], tensors: set[str]) -> JsonObject:
-    """What Hugging Face's `config.json` would say of the model. Raises KeyError."""
+    """Return the `config.json` that Hugging Face would have for the model. Raises KeyError."""
     kind = fields["general.architecture"]
     if kind not in (LLAMA.model_type, QWEN3.model_type):
         return {"model_type": kind}  # the importer says what it knows
@@ -101,7 +101,7 @@ def _config(fields: Mapping[str, object], tensors: set[str]) -> JsonObject:
 
 
 def _huggingface_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; what is not known stays."""
+    """Translate `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
     if name in ENDS:
         return ENDS[name]
     block, _, rest = name.partition(".")
@@ -111,7 +111,7 @@ def _huggingface_name(name: str) -> str:
 
 
 def _row_order(heads: int, size: int) -> npt.NDArray[np.int64]:
-    """For each of our rows of a Llama's Q or K the row of the file: channel i + k H / 2 is there 2 i + k."""
+    """Return the file's row for each of our rows of Q or K: channel i + k H / 2 is 2 i + k there."""
     channels = np.arange(size).reshape(size // 2, 2).T.reshape(-1)
     return (np.arange(heads)[:, None] * size + channels).reshape(-1)
 
@@ -132,7 +132,7 @@ class GgufWeights:
             self._heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
     def read_rows(self, name: str, first: int, last: int) -> Array:
-        """Rows [first, last) of a tensor, the elements of a vector, as float32.
+        """Return rows [first, last) of a tensor, or elements of a vector, as float32.
 
         Raises CheckpointError where a type of quantisation is not known.
         """

@@ -53,7 +53,7 @@ class _Walk:
         self._order = "<"
 
     def check(self) -> None:
-        """Walk through the header and look where its tensors lie. Raises ValueError."""
+        """Check the header and the places of its tensors. Raises ValueError."""
         if self._take(len(MAGIC)) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         version = self._number("I")
@@ -108,7 +108,7 @@ class _Walk:
         return int(layout.unpack(self._take(layout.size))[0])
 
     def _new_name(self, names: set[str]) -> str:
-        """A name that is not among `names`, which it joins. Raises ValueError."""
+        """Read a name and add it to `names`. Raises ValueError where it is there already."""
         name = self._take(self._number("Q")).decode()
         if name in names:
             raise ValueError(f"{name} stands in it twice")
@@ -119,7 +119,7 @@ class _Walk:
         return GGUFValueType(self._number("I"))
 
     def _skip(self, kind: GGUFValueType) -> None:
-        """Pass a value."""
+        """Skip a value."""
         if kind is GGUFValueType.STRING:
             self._pass(self._number("Q"))
         elif kind is not GGUFValueType.ARRAY:

@@ -34,10 +34,10 @@ from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY, group_settin
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import CheckpointError, DataError
-from megatron_nexus.interchange.foreign_config import ties_head
-from megatron_nexus.interchange.foreign_model import ForeignModel
+from megatron_nexus.interchange.hf_config import ties_head
 from megatron_nexus.interchange.names import ENDS, huggingface_name
 from megatron_nexus.interchange.output_dir import output_dir
+from megatron_nexus.interchange.source_model import SourceModel
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
@@ -49,12 +49,12 @@ SHOWN = 10
 
 
 def import_checkpoint(
-    source: ForeignModel, origin: Path, root: Path, config: RunConfig, allow_non_finite: bool = False
+    source: SourceModel, origin: Path, root: Path, config: RunConfig, allow_non_finite: bool = False
 ) -> Path:
     """Write the weights of `source`, which lies at `origin`, as the only checkpoint of the run `root`.
 
     `config` is what the run is configured as. The source is only read. Returns the checkpoint's folder.
-    NaN and infinity are refused, or told where `allow_non_finite`.
+    NaN and infinity are refused, or counted in a warning with `allow_non_finite`.
 
     Raises:
         ConfigError: `root` holds files.
@@ -107,8 +107,8 @@ def import_checkpoint(
     return root / checkpoint_name(0)
 
 
-def _places(source: ForeignModel, specs: dict[str, ParamSpec]) -> dict[str, str]:
-    """What each parameter is called in the files. Raises CheckpointError where they hold another model."""
+def _places(source: SourceModel, specs: dict[str, ParamSpec]) -> dict[str, str]:
+    """Return each parameter's name in the files. Raises CheckpointError where they hold another model."""
     shapes = source.weights.shapes
     places = {name: huggingface_name(name) for name in specs}
     # Files of tied models may leave the head out.
@@ -139,13 +139,13 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _values(
-    source: ForeignModel,
+    source: SourceModel,
     places: dict[str, str],
     chunks: list[Chunk],
     progress: Progress,
     non_finite: NonFiniteValues,
 ) -> Iterator[Array]:
-    """The values of all chunks, one at a time, those that are not finite counted."""
+    """Yield the values of all chunks, one at a time, and count those that are not finite."""
     for chunk in chunks:
         box = chunk.box  # whole rows: none is as long as a chunk
         if chunk.state == "fp32":
@@ -159,7 +159,7 @@ def _values(
 
 
 def _manifest(
-    source: ForeignModel, origin: Path, specs: dict[str, ParamSpec], config: RunConfig, fingerprint: str
+    source: SourceModel, origin: Path, specs: dict[str, ParamSpec], config: RunConfig, fingerprint: str
 ) -> Manifest:
     groups = {
         name: {"lr": config.optimizer.lr, **group_settings(config.optimizer, name)}

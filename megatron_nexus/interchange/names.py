@@ -39,7 +39,7 @@ PARTS = {
 
 
 def huggingface_name(name: str) -> str:
-    """The name there of the parameter that is called `name` here."""
+    """Return Hugging Face's name of the parameter that is called `name` here."""
     if name in ENDS:
         return ENDS[name]
     layers, index, block, part, *rest = name.split(".")

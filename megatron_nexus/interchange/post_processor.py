@@ -33,7 +33,7 @@ def _steps(post_processor: object) -> Iterator[JsonObject]:
 
 
 def _suffix(step: JsonObject) -> Iterator[Special]:
-    """The special tokens that a step puts behind a text."""
+    """Return the special tokens that a step appends to a text."""
     single, specials, sep = step.get("single"), step.get("special_tokens"), step.get("sep")
     if step["type"] in _ENCLOSING and isinstance(sep, list):
         yield sep[0], sep[1]

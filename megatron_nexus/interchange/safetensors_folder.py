@@ -13,25 +13,25 @@ from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.data.tokenizer import JSON_NAME
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import JsonObject
-from megatron_nexus.interchange.foreign_model import Array, ForeignModel
 from megatron_nexus.interchange.safetensors_header import DTYPES, StoredTensor, read_header
+from megatron_nexus.interchange.source_model import Array, SourceModel
 from megatron_nexus.interchange.tokenizer_files import copy_tokenizer
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-def open_folder(folder: Path) -> ForeignModel:
-    """The model in a folder. Raises CheckpointError where files are missing or damaged."""
+def open_folder(folder: Path) -> SourceModel:
+    """Open the model in a folder. Raises CheckpointError where files are missing or damaged."""
     config = _read_json(folder / CONFIG_FILE)
     tokenizer = folder / JSON_NAME
     writer = partial(copy_tokenizer, folder) if tokenizer.is_file() else None
     weights = SafetensorsWeights(_weight_files(folder))
-    return ForeignModel(folder.resolve().name, "safetensors", config, weights, writer)
+    return SourceModel(folder.resolve().name, "safetensors", config, weights, writer)
 
 
 def _remedy(path: Path) -> str:
-    """What to do about a path that is not there: it may name a repository of the Hugging Face Hub."""
+    """Return the remedy for a path that does not exist; it may name a repository of the Hugging Face Hub."""
     name = str(path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return ": give a folder as Hugging Face's save_pretrained writes it, or a .gguf file"
@@ -89,7 +89,7 @@ class SafetensorsWeights:
         self.shapes: Mapping[str, tuple[int, ...]] = {n: s.shape for n, s in self._stored.items()}
 
     def read_rows(self, name: str, first: int, last: int) -> Array:
-        """Rows [first, last) of a tensor, the elements of a vector, as float32. Raises CheckpointError."""
+        """Return rows [first, last), or a vector's elements, as float32. Raises CheckpointError."""
         stored = self._stored[name]
         dtype, row = np.dtype(DTYPES[stored.dtype]), prod(stored.shape[1:])
         try:

@@ -34,7 +34,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name.
+    """Return the tensors of a file by name.
 
     Raises CheckpointError: the file cannot be read, breaks a rule of the format, or holds a type that is not
     imported.
@@ -57,7 +57,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _tensors(path: Path, header: JsonObject, data_start: int, size: int) -> dict[str, StoredTensor]:
-    """The tensors of a header. Raises ValueError: they do not fill the data, each byte once."""
+    """Return the tensors of a header. Raises ValueError where they do not cover each data byte once."""
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -97,7 +97,7 @@ def _tensors(path: Path, header: JsonObject, data_start: int, size: int) -> dict
 
 
 def _whole_numbers(name: str, key: str, found: object) -> tuple[int, ...]:
-    """A list of whole numbers from 0 on. Raises ValueError."""
+    """Return a list of whole numbers from 0 on. Raises ValueError."""
     if not isinstance(found, list) or not all(type(number) is int and number >= 0 for number in found):
         raise ValueError(f"{name} has {key} {found!r}, which are not whole numbers from 0 on")
     return tuple(found)

@@ -29,7 +29,7 @@ SAFETENSORS_DTYPE: dict[Precision, str] = {"fp32": "F32", "bf16": "BF16"}
 
 
 def plain_bytes(specs: Mapping[str, ParamSpec], precision: Precision) -> int:
-    """The bytes of a file's tensors."""
+    """Return the bytes of a file's tensors."""
     return sum(spec.numel for spec in specs.values()) * ITEM_BYTES[precision]
 
 
@@ -47,7 +47,7 @@ def write_safetensors(
 
     What is written is durable.
 
-    `metadata` goes into the header; `advance` is told the bytes written, `non_finite` each value.
+    `metadata` goes into the header; `advance` gets the bytes written, `non_finite` each value.
 
     Raises:
         CheckpointError: an element is not stored exactly once, or is damaged.
@@ -69,7 +69,7 @@ def write_safetensors(
 
 
 def require_finite(source: Location, non_finite: NonFiniteValues, allowed: bool) -> None:
-    """Raise CheckpointError where values of `source` were not finite; where that is `allowed`, tell it."""
+    """Raise CheckpointError where values of `source` were not finite; where that is `allowed`, warn."""
     if not non_finite.counts:
         return
     if not allowed:
@@ -86,7 +86,7 @@ def _header(
     names: Mapping[str, str],
     metadata: Mapping[str, str],
 ) -> bytes:
-    """The length and the JSON that the file begins with, padded so that data starts aligned."""
+    """Return the length and the JSON header of the file, padded so that data starts aligned."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, spec in specs.items():

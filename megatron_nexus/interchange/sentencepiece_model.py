@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_nexus.errors import DataError
 
 FIXED_BYTES = {1: 8, 5: 4}
-"""Bytes of a value by wire type; 0 is a number of variable length, 2 a value that tells its length."""
+"""Bytes of a value by wire type; 0 is a number of variable length, 2 a value with a length before it."""
 
 
 class Kind(IntEnum):
@@ -107,7 +107,7 @@ def _number(fields: dict[int, int | bytes], number: int, default: int) -> int:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message in order: number and value. Raises IndexError or ValueError."""
+    """Yield the fields of a message in order: number and value. Raises IndexError or ValueError."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -126,7 +126,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number, seven bits a byte from the lowest on, and where the next field begins."""
+    """Return a varint (seven bits a byte, lowest first) and where the next field begins."""
     value = shift = 0
     while True:
         byte = message[at]

@@ -42,7 +42,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int) -> s
     `max_positions` is the tokens of the longest text that the model was trained on.
 
     Raises:
-        DataError: it cannot be told in a tokenizer.json.
+        DataError: a tokenizer.json cannot express it.
         OSError: a file cannot be written.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -72,7 +72,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int) -> s
 
 
 def _prefix(tokenizer: Tokenizer) -> list[Special]:
-    """What stands before every text."""
+    """Return the special tokens before every text."""
     return [(tokenizer.token_text(token), token) for token in tokenizer.document_prefix]
 
 
@@ -160,6 +160,6 @@ def _write_json(path: Path, record: JsonObject) -> None:
 
 
 def real_lines(documents: Iterable[str], count: int) -> Iterator[str]:
-    """The first `count` different lines of some length, line breaks included."""
+    """Return the first `count` different lines of some length, line breaks included."""
     lines = (line for text in documents for line in text.splitlines(keepends=True) if line.strip())
     return islice(iter(dict.fromkeys(lines)), count)

@@ -20,7 +20,7 @@ from megatron_nexus.interchange.sentencepiece_model import Kind, ModelType, Sent
 
 
 def tokenizer_json(model: SentencePieceModel, prefix: Sequence[Special] = ()) -> str:
-    """The text of the file. Raises DataError where `tokenizers` knows nothing that does the same.
+    """Return the text of the file. Raises DataError where `tokenizers` has no equivalent.
 
     `prefix` are the special tokens that begin every text.
     """
@@ -71,7 +71,7 @@ def tokenizer_json(model: SentencePieceModel, prefix: Sequence[Special] = ()) ->
 
 
 def _merges(model: SentencePieceModel, texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Every cut of a piece into two others: of the highest score first, of one piece as by its ids."""
+    """Return every split of a piece into two pieces: highest score first, splits of one piece by id."""
     ids = {text: i for i, text in enumerate(texts) if model.pieces[i].kind is Kind.NORMAL}
     cuts = [
         (-model.pieces[token].score, token, ids[text[:i]], ids[text[i:]])
@@ -89,7 +89,7 @@ def _added_tokens(model: SentencePieceModel, texts: Sequence[str]) -> Iterator[J
 
 
 def added_token(token: int, text: str, special: bool) -> JsonObject:
-    """A token that is found in a text before all others; a special one is silent when ids become text."""
+    """Return a token that is matched before all others; a special one is dropped when decoding."""
     return {
         "id": token,
         "content": text,

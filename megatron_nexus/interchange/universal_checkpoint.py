@@ -34,7 +34,7 @@ MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 
 
 def universal_bytes(specs: Mapping[str, ParamSpec]) -> int:
-    """The bytes of all tensors."""
+    """Return the bytes of all tensors."""
     return sum(spec.numel for spec in specs.values()) * DTYPE.itemsize * len(STATES)
 
 
@@ -75,7 +75,7 @@ def write_universal(
 
 
 def _sharding(spec: ParamSpec) -> dict[str, object]:
-    """What tells tensor-parallel ranks which part of a parameter is theirs."""
+    """Return DeepSpeed's description of a parameter's tensor-parallel split."""
     cut = [i for i, axis in enumerate(spec.axes) if axis.layout in (Layout.SHARDED_PADDED, Layout.SHARDED)]
     metadata: dict[str, object] = {"cat_dim": cut[0] if cut else 0}
     if cut == [0] and spec.growth_roles[0] is Flow.BOUNDARY:
@@ -84,9 +84,9 @@ def _sharding(spec: ParamSpec) -> dict[str, object]:
 
 
 def _optimizer_state(manifest: Manifest, count: Tensor) -> dict[str, object]:
-    """The settings of the optimizer's groups, in their order, for ZeRO 1 and 2 and for ZeRO 3.
+    """Return the settings of the optimizer's groups, in their order, for ZeRO 1 and 2 and for ZeRO 3.
 
-    ZeRO 3 gives every group the settings of the first: of those it is told the ones that all groups share.
+    ZeRO 3 gives every group the settings of the first: it gets those that all groups share.
     """
     groups = [_group(name, settings) for name, settings in manifest.optimizer.groups.items()]
     shared = {
@@ -105,7 +105,7 @@ def _group(name: str, settings: JsonObject) -> dict[str, object]:
 
 
 def _model_states(manifest: Manifest) -> dict[str, object]:
-    """The engine's counters; what else is in it comes back from `load_checkpoint` as the client's state."""
+    """Return the engine's counters; `load_checkpoint` returns all else as client state."""
     done = manifest.progress
     return {
         "ds_version": version("deepspeed"),

@@ -40,7 +40,7 @@ def test_without_flock_work_goes_on_and_one_warning_says_so(
 
     monkeypatch.setattr(fcntl, "flock", refuse)  # no file system here is without it
     durable._warn.cache_clear()
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     checkpoint = tmp_path / "iter_0000001"
     checkpoint.mkdir()
     (checkpoint / "manifest.json").touch()

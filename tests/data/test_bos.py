@@ -151,7 +151,7 @@ def test_what_a_tokenizer_loses_is_told_and_kept(
 ) -> None:
     from megatron_nexus.log import configure
 
-    configure(speaks=True)
+    configure(is_main_rank=True)
     description = read_description(write(folder, sentencepiece_model, "lossy"))
     told = console.readouterr().out
     assert "loses text: 2 of 2 documents" in told and told.count("loses text") == 1

@@ -32,7 +32,7 @@ from megatron_nexus.data.standard_library import source_documents
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import configure
 
-configure(speaks=True)
+configure(is_main_rank=True)
 cache, source, largest_file_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 if largest_file_bytes:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file_bytes, largest_file_bytes))

@@ -17,7 +17,7 @@ import os, signal, time
 from pathlib import Path
 from megatron_nexus import log
 from megatron_nexus.parallel.launcher_watch import ancestors, stop_without_launcher
-log.configure(speaks=True)
+log.configure(is_main_rank=True)
 def stop(number, frame):
     os.write(1, f"saved at {signal.Signals(number).name}".encode())
     os._exit(0)

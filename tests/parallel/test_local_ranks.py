@@ -23,7 +23,7 @@ PARENT = """
 import sys
 from megatron_nexus import log
 from megatron_nexus.parallel.local_ranks import run_local_ranks
-log.configure(speaks=True)
+log.configure(is_main_rank=True)
 sys.exit(run_local_ranks(int(sys.argv[1]), sys.argv[2:]))
 """
 # What every rank script begins with; `ready` tells the test that the rank is listening.

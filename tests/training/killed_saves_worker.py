@@ -45,7 +45,7 @@ def live(argv: list[str], output: Path) -> None:
     """One rank of one life."""
     with output.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         world = read_world(os.environ)
-        log.configure(speaks=world.rank == 0)
+        log.configure(is_main_rank=world.rank == 0)
         config, checkpoint = configure(argv)
         check(config, world.size)
         run(config, world, checkpoint, argv)

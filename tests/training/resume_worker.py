@@ -32,7 +32,7 @@ def main() -> None:
     for index, argv in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         world = read_world(os.environ)
         world = replace(world, master_port=world.master_port + index)
-        log.configure(speaks=world.rank == 0)
+        log.configure(is_main_rank=world.rank == 0)
         config, checkpoint = configure(argv)
         check(config, world.size)
         parameters.local_values = draw if checkpoint is None else draw_nothing

@@ -116,7 +116,7 @@ def test_there_are_no_records_before_the_first_run(tmp_path: Path) -> None:
 def test_the_console_shows_the_steps_it_is_asked_to(
     tmp_path: Path, console: pytest.CaptureFixture[str]
 ) -> None:
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     writer = MetricsWriter(tmp_path, 0, "")
     writer.step(step_of(6), 300, speak=False)
     writer.step(step_of(7), 300, speak=True)
@@ -201,7 +201,7 @@ def test_tensorboard_shows_every_step_under_the_field_s_own_tags(tmp_path: Path)
 
 
 def test_every_set_is_told_under_its_own_name(tmp_path: Path, console: pytest.CaptureFixture[str]) -> None:
-    log.configure(speaks=True)
+    log.configure(is_main_rank=True)
     writer = MetricsWriter(tmp_path, 0, str(tmp_path / "board"))
     for name, loss in [("validation web", 3.0), ("validation code", 2.0), ("test", 1.0)]:
         writer.validation(make_validation(name, 4, loss, 100, 300))

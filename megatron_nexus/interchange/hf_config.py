@@ -72,7 +72,7 @@ NEXUS_SIZES = {
 
 
 def model_of(config: JsonObject) -> ModelConfig:
-    """The model that a `config.json` describes.
+    """Return the model that a `config.json` describes.
 
     Raises ConfigError with every reason why this decoder does not compute it.
     """
@@ -185,7 +185,7 @@ def _problems(config: JsonObject) -> Iterator[str]:
 
 
 def _inner(config: JsonObject) -> str:
-    """The form of inner attentions, of which files of order 2 said nothing while there was one."""
+    """Return the form of inner attentions; early files of order 2 do not name the only form of their time."""
     higher = _whole(config, "attention_order", 1) > 1
     return str(config.get("attention_inner", INNER_BEFORE_IT_WAS_RECORDED if higher else "self"))
 
@@ -204,7 +204,7 @@ def _rope_problems(rope: JsonObject) -> Iterator[str]:
 
 
 def with_defaults(config: JsonObject) -> JsonObject:
-    """A `config.json` with what its class assumes of keys that are not there."""
+    """Return a `config.json` with the defaults of its class for missing keys."""
     return {**DEFAULTS.get(config.get("model_type"), {}), **config}
 
 
@@ -213,7 +213,7 @@ def _rope_type(rope: JsonObject) -> object:
 
 
 def _original_length(config: JsonObject) -> int:
-    """Tokens of a sample before the frequencies were scaled; those of now, where nothing says so."""
+    """Return the context length before RoPE scaling, or the present one where none is given."""
     rope = _rope(config)
     for found in (config, rope):
         if found.get("original_max_position_embeddings") is not None:
@@ -222,14 +222,14 @@ def _original_length(config: JsonObject) -> int:
 
 
 def _window(config: JsonObject) -> int:
-    """Tokens that each token sees; 0: all before it."""
+    """Return the sliding window in tokens; 0: none."""
     if config["model_type"] not in (MISTRAL.model_type, NEXUSFORMER.model_type):
         return 0
     return _whole(config, "sliding_window", 0)
 
 
 def _rope(config: JsonObject) -> JsonObject:
-    """The rotary settings: `rope_parameters`, or as transformers 4 wrote them."""
+    """Return the rotary settings: `rope_parameters`, or the keys of transformers 4."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope: JsonObject = dict(found) if isinstance(found, dict) else {"rope_type": found}
     return {"rope_theta": config.get("rope_theta", ROPE_THETA), **rope}
@@ -244,7 +244,7 @@ def _whole(config: JsonObject, name: str, default: int | None = None) -> int:
 
 
 def _typed(config: JsonObject, name: str, default: float | None, kind: Callable[[float], float]) -> float:
-    """A number of a configuration; null stands for the default. Raises ConfigError where it is none."""
+    """Return a number of a configuration; null means the default. Raises ConfigError for another type."""
     found = config.get(name)
     found = default if found is None else found
     if isinstance(found, bool) or not isinstance(found, int | float) or kind(found) != found:
@@ -253,7 +253,7 @@ def _typed(config: JsonObject, name: str, default: float | None, kind: Callable[
 
 
 def context_length(config: JsonObject) -> int:
-    """Tokens of the longest text that the model was made for."""
+    """Return the context length that the model was trained for, in tokens."""
     return _whole(config, "max_position_embeddings", 2048)
 
 

@@ -19,7 +19,7 @@ class Weights(Protocol):
     shapes: Mapping[str, tuple[int, ...]]
 
     def read_rows(self, name: str, first: int, last: int) -> Array:
-        """Rows [first, last) of a tensor, the elements of a vector, as float32. Raises CheckpointError."""
+        """Return rows [first, last), or a vector's elements, as float32. Raises CheckpointError."""
         ...
 
 
@@ -27,15 +27,15 @@ class TokenizerWriter(Protocol):
     """Writes the model's tokenizer as `open_tokenizer` finds it in a folder."""
 
     def __call__(self, folder: Path) -> None:
-        """Into a folder. Raises DataError, OSError."""
+        """Write the tokenizer into a folder. Raises DataError, OSError."""
         ...
 
 
 @dataclass(frozen=True)
-class ForeignModel:
+class SourceModel:
     """A model in files of others.
 
-    `config` is what Hugging Face's `config.json` says, or would say. `write_tokenizer` is None where there is
+    `config` is Hugging Face's `config.json`, or its equivalent. `write_tokenizer` is None where there is
     no tokenizer.
     """
 
