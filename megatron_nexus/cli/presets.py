@@ -8,6 +8,7 @@ Parameters are counted from the descriptions of the tensors; no tensor is made.
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from megatron_nexus import log
 from megatron_nexus.base.gc_paused import gc_paused
@@ -39,7 +40,8 @@ def run(argv: list[str]) -> None:
     """Run `nexus presets` with the flags `argv`."""
     log.configure(is_main_rank=True)
     given = make_parser().parse_args(argv)
-    rows = list(preset_rows())
+    with nullcontext() if given.json else log.importing("torch"):
+        rows = list(preset_rows())
     if given.json:
         log.logger.info("%s", json.dumps(rows, indent=1))
         return
@@ -49,7 +51,7 @@ def run(argv: list[str]) -> None:
 
 def preset_rows() -> Iterator[dict[str, int | str]]:
     """Yield the sizes of each preset, its family and what it is for."""
-    with log.importing("torch"), gc_paused():
+    with gc_paused():
         from megatron_nexus.models.decoder import decoder_specs
         from megatron_nexus.spec.cost import parameter_count
 
