@@ -181,6 +181,6 @@ def engine_of(
 
 def planned_gib(config: RunConfig) -> float:
     """The peak of one rank by the memory plan, in GiB."""
-    from megatron_nexus.training.memory_plan import plan_memory
+    from megatron_nexus.planner.memory import plan_memory
 
     return plan_memory(config, 1, DEVICE, MULTIPLE)[0].peak / 2**30

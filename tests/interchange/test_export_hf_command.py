@@ -96,7 +96,7 @@ def test_a_run_without_a_tokenizer_is_exported_without_one_and_it_is_said(
     assert not list((tmp_path / "a").glob("tokenizer*"))
     words = ("--load", source / "run", "--output", tmp_path / "b", "--tokenizer-model", "none")
     assert export(monkeypatch, *words) == 0
-    assert "tokenizer: none, as asked" in console.readouterr().out
+    assert "tokenizer: none, as --tokenizer-model none says" in console.readouterr().out
 
 
 def test_what_comes_back_knows_the_corpora_of_its_tokenizer(
