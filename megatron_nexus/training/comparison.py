@@ -85,12 +85,20 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {run.name: f"C{index % 10}" for index, run in enumerate(runs)}
+    # Later runs are thinner and dashed: of runs with equal losses each can be seen.
+    lines = {
+        run.name: {
+            "color": f"C{index % 10}",
+            "linewidth": max(1.0, 2.2 - 0.4 * index),
+            "linestyle": ("-", "--", "-.", ":")[min(index, 3)],
+        }
+        for index, run in enumerate(runs)
+    }
     apart = list(_differences(runs))
     figure, panels = pyplot.subplots(
         1 + bool(apart),
         figsize=(8, 6 if apart else 4.5),
-        dpi=80,
+        dpi=120,
         layout="constrained",
         sharex=True,
         squeeze=False,
@@ -99,16 +107,17 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
     axes = panels[0, 0]
     begins = {run.training[0][0] for run in runs}
     for run in runs:
-        colour = colours[run.name]
-        axes.plot(*zip(*run.training, strict=True), linewidth=1, alpha=0.8, color=colour, label=run.name)
+        axes.plot(*zip(*run.training, strict=True), label=run.name, **lines[run.name])
         for curve in run.validations.values():
-            axes.plot(*zip(*curve, strict=True), "o", markersize=5, color=colour, markeredgecolor="white")
+            colour = lines[run.name]["color"]
+            axes.plot(*zip(*curve, strict=True), "o", markersize=6, color=colour, markeredgecolor="white")
     axes.set(ylabel="loss, nats per token; dots: validation", title=title)
     axes.legend()
     for name, curve in apart:
-        panels[1, 0].plot(*zip(*curve, strict=True), linewidth=1, color=colours[name])
+        panels[1, 0].plot(*zip(*curve, strict=True), label=name, **lines[name])
     if apart:
-        panels[1, 0].set(ylabel="minus the first that\nbegins with it")
+        first = next(run.name for run in runs if run.training[0][0] == apart[0][1][0][0])
+        panels[1, 0].set(ylabel=f"difference to\n{first if _one_start(runs) else 'the first alike'}")
     for panel in panels[:, 0]:
         panel.grid(alpha=0.3)
         for step in sorted(begins - {min(begins)}):
@@ -122,6 +131,12 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
         raise ConfigError([f"--output {path}: {reason}: give a file such as losses.png"]) from error
     finally:
         pyplot.close(figure)
+
+
+def _one_start(runs: Sequence[RunCurves]) -> bool:
+    """Return whether all runs that are compared begin at one step."""
+    starts = [run.training[0][0] for run in runs]
+    return sum(starts.count(start) > 1 for start in set(starts)) == 1
 
 
 def _differences(runs: Sequence[RunCurves]) -> Iterator[tuple[str, Curve]]:
