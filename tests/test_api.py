@@ -12,7 +12,7 @@ import pytest
 
 from megatron_nexus import api
 from megatron_nexus.errors import CheckpointError, ConfigError, DataError, TrainingError
-from tests.support.cli import SMALL, Command, commands, run_tool
+from tests.support.cli import SMALL, Command, commands, run_tool, warm_ranks
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 from tests.support.waiting import wait_for
@@ -47,7 +47,7 @@ def test_it_trains_grows_and_trains_on_as_the_commands_do(
 ) -> None:
     made = api.train(save="api", pp=2, train_iters=3, **SETTINGS)
     assert "finished after iteration 3" in capsys.readouterr().out
-    code, output = command.run("--save command --pp 2 --train-iters 3")
+    code, output = command.run("--save command --pp 2 --train-iters 3", warm_ranks(2))
     assert code == 0, output
     assert list(made.losses) == [1, 2, 3]
     assert made.losses == command.losses("command")

@@ -21,7 +21,7 @@ from tests.checkpoint import engine_kinds as toy
 from tests.support.paths import REPOSITORY
 from tests.support.waiting import TIMEOUT_S
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.law
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def expected(folder: Path, config: dict) -> dict:
     return reference.train(w, batches, config, state=state)
 
 
-@pytest.mark.slow
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("ranks", "family", "growth"),
     [

@@ -22,7 +22,7 @@ from tests.support import checkpoints
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.law
 
 # Widths divide by two, as DeepSpeed wants them; the vocabulary, which it pads, does not.
 FLAGS = {

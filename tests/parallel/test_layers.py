@@ -98,7 +98,7 @@ def _compiled_cases(ranks: int) -> list[dict]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.law
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_blocks_equal_eager_ones_to_the_bit(ranks: int, tmp_path: Path) -> None:
     """By aot_eager, which traces forward and backward as every backend does and leaves the kernels alone."""
@@ -110,7 +110,7 @@ def test_compiled_blocks_equal_eager_ones_to_the_bit(ranks: int, tmp_path: Path)
         assert errors == {case["name"]: 0.0 for case in cases}
 
 
-@pytest.mark.slow
+@pytest.mark.law
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_layers_equal_their_equations_at_any_tensor_parallel_size(ranks: int, tmp_path: Path) -> None:
     (tmp_path / "cases.json").write_text(json.dumps(_cases(ranks)))

@@ -133,7 +133,7 @@ def test_every_problem_at_once(words: str, told: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "flags"), CASES, ids=lambda value: str(value))
-@pytest.mark.slow
+@pytest.mark.law
 def test_the_plan_is_what_the_engine_holds(ranks: int, flags: dict[str, Value], tmp_path: Path) -> None:
     """Weights and optimizer exactly; the peak of a step within 2 %: scalars are not planned.
 

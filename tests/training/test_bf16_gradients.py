@@ -53,7 +53,7 @@ CASES: dict[int, list[dict[str, object]]] = {
 NORM_TOLERANCE, LATER_TOLERANCE = 1e-6, 1e-5
 LOSS_TOLERANCE = 2e-6
 
-pytestmark = [pytest.mark.slow, pytest.mark.torch_versions]
+pytestmark = [pytest.mark.law, pytest.mark.torch_versions]
 
 
 @cache

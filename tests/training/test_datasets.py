@@ -15,7 +15,7 @@ from megatron_nexus.training.metrics import read_metrics
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.law
 
 SMALL = (
     "--vocab-size 61 --num-layers 2 --hidden-size 16 --num-attention-heads 4 --kv-channels 6 "

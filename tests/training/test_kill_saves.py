@@ -11,7 +11,7 @@ from tests.support.paths import REPOSITORY, TESTS
 from tests.support.waiting import TIMEOUT_S
 
 
-@pytest.mark.slow
+@pytest.mark.law
 def test_a_run_that_is_killed_around_its_saves_loses_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [

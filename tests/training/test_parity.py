@@ -220,7 +220,7 @@ def _check_scores(found: list, w: dict[str, Tensor], model: dict, tolerance: flo
     assert sum(is_greedy for _, is_greedy in found[-FLAGS["vocab_size"] :]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.law
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_training_equals_plain_pytorch_at_every_topology(world: int, tmp_path: Path) -> None:
     cases = _cases(world)

@@ -74,7 +74,7 @@ def _losses(folder: Path, kind: str = "loss") -> dict[int, float]:
     return {r["step"]: r[kind] for r in records if kind in r}
 
 
-@pytest.mark.slow
+@pytest.mark.law
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_resuming_is_never_having_stopped(
     ranks: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
