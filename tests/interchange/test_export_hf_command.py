@@ -52,6 +52,7 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_it_writes_a_folder_and_says_how_to_load_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_run_without_a_tokenizer_is_exported_without_one_and_it_is_said(
     assert "tokenizer: none, as --tokenizer-model none says" in console.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_comes_back_knows_the_corpora_of_its_tokenizer(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,8 @@ from megatron_nexus.interchange.export import export_checkpoint, imported_as
 from tests.interchange.test_import_hf import SIZES, import_folder, logits
 from tests.support import checkpoints, reference
 
+pytestmark = pytest.mark.slow  # the imports of transformers
+
 EXACT = 1e-10  # rounding of float64 in sums of at most a hundred terms, over a few layers
 LLAMA3 = {
     "rope_type": "llama3",

@@ -34,6 +34,8 @@ from megatron_nexus.interchange.sentencepiece_model import read_sentencepiece_mo
 from megatron_nexus.interchange.tokenizer_files import real_lines
 from tests.support import checkpoints, reference
 
+pytestmark = pytest.mark.slow  # the imports of transformers
+
 VOCABULARY = 320
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -29,6 +29,8 @@ from megatron_nexus.interchange.model_card import loading_code
 from megatron_nexus.interchange.tokenizer_files import real_lines
 from tests.support import checkpoints, reference
 
+pytestmark = pytest.mark.slow  # the imports of transformers
+
 # Rounding of float64 in sums of at most a hundred terms, over a few layers.
 EXACT = 1e-10
 KINDS: dict[str, dict[str, object]] = {

@@ -87,6 +87,7 @@ def dry_run(*words: str, env: dict[str, str] | None = None) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 def test_it_tells_configuration_costs_and_memory_and_starts_nothing(tmp_path: Path) -> None:
     done = dry_run(
         "--dry-run", "--preset", "nexusformer-240m", "--tp", "2", "--pp", "2", "--save", str(tmp_path / "run")
@@ -101,6 +102,7 @@ def test_it_tells_configuration_costs_and_memory_and_starts_nothing(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_the_same_share_a_row_and_only_rank_0_speaks() -> None:
     words = ("--dry-run", "--tp", "2", "--world-size", "4", "--train-iters", "7")
     done = dry_run(*words)
