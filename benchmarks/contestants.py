@@ -103,9 +103,9 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
     from megatron_nexus.parallel.world import read_world
     from megatron_nexus.training.corpus import open_corpus
     from megatron_nexus.training.engine import Engine
+    from megatron_nexus.training.faults import StopRequest
     from megatron_nexus.training.loop import Trainer
     from megatron_nexus.training.machine import gemm_flops_per_s
-    from megatron_nexus.training.stop import StopRequest
 
     class GatedStop(StopRequest):
         """The loop asks at the end of every step whether to stop: there it waits for the parent."""

@@ -1,14 +1,12 @@
-"""The loop: take a step, tell, validate, save; until the last step or until someone asks to stop."""
+"""The loop: take a step, log, validate, save; until the last step or a signal to stop."""
 
 import dataclasses
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import NoReturn
 
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import DataRecord, GrownRegion, JsonObject, Manifest, RunProgress
@@ -20,16 +18,17 @@ from megatron_nexus.checkpoint.zero_state import zero_state
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches
-from megatron_nexus.errors import CheckpointError, TrainingError
+from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.corpus import Corpus, data_changes
 from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.faults import FiniteCheckpoints, StopRequest, is_finite, non_finite_error
 from megatron_nexus.training.grown_adam import install_bias_correction, needing_correction
+from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.machine import peak_memory_bytes
 from megatron_nexus.training.metrics import (
-    MetricsWriter,
     StepMetrics,
     TaskScores,
     Validation,
@@ -38,11 +37,9 @@ from megatron_nexus.training.metrics import (
 )
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.peak_flops import peak_flops_per_s
+from megatron_nexus.training.recorder import MetricsRecorder
 from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
-from megatron_nexus.training.stop import StopRequest
-
-SILENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class RunResult:
 
 
 class Trainer:
-    """A run's state between two steps: the engine, how far it has come, where it tells and saves."""
+    """A run's state between two steps: the engine, how far it has come, where it logs and saves."""
 
     def __init__(
         self,
@@ -91,8 +88,8 @@ class Trainer:
         self.lineage: Sequence[JsonObject] = ()
         self.grown_regions: Sequence[GrownRegion] = ()
         self.last_checkpoint: Location | None = None
-        self._checkpoints: dict[int, Location] = {}  # that this run has loaded or saved, by step
-        self._finite_step = -1  # of the newest weights that have given a finite loss
+        self._finite = FiniteCheckpoints()
+        self.hooks: list[Hook] = [self._finite]
         self._writer = CheckpointWriter(
             save,
             engine.deepspeed,
@@ -142,7 +139,7 @@ class Trainer:
                 f"{self.progress.tokens:,}",
             )
         self.data = dataclasses.replace(self.data, first_sample=first_sample)
-        self.last_checkpoint = self._checkpoints[self.progress.step] = checkpoint
+        self._complete(self.progress.step, checkpoint)
         return manifest
 
     def _continue_optimizer(self, manifest: Manifest) -> None:
@@ -166,17 +163,14 @@ class Trainer:
         Raises:
             TrainingError: a loss or a gradient is not finite.
         """
-        config, log_config = self.config, self.config.logging
-        last = config.training.train_iters
-        metrics = None
-        if self.mesh.rank == 0:
-            metrics = MetricsWriter(self.run_dir, self.progress.step, log_config.tensorboard_dir)
-        last_sample = self.progress.samples + self._batch_schedule.samples(
-            self.progress.samples, last - self.progress.step
-        )
+        config, log_config, interval = self.config, self.config.logging, self.config.checkpoint.save_interval
+        last, started = config.training.train_iters, self.progress
+        last_sample = started.samples + self._batch_schedule.samples(started.samples, last - started.step)
+        recorder = MetricsRecorder(config, self.mesh.rank == 0, self.run_dir, started.step)
+        self.hooks.append(recorder)
         self._announce_epochs(last_sample)
         batches = self._training_batches()
-        trained_s, trained_tokens, last_log_s = 0.0, 0, 0.0
+        trained_s = 0.0
         evaluations: list[Validation] = []
         task_scores: TaskScores | None = None
         stopping = False
@@ -186,32 +180,13 @@ class Trainer:
             step = self.progress.step + 1
             if config.training.manual_gc and step % config.training.manual_gc_interval == 0:
                 gc.collect()
-            batch = self._batch_schedule.size(self.progress.samples)
-            self.engine.set_batch_size(batch)
-            samples = self.progress.samples + batch
-            when = (samples, last_sample) if config.optimizer.counts_samples else (step, last)
-            rate = learning_rate(config.optimizer, *when)
-            began = time.perf_counter()
-            result = self.engine.train_step(batches, rate)
-            step_s = time.perf_counter() - began
-            self._require_finite(step, result)
-            self._finite_step = step - 1  # the loss is that of the weights before the step
-            tokens = batch * config.training.seq_length
-            self._advance(batch)
-            trained_s, trained_tokens = trained_s + step_s, trained_tokens + tokens
-            if metrics is not None:
-                record = self._step_metrics(step, rate, result, step_s, tokens)
-                due = step % log_config.log_interval == 0 or step == last
-                to_console = due or time.monotonic() - last_log_s > SILENCE_S
-                metrics.step(record, last, to_console)
-                last_log_s = time.monotonic() if to_console else last_log_s
+            trained_s += self._train_step(step, batches, last_sample)
             evaluations = []
             if log_config.eval_interval and step % log_config.eval_interval == 0:
-                evaluations = self._evaluate("validation", metrics)
+                evaluations = self._evaluate("validation")
             if log_config.eval_tasks_interval and step % log_config.eval_tasks_interval == 0 and step != last:
-                self._evaluate_tasks(metrics)
+                self._evaluate_tasks()
             stopping = stop.agreed(self.mesh)
-            interval = config.checkpoint.save_interval
             if self._writer.is_busy:
                 self._saved(self._writer.advance())
             if interval and step % interval == 0 and step != last and not stopping:
@@ -220,16 +195,16 @@ class Trainer:
             received = stop.signal_name or "a signal on another rank"
             logger.info("received %s: saving a checkpoint and exiting", received)
         self._finish_saving()
-        if self.last_checkpoint is None or self.last_checkpoint.parent != self.save_folder or trained_tokens:
+        if self.last_checkpoint is None or self.last_checkpoint.parent != self.save_folder or trained_s:
             self.save()
         assert self.last_checkpoint is not None, "just saved"
         # A run that was asked to stop leaves at once; its next part validates.
         if not stopping:
-            evaluations = evaluations or self._evaluate("validation", metrics)
-            evaluations += self._evaluate("test", metrics)
-            task_scores = self._evaluate_tasks(metrics)
-        if metrics is not None:
-            metrics.close()
+            evaluations = evaluations or self._evaluate("validation")
+            evaluations += self._evaluate("test")
+            task_scores = self._evaluate_tasks()
+        recorder.close()
+        trained_tokens = self.progress.tokens - started.tokens
         return RunResult(
             progress=self.progress,
             evaluations=tuple(evaluations),
@@ -237,6 +212,38 @@ class Trainer:
             checkpoint=self.last_checkpoint,
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
         )
+
+    def _train_step(self, step: int, batches: Iterator[Batch], last_sample: int) -> float:
+        """Take an optimizer step and return its seconds. Raises TrainingError where it is not finite."""
+        optimizer, done = self.config.optimizer, self.progress
+        batch = self._batch_schedule.size(done.samples)
+        tokens = batch * self.config.training.seq_length
+        self.engine.set_batch_size(batch)
+        last = self.config.training.train_iters
+        when = (done.samples + batch, last_sample) if optimizer.counts_samples else (step, last)
+        rate = learning_rate(optimizer, *when)
+        began = time.perf_counter()
+        result = self.engine.train_step(batches, rate)
+        step_s = time.perf_counter() - began
+        if not is_finite(result):
+            self._fail(step, result)
+        self.progress = RunProgress(
+            step, done.samples + batch, done.tokens + tokens, done.flops + tokens * self.flops_per_token
+        )
+        metrics = self._step_metrics(step, rate, result, step_s, tokens)
+        for hook in self.hooks:
+            hook.after_step(metrics)
+        return step_s
+
+    def _fail(self, step: int, result: StepResult) -> NoReturn:
+        """End the run after a step that is not finite; a collective call. Raises TrainingError."""
+        self._finish_saving()
+        # The weights are still those before this step, so the same samples show where it broke.
+        found = self.engine.diagnose(self._training_batches())
+        error = non_finite_error(self.mesh, step, result, found, self._finite.way_back())
+        for hook in self.hooks:
+            hook.on_failure(error)
+        raise error
 
     def save(self, async_save: bool = False) -> None:
         """Write a checkpoint, in the background with `async_save`; a collective call.
@@ -263,14 +270,19 @@ class Trainer:
         self._saved(self._writer.finish())
 
     def _saved(self, saved: Saved | None) -> None:
-        """Note and tell that a checkpoint is complete."""
+        """Log that a checkpoint is complete."""
         if saved is None:
             return
-        self.last_checkpoint = self._checkpoints[saved.step] = saved.folder
         blocked = (
             f" (training blocked for {saved.stall_s:.2f} s)" if self.config.checkpoint.async_save else ""
         )
         logger.info("saved %s in %.1f s%s", saved.folder, saved.total_s, blocked)
+        self._complete(saved.step, saved.folder)
+
+    def _complete(self, step: int, folder: Location) -> None:
+        self.last_checkpoint = folder
+        for hook in self.hooks:
+            hook.after_save(step, folder)
 
     def _training_batches(self) -> Iterator[Batch]:
         return self._batches(self.corpus.training, self.progress.samples - self.data.first_sample)
@@ -290,15 +302,6 @@ class Trainer:
             self.mesh.dp_rank,
             self.mesh.dp_size,
             packed=self.config.data.reset_position_ids or self.config.data.reset_attention_mask,
-        )
-
-    def _advance(self, batch: int) -> None:
-        done, tokens = self.progress, batch * self.config.training.seq_length
-        self.progress = RunProgress(
-            step=done.step + 1,
-            samples=done.samples + batch,
-            tokens=done.tokens + tokens,
-            flops=done.flops + tokens * self.flops_per_token,
         )
 
     def _step_metrics(
@@ -326,8 +329,8 @@ class Trainer:
         peak = self.peak_flops_per_s
         return utilization(flops_per_s / self.gemm_flops_per_s, flops_per_s / peak if peak else None)
 
-    def _evaluate(self, kind: str, metrics: MetricsWriter | None) -> list[Validation]:
-        """Mean loss over the first global batches of each set of a kind, always the same samples."""
+    def _evaluate(self, kind: str) -> list[Validation]:
+        """Return the mean loss over the first global batches of each set of a kind, always the same."""
         accumulation = self.config.accumulation_steps(self.mesh.world_size)
         made = []
         for name, samples in self.corpus.evaluations.items():
@@ -337,50 +340,19 @@ class Trainer:
             loss = self.engine.evaluate(self._batches(samples, 0), count * accumulation)
             targets = count * self.config.training.global_batch_size * self.config.training.seq_length
             made.append(make_validation(name, self.progress.step, loss, targets, self.evaluation_bytes[name]))
-            if math.isfinite(loss):
-                self._finite_step = self.progress.step
-            if metrics is not None:
-                metrics.validation(made[-1])
+            for hook in self.hooks:
+                hook.after_evaluation(made[-1])
         return made
 
-    def _evaluate_tasks(self, metrics: MetricsWriter | None) -> TaskScores | None:
-        """What the model reaches in --eval-tasks, on rank 0; a collective call."""
+    def _evaluate_tasks(self) -> TaskScores | None:
+        """Return the scores of --eval-tasks on rank 0; a collective call."""
         if self._scoring is None:
             return None
         began = time.perf_counter()
         found = self._scoring.run(self._evaluator)
-        if metrics is None:
+        if self.mesh.rank != 0:
             return None
         scores = TaskScores(self.progress.step, found, time.perf_counter() - began)
-        metrics.task_scores(scores)
+        for hook in self.hooks:
+            hook.after_evaluation(scores)
         return scores
-
-    def _require_finite(self, step: int, result: StepResult) -> None:
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            return
-        self._finish_saving()
-        # The weights are still those before this step, so the same samples show where it broke.
-        batches = self._training_batches()
-        found: list[str] = [""] * self.mesh.world_size
-        dist.all_gather_object(found, self.engine.diagnose(batches), group=self.mesh.control)
-        where = next(
-            (f"rank {rank}: {text}" for rank, text in enumerate(found) if text), "no rank repeats it"
-        )
-        raise TrainingError(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite ({where}); lower "
-            f"--lr or lengthen --lr-warmup-iters, and {self._way_back()}"
-        )
-
-    def _way_back(self) -> str:
-        """Where to resume after a step that is not finite: from weights that have given a finite loss."""
-        good = [
-            folder
-            for step, folder in sorted(self._checkpoints.items())
-            if step <= self._finite_step and folder.exists()
-        ]
-        if good:
-            return f"resume with --load {good[-1]}, the last checkpoint whose weights gave a finite loss"
-        if self._checkpoints:
-            held = self._checkpoints[max(self._checkpoints)]
-            return f"start again: {held} holds weights that never gave a finite loss"
-        return "start again: no checkpoint was saved"

@@ -15,6 +15,7 @@ from megatron_nexus.cli.train_command import configure
 from megatron_nexus.config.rules import check
 from megatron_nexus.models import parameters
 from megatron_nexus.parallel.world import read_world
+from megatron_nexus.training import console as console_module
 from megatron_nexus.training import run as run_module
 from megatron_nexus.training.run import run
 
@@ -27,7 +28,7 @@ def draw_nothing(*_: object) -> NoReturn:
 def main() -> None:
     # What a run measures and draws is in no law here, and takes a third of the time of so small a run.
     run_module.gemm_flops_per_s = lambda mesh, precision: 1.0
-    run_module.plot_losses = lambda folder, entropy, title: folder
+    console_module.plot_losses = lambda folder, entropy, title: folder
     draw = parameters.local_values
     for index, argv in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         world = read_world(os.environ)

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS, parse_exit_signals
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.training.stop import StopRequest
+from megatron_nexus.training.faults import StopRequest
 
 SIGNALS = parse_exit_signals(DEFAULT_EXIT_SIGNALS)
 

@@ -1,0 +1,189 @@
+"""Console: what a run logs at its start, when it resumes, and at its end."""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+
+import torch
+
+from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
+from megatron_nexus.config.command_line import model_name
+from megatron_nexus.config.config_field import flag_of
+from megatron_nexus.config.rules import config_warnings
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.log import logger
+from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.spec.cost import parameter_count
+from megatron_nexus.training.corpus import Corpus
+from megatron_nexus.training.engine import Engine
+from megatron_nexus.training.loop import RunResult, Trainer
+from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
+from megatron_nexus.training.schedule import learning_rate
+
+
+def announce_resumed(config: RunConfig, checkpoint: Location, manifest: Manifest) -> None:
+    """Log where a run resumes, what changed, and whether it does nothing or has another schedule."""
+    for change in changed_settings(manifest.config, config):
+        logger.info("changed since the checkpoint: %s", change)
+    done, last = manifest.progress, config.training.train_iters
+    logger.info("resumed %s at iteration %d, %s samples", checkpoint, done.step, f"{done.samples:,}")
+    before = manifest.config["training"]
+    assert isinstance(before, Mapping), "a section"
+    if done.step >= last:
+        logger.info(
+            "nothing is left to train: the checkpoint is at iteration %d, --train-iters is %d",
+            done.step,
+            last,
+        )
+    elif last != before["train_iters"] and _decay_follows_run(config):
+        logger.info("LR schedule recomputed for %d total iterations", last)
+
+
+def _decay_follows_run(config: RunConfig) -> bool:
+    """Return whether the learning rate depends on --train-iters: it decays, and no flag says until when."""
+    _, decay, _ = config.optimizer.lr_spans
+    return config.optimizer.lr_decay_style != "constant" and not decay
+
+
+def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
+    """Return a line for each field in which this run differs from the one that wrote a checkpoint."""
+    changes = []
+    for section in ("training", "optimizer", "data"):
+        before = saved[section]
+        assert isinstance(before, Mapping), f"{section} is not a section"
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            was = before.get(name, value)
+            if (tuple(was) if isinstance(was, list) else was) != value:  # JSON has lists for our tuples
+                changes.append(f"{flag_of(name)} {value!r}, was {was!r}")
+    return changes
+
+
+def announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: Location) -> None:
+    """Log what runs, on what, in one screen; `rate` is the measured FLOP/s of all ranks."""
+    training = config.training
+    count = parameter_count(decoder_specs(config.model).values())
+    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
+    logger.info("model %s: %s parameters", model_name(config), f"{count:,}")
+    logger.info(
+        "mesh: tensor %d x pipeline %d x data %d on %s, %d thread%s a rank; %s, ZeRO %d%s",
+        mesh.tp_size,
+        mesh.pp_size,
+        mesh.dp_size,
+        device,
+        torch.get_num_threads(),
+        "s" if torch.get_num_threads() > 1 else "",
+        training.precision,
+        max(1, config.parallel.zero_stage),
+        ", sequence parallel" if config.parallel.sequence_parallel else "",
+    )
+    logger.info(
+        "kernels: %s of %s, AdamW of %s (%s)",
+        config.model.normalization,
+        training.norm_impl,
+        config.optimizer.optimizer_impl,
+        type(engine.optimizer.optimizer).__name__,
+    )
+    logger.info(
+        "batch: %d samples of %d tokens in %d micro-batches a rank; %d iterations",
+        training.global_batch_size,
+        training.seq_length,
+        config.accumulation_steps(mesh.world_size),
+        training.train_iters,
+    )
+    if training.rampup_batch_size:
+        ramp = config.batches
+        logger.info(
+            "batch: from %d samples by %d up to %d over the first %s samples of the run",
+            ramp.start,
+            ramp.increment,
+            ramp.full,
+            f"{ramp.ramp_samples:,}",
+        )
+    logger.info("measured GEMM throughput: %.1f GFLOP/s over all ranks", rate / 1e9)
+    logger.info("saving to %s", save)
+    for note in config_warnings(config):
+        logger.info("note: %s", note)
+
+
+def rate_note(config: RunConfig, step: int) -> str | None:
+    """Return what the resume line of a finished run does to the learning rate, where it makes it jump."""
+    optimizer, batches, last = config.optimizer, config.batches, config.training.train_iters
+    if step < last or not _decay_follows_run(config):
+        return None
+    samples = optimizer.counts_samples
+
+    def position(iterations: int) -> int:
+        return batches.samples(0, iterations) if samples else iterations
+
+    if position(step) < optimizer.lr_start_iter + optimizer.lr_spans[0]:
+        return None
+    ended = learning_rate(optimizer, position(step), position(last))
+    resumed = learning_rate(optimizer, position(step + 1), position(2 * step))
+    if resumed < 1.01 * ended:
+        return None
+    keep = f"--lr-decay-{'samples' if samples else 'iters'} {position(last)} keeps it"
+    anew = "" if samples else f", --lr-start-iter {step} begins a new schedule"
+    return (
+        f"resumed like this, the schedule spans {2 * step} iterations: the learning rate jumps from "
+        f"{ended:.2e} to {resumed:.2e}; {keep}{anew}"
+    )
+
+
+def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder: Location, step: int) -> str:
+    """Return the command that continues a run: as typed, with --load, and more steps if it is finished."""
+    finished = step >= config.training.train_iters
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.split("=")[0]
+        if name in ("--load", "--save", "--grow") or (
+            finished and name in ("--train-iters", "--train-tokens", "--train-samples")
+        ):
+            if "=" not in word:
+                next(words, None)
+        elif name not in ("--local_rank", "--local-rank", "--reset-optimizer"):
+            kept.append(word)
+    kept += ["--load", str(folder)]
+    if finished:
+        kept += ["--train-iters", str(2 * max(config.training.train_iters, step))]
+    return shlex.join([*launch, *kept])
+
+
+def summarise(
+    config: RunConfig,
+    trainer: Trainer,
+    outcome: RunResult,
+    corpus: Corpus,
+    launch: list[str],
+    argv: list[str],
+) -> None:
+    """Log what a run has reached, where its files are, and the command that resumes it."""
+    folder, run_dir = trainer.save_folder, trainer.run_dir
+    finished = outcome.progress.step >= config.training.train_iters
+    count = parameter_count(decoder_specs(config.model).values())
+    lines = {
+        "parameters": f"{count:,} (true count of {model_name(config)})",
+        "tokens": f"{outcome.progress.tokens:,} in {outcome.progress.step:,} iterations",
+        "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {trainer.utilization(outcome.tokens_per_s)}"
+        if outcome.tokens_per_s
+        else "nothing was trained",
+        **(
+            {evaluation.name: describe(evaluation) for evaluation in outcome.evaluations}
+            or {"validation": "left out: the run was stopped" if corpus.evaluations else "none was asked for"}
+        ),
+        **({"tasks": describe_tasks(outcome.task_scores)} if outcome.task_scores else {}),
+        "unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches",
+        "checkpoint": str(outcome.checkpoint),
+        "metrics": str(run_dir / METRICS_FILE),
+        "loss curve": str(
+            plot_losses(run_dir, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
+        ),
+        "resume with": resume_command(config, launch, argv, folder, outcome.progress.step),
+    }
+    if note := rate_note(config, outcome.progress.step):
+        lines["note"] = note
+    logger.info("%s after iteration %d", "finished" if finished else "stopped", outcome.progress.step)
+    for name, text in lines.items():
+        logger.info("  %-16s %s", name, text)

@@ -1,0 +1,25 @@
+"""Hooks: what runs at four moments of the training loop, on every rank, in the order of the list.
+
+The loop's own metrics and its memory of good checkpoints are hooks (`metrics`, `faults`). A hook that calls a
+collective must do so on all ranks.
+"""
+
+from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.errors import TrainingError
+from megatron_nexus.training.metrics import StepMetrics, TaskScores, Validation
+
+
+class Hook:
+    """Does nothing; override what is needed."""
+
+    def after_step(self, metrics: StepMetrics) -> None:
+        """Run after an optimizer step whose loss is finite."""
+
+    def after_evaluation(self, found: Validation | TaskScores) -> None:
+        """Run after each validation or test set, and on rank 0 after the tasks."""
+
+    def after_save(self, step: int, folder: Location) -> None:
+        """Run when a checkpoint is complete, also when the run has loaded it."""
+
+    def on_failure(self, error: TrainingError) -> None:
+        """Run when a step is not finite, before the run ends with `error`."""

@@ -1,0 +1,50 @@
+"""MetricsRecorder: the hook that writes a run's metrics, and every so often a line on the console."""
+
+import time
+from pathlib import Path
+
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import TrainingError
+from megatron_nexus.training.hooks import Hook
+from megatron_nexus.training.metrics import MetricsWriter, StepMetrics, TaskScores, Validation
+
+SILENCE_S = 5.0
+"""The console shows a step at least so often, whatever --log-interval says."""
+
+
+class MetricsRecorder(Hook):
+    """Writes to metrics.jsonl, TensorBoard and the console, on the rank that `writes`."""
+
+    def __init__(self, config: RunConfig, writes: bool, run_dir: Path, resumed_step: int) -> None:
+        """Raises ConfigError where TensorBoard is asked for and not installed."""
+        board = config.logging.tensorboard_dir
+        self._writer = MetricsWriter(run_dir, resumed_step, board) if writes else None
+        self._interval = config.logging.log_interval
+        self._train_iters = config.training.train_iters
+        self._last_log_s = 0.0
+
+    def after_step(self, metrics: StepMetrics) -> None:
+        """Write a step."""
+        if self._writer is None:
+            return
+        due = metrics.step % self._interval == 0 or metrics.step == self._train_iters
+        to_console = due or time.monotonic() - self._last_log_s > SILENCE_S
+        self._writer.step(metrics, self._train_iters, to_console)
+        if to_console:
+            self._last_log_s = time.monotonic()
+
+    def after_evaluation(self, found: Validation | TaskScores) -> None:
+        """Write a validation, or the scores of tasks."""
+        if self._writer is not None and isinstance(found, Validation):
+            self._writer.validation(found)
+        elif self._writer is not None and isinstance(found, TaskScores):
+            self._writer.task_scores(found)
+
+    def on_failure(self, error: TrainingError) -> None:
+        """Close the files."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer is not None:
+            self._writer.close()
