@@ -28,7 +28,7 @@ from megatron_nexus.config.run_config import SECTIONS
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "megatron_nexus"
-WIDTH = "100"
+WIDTH = "90"
 """Columns of a help text."""
 
 RUN = "import sys; from megatron_nexus.cli.main import main; sys.argv[0] = 'nexus'; main()"
