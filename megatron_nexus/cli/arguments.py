@@ -80,7 +80,7 @@ def not_negative(kind: type[int] | type[float]) -> Callable[[str], int | float]:
     return parse
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """Return a number above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:

@@ -11,7 +11,7 @@ import sys
 import time
 
 from megatron_nexus import log
-from megatron_nexus.cli.arguments import count, not_negative, positive, share
+from megatron_nexus.cli.arguments import count, fraction, not_negative, positive
 from megatron_nexus.cli.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.tokenizer import encode_prompt
@@ -44,7 +44,7 @@ def make_parser() -> FlagParser:
     )
     parser.add_argument(
         "--top-p",
-        type=share,
+        type=fraction,
         default=1.0,
         metavar="FLOAT",
         help="draw from the likeliest tokens that have this probability together (default: 1)",

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
-from tests.support.cli import DEEPSPEED, WARM, Command, commands, ended, run_tool
+from tests.support.cli import DEEPSPEED, PYTHON, SMALL, WARM, Command, commands, ended, run_tool, summary
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 
@@ -78,6 +78,23 @@ def test_growth_and_upcycling_on_token_files(command: Command, spawn: Spawn, nam
     code, output = command.run(f"{kind}--train-iters 1 --save a")
     assert code == 0, output
     follow(spawn, command.folder, tool(spawn, command.folder, name, f"--load a --save b {words}"), WARM)
+
+
+def test_lines_of_the_module_name_the_module(command: Command, spawn: Spawn) -> None:
+    nexus = [*PYTHON, "-m", "megatron_nexus"]
+    code, output = ended(
+        spawn([*nexus, "train", *SMALL, "--train-iters", "1", "--save", "a"], command.folder)
+    )
+    assert code == 0, output
+    assert " -m megatron_nexus train --data-path corpus" in summary(output, "resume with")
+    code, output = ended(
+        spawn([*nexus, "grow", *["--load", "a", "--save", "b", "--nexus-m", "24"]], command.folder)
+    )
+    assert code == 0, output
+    typed, *words = shlex.split(re.findall(r"continue with +(.*)", output)[-1])
+    assert [typed, *words[:3]] == ["python", "-m", "megatron_nexus", "train"]
+    code, output = ended(spawn([*PYTHON, *words], command.folder))
+    assert code == 0 and "resumed b/iter_0000001" in output, output
 
 
 def test_an_import_without_a_tokenizer_is_not_trained_on_other_ids(spawn: Spawn, tmp_path: Path) -> None:
