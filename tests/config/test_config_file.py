@@ -9,12 +9,7 @@ import pytest
 from megatron_nexus.cli.main import VERBS
 from megatron_nexus.config.command_line import build, given_flags, make_parser, merge_settings
 from megatron_nexus.config.config_file import config_text, read_config_file
-from megatron_nexus.config.megatron_flags import (
-    _FAMILIES,
-    _INSTEAD,
-    instead_of_preprocessing,
-    replacement_hint,
-)
+from megatron_nexus.config.megatron_flags import _remedies, instead_of_preprocessing, replacement_hint
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import SECTIONS, CheckpointConfig, RunConfig
@@ -153,7 +148,7 @@ def test_flags_of_megatron_are_answered_with_what_to_use() -> None:
 
 def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> None:
     ours = {flag for action in make_parser()._actions for flag in action.option_strings}
-    for flag, answer in [*_INSTEAD.items(), *_FAMILIES.items()]:
+    for flag, answer in _remedies("training").items():
         assert f"--{flag}" not in ours, flag
         recommended = {word.strip(",;:") for word in answer.split() if word.startswith("--")}
         assert recommended <= ours, (flag, answer)
