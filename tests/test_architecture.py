@@ -36,7 +36,7 @@ SEALED = {
         "training/engine.py",
         "training/deepspeed_adam.py",
         "training/deepspeed_muon.py",
-        "checkpoint/zero_state.py",
+        "training/zero_state.py",
     },
     "apex": {"models/nvidia_apex.py"},
     "sentencepiece": {"data/sentencepiece_tokenizer.py"},
@@ -118,6 +118,13 @@ def test_a_sealed_library_is_imported_in_its_files_only(library: str) -> None:
         if any(name.split(".")[0] == library for name in imported(tree))
     }
     assert users == SEALED[library]
+
+
+def test_of_an_engine_checkpoints_know_only_its_train_state() -> None:
+    names = {path.name: set(imported(tree)) for path, tree in trees() if noun_of(path) == "checkpoint"}
+    assert "train_state.py" in names
+    assert not [name for found in names.values() for name in found if name.startswith("deepspeed")]
+    assert not [name for name in names["writer.py"] if "resume" in name], "saving imports loading"
 
 
 def test_what_is_exported_stands_alone() -> None:

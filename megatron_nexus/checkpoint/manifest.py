@@ -82,7 +82,7 @@ class OptimizerRecord:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """DeepSpeed's counters."""
+    """The engine's counters: optimizer steps, samples, steps that were skipped."""
 
     global_steps: int
     global_samples: int

@@ -1,4 +1,4 @@
-"""Save the training state of a DeepSpeed engine, at once or in the background, without gathering tensors.
+"""Save a training state, at once or in the background, without gathering tensors.
 
 Every rank streams the chunks it owns into a temporary folder; when all have succeeded rank 0 writes the
 index and the manifest, renames the folder and replaces `latest`. Files are written by one thread of each
@@ -22,7 +22,6 @@ from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     UNKNOWN_DATA,
     DataRecord,
-    EngineRecord,
     GrownRegion,
     JsonObject,
     Manifest,
@@ -32,14 +31,12 @@ from megatron_nexus.checkpoint.manifest import (
     spec_to_json,
 )
 from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
-from megatron_nexus.checkpoint.resume import random_states, state_views, topology_of
 from megatron_nexus.checkpoint.retention import KEEP_ALL, Retention, delete_outdated
-from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, ZeroState, zero_state
+from megatron_nexus.checkpoint.train_state import TrainState, random_states, topology_of
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.host_collectives import MeshRanks, all_gather_str, gather_from_stages, gather_str
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
-from megatron_nexus.spec.shard import Shard
 
 REMEDY = "make room, or save to another folder that all ranks share; earlier checkpoints are untouched"
 
@@ -79,25 +76,18 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run into `root`, one at a time; all methods are collective calls.
-
-    `parameters` are those of this rank's pipeline stage, each stage's different.
-    """
+    """Writes the checkpoints of a run into `root`, one at a time; all methods are collective calls."""
 
     def __init__(
         self,
         root: Location,
-        engine: DeepSpeedEngine,
-        parameters: Parameters,
+        state: TrainState,
         mesh: Mesh,
-        shard: Shard,
         retention: Retention = KEEP_ALL,
     ) -> None:
         self._root = root
-        self._engine = engine
-        self._parameters = parameters
+        self._state = state
         self._mesh = mesh
-        self._shard = shard
         self._retention = retention
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
@@ -116,20 +106,18 @@ class CheckpointWriter:
         Raises:
             CheckpointError: on every rank, if one cannot write; the previous checkpoint stays the latest.
         """
-        engine, mesh, step = self._engine, self._mesh, request.progress.step
+        state, mesh, step = self._state, self._mesh, request.progress.step
         assert self._save is None, "one save at a time"
-        assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "gradients would be lost"
         began = time.perf_counter()
         checkpoint = NewCheckpoint(self._root, step, MeshRanks(mesh), REMEDY)
         with self._abandoned_on_error(checkpoint):
             checkpoint.begin()
-        zero = zero_state(engine.optimizer)
-        specs, groups = _of_all_stages(zero, self._parameters, mesh)
+        specs, groups = _of_all_stages(state, mesh)
         manifest = Manifest(
             progress=request.progress,
             specs=specs,
-            optimizer=OptimizerRecord(zero.step_count, groups, request.grown_regions),
-            engine=EngineRecord(engine.global_steps, engine.global_samples, engine.skipped_steps),
+            optimizer=OptimizerRecord(state.step_count, groups, request.grown_regions),
+            engine=state.counters,
             topology=topology_of(mesh),
             config=request.config,
             tokenizer_fingerprint=request.tokenizer_fingerprint,
@@ -137,7 +125,7 @@ class CheckpointWriter:
             data=request.data,
             prepend_bos=request.prepend_bos,
         )
-        owned = list(_owned(zero, self._parameters, mesh, self._shard))
+        owned = list(_owned(state, mesh))
         values = [tensor.to("cpu", copy=True) for _, tensor in owned] if async_save else [t for _, t in owned]
         job = self._thread.submit(
             write_chunks,
@@ -209,20 +197,16 @@ def _result(job: Future[DataFileRecord] | Future[None]) -> DataFileRecord | None
     raise CheckpointError(f"the writer failed: {type(error).__name__}: {error}") from error
 
 
-def _owned(
-    zero: ZeroState, parameters: Parameters, mesh: Mesh, shard: Shard
-) -> Iterator[tuple[Chunk, Tensor]]:
-    """The boxes that this rank writes; of tensor-parallel ranks that all hold the same, the first writes."""
-    for chunk, values in state_views(zero, parameters, shard):
-        if parameters[chunk.tensor][0].is_sharded or mesh.tp_rank == 0:
-            yield chunk, values
+def _owned(state: TrainState, mesh: Mesh) -> Iterator[tuple[Chunk, Tensor]]:
+    """Yield what this rank writes; of tensor-parallel ranks that all hold the same, the first writes."""
+    for view in state.views():
+        if view.spec.is_sharded or mesh.tp_rank == 0:
+            yield from view.chunks()
 
 
-def _of_all_stages(
-    zero: ZeroState, parameters: Parameters, mesh: Mesh
-) -> tuple[dict[str, ParamSpec], dict[str, JsonObject]]:
-    """The specs and the optimizer groups of all pipeline stages; a collective call."""
-    mine = {"specs": [spec_to_json(spec) for spec, _ in parameters.values()], "groups": zero.groups}
+def _of_all_stages(state: TrainState, mesh: Mesh) -> tuple[dict[str, ParamSpec], dict[str, JsonObject]]:
+    """Return the specs and the optimizer groups of all pipeline stages; a collective call."""
+    mine = {"specs": list(map(spec_to_json, state.specs.values())), "groups": state.groups}
     specs: dict[str, ParamSpec] = {}
     groups: dict[str, JsonObject] = {}
     for stage in map(json.loads, gather_from_stages(mesh, json.dumps(mine))):

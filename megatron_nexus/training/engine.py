@@ -9,6 +9,7 @@ import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import deepspeed
 import deepspeed.ops
@@ -32,6 +33,7 @@ from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
 from megatron_nexus.training.optimizer import make_optimizer
+from megatron_nexus.training.zero_state import ZeroState, zero_state
 
 Batch = tuple[Stream, Tensor]
 """Token ids [B, T], with positions [B, T] where samples are packed; labels [B, T]."""
@@ -154,6 +156,11 @@ class Engine:
                     mpu=grid,
                 )
         self.layers = stages[mesh.pp_rank]
+
+    @cached_property
+    def state(self) -> ZeroState:
+        """What a checkpoint holds of this rank."""
+        return zero_state(self.deepspeed, self.parameters, self.shard)
 
     def set_batch_size(self, samples: int) -> None:
         """Have each step from now on take `samples` over all ranks: more, or fewer, micro-batches of each."""

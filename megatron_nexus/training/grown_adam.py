@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_nexus.checkpoint.chunks import fragment_boxes, index_within, intersect
+from megatron_nexus.checkpoint.chunks import index_within, intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion
-from megatron_nexus.checkpoint.zero_state import DeepSpeedEngine, Parameters, zero_state
-from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.zero_state import ZeroState
 
 VISIBLE = 2.0**-25
 """beta^k below this is lost beside 1 in float32."""
@@ -27,9 +26,9 @@ VISIBLE = 2.0**-25
 
 @dataclass(frozen=True)
 class _GrownView:
-    """A part of a buffer that growth has added: the count at its birth, views of its weights and moments."""
+    """Views of the weights and moments that a growth added, and Adam's step count at that growth."""
 
-    born: int
+    adam_step: int
     states: Mapping[str, Tensor]
 
 
@@ -40,27 +39,19 @@ def needing_correction(
     return [region for region in regions if max(betas) ** (step - region.adam_step) > VISIBLE]
 
 
-def install_bias_correction(
-    engine: DeepSpeedEngine, parameters: Parameters, shard: Shard, regions: Sequence[GrownRegion]
-) -> None:
-    """Correct the bias correction of grown weights on this rank after every optimizer step of `engine`."""
-    state = zero_state(engine.optimizer)
+def install_bias_correction(state: ZeroState, regions: Sequence[GrownRegion]) -> None:
+    """Correct the bias correction of this rank's grown weights after every optimizer step."""
     of_tensor: dict[str, list[GrownRegion]] = {}
     for region in regions:
         of_tensor.setdefault(region.tensor, []).append(region)
     parts: dict[int, list[_GrownView]] = {}
-    for fragment in state.fragments(parameters):
-        for part in fragment_boxes(fragment.spec, shard, fragment.start, fragment.count):
-            for region in of_tensor.get(fragment.spec.name, []):
-                overlap = intersect(region.box, part.box)
-                if overlap is not None:
-                    run = slice(part.start, part.start + part.run_length)
-                    within = index_within(overlap, part.box)
-                    views = {
-                        name: flat[run].view(part.stored)[part.corner][within]
-                        for name, flat in fragment.states.items()
-                    }
-                    parts.setdefault(_buffer(views["fp32"]), []).append(_GrownView(region.adam_step, views))
+    for view in state.views():
+        for region in of_tensor.get(view.spec.name, []):
+            overlap = intersect(region.box, view.box)
+            if overlap is not None:
+                within = index_within(overlap, view.box)
+                values = {name: held[within] for name, held in view.values.items()}
+                parts.setdefault(_buffer(values["fp32"]), []).append(_GrownView(region.adam_step, values))
 
     @torch.no_grad()
     def correct(adam: torch.optim.Optimizer, *_: object) -> None:
@@ -75,12 +66,12 @@ def install_bias_correction(
 
 
 def _buffer(view: Tensor) -> int:
-    """The memory that a view is of."""
+    """Return the address of the memory that a view is of."""
     return view.untyped_storage().data_ptr()
 
 
 def _correct(part: _GrownView, count: int, lr: float, betas: tuple[float, float], eps: float) -> None:
-    age = count - part.born
+    age = count - part.adam_step
     if max(betas) ** age <= VISIBLE:
         return
 

@@ -14,7 +14,6 @@ from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.writer import CheckpointWriter, Saved, SaveRequest
-from megatron_nexus.checkpoint.zero_state import zero_state
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches
@@ -92,10 +91,8 @@ class Trainer:
         self.hooks: list[Hook] = [self._finite]
         self._writer = CheckpointWriter(
             save,
-            engine.deepspeed,
-            engine.parameters,
+            engine.state,
             mesh,
-            engine.shard,
             Retention(config.checkpoint.keep_latest, config.checkpoint.keep_every),
         )
 
@@ -109,10 +106,8 @@ class Trainer:
         """
         manifest = load_checkpoint(
             checkpoint,
-            self.engine.deepspeed,
-            self.engine.parameters,
+            self.engine.state,
             self.mesh,
-            self.engine.shard,
             open_state,
         )
         tokenizer = self.corpus.tokenizer
@@ -146,14 +141,12 @@ class Trainer:
         """Moments as loaded, with a count of steps of their own for new weights; or all anew."""
         optimizer, count = self.config.optimizer, manifest.optimizer.step_count
         if self.config.checkpoint.reset_optimizer:
-            zero_state(self.engine.optimizer).forget_moments()
+            self.engine.state.forget_moments()
             logger.info("optimizer state reset (moments and step count are zero)")
             return
         betas = (optimizer.adam_beta1, optimizer.adam_beta2)
         self.grown_regions = needing_correction(manifest.optimizer.grown_regions, count, betas)
-        install_bias_correction(
-            self.engine.deepspeed, self.engine.parameters, self.engine.shard, self.grown_regions
-        )
+        install_bias_correction(self.engine.state, self.grown_regions)
         if self.grown_regions:
             logger.info("newly grown weights use their own Adam step count for bias correction")
 

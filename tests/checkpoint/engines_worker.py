@@ -35,13 +35,18 @@ from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.checkpoint.writer import CheckpointWriter, SaveRequest
-from megatron_nexus.checkpoint.zero_state import PRIVATE_NAMES, PRIVATE_PARAMETER_NAMES
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.spec.initialise import local_values
 from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.zero_state import (
+    PRIVATE_NAMES,
+    PRIVATE_PARAMETER_NAMES,
+    ZeroState,
+    zero_state,
+)
 from tests.checkpoint.engine_kinds import FOUR_RANKS, KILLED, STARTS, Kind, at_step
 from tests.support.ports import free_port
 
@@ -189,7 +194,7 @@ class Run:
         )
 
     def begin_save(self, root: Path, step: int, async_save: bool) -> CheckpointWriter:
-        saving = CheckpointWriter(root, self.engine, self.parameters, self.mesh, self.shard)
+        saving = CheckpointWriter(root, self.state(), self.mesh)
         request = SaveRequest(
             RunProgress(step, samples=8 * step, tokens=64 * step, flops=10**18 * step),
             config={"kind": self.kind.name},
@@ -199,11 +204,14 @@ class Run:
         saving.begin(request, async_save)
         return saving
 
+    def state(self) -> ZeroState:
+        return zero_state(self.engine, self.parameters, self.shard)
+
     def save(self, root: Path, step: int) -> Path:
         return self.begin_save(root, step, async_save=False).finish().folder
 
     def load(self, folder: Path) -> None:
-        load_checkpoint(folder, self.engine, self.parameters, self.mesh, self.shard)
+        load_checkpoint(folder, self.state(), self.mesh)
 
     def weights_off_master(self, folder: Path) -> list[str]:
         """The parameters that are not the cast of the master weights in a checkpoint, padded with zeros."""

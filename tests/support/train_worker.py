@@ -97,15 +97,15 @@ def begin_from(case: dict, engine: Engine, mesh: Mesh, out: Path) -> None:
     if "grow" in case:
         plan = plan_growth(RunConfig.from_dict(read_manifest(folder).config), read_request(case["grow"]))
         open_state = partial(GrownReader, plan=plan)
-    manifest = load_checkpoint(folder, engine.deepspeed, engine.parameters, mesh, engine.shard, open_state)
+    manifest = load_checkpoint(folder, engine.state, mesh, open_state)
     grown_regions = manifest.optimizer.grown_regions
-    install_bias_correction(engine.deepspeed, engine.parameters, engine.shard, grown_regions)
+    install_bias_correction(engine.state, grown_regions)
     start = RunProgress(0, 0, 0, 0)
     save(engine, mesh, out / case["name"], SaveRequest(start, {}, "", grown_regions=grown_regions))
 
 
 def save(engine: Engine, mesh: Mesh, folder: Path, request: SaveRequest) -> None:
-    writer = CheckpointWriter(folder, engine.deepspeed, engine.parameters, mesh, engine.shard)
+    writer = CheckpointWriter(folder, engine.state, mesh)
     writer.begin(request, async_save=False)
     writer.finish()
 

@@ -38,7 +38,7 @@ def load(case: dict, how: str, out: Path, index: int) -> dict:
             for state in engine.optimizer.optimizer.state.values():
                 state["step"] = state["step"].clone()
     else:
-        load_checkpoint(Path(case["source"]), engine.deepspeed, engine.parameters, mesh, engine.shard)
+        load_checkpoint(Path(case["source"]), engine.state, mesh)
         client = {}
     folder = out / case["name"] / how
     train_worker.save(engine, mesh, folder, SaveRequest(RunProgress(40, 0, 0, 0), {}, ""))

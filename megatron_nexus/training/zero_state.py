@@ -17,10 +17,13 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megatron_nexus.checkpoint.chunks import fragment_boxes
 from megatron_nexus.checkpoint.data_file import STATES
-from megatron_nexus.checkpoint.manifest import JsonObject, JsonValue
+from megatron_nexus.checkpoint.manifest import EngineRecord, JsonObject, JsonValue
+from megatron_nexus.checkpoint.train_state import StateView
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.spec.shard import Shard
 
 Parameters = Mapping[str, tuple[ParamSpec, nn.Parameter]]
 """The parameters of this rank's pipeline stage: logical name -> (spec, local tensor)."""
@@ -57,7 +60,7 @@ HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 class DeepSpeedEngine(Protocol):
-    """What a checkpoint needs of `deepspeed.DeepSpeedEngine` and `PipelineEngine`."""
+    """What is used of `deepspeed.DeepSpeedEngine` and `PipelineEngine`."""
 
     optimizer: ZeROOptimizer
     global_steps: int
@@ -101,11 +104,18 @@ class _FragmentAddress:
 
 
 class ZeroState(ABC):
-    """The master weights and moments that one rank's DeepSpeed optimizer holds."""
+    """The `TrainState` of DeepSpeed: the master weights and moments that one rank's optimizer holds.
 
-    def __init__(self, optimizer: ZeROOptimizer) -> None:
-        self._zero = optimizer
-        self._adam: torch.optim.Optimizer = optimizer.optimizer
+    Adam's moments are created where it has not stepped yet.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, parameters: Parameters, shard: Shard) -> None:
+        """`parameters` are those of this rank's pipeline stage, of which it holds the part `shard`."""
+        self._engine = engine
+        self._parameters = parameters
+        self._shard = shard
+        self._zero = engine.optimizer
+        self._adam: torch.optim.Optimizer = engine.optimizer.optimizer
         # torch and DeepSpeed count the steps of each buffer, NVIDIA's apex those of each group.
         self._counts_groups = type(self._adam).__module__.partition(".")[0] == "apex"
         self._make_moments()
@@ -113,11 +123,11 @@ class ZeroState(ABC):
     @property
     @abstractmethod
     def _flats(self) -> list[tuple[Tensor, int]]:
-        """Each flat fp32 buffer with the index of its parameter group."""
+        """Return each flat fp32 buffer with the index of its parameter group."""
 
     @abstractmethod
     def _address(self, parameter: nn.Parameter) -> _FragmentAddress | None:
-        """Where the parameter's fragment lies; None where this rank has none."""
+        """Return where the parameter's fragment lies; None if this rank has none."""
 
     @abstractmethod
     def refresh_model(self) -> None:
@@ -132,7 +142,7 @@ class ZeroState(ABC):
             self._counter(flat, group).setdefault("step", self._no_steps(flat, group))
 
     def _no_steps(self, flat: Tensor, group: int) -> Tensor | int:
-        """A count of zero as this optimizer keeps it: torch's is a tensor, the others' a number."""
+        """Return a step count of zero as this optimizer keeps it: a tensor in torch, else a number."""
         if not isinstance(self._adam, torch.optim.AdamW):
             return 0
         settings = self._adam.param_groups[group]
@@ -140,12 +150,49 @@ class ZeroState(ABC):
         return torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
 
     def _counter(self, flat: Tensor, group: int) -> dict[str, Tensor | int]:
-        """What holds, under "step", the count of the steps of a buffer."""
+        """Return what holds, under "step", the step count of a buffer."""
         return self._adam.param_groups[group] if self._counts_groups else self._adam.state[flat]
 
-    def fragments(self, parameters: Parameters) -> Iterator[Fragment]:
-        """The fragments of the parameters that lie on this rank, in the order of `parameters`."""
-        for spec, parameter in parameters.values():
+    @property
+    def specs(self) -> dict[str, ParamSpec]:
+        """The parameters of this rank's pipeline stage, by logical name."""
+        return {name: spec for name, (spec, _) in self._parameters.items()}
+
+    @property
+    def counters(self) -> EngineRecord:
+        """DeepSpeed's counters, between two optimizer steps."""
+        engine = self._engine
+        assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "gradients would be lost"
+        return EngineRecord(engine.global_steps, engine.global_samples, engine.skipped_steps)
+
+    @counters.setter
+    def counters(self, saved: EngineRecord) -> None:
+        engine = self._engine
+        engine.global_steps = saved.global_steps
+        engine.global_samples = saved.global_samples
+        engine.skipped_steps = saved.skipped_steps
+        # Counted anew: the number of micro-batches in a step may have changed with the topology.
+        engine.micro_steps = saved.global_steps * engine.gradient_accumulation_steps()
+
+    def views(self) -> Iterator[StateView]:
+        """Yield the boxes whose state lies on this rank, in the order of the parameters."""
+        for fragment in self._fragments():
+            spec = fragment.spec
+            held, expected = fragment.local_shape, self._shard.local_shape(spec)
+            assert held == expected, f"{spec.name} has the local shape {held}, its spec says {expected}"
+            for part in fragment_boxes(spec, self._shard, fragment.start, fragment.count):
+                run = slice(part.start, part.start + part.run_length)
+                yield StateView(
+                    spec,
+                    part.box,
+                    {
+                        state: flat[run].view(part.stored)[part.corner]
+                        for state, flat in fragment.states.items()
+                    },
+                )
+
+    def _fragments(self) -> Iterator[Fragment]:
+        for spec, parameter in self._parameters.values():
             address = self._address(parameter)
             if address is None:
                 continue
@@ -166,7 +213,7 @@ class ZeroState(ABC):
                 buffer.zero_()
 
     def forget_moments(self) -> None:
-        """Begin the optimizer anew: moments and count of steps at zero, weights as they are."""
+        """Reset the optimizer: moments and step count are zero, weights stay."""
         for flat, _ in self._flats:
             for state, buffer in self._buffers(flat).items():
                 if state != "fp32":
@@ -270,10 +317,12 @@ class _PerParameterState(ZeroState):
         self._zero.checkpoint_event_epilogue()
 
 
-def zero_state(optimizer: ZeROOptimizer) -> ZeroState:
-    """The state that a DeepSpeed optimizer holds; Adam's moments are made where it has not stepped yet."""
+def zero_state(engine: DeepSpeedEngine, parameters: Parameters, shard: Shard) -> ZeroState:
+    """Return the training state of a DeepSpeed engine, for the ZeRO stage of its optimizer."""
+    optimizer = engine.optimizer
     kind = type(optimizer)
     assert kind in PRIVATE_NAMES, f"{kind.__name__} keeps no fp32 master copy that a checkpoint could hold"
     missing = [name for name in PRIVATE_NAMES[kind] if not hasattr(optimizer, name)]
     assert not missing, f"{kind.__name__} of this DeepSpeed has no {missing}: install the pinned version"
-    return (_PerParameterState if kind is DeepSpeedZeroOptimizer_Stage3 else _FlatGroupState)(optimizer)
+    state = _PerParameterState if kind is DeepSpeedZeroOptimizer_Stage3 else _FlatGroupState
+    return state(engine, parameters, shard)
