@@ -55,7 +55,7 @@ def run(argv: list[str]) -> NoReturn:
             needed = command.config.model_parallel_size
             starts_ranks = missing_ranks(world, needed)
             check(command.config, needed if starts_ranks else world.size)
-            _check_files(command, world)
+            run_data = _open_files(command, world)
         exit_signals = parse_exit_signals(command.config.checkpoint.exit_signal)
         if world.launcher != "local":  # those have a parent that passes signals on
             stop_without_launcher(exit_signals[0])
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> NoReturn:
         fresh = "no complete checkpoint yet, starting fresh"
         found = f"continuing from {command.checkpoint}" if command.start else fresh
         log.logger.info("--load %s: %s", load, found)
-    _train(command, world)
+    _train(command, world, run_data)
 
 
 def _dry_run(command: TrainCommand, world: World) -> NoReturn:
@@ -93,18 +93,18 @@ def _dry_run(command: TrainCommand, world: World) -> NoReturn:
     sys.exit(0)
 
 
-def _check_files(command: TrainCommand, world: World) -> None:
-    """Look at the files that a run will read and the folder it will write, before torch is imported.
+def _open_files(command: TrainCommand, world: World) -> RunData | None:
+    """Open the data that a run reads, and check the folder it will write, before torch is imported.
 
-    Raises ConfigError, DataError.
+    Returns None where it reads the built-in corpus, which is prepared later. Raises ConfigError, DataError.
     """
-    config = command.config
+    config, run_data = command.config, None
     if world.rank == 0 and config.logging.eval_tasks:
         folder = config.logging.eval_task_path
         require_tasks(config.logging.task_names, Path(folder) if folder else None)
     sources = training_sources(config.data)
     if sources:
-        RunData(config, sources, tokenizer_path(config.data))
+        run_data = RunData(config, sources, tokenizer_path(config.data))
     elif tokenizer_path(config.data) is not None:
         find_tokenizer(config, command.tokenizer_record)
     elif command.start and not command.tokenizer_record.fingerprint:
@@ -117,9 +117,10 @@ def _check_files(command: TrainCommand, world: World) -> None:
         # A grown model is another run than the checkpoint's.
         continued = None if config.checkpoint.grow else command.checkpoint
         check_save_folder(location(config.checkpoint.save), continued)
+    return run_data
 
 
-def _train(command: TrainCommand, world: World) -> NoReturn:
+def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoReturn:
     """Train, and end this rank so that of all ranks only the first to fail says why."""
     # A rank that loses a peer says so itself; c10d would add the frames of its C++ stack.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -149,6 +150,7 @@ def _train(command: TrainCommand, world: World) -> NoReturn:
                 open_state,
                 _open_evaluator,
                 command.tokenizer_record,
+                run_data,
             )
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1

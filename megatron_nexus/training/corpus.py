@@ -93,19 +93,23 @@ def data_changes(before: JsonObject, config: RunConfig, description: str, was: s
 
 
 def open_corpus(
-    config: RunConfig, mesh: Mesh, local_rank: int, record: TokenizerRecord = NO_RECORD
+    config: RunConfig,
+    mesh: Mesh,
+    local_rank: int,
+    record: TokenizerRecord = NO_RECORD,
+    run_data: RunData | None = None,
 ) -> Corpus:
     """Open the run's data; a collective call: one rank of each machine prepares the built-in corpus first.
 
-    `record` is what the checkpoint that the run starts from keeps of its tokenizer.
+    `record` is what the checkpoint that the run starts from keeps of its tokenizer; `run_data` the files that
+    the run reads, where they are open already.
 
     Raises:
         DataError: files that are missing, damaged, too short or do not fit the model's vocabulary.
     """
-    sources = training_sources(config.data)
-    if sources:
+    if run_data is None and (sources := training_sources(config.data)):
         run_data = RunData(config, sources, tokenizer_path(config.data))
-    else:
+    if run_data is None:
         built_in = _built_in(config, mesh, local_rank, record)
         source = Source(built_in.prefix, None)
         run_data = RunData(config, (source,), built_in.tokenizer_path, built_in.prepend_bos)

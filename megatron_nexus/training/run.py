@@ -17,6 +17,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.run_data import RunData
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import CheckpointError, ConfigError
@@ -53,19 +54,21 @@ def run(
     open_state: Callable[[Location], StateReader] = CheckpointReader,
     open_evaluator: Callable[[RunConfig, Tokenizer], TaskEvaluator] | None = None,
     record: TokenizerRecord = NO_RECORD,
+    run_data: RunData | None = None,
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
     `argv` is the command line as the user typed it: the summary repeats it to resume. `open_state` reads the
     checkpoint, as a grown one where the run begins so. `open_evaluator` makes what evaluates --eval-tasks;
-    only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer.
+    only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer. `run_data` is what the run
+    reads, where it is open already.
     """
     # 1. The ranks, and what they agree on.
     mesh = _start_ranks(config, world, checkpoint)
     save = _save_folder(config, mesh, checkpoint)
     run_dir = _run_dir(save)
     # 2. The data. Before the model: ranks that find their data wrong do not all find it at the same moment.
-    corpus = open_corpus(config, mesh, world.local_rank, record)
+    corpus = open_corpus(config, mesh, world.local_rank, record, run_data)
     evaluator = None
     if config.logging.eval_tasks and mesh.rank == 0:
         assert open_evaluator is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
