@@ -188,7 +188,16 @@ def read_manifest(folder: Location) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        contents = path.read_bytes()
+        return parse_manifest(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}; a checkpoint without a manifest is incomplete: load another"
+        ) from error
+
+
+def parse_manifest(contents: bytes, path: Location) -> Manifest:
+    """Return the manifest in the bytes of the file `path`. Raises CheckpointError, as `read_manifest`."""
+    try:
         # Before the checksum is verified: another version may compute another one.
         version = parse_json(contents)["format_version"]
         if type(version) is not int:
@@ -221,10 +230,6 @@ def read_manifest(folder: Location) -> Manifest:
         )
         with_types(manifest.optimizer)
         return with_types(manifest)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror}; a checkpoint without a manifest is incomplete: load another"
-        ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: damaged ({type(error).__name__}: {error}): copy it again, or load another checkpoint"

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_nexus.checkpoint.checksummed_json import is_truncated
 from megatron_nexus.checkpoint.format_2 import rank_defect
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, is_of_another_format, read_manifest
+from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, is_of_another_format, parse_manifest
 from megatron_nexus.checkpoint.run_lock import not_writable_error
 from megatron_nexus.checkpoint.storage import LATEST_FILE, LocalFolder, folder_of
 from megatron_nexus.errors import CheckpointError, ConfigError
@@ -42,7 +42,7 @@ def _defects(folder: Location) -> list[str]:
         contents = (folder / MANIFEST_FILE).read_bytes()
         if is_truncated(contents) and not is_of_another_format(contents):
             return [f"{MANIFEST_FILE} is cut short"]
-        manifest = read_manifest(folder)
+        manifest = parse_manifest(contents, folder / MANIFEST_FILE)
         if not manifest.files:
             ranks = range(manifest.topology.world_size)
             return [defect for rank in ranks if (defect := rank_defect(folder, rank, held))]

@@ -150,7 +150,7 @@ class LocalFolder(Folder):
         self._unfinished.mkdir()
 
     def publish(self) -> None:
-        """A checkpoint of the same step is replaced: it may be of another run in the same folder.
+        """Replace a checkpoint of the same step, which may be of another run in the same folder.
 
         It is set aside first and deleted last, and is found there should this process die in between.
         """

@@ -212,7 +212,7 @@ def _with_inner_norm_scales_of(old: ModelConfig, new: ModelConfig) -> ModelConfi
 
 
 def with_empty_branch(saved: RunConfig) -> RunConfig:
-    """The configuration of a model of linear projections, read as one with empty Nexus-Ranks beside them.
+    """Return the configuration of a model of linear projections as one with Nexus-Ranks of no width.
 
     The same tensors and the same function; their M and A can grow from 0.
 
