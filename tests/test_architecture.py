@@ -41,6 +41,8 @@ SEALED = {
     "apex": {"models/nvidia_apex.py"},
     "sentencepiece": {"data/sentencepiece_tokenizer.py"},
     "mpi4py": {"base/communicator.py"},
+    "fcntl": {"base/durable.py"},  # one mechanism for locks,
+    "multiprocessing": {"base/workers.py"},  # and one for pools of processes
     "fsspec": {"checkpoint/location.py"},
     "botocore": {"checkpoint/location.py"},
     "lm_eval": {"evaluation/harness.py", "evaluation/tasks.py"},
@@ -118,6 +120,23 @@ def test_a_sealed_library_is_imported_in_its_files_only(library: str) -> None:
         if any(name.split(".")[0] == library for name in imported(tree))
     }
     assert users == SEALED[library]
+
+
+def test_one_file_makes_things_durable_and_one_completes_checkpoints() -> None:
+    syncing = {
+        str(path.relative_to(PACKAGE))
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if (node.value.id, node.attr) == ("os", "fsync")
+    }
+    assert syncing == {"base/durable.py"}
+    completing = {
+        str(path.relative_to(PACKAGE))
+        for path, tree in trees()
+        if "megatron_nexus.checkpoint.manifest.manifest_to_json" in imported(tree)
+    }
+    assert completing == {"checkpoint/new_checkpoint.py"}
 
 
 def test_of_an_engine_checkpoints_know_only_its_train_state() -> None:
