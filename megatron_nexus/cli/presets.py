@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from megatron_nexus import log
 from megatron_nexus.base.gc_paused import gc_paused
 from megatron_nexus.base.invocation import command
+from megatron_nexus.base.table import table
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
@@ -88,11 +89,8 @@ def _table(rows: list[dict[str, int | str]]) -> Iterator[str]:
         members = [row for row in rows if row["family"] == family]
         columns = [name for name in rows[0] if name != "family" and any(row[name] for row in members)]
         cells = [columns, *([_cell(row[name]) for name in columns] for row in members)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         yield summary
-        for name, *numbers, purpose in cells:
-            right = (text.rjust(width) for text, width in zip(numbers, widths[1:-1], strict=True))
-            yield "  ".join(["", name.ljust(widths[0]), *right, purpose])
+        yield from (f"  {line}" for line in table(cells, "<" + ">" * (len(columns) - 2) + "<"))
         yield ""
     yield f"Sizes are counted; those in the paper's names differ: {command('count')} --all"
 
