@@ -9,9 +9,15 @@ from pathlib import Path
 from megatron_nexus import log
 from megatron_nexus.cli.arguments import add_reading_arguments, positive
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.data.documents import Document, RecordFormat, read_slice, split_into_slices
+from megatron_nexus.data.documents import (
+    REPORTED,
+    Document,
+    RecordFormat,
+    no_document,
+    read_slice,
+    split_into_slices,
+)
 from megatron_nexus.data.input_files import find_input_files, tell_empty_files
-from megatron_nexus.data.malformed import REPORTED, no_document
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.errors import ConfigError, DataError
 

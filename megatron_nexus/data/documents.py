@@ -11,9 +11,9 @@ files are cut between row groups, compressed ones not at all.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Final, Literal, NamedTuple
 
 from megatron_nexus.base.json_text import NestingError, parse_record
 from megatron_nexus.data.input_files import InputFile
@@ -34,6 +34,19 @@ ROWS_PER_BATCH = 256
 COUNTING_BYTES = 1 << 24
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NAMES_CHARACTERS = 200
+
+
+REPORTED = 10
+"""Malformed records that are shown."""
+
+_ONE_A_LINE: Final = "write one JSON object a line; of an array, `jq -c '.[]' in.json > out.jsonl` makes them"
+_REMEDIES: Final = {
+    "not UTF-8": "convert the inputs to UTF-8, as `iconv -f latin1 -t utf-8 in > out` does from Latin-1",
+    "not JSON": _ONE_A_LINE,
+    "no JSON object": _ONE_A_LINE,
+    "nested too deeply": "write records of fewer brackets within one another",
+}
+_ELSEWHERE: Final = "say where the text is with --json-keys or --txt-documents"
 
 
 @dataclass(frozen=True)
@@ -310,3 +323,26 @@ def _lines_before(file_slice: FileSlice) -> int:
             count, left = count + block.count(b"\n"), left - len(block)
         # The line around the start is the neighbour's.
         return count + (1 if _skip_line(stream) else 0)
+
+
+def bad_record_lines(malformed: Mapping[str, int], samples: list[str]) -> list[str]:
+    """Return lines that say how many records of each reason were left out, and show the first."""
+    if not malformed:
+        return []
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in malformed.items())
+    left_out = sum(malformed.values())
+    lines = [f"  {left_out:,} malformed record{'s' if left_out > 1 else ''} left out: {reasons}"]
+    lines += [f"    {sample}" for sample in samples]
+    return [*lines, "    ..."] if left_out > len(samples) else lines
+
+
+def no_document(
+    empty: int, malformed: Mapping[str, int], samples: list[str], empty_files: list[str]
+) -> DataError:
+    """Return the error of inputs without text: what they hold instead, and what to do about it.
+
+    `empty_files` are the lines that tell of those.
+    """
+    remedies = dict.fromkeys(_REMEDIES.get(reason, _ELSEWHERE) for reason in malformed or [""])
+    held = [f"  {empty:,} records without text", *empty_files, *bad_record_lines(malformed, samples)]
+    return DataError("\n".join(["the inputs hold no document:", *held, *remedies]))

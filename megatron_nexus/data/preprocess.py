@@ -21,7 +21,13 @@ import numpy as np
 from megatron_nexus.base.communicator import Communicator, wait_for_message
 from megatron_nexus.base.durable import LOCK_FILE, dir_lock
 from megatron_nexus.data.corpus_description import CorpusDescription
-from megatron_nexus.data.documents import RecordFormat, split_into_slices
+from megatron_nexus.data.documents import (
+    REPORTED,
+    RecordFormat,
+    bad_record_lines,
+    no_document,
+    split_into_slices,
+)
 from megatron_nexus.data.indexed_dataset import (
     IndexedDatasetWriter,
     bin_path,
@@ -30,7 +36,6 @@ from megatron_nexus.data.indexed_dataset import (
     token_dtype,
 )
 from megatron_nexus.data.input_files import InputFile, find_input_files, tell_empty_files
-from megatron_nexus.data.malformed import REPORTED, no_document, report
 from megatron_nexus.data.shards import (
     InputShard,
     ShardStats,
@@ -188,7 +193,7 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
                     progress.advance(tokens / MILLION)
         _remove_shards(tokenizing.folder)
     lost = loss_lines(description)
-    for line in (*tell_empty_files(files), *report(total.malformed, samples), *lost):
+    for line in (*tell_empty_files(files), *bad_record_lines(total.malformed, samples), *lost):
         logger.warning("%s", line)
     logger.info(
         "%s: %s documents, %s tokens, %.2f bytes per token, %s empty records left out; %.1f s",

@@ -20,10 +20,10 @@ from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.higher_order import Refinement, each_head, gate_specs
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.layer_context import LayerContext
-from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.nexus_rank import NexusRank, attention_widths, nexus_rank_specs
 from megatron_nexus.models.norm import AllHeadsNorm, HeadNorm, block_norm_specs, make_norm, rms_norm_spec
 from megatron_nexus.models.packing import Packing, window_mask
+from megatron_nexus.models.parameters import Linear
 from megatron_nexus.models.pattention import Pattention, pattention_specs
 from megatron_nexus.models.projections import attention_slots, make_projections, projection_specs
 from megatron_nexus.models.rotary import Tables, rotate

@@ -21,10 +21,9 @@ from megatron_nexus.models.attention import Attention, attention_specs
 from megatron_nexus.models.feed_forward import FeedForward, feed_forward_specs
 from megatron_nexus.models.kv_cache import KeyValueCache, LayerCache
 from megatron_nexus.models.layer_context import LayerContext
-from megatron_nexus.models.linear import Linear
 from megatron_nexus.models.norm import make_norm, norm_specs
 from megatron_nexus.models.packing import Packing, Stream, packing_of
-from megatron_nexus.models.parameters import SpecModule
+from megatron_nexus.models.parameters import Linear, SpecModule
 from megatron_nexus.models.rotary import Tables, stage_tables
 from megatron_nexus.parallel.cross_entropy import (
     vocabulary_parallel_cross_entropy,

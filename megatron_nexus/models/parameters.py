@@ -1,8 +1,10 @@
 """Parameters of a module: allocated, filled and marked from their specs."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.spec.initialise import local_values
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
@@ -31,8 +33,19 @@ class SpecModule(nn.Module):
             self.register_parameter(attribute, parameter)
 
 
+class Linear(SpecModule):
+    """Y = X W without bias, W stored [out, in] in the shape that its spec gives it on this rank."""
+
+    def __init__(self, weight: ParamSpec, context: LayerContext) -> None:
+        super().__init__({"weight": weight}, context.shard, context.seed, context.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return this rank's part of Y: columns of it, or a partial sum, as the layouts of W's axes say."""
+        return F.linear(x, self.get_parameter("weight"))
+
+
 def logical_parameters(module: nn.Module) -> dict[str, tuple[ParamSpec, nn.Parameter]]:
-    """Every parameter below `module` with its spec, by logical name."""
+    """Return every parameter below `module` with its spec, by logical name."""
     return {
         spec.name: (spec, child.get_parameter(attribute))
         for child in module.modules()

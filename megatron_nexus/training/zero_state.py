@@ -304,6 +304,9 @@ class _PerParameterState(ZeroState):
         return [(flat, groups[i]) for i, flat in enumerate(self._zero.fp32_partitioned_groups_flat)]
 
     def _address(self, parameter: nn.Parameter) -> _FragmentAddress | None:
+        # ZeRO-3 flattens each parameter and cuts it into equal ranges of `padded` elements, rank r has those
+        # from r * padded on. The ranges of many parameters follow each other in a flat buffer: `index` says
+        # in which, `position` where. A range that begins beyond the parameter's end is padding alone.
         index, position, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
         local_shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]  # hung on by DeepSpeed
         start = self._zero._get_param_partition_rank(parameter) * padded
