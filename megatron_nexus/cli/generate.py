@@ -20,11 +20,9 @@ from megatron_nexus.errors import DataError
 
 def make_parser() -> FlagParser:
     """Return the parser of the verb's flags."""
-    parser = FlagParser(
-        "generate", "--load RUN [flags]", description="Let a trained model go on with a text."
-    )
+    parser = FlagParser("generate", "--load RUN [flags]", description="Continue a text with a trained model.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to go on with (default: stdin)")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: stdin)")
     parser.add_argument(
         "--max-new-tokens", type=positive(int), default=128, metavar="INT", help="(default: 128)"
     )
@@ -67,7 +65,7 @@ def _read_prompt(given: str | None) -> str:
     """Return the text to continue. Raises DataError where it is not UTF-8."""
     if given is None:
         if sys.stdin.isatty():
-            log.logger.info("type the text to go on with, and end it with Ctrl-D")
+            log.logger.info("type the text to continue, and end it with Ctrl-D")
         contents = sys.stdin.buffer.read().removesuffix(b"\n")
     else:
         contents = os.fsencode(given)

@@ -55,7 +55,7 @@ def run(argv: list[str]) -> None:
             comm.abort()
         shards = work_folder(job.output_prefix)
         if isinstance(error, KeyboardInterrupt) and shards.exists():
-            kept = f"finished shards are kept in {shards}: the same command goes on from there"
+            kept = f"finished shards are kept in {shards}: the same command continues from there"
             raise KeyboardInterrupt(kept) from None
         raise
 

@@ -31,7 +31,7 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
 
 
 def end_on_sigterm() -> None:
-    """Have SIGTERM end this process as Ctrl-C does, so that what is half written is cleared away."""
+    """Make SIGTERM end this process as Ctrl-C does, so that half-written output is removed."""
     signal.signal(signal.SIGTERM, _interrupted)
 
 

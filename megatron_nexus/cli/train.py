@@ -1,7 +1,7 @@
 """The verb `train`, from the command line to a run: read, check, start the missing ranks, train.
 
 torch and DeepSpeed are imported only by the ranks that train, after the checks: a wrong flag is answered
-at once. `training.run` goes on from here.
+at once. `training.run` continues from here.
 """
 
 import os

@@ -101,7 +101,7 @@ def run(argv: list[str]) -> None:
 
 @contextmanager
 def _writable(output: Path) -> Iterator[None]:
-    """Try at once whether a file can be written; where none was in the end, nothing new stays behind.
+    """Check that a file can be written before the work; leave nothing behind if the work fails.
 
     Raises ConfigError.
     """

@@ -85,7 +85,7 @@ def _generate(
 
 
 def _ended(tokenizer: Tokenizer, row: list[int], token: int, stop: Stop) -> str | None:
-    """Append a token; the whole text where it ends here."""
+    """Append a token; return the whole text where it ends here, else None."""
     if token == tokenizer.eod_id:
         return tokenizer.decode(row)
     row.append(token)

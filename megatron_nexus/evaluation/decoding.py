@@ -39,7 +39,7 @@ class Decoding:
         return require_finite(logits_BV[:, : self._vocab_size], self._loaded)
 
     def extend(self, tokens: Sequence[int]) -> Tensor:
-        """Append a token to each row; logits [B, V] of the next."""
+        """Append a token to each row and return the logits [B, V] of the next."""
         return self._decode(torch.tensor(tokens)[:, None])
 
     def restart(self) -> None:

@@ -9,7 +9,7 @@ CUT_OFF = "\N{REPLACEMENT CHARACTER}"
 OPEN_BYTES = 3
 """Of a UTF-8 character's four bytes: as many tokens, at most, may still wait for the next."""
 CONTEXT_TOKENS = 16
-"""How many tokens are decoded anew with each new one, which may look different alone."""
+"""How many tokens are decoded again with each new one, which may decode differently alone."""
 
 
 class TextStream:

@@ -133,7 +133,7 @@ def _write_config(folder: Path, tokenizer: Tokenizer, tokens: dict[str, str], ma
 
 
 def _name_bos(folder: Path, tokenizer: Tokenizer) -> None:
-    """Have the files beside a tokenizer.json name its BOS token, or none."""
+    """Write the BOS token's name, or none, into the files beside a tokenizer.json."""
     for name in (CONFIG_NAME, SPECIAL_TOKENS_MAP):
         if not (folder / name).is_file():
             continue
