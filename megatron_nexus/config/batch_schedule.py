@@ -22,7 +22,7 @@ class BatchSchedule:
     ramp_samples: int
 
     def size(self, consumed: int) -> int:
-        """The global batch of the step after `consumed` samples."""
+        """Return the global batch of the step after `consumed` samples."""
         if consumed >= self.ramp_samples or self.start >= self.full:
             return self.full
         stages = (self.full - self.start) // self.increment
@@ -38,7 +38,7 @@ class BatchSchedule:
         return -(-number * self.ramp_samples // stages)
 
     def steps(self, consumed: int, samples: int) -> int:
-        """The steps after `consumed` samples that read at least `samples` more."""
+        """Return the steps after `consumed` samples that read at least `samples` more."""
         steps, wanted = 0, consumed + samples
         while consumed < wanted:
             end = self._stage_end(consumed)
@@ -48,7 +48,7 @@ class BatchSchedule:
         return steps
 
     def samples(self, consumed: int, steps: int) -> int:
-        """The samples that `steps` steps read after `consumed`."""
+        """Return the samples that `steps` steps read after `consumed`."""
         first = consumed
         while steps > 0:
             size, end = self.size(consumed), self._stage_end(consumed)
@@ -58,7 +58,7 @@ class BatchSchedule:
 
 
 def batch_schedule(rampup: Sequence[str], full: int) -> BatchSchedule:
-    """The schedule that `--rampup-batch-size` asks for; without words the batch is always full.
+    """Return the schedule that `--rampup-batch-size` asks for; without words the batch is always full.
 
     Raises ConfigError where the words are no ramp up to `full`.
     """

@@ -112,7 +112,7 @@ def preset_name(text: str) -> str:
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Value]:
-    """The fields that the command line names, with their values, `preset` among them.
+    """Return the fields that the command line names, with their values, `preset` among them.
 
     Raises ConfigError on an unknown flag, a wrong type or a wrong choice.
     """
@@ -126,7 +126,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
 
 
 def merge_settings(file: Mapping[str, Value], flags: Mapping[str, Value]) -> dict[str, Value]:
-    """The settings of a configuration file with those of the command line over them."""
+    """Return the settings of a configuration file with those of the command line over them."""
     replaced = set(LENGTHS) if flags.keys() & set(LENGTHS) else set()
     return {name: value for name, value in file.items() if name not in replaced} | dict(flags)
 
@@ -202,7 +202,7 @@ def build(
 
 
 def model_name(config: RunConfig) -> str:
-    """The preset's name, with a word where sizes were changed by hand."""
+    """Return the preset's name, with a word where sizes were changed by hand."""
     if config.preset not in PRESETS or config.model == build({"preset": config.preset}).model:
         return config.preset
     return f"{config.preset}, resized"

@@ -29,7 +29,7 @@ NEVER_WRITTEN = {"checkpoint": ("save", "load", "grow", "reset_optimizer")}
 
 
 def read_config_file(path: Path) -> dict[str, Value]:
-    """The fields that a file sets, by name, `preset` among them.
+    """Return the fields that a file sets, by name, `preset` among them.
 
     Raises ConfigError with every problem: an unreadable file, an unknown key, a value of the wrong type.
     """
@@ -68,7 +68,7 @@ def read_config_file(path: Path) -> dict[str, Value]:
 
 
 def config_text(config: RunConfig) -> str:
-    """The YAML of a resolved configuration, every field included but those of NEVER_WRITTEN.
+    """Return the YAML of a resolved configuration, every field included but those of NEVER_WRITTEN.
 
     A budget is written as it was given, without the steps that follow from it.
     """

@@ -26,7 +26,7 @@ class Source:
 
 
 def parse_blend(flag: str, words: Sequence[str]) -> tuple[Source, ...]:
-    """The corpora of a blend: `a`, `0.7 a 0.3 b`, or `a b` weighted by their sizes.
+    """Return the corpora of a blend: `a`, `0.7 a 0.3 b`, or `a b` weighted by their sizes.
 
     Raises:
         ConfigError: a weight is not above zero, words do not pair up, or a prefix comes twice.
@@ -107,7 +107,7 @@ def _number(word: str) -> Fraction | None:
 
 
 def token_count(text: str) -> int | None:
-    """Tokens of `100B`, `1.5M`, `4096`; None where `text` is not such a number."""
+    """Return tokens of `100B`, `1.5M`, `4096`; None where `text` is not such a number."""
     match = TOKENS.fullmatch(text)
     count = Fraction(match[1]) * SUFFIXES[match[2]] if match else Fraction(1, 2)
     return int(count) if count.denominator == 1 else None

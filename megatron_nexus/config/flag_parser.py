@@ -43,7 +43,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # no namespace of the caller's
         self, args: Sequence[str] | None = None
     ) -> argparse.Namespace:
-        """The values of all flags. Raises ConfigError."""
+        """Return the values of all flags. Raises ConfigError."""
         words = sys.argv[1:] if args is None else list(args)
         # First of all: a required flag that is missing may be one that is misspelt.
         flags = [word for word in takewhile(lambda word: word != "--", words) if word.startswith("--")]

@@ -20,6 +20,6 @@ PRINTED_SIZES: dict[str, dict[str, Value]] = {
 
 
 def nominal_parameters(preset: str) -> int | None:
-    """The number of parameters in the name that the paper gives a preset; None where it has none."""
+    """Return the number of parameters in the name that the paper gives a preset; None where it has none."""
     size = PAPER_SIZES.get(preset)
     return int(size.removesuffix("M")) * 1_000_000 if size is not None else None

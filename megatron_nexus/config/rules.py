@@ -18,7 +18,7 @@ MOST_ELEMENTS = 2**59
 
 
 def divisors(number: int) -> str:
-    """The divisors of `number`, as a remedy to read."""
+    """Return the divisors of `number`, as a remedy to read."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     return ", ".join(map(str, sorted({*small, *(number // n for n in small)})))
 
@@ -51,7 +51,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def config_warnings(config: RunConfig) -> list[str]:
-    """What is allowed and probably not meant."""
+    """Return what is allowed and probably not meant."""
     model, said = config.model, []
     if model.has_nexus and not model.hidden_size < model.nexus_m < model.nexus_a:
         said.append(

@@ -178,7 +178,7 @@ class ModelConfig:
         return self.query_groups * self.kv_channels
 
     def has_rotary(self, layer: int) -> bool:
-        """Whether the queries and keys of a layer, counted from 0, turn with their positions."""
+        """Return whether the queries and keys of a layer, counted from 0, turn with their positions."""
         return not self.no_rope_freq or (layer + 1) % self.no_rope_freq != 0
 
     @property

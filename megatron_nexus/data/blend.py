@@ -45,7 +45,7 @@ def whole_shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
 
 
 def schedule(shares: Sequence[int]) -> npt.NDArray[np.int32]:
-    """The corpus of each sample of one period, [sum of shares]."""
+    """Return the corpus of each sample of one period, [sum of shares]."""
     period = sum(shares)
 
     def release(d: int, j: int) -> int:
@@ -85,18 +85,18 @@ class Blend:
             self._before[self._chosen == d] = np.arange(share)
 
     def place(self, k: int) -> tuple[int, int]:
-        """The corpus of sample `k`, and which of its samples that is, from 0."""
+        """Return the corpus of sample `k`, and which of its samples that is, from 0."""
         periods, i = divmod(k, len(self._chosen))
         d = int(self._chosen[i])
         return d, periods * self.shares[d] + int(self._before[i])
 
     def sample(self, k: int) -> npt.NDArray[np.int64]:
-        """Tokens of sample `k`, [L + 1]."""
+        """Return tokens of sample `k`, [L + 1]."""
         d, j = self.place(k)
         return self.parts[d].sample(j)
 
     def positions(self, k: int) -> npt.NDArray[np.int64]:
-        """The place of each of the first L tokens of sample `k` in its document, [L]."""
+        """Return the place of each of the first L tokens of sample `k` in its document, [L]."""
         d, j = self.place(k)
         return self.parts[d].positions(j)
 

@@ -60,12 +60,12 @@ class CorpusDescription:
     """Where the first of them changes: a piece of its text, and what comes back of it."""
 
     def to_json(self) -> str:
-        """The contents of the file."""
+        """Return the contents of the file."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
 def read_description(prefix: Path) -> CorpusDescription | None:
-    """The description of a corpus, None where it has none.
+    """Return the description of a corpus, None where it has none.
 
     Raises:
         DataError: the file is damaged or of another version.
@@ -99,7 +99,7 @@ def check_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
 
 
 def begins_with(dataset: IndexedDataset, token: int | None) -> bool:
-    """Whether documents begin with a token, by a few of them: corpora of others do not say."""
+    """Return whether documents begin with a token, by a few of them: corpora of others do not say."""
     step = max(1, dataset.document_count // SAMPLED_DOCUMENTS)
     starts = {dataset.document_start(document) for document in range(0, dataset.document_count, step)}
     return all(dataset.tokens(start, start + 1).tolist() == [token] for start in starts)

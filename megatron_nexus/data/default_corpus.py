@@ -62,7 +62,7 @@ class DefaultCorpus:
 
 
 def cache_folder(data_cache_path: str) -> Path:
-    """Where the built-in corpus is kept: as given, or in the user's cache folder (XDG)."""
+    """Return where the built-in corpus is kept: as given, or in the user's cache folder (XDG)."""
     if data_cache_path:
         return Path(data_cache_path)
     root = os.environ.get("XDG_CACHE_HOME")
@@ -75,7 +75,7 @@ def prepare_default_corpus(
     collect: Callable[[], Iterable[str]] = standard_library_documents,
     tokenizer: Tokenizer | None = None,
 ) -> DefaultCorpus:
-    """The default corpus of this Python, from the cache or prepared now (about 20 s on two cores).
+    """Return the default corpus of this Python, from the cache or prepared now (about 20 s on two cores).
 
     The fingerprint covers the documents themselves and not only names, sizes and dates: reading them takes
     half a second, and nodes whose files differ in dates alone share one cache.

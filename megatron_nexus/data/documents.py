@@ -98,7 +98,7 @@ class BadRecord(NamedTuple):
 
 
 def split_into_slices(files: list[InputFile], reading: RecordFormat, slice_bytes: int) -> list[FileSlice]:
-    """The files as spans of about `slice_bytes` each, in order.
+    """Return the files as spans of about `slice_bytes` each, in order.
 
     Raises:
         ConfigError: files that cannot hold documents as they are: all of them are named.
@@ -164,7 +164,7 @@ def _row_groups(file: InputFile, key: str, slice_bytes: int) -> list[FileSlice]:
 
 
 def read_slice(file_slice: FileSlice, reading: RecordFormat) -> Iterator[Document | BadRecord]:
-    """The records of a span, in order; blank lines are empty documents.
+    """Yield the records of a span, in order; blank lines are empty documents.
 
     Raises:
         DataError: the file cannot be read, is damaged or has changed since it was found.

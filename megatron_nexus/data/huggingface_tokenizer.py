@@ -156,13 +156,13 @@ class HuggingFaceTokenizer:
         ]
 
     def token_text(self, token: int) -> str:
-        """How the file spells a token."""
+        """Return how the file spells a token."""
         text: str | None = self._tokenizer.id_to_token(token)
         assert text is not None, f"{self.model_path} has no token {token}"
         return text
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; special tokens are silent, cut-off characters become U+FFFD."""
+        """Return the text of token ids; special tokens are silent, cut-off characters become U+FFFD."""
         text: str = self._tokenizer.decode(ids)
         return text
 

@@ -45,22 +45,22 @@ FINGERPRINT_BLOCK = 512
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type Megatron-LM stores ids below `vocab_size` in: uint16 below 65,500, else int32."""
+    """Return the type Megatron-LM stores ids below `vocab_size` in: uint16 below 65,500, else int32."""
     return np.dtype(np.uint16 if vocab_size < LARGEST_UINT16_VOCABULARY else np.int32)
 
 
 def bin_path(prefix: Path) -> Path:
-    """The file of token ids. (`Path.with_suffix` would eat the dot of a prefix such as `wiki-1.5`.)"""
+    """Return the file of token ids. (`Path.with_suffix` would eat the dot of a prefix such as `wiki-1.5`.)"""
     return prefix.with_name(f"{prefix.name}.bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """The file of lengths, pointers and document boundaries."""
+    """Return the file of lengths, pointers and document boundaries."""
     return prefix.with_name(f"{prefix.name}.idx")
 
 
 def json_path(prefix: Path) -> Path:
-    """The file that describes the corpus; foreign corpora have none."""
+    """Return the file that describes the corpus; foreign corpora have none."""
     return prefix.with_name(f"{prefix.name}.json")
 
 
@@ -159,14 +159,14 @@ class IndexedDataset:
         return lengths
 
     def document_start(self, document: int) -> int:
-        """Where a document begins in the token stream; for document D, where the stream ends."""
+        """Return where a document begins in the token stream; for document D, where the stream ends."""
         sequence = int(self._boundaries[document])
         if sequence == len(self._pointers):
             return self.token_count
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """The tokens in [start, stop) of the stream at which documents begin, ascending; O(log D)."""
+        """Return the tokens in [start, stop) of the stream at which documents begin, ascending; O(log D)."""
         found = documents_between(start, stop, self.document_count, self.document_start)
         sequences = self._boundaries[found.start : found.stop]
         starts: npt.NDArray[np.int64] = self._pointers[sequences] // self.dtype.itemsize

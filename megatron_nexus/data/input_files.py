@@ -62,7 +62,7 @@ class InputFile:
             raise DataError(f"{self.path} is not a parquet file ({error}): copy it again") from None
 
     def has_changed(self) -> bool:
-        """Whether somebody wrote to it since it was found."""
+        """Return whether somebody wrote to it since it was found."""
         now = self.path.stat()
         return (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns)
 
@@ -99,7 +99,7 @@ def find_input_files(arguments: list[str], strict: bool = False) -> list[InputFi
 
 
 def tell_empty_files(files: list[InputFile]) -> list[str]:
-    """Lines that say how many files of 0 bytes were left out, and name the first."""
+    """Return lines that say how many files of 0 bytes were left out, and name the first."""
     empty = [str(file.path) for file in files if not file.size]
     if not empty:
         return []

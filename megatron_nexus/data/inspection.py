@@ -37,7 +37,7 @@ def length_histogram(lengths: npt.NDArray[np.int64]) -> list[Bin]:
 
 
 def sample_documents(dataset: IndexedDataset, count: int) -> list[int]:
-    """Documents spread evenly over a corpus, at most `count`."""
+    """Return documents spread evenly over a corpus, at most `count`."""
     total = dataset.document_count
     return (
         [(2 * index + 1) * total // (2 * count) for index in range(count)]
@@ -47,7 +47,7 @@ def sample_documents(dataset: IndexedDataset, count: int) -> list[int]:
 
 
 def sample_text(dataset: IndexedDataset, document: int, tokenizer: Tokenizer) -> str | None:
-    """How a document begins, decoded; None where the tokenizer does not have its ids."""
+    """Return how a document begins, decoded; None where the tokenizer does not have its ids."""
     start, stop = dataset.document_start(document), dataset.document_start(document + 1)
     ids = dataset.tokens(start, min(stop, start + SAMPLE_TOKENS)).tolist()
     return tokenizer.decode(ids) if all(0 <= token < tokenizer.vocab_size for token in ids) else None
@@ -113,7 +113,7 @@ def find_problems(
 
 
 def count_token(dataset: IndexedDataset, token: int) -> int:
-    """How often a token stands in a corpus; reads all of it, in blocks."""
+    """Return how often a token stands in a corpus; reads all of it, in blocks."""
     firsts = range(0, dataset.token_count, BLOCK_TOKENS)
     return sum(
         int(np.count_nonzero(dataset.tokens(first, min(first + BLOCK_TOKENS, dataset.token_count)) == token))

@@ -16,10 +16,10 @@ class Samples(Protocol):
     """Samples without end, by number."""
 
     def sample(self, k: int) -> npt.NDArray[np.int64]:
-        """The T + 1 tokens of sample `k`, whatever was read before."""
+        """Return the T + 1 tokens of sample `k`, whatever was read before."""
 
     def positions(self, k: int) -> npt.NDArray[np.int64]:
-        """The place of each of its first T tokens in its document."""
+        """Return the place of each of its first T tokens in its document."""
 
 
 def micro_batches(

@@ -15,14 +15,14 @@ TEXT_TYPES = frozenset({*STRINGS, "null"})
 
 
 def nested_keys(key: str) -> Iterator[tuple[str, str]]:
-    """The ways in which a key may lead through a field: that field's name, and the key within."""
+    """Yield the ways in which a key may lead through a field: that field's name, and the key within."""
     for place, character in enumerate(key):
         if character == ".":
             yield key[:place], key[place + 1 :]
 
 
 def find_column(fields: "Sequence[pyarrow.Field]", key: str) -> "list[pyarrow.Field] | None":
-    """The fields that lead to a column, whose own name may have dots; None where there is none."""
+    """Return the fields that lead to a column, whose own name may have dots; None where there is none."""
     by_name = {field.name: field for field in fields}
     if key in by_name:
         return [by_name[key]]
@@ -34,7 +34,7 @@ def find_column(fields: "Sequence[pyarrow.Field]", key: str) -> "list[pyarrow.Fi
 
 
 def column_keys(fields: "Sequence[pyarrow.Field]", above: str = "") -> list[str]:
-    """The keys of all columns."""
+    """Return the keys of all columns."""
     found: list[str] = []
     for field in fields:
         key = above + field.name
@@ -43,7 +43,7 @@ def column_keys(fields: "Sequence[pyarrow.Field]", above: str = "") -> list[str]
 
 
 def holds_text(kind: "pyarrow.DataType") -> bool:
-    """Whether a column of this type can be read; its bytes are looked at later."""
+    """Return whether a column of this type can be read; its bytes are looked at later."""
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -54,7 +54,7 @@ def holds_text(kind: "pyarrow.DataType") -> bool:
 
 
 def read_column(batch: "pyarrow.RecordBatch", fields: "Sequence[pyarrow.Field]") -> list[bytes | None]:
-    """The bytes of each row; None where it, or what it lies in, is null."""
+    """Return the bytes of each row; None where it, or what it lies in, is null."""
     import pyarrow
     from pyarrow.compute import struct_field
 

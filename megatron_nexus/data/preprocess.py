@@ -271,7 +271,7 @@ def _shard_bytes(total_bytes: int) -> int:
 
 
 def work_folder(output_prefix: Path) -> Path:
-    """Where the shards of a corpus are kept until it is complete."""
+    """Return where the shards of a corpus are kept until it is complete."""
     return output_prefix.with_name(f"{output_prefix.name}.shards")
 
 

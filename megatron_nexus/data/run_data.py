@@ -30,12 +30,12 @@ from megatron_nexus.errors import DataError
 
 
 def training_sources(data: DataConfig) -> tuple[Source, ...]:
-    """The corpora that the flags name to train on; none: the built-in one."""
+    """Return the corpora that the flags name to train on; none: the built-in one."""
     return parse_blend("--data-path", data.data_path or data.train_data_path)
 
 
 def tokenizer_path(data: DataConfig) -> Path | None:
-    """The tokenizer that the flags name."""
+    """Return the tokenizer that the flags name."""
     return Path(data.tokenizer_model) if data.tokenizer_model else None
 
 

@@ -20,7 +20,7 @@ from megatron_nexus.errors import DataError
 
 
 def find_tokenizer(config: RunConfig, record: TokenizerRecord, given: Path | None = None) -> Tokenizer | None:
-    """The tokenizer that a checkpoint's tokens mean something in; None where its run knew none.
+    """Return the tokenizer that a checkpoint's tokens mean something in; None where its run knew none.
 
     Args:
         config: of the run.

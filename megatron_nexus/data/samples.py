@@ -88,7 +88,7 @@ def split_documents(dataset: IndexedDataset, weights: str) -> Splits:
 def restrict(
     dataset: IndexedDataset, part: SplitRange, share: Fraction, first: int, last: int | None
 ) -> SplitRange:
-    """The tokens [first, last) of a blend that has `share` of its tokens from this part of a corpus.
+    """Return the tokens [first, last) of a blend that has `share` of its tokens from this part of a corpus.
 
     Ranges that have no token in common give parts that have none in common. Without `last`, up to the end.
 
@@ -184,11 +184,11 @@ class TokenWindows:
         self._order = Permutation(self.window_count, seed, 0)
 
     def epoch_of(self, k: int) -> int:
-        """The epoch that global sample `k` belongs to, from 0."""
+        """Return the epoch that global sample `k` belongs to, from 0."""
         return k // self.window_count
 
     def sample(self, k: int) -> npt.NDArray[np.int64]:
-        """Tokens of global sample `k`, counted from 0 over all epochs, [L + 1].
+        """Return tokens of global sample `k`, counted from 0 over all epochs, [L + 1].
 
         Raises DataError where one of them is not an id of the vocabulary.
         """
@@ -198,7 +198,7 @@ class TokenWindows:
         return tokens.astype(np.int64)
 
     def positions(self, k: int) -> npt.NDArray[np.int64]:
-        """The place of each of the first L tokens of sample `k` in its document, [L].
+        """Return the place of each of the first L tokens of sample `k` in its document, [L].
 
         What a sample holds of a document that began before it counts from 0.
         """

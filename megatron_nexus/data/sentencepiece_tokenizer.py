@@ -151,12 +151,12 @@ class SentencePieceTokenizer:
         return np.array(ids, dtype=np.int32)
 
     def token_text(self, token: int) -> str:
-        """How the model spells a piece."""
+        """Return how the model spells a piece."""
         text: str = self._processor.id_to_piece(token)
         return text
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; control pieces are silent, cut-off characters become U+FFFD."""
+        """Return the text of token ids; control pieces are silent, cut-off characters become U+FFFD."""
         text: str = self._processor.decode(ids)
         return text
 
@@ -261,7 +261,7 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 
 def require_unicode(text: str) -> bytes:
-    """The UTF-8 bytes of a text."""
+    """Return the UTF-8 bytes of a text."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -95,7 +95,7 @@ class ShardStats:
     """Where the first of them changes: before and after."""
 
     def sampled(self, shard: InputShard) -> list[BadRecord]:
-        """The samples as records of `shard`."""
+        """Return the samples as records of `shard`."""
         return [BadRecord(shard.slices[file_slice], *rest) for file_slice, *rest in self.samples]  # type: ignore[arg-type]
 
 
@@ -114,7 +114,7 @@ def make_shards(slices: list[FileSlice], shard_bytes: int) -> list[InputShard]:
 
 
 def shard_prefix(shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Tokenizer) -> Path:
-    """Where a shard is kept."""
+    """Return where a shard is kept."""
     facts = (
         FORMAT_VERSION,
         tokenizer.fingerprint,
@@ -138,7 +138,7 @@ def shard_prefix(shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Token
 
 
 def finished_stats(prefix: Path, itemsize: int) -> ShardStats | None:
-    """The counts of a shard that is finished and whole; tokens take `itemsize` bytes."""
+    """Return the counts of a shard that is finished and whole; tokens take `itemsize` bytes."""
     try:
         sizes = idx_path(prefix).stat().st_size, bin_path(prefix).stat().st_size
         counts = record_of(ShardStats, parse_json(json_path(prefix).read_bytes()))

@@ -15,7 +15,7 @@ EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data
 
 
 def standard_library_documents() -> Iterator[str]:
-    """Every source file, `pydoc` topic and built-in module of this Python, one document each."""
+    """Yield every source file, `pydoc` topic and built-in module of this Python, one document each."""
     yield from source_documents(Path(sysconfig.get_path("stdlib")))
     yield from topics.values()
     for name in sys.builtin_module_names:
@@ -35,7 +35,7 @@ def source_documents(root: Path) -> Iterator[str]:
 
 
 def module_document(module: ModuleType) -> str:
-    """The docstrings of a built-in module, of its public functions and classes and of their methods.
+    """Return the docstrings of a built-in module, of its public functions and classes and of their methods.
 
     Leaves out what depends on the process: values, aliases, and members that others have put there.
     """

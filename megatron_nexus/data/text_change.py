@@ -9,7 +9,7 @@ BEFORE_CHARACTERS, AFTER_CHARACTERS = 20, 40
 
 
 def first_change(text: str, decoded: str) -> list[str]:
-    """Where two texts begin to differ: a piece of each, of the same place."""
+    """Return where two texts begin to differ: a piece of each, of the same place."""
     shorter = min(len(text), len(decoded))
     differs = next((i for i in range(shorter) if text[i] != decoded[i]), shorter)
     piece = slice(max(0, differs - BEFORE_CHARACTERS), differs + AFTER_CHARACTERS)
@@ -17,7 +17,7 @@ def first_change(text: str, decoded: str) -> list[str]:
 
 
 def loss_lines(description: CorpusDescription) -> list[str]:
-    """What is lost in a corpus: lines to warn with, none where nothing is."""
+    """Return what is lost in a corpus: lines to warn with, none where nothing is."""
     lines = []
     if description.changed_documents:
         lines.append(

@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
     """Whether it keeps every text as it is; `bytes_per_token` is an approximation where it does not."""
 
     def with_bos(self, prepend: bool) -> Self:
-        """The same tokenizer for a model whose documents begin with BOS, or never do.
+        """Return the same tokenizer for a model whose documents begin with BOS, or never do.
 
         Raises DataError where they are to and the files name no BOS token.
         """
@@ -45,10 +45,10 @@ class Tokenizer(Protocol):
         """Token ids of each text, by `threads` threads; no BOS, no end tokens. Raises as `encode`."""
 
     def token_text(self, token: int) -> str:
-        """How the tokenizer's files spell a token."""
+        """Return how the tokenizer's files spell a token."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; control tokens are silent, cut-off characters become U+FFFD."""
+        """Return the text of token ids; control tokens are silent, cut-off characters become U+FFFD."""
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """UTF-8 bytes that each id stands for, [vocab_size]; control tokens stand for none."""
@@ -60,12 +60,12 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def context_id(tokenizer: Tokenizer) -> int:
-    """What stands before a text without context: BOS, or the end of the document before."""
+    """Return what stands before a text without context: BOS, or the end of the document before."""
     return tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def open_tokenizer(path: Path, prepend_bos: bool | None = None) -> Tokenizer:
-    """The tokenizer of a file: a Hugging Face `tokenizer.json`, or a SentencePiece model.
+    """Return the tokenizer of a file: a Hugging Face `tokenizer.json`, or a SentencePiece model.
 
     Of a folder: its `tokenizer.json`, or, where it has none, its `tokenizer.model`.
 

@@ -25,7 +25,7 @@ def special_token(model_path: Path, name: str, files: Sequence[str]) -> tuple[st
 
 
 def tokenizer_settings(model_path: Path, file: str) -> dict[str, object]:
-    """What a file beside a tokenizer says; nothing where it does not exist. Raises DataError."""
+    """Return what a file beside a tokenizer says; nothing where it does not exist. Raises DataError."""
     path = model_path.with_name(file)
     try:
         found = parse_json(path.read_bytes())

@@ -40,7 +40,7 @@ def _vocabulary(model: ModelConfig) -> Axis:
 
 
 def embedding_spec(model: ModelConfig) -> ParamSpec:
-    """The token embedding [vocabulary, D]."""
+    """Return the token embedding [vocabulary, D]."""
     axes = (_vocabulary(model), Axis("hidden", model.hidden_size, residual=True))
     flows = (Flow.BOUNDARY, Flow.WRITES)
     return ParamSpec("embedding.weight", axes, Normal(model.init_method_std), Role.LOOKUP, flows)
@@ -57,7 +57,7 @@ def head_specs(model: ModelConfig) -> dict[str, tuple[ParamSpec, ...]]:
 
 
 def layer_parts(model: ModelConfig) -> list[dict[str, tuple[ParamSpec, ...]]]:
-    """The parameters of each layer by part, in order: embedding, blocks, head."""
+    """Return the parameters of each layer by part, in order: embedding, blocks, head."""
     blocks = [
         {
             **attention_specs(model, f"layers.{i}.attention"),
@@ -74,7 +74,7 @@ def layer_parts(model: ModelConfig) -> list[dict[str, tuple[ParamSpec, ...]]]:
 
 
 def layer_specs(model: ModelConfig) -> list[list[ParamSpec]]:
-    """The parameters of each layer, in order: embedding, blocks, head."""
+    """Return the parameters of each layer, in order: embedding, blocks, head."""
     return [[spec for part in layer.values() for spec in part] for layer in layer_parts(model)]
 
 

@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
 def make_inner(
     model: ModelConfig, parts: dict[str, tuple[ParamSpec, ...]], context: LayerContext
 ) -> nn.Module:
-    """The map between norm and residual: x of all tokens -> this rank's partial sum of y."""
+    """Return the map between norm and residual: x of all tokens -> this rank's partial sum of y."""
     match model.feed_forward:
         case "swiglu":
             return SwiGLU(parts, context)

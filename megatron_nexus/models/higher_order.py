@@ -56,7 +56,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def gate_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpec, ...]]:
-    """The gates of one layer's attention by part, q_gate and k_gate; none without --attention-gate."""
+    """Return the gates of one layer's attention by part, q_gate and k_gate; none without --attention-gate."""
     if not model.attention_gate:
         return {}
     queries = Axis("heads", model.num_attention_heads, Layout.SHARDED)

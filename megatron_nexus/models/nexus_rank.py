@@ -58,13 +58,13 @@ class NexusWidths:
 
 
 def attention_widths(model: ModelConfig) -> NexusWidths:
-    """The widths of the Nexus-Ranks of the attention."""
+    """Return the widths of the Nexus-Ranks of the attention."""
     at_birth = (model.base_nexus_m or model.nexus_m, model.base_nexus_a or model.nexus_a)
     return NexusWidths(model.nexus_m, model.nexus_a, _norm_scales(model, *at_birth))
 
 
 def feed_forward_widths(model: ModelConfig) -> NexusWidths:
-    """The widths of a Nexus-Rank feed-forward."""
+    """Return the widths of a Nexus-Rank feed-forward."""
     at_birth = (
         model.base_ffn_nexus_m or model.ffn_nexus_m,
         model.base_ffn_hidden_size or model.ffn_hidden_size,

@@ -20,7 +20,7 @@ from megatron_nexus.spec.param import Axis, Constant, Flow, ParamSpec, Role
 
 
 def rms_norm_spec(name: str, hidden: Axis) -> ParamSpec:
-    """The gain of an RMSNorm over `hidden`."""
+    """Return the gain of an RMSNorm over `hidden`."""
     return ParamSpec(name, (hidden,), Constant(1.0), Role.VECTOR, (Flow.GATES,))
 
 
@@ -75,7 +75,7 @@ class NonParametricLayerNorm(nn.Module):
 
 
 def norm_specs(model: ModelConfig, name: str, hidden: Axis) -> tuple[ParamSpec, ...]:
-    """The parameters of the norm `name` over `hidden`: a gain, or none."""
+    """Return the parameters of the norm `name` over `hidden`: a gain, or none."""
     match model.normalization:
         case "RMSNorm":
             return (rms_norm_spec(f"{name}.gain", hidden),)
@@ -84,12 +84,12 @@ def norm_specs(model: ModelConfig, name: str, hidden: Axis) -> tuple[ParamSpec, 
 
 
 def block_norm_specs(model: ModelConfig, prefix: str, hidden: Axis) -> tuple[ParamSpec, ...]:
-    """The parameters of the norm of an attention or feed-forward: of its input, or of its output."""
+    """Return the parameters of the norm of an attention or feed-forward: of its input, or of its output."""
     return norm_specs(model, f"{prefix}.{'post_norm' if model.post_norm else 'norm'}", hidden)
 
 
 def make_norm(specs: tuple[ParamSpec, ...], model: ModelConfig, context: LayerContext) -> nn.Module:
-    """The norm of the model's kind, whose `specs` are those of `norm_specs`."""
+    """Return the norm of the model's kind, whose `specs` are those of `norm_specs`."""
     match model.normalization:
         case "RMSNorm":
             return RMSNorm(specs[0], model, context)

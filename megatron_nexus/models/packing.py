@@ -45,7 +45,7 @@ def _window_TS(queries: int, keys: int, window: int, device: torch.device) -> Te
 def window_mask(
     packing: Packing | None, queries: int, keys: int, window: int, device: torch.device
 ) -> Tensor | None:
-    """The mask of `packing` with what a sliding window hides; None: each token sees all before it.
+    """Return the mask of `packing` with what a sliding window hides; None: each token sees all before it.
 
     Distances are those of positions where `packing` keeps texts of one row apart, of places otherwise.
     """

@@ -91,7 +91,7 @@ class Pattention(SpecModule):
 
 
 def squared_length(a: Tensor) -> Tensor:
-    """The sum of squares over the last axis, [..., n] -> [..., 1], in float32 or better.
+    """Return the sum of squares over the last axis, [..., n] -> [..., 1], in float32 or better.
 
     Of `a` nothing is kept but itself, in its own type.
     """

@@ -49,7 +49,7 @@ def projection_specs(
 
 
 def attention_slots(model: ModelConfig) -> Axis:
-    """The parameter tokens of each Pattention of the attention."""
+    """Return the parameter tokens of each Pattention of the attention."""
     return Axis("slots", model.pattention_slots, Layout.SHARDED_PADDED)
 
 

@@ -42,7 +42,7 @@ class RopeScaling:
 
 
 def rope_scaling(model: ModelConfig) -> RopeScaling | None:
-    """The scaling of a model's frequencies, if it has one."""
+    """Return the scaling of a model's frequencies, if it has one."""
     if not model.use_rope_scaling:
         return None
     return RopeScaling(

@@ -86,7 +86,7 @@ def vocabulary_parallel_scores(
 def vocabulary_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, vocabulary_range: tuple[int, int], tp: TensorParallel
 ) -> Tensor:
-    """Mean cross entropy in nats per token, the same on every tensor-parallel rank.
+    """Return mean cross entropy in nats per token, the same on every tensor-parallel rank.
 
     `logits` [..., V_local] of this rank's part of the vocabulary, its logical rows `vocabulary_range`
     first, then padding; `labels` [...] global token ids. The logits, the largest tensor of a step, are

@@ -62,7 +62,7 @@ def is_nexus_launch(words: Sequence[str]) -> bool:
 
 
 def ancestors() -> Iterator[Process]:
-    """The parent of this process, its parent, and so on, as far as they can be read."""
+    """Yield the parent of this process, its parent, and so on, as far as they can be read."""
     pid = os.getppid()
     while pid > 1:
         found = _stat(pid)

@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def missing_ranks(world: World, wanted: int) -> bool:
-    """Whether this process should start `wanted` local ranks itself.
+    """Return whether this process should start `wanted` local ranks itself.
 
     True on a machine without accelerators where a shell started one process, or where the `deepspeed`
     launcher did because nobody told it how many to start. Every other launcher's count is taken as meant.

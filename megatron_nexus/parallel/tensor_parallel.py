@@ -235,13 +235,13 @@ class TensorParallel:
         return cast(Tensor, _Copy.apply(weight, self._group))
 
     def maximum(self, x: Tensor) -> Tensor:
-        """Elementwise maximum over ranks; no gradient."""
+        """Return elementwise maximum over ranks; no gradient."""
         if self._group is not None:
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self._group)
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """Elementwise sum over ranks, in place; no gradient."""
+        """Return elementwise sum over ranks, in place; no gradient."""
         if self._group is not None:
             dist.all_reduce(x, group=self._group)
         return x

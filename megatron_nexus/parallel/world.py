@@ -72,7 +72,7 @@ _SRUN = _Names(
 
 
 def read_world(environment: Mapping[str, str]) -> World:
-    """The world that the environment describes.
+    """Return the world that the environment describes.
 
     Raises ConfigError where a launcher's variables are incomplete.
     """

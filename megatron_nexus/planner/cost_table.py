@@ -36,7 +36,7 @@ class CostRow:
     state_bytes: int
 
     def as_json(self) -> dict[str, object]:
-        """All numbers of the row."""
+        """Return all numbers of the row."""
         return {**self.cost.as_json(), "state_bytes_per_rank": self.state_bytes}
 
 

@@ -104,7 +104,7 @@ class EngineMemory(ABC):
         return sum(self.flat)
 
     def bucket(self, width: int) -> int:
-        """Bytes of the buffer that gradients are gathered in."""
+        """Return bytes of the buffer that gradients are gathered in."""
         elements = self.bucket_elements if self.whole_bucket else min(self.bucket_elements, self.elements)
         return width * elements
 

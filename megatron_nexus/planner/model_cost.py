@@ -53,7 +53,7 @@ class ModelCost:
         return sum(count for part, count in self.parts.items() if part not in VOCABULARY_PARTS)
 
     def as_json(self) -> dict[str, object]:
-        """All numbers; deviations in percent of the paper's numbers."""
+        """Return all numbers; deviations in percent of the paper's numbers."""
         return {
             "name": self.name,
             "parameters": self.parameters,

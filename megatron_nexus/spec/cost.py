@@ -16,12 +16,12 @@ def parameter_count(specs: Iterable[ParamSpec]) -> int:
 
 
 def weight_flops_per_token(specs: Iterable[ParamSpec]) -> int:
-    """FLOPs per token of the products with weights, forward."""
+    """Return FLOPs per token of the products with weights, forward."""
     return sum(2 * spec.numel for spec in specs if spec.role is Role.MATMUL)
 
 
 def attention_flops_per_token(attention_width: int, seq_length: int, inner_width: int = 0) -> int:
-    """FLOPs per token of one layer's scores and weighted values, forward: 2 x (2 x width x length).
+    """Return FLOPs per token of one layer's scores and weighted values, forward: 2 x (2 x width x length).
 
     `inner_width`: that of all inner attentions of a higher order, which cost the same by their width.
     """

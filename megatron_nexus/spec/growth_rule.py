@@ -60,7 +60,7 @@ class FilledBox:
 
 
 def segments(old: Axis, new: Axis) -> Iterator[Segment]:
-    """The runs of old and new indices of an axis that has grown from `old` to `new`, in order."""
+    """Yield the runs of old and new indices of an axis that has grown from `old` to `new`, in order."""
     assert (old.name, old.residual) == (new.name, new.residual), f"{old} did not grow to {new}"
     groups = old.size // old.group
     assert old.group <= new.group and groups <= new.size // new.group, f"{old} is larger than {new}"
@@ -106,7 +106,7 @@ def _fill(spec: ParamSpec, parts: tuple[Segment, ...], init: Init) -> Fill:
 
 
 def grown_boxes(old: ParamSpec, new: ParamSpec, init: Init) -> list[FilledBox]:
-    """The boxes that make up the tensor `new`, which was `old`."""
+    """Return the boxes that make up the tensor `new`, which was `old`."""
     rows = (segments(*axes) for axes in zip(old.axes, new.axes, strict=True))
     boxes = []
     for parts in product(*rows):
@@ -121,7 +121,7 @@ def grown_boxes(old: ParamSpec, new: ParamSpec, init: Init) -> list[FilledBox]:
 
 
 def inserted_boxes(new: ParamSpec, init: Init) -> list[FilledBox]:
-    """The one box of a tensor of a new layer: zero where it writes to the residual stream."""
+    """Return the one box of a tensor of a new layer: zero where it writes to the residual stream."""
     whole = Box((0,) * len(new.shape), new.shape)
     writes = any(
         a.residual and flow is Flow.WRITES for a, flow in zip(new.axes, new.growth_roles, strict=True)

@@ -67,6 +67,6 @@ class Shard:
         return tuple(self.stored(axis) for axis in spec.axes)
 
     def box(self, spec: ParamSpec) -> Box:
-        """The part of the logical tensor that this rank holds, at the origin of its local tensor."""
+        """Return the part of the logical tensor that this rank holds, at the origin of its local tensor."""
         ranges = [self.logical_range(axis) for axis in spec.axes]
         return Box(tuple(start for start, _ in ranges), tuple(stop - start for start, stop in ranges))

@@ -58,7 +58,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def comparison_table(runs: Sequence[RunCurves]) -> Iterator[str]:
-    """The lines of a table in Markdown: first and last losses of each run, its last validation."""
+    """Yield the lines of a table in Markdown: first and last losses of each run, its last validation."""
     yield "| run | steps | first loss | second | last loss | validation at its end |"
     yield "|---|---|---:|---:|---:|---:|"
     for run in runs:

@@ -49,7 +49,7 @@ class Corpus:
         return max(1, min(config.logging.eval_iters, held))
 
     def evaluation_bytes(self, name: str, config: RunConfig) -> int | None:
-        """Bytes of text behind the targets of one evaluation."""
+        """Return bytes of text behind the targets of one evaluation."""
         if self.tokenizer is None:
             return None
         sizes = self.tokenizer.bytes_per_token()
@@ -58,7 +58,7 @@ class Corpus:
         return int(sum(np.take(sizes, self.evaluations[name].sample(k)[1:]).sum() for k in samples))
 
     def epochs(self, samples: int) -> list[str]:
-        """A line for each corpus that gives a window more than once in the first `samples`."""
+        """Return a line for each corpus that gives a window more than once in the first `samples`."""
         lines = []
         counts = self.training.counts(samples).tolist()
         for part, count in zip(self.training.parts, counts, strict=True):
@@ -71,7 +71,7 @@ class Corpus:
 
 
 def data_changes(before: JsonObject, config: RunConfig, description: str, was: str) -> list[str]:
-    """How the order or the content of the training data differs from a checkpoint's.
+    """Return how the order or the content of the training data differs from a checkpoint's.
 
     `before` is the configuration of the checkpoint, `was` the description of its data.
     """

@@ -159,7 +159,7 @@ class Engine:
 
     @cached_property
     def state(self) -> ZeroState:
-        """What a checkpoint holds of this rank."""
+        """Return what a checkpoint holds of this rank."""
         return zero_state(self.deepspeed, self.parameters, self.shard)
 
     def set_batch_size(self, samples: int) -> None:
@@ -171,7 +171,7 @@ class Engine:
             self.deepspeed.micro_steps = self.deepspeed.global_steps * per_step
 
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over the next micro-batches.
+        """Take one optimizer step over the next micro-batches.
 
         A step whose gradients are not finite leaves the weights as they were, and its norm is not finite.
         """
@@ -193,7 +193,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], count: int) -> float:
-        """Mean loss in nats per token over `count` micro-batches of each rank."""
+        """Return mean loss in nats per token over `count` micro-batches of each rank."""
         if self._mesh.pp_size > 1:
             loss = self.deepspeed.eval_batch(self._on_device(batches), num_micro_batches=count)
             return float(loss.item())

@@ -42,7 +42,7 @@ class StopRequest:
             self.signal_name, self._asked = signal.Signals(number).name, time.monotonic()
 
     def agreed(self, mesh: Mesh) -> bool:
-        """Whether any rank was asked to stop; a collective call of one byte on the host."""
+        """Return whether any rank was asked to stop; a collective call of one byte on the host."""
         flag = torch.tensor([bool(self.signal_name)], dtype=torch.uint8)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.control)
         return bool(flag.item())

@@ -317,7 +317,7 @@ class Trainer:
         )
 
     def utilization(self, tokens_per_s: float) -> str:
-        """How much of the devices a rate uses: MFU where their peak is known."""
+        """Return how much of the devices a rate uses: MFU where their peak is known."""
         flops_per_s = tokens_per_s * self.flops_per_token
         peak = self.peak_flops_per_s
         return utilization(flops_per_s / self.gemm_flops_per_s, flops_per_s / peak if peak else None)

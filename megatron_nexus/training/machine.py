@@ -133,7 +133,7 @@ def gemm_flops_per_s(mesh: Mesh, precision: Precision) -> float:
 
 
 def peak_memory_bytes(mesh: Mesh) -> int:
-    """The most memory this rank has held: of the device on CUDA, resident on a CPU."""
+    """Return the most memory this rank has held: of the device on CUDA, resident on a CPU."""
     if mesh.device.type == "cuda":
         return torch.cuda.max_memory_allocated(mesh.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

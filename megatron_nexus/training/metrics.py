@@ -163,7 +163,7 @@ class MetricsWriter:
 
 
 def describe(validation: Validation) -> str:
-    """A validation in words."""
+    """Return a validation in words."""
     line = f"loss {validation.validation_loss:.4f} nats/token | perplexity {validation.perplexity:.2f}"
     if validation.bits_per_byte is None:
         return f"{line} | bits per byte unknown without --tokenizer-model"
@@ -203,12 +203,12 @@ def _has_numbers(record: dict[str, Any]) -> bool:
 
 
 def training_curve(records: list[dict[str, Any]]) -> Curve:
-    """The loss of each step."""
+    """Return the loss of each step."""
     return [(record["step"], record["loss"]) for record in records if "loss" in record]
 
 
 def validation_curves(records: list[dict[str, Any]]) -> dict[str, Curve]:
-    """The losses of each validation or test set, by its name."""
+    """Return the losses of each validation or test set, by its name."""
     curves: dict[str, Curve] = {}
     for record in records:
         if "validation_loss" in record:

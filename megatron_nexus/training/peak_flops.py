@@ -23,7 +23,7 @@ _PEAKS: dict[str, dict[Precision, float]] = {
 
 
 def peak_flops_per_s(mesh: Mesh, precision: Precision) -> float | None:
-    """The peak of all ranks' devices together; None where it is not known."""
+    """Return the peak of all ranks' devices together; None where it is not known."""
     if mesh.device.type != "cuda":
         return None
     peak = device_peak(torch.cuda.get_device_name(mesh.device), precision)
@@ -31,7 +31,7 @@ def peak_flops_per_s(mesh: Mesh, precision: Precision) -> float | None:
 
 
 def device_peak(device_name: str, precision: Precision) -> float | None:
-    """The peak of one device; None where it is not known, a slice of one among them."""
+    """Return the peak of one device; None where it is not known, a slice of one among them."""
     if " MIG " in device_name:
         return None
     return next((peak[precision] for name, peak in _PEAKS.items() if device_name.startswith(name)), None)

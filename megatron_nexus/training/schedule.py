@@ -6,7 +6,7 @@ from megatron_nexus.config.run_config import OptimizerConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, last: int) -> float:
-    """The learning rate of the optimizer step `step` of `last`, counted from 1.
+    """Return the learning rate of the optimizer step `step` of `last`, counted from 1.
 
     Linear warm-up from zero, then the chosen decay from `lr` to `min_lr`, reached at the end of the decay
     and kept after it; all counted from the step `lr_start_iter`. WSD stays at `lr` and decays linearly over
