@@ -17,7 +17,7 @@ from megatron_nexus.data.documents import (
     read_slice,
     split_into_slices,
 )
-from megatron_nexus.data.input_files import find_input_files, tell_empty_files
+from megatron_nexus.data.input_files import empty_file_lines, find_input_files
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.errors import ConfigError, DataError
 
@@ -86,12 +86,12 @@ def run(argv: list[str]) -> None:
                         samples.append(record.describe())
             progress.advance(file_slice.size / MEGABYTE)
         if not texts:
-            raise no_document(empty, left_out, samples, tell_empty_files(files))
+            raise no_document(empty, left_out, samples, empty_file_lines(files))
 
     megabytes = sum(file_slice.size for file_slice in slices) / MEGABYTE
     with _writable(output), log.Progress("Reading and training", megabytes, "MB") as progress:
         train_sentencepiece_bpe(documents(), output, given.vocab_size, int(given.sample_mb * MEGABYTE))
-    for line in tell_empty_files(files):
+    for line in empty_file_lines(files):
         log.logger.warning("%s", line)
     for reason, times in left_out.items():
         log.logger.warning("%s records left out: %s", f"{times:,}", reason)

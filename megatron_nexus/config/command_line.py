@@ -60,7 +60,7 @@ def make_parser() -> FlagParser:
         "--world-size", type=int, metavar="INT", help="ranks that --dry-run plans for (default: tp x pp)"
     )
     # The deepspeed launcher appends --local_rank; the environment says the same and is what is read.
-    # DeepSpeed's own scripts are told --deepspeed.
+    # DeepSpeed's own scripts take --deepspeed.
     for ignored in LAUNCHER_FLAGS:
         parser.add_argument(ignored, nargs="?", help=argparse.SUPPRESS)
     fields = {entry.name: (entry, kind) for kind in SECTIONS.values() for entry in dataclasses.fields(kind)}
@@ -132,7 +132,7 @@ def merge_settings(file: Mapping[str, Value], flags: Mapping[str, Value]) -> dic
 
 
 INTERVALS = ("save_interval", "log_interval", "eval_interval", "eval_iters")
-"""How often a run saves, tells and validates, and on how much; presets say it, and it outlives a restart."""
+"""How often a run saves, logs and validates, and on how much; presets say it, and it outlives a restart."""
 
 
 LENGTHS: dict[str, Value] = {"train_iters": 0, "train_tokens": "", "train_samples": 0}
@@ -157,7 +157,7 @@ def build(
     """The configuration of `given` flags over a preset, or over that of the checkpoint a run starts from.
 
     A checkpoint hands on its model, which flags can only confirm, and its training, optimizer, data and
-    intervals, which flags change. Where ranks lie, where checkpoints go and what is told are each run's own.
+    intervals, which flags change. The mesh, where checkpoints go and what is logged belong to each run.
     A budget of tokens or samples becomes the steps that read what `consumed` leaves of it, at the present
     size of the batch and of a sample.
 

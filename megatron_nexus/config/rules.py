@@ -351,6 +351,6 @@ def _task_problems(config: RunConfig) -> Iterable[str]:
         yield f"--eval-tasks {log_config.eval_tasks!r} names no task: give names, with commas between them"
     if log_config.task_names and (data.data_path or data.train_data_path) and not data.tokenizer_model:
         yield (
-            f"--eval-tasks {log_config.eval_tasks} are texts, and nothing tells the tokens of the data: give "
+            f"--eval-tasks {log_config.eval_tasks} are texts, and the data comes without its tokenizer: give "
             "the tokenizer that it was written with as --tokenizer-model"
         )

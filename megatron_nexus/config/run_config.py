@@ -145,7 +145,7 @@ class ModelConfig:
     )
     rope_high_freq_factor: float = config_field(
         4.0,
-        "turns within --original-max-position-embeddings from which a frequency stays as it is",
+        "turns within --original-max-position-embeddings from which a frequency is unchanged",
         positive=True,
     )
     original_max_position_embeddings: int = config_field(
@@ -361,7 +361,7 @@ class CheckpointConfig:
         "", 'sizes to grow the loaded model to, as in "nexus_m=1088 nexus_a=1228"; new weights as init=...'
     )
     reset_optimizer: bool = config_field(
-        False, "load weights only: moments and Adam's count of steps begin anew"
+        False, "load weights only: moments and Adam's step count start at zero"
     )
     save_interval: int = config_field(0, "steps between checkpoints; 0: only at the end and on Ctrl-C")
     async_save: bool = config_field(
@@ -378,7 +378,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What the run tells, and how often."""
+    """What the run logs, and how often."""
 
     log_interval: int = config_field(10, "steps between lines on the console", positive=True)
     eval_interval: int = config_field(100, "steps between validations; 0: only at the end")

@@ -341,7 +341,7 @@ def no_document(
 ) -> DataError:
     """Return the error of inputs without text: what they hold instead, and what to do about it.
 
-    `empty_files` are the lines that tell of those.
+    `empty_files` are the lines about those.
     """
     remedies = dict.fromkeys(_REMEDIES.get(reason, _ELSEWHERE) for reason in malformed or [""])
     held = [f"  {empty:,} records without text", *empty_files, *bad_record_lines(malformed, samples)]

@@ -1,7 +1,7 @@
 """A tokenized corpus on disk: the `.bin` / `.idx` pair of Megatron-LM, byte for byte.
 
     prefix.bin   the token ids of all sequences, one after the other, nothing in between
-    prefix.json  what our writer knows beyond Megatron-LM's files, where it was told (`corpus_description.py`)
+    prefix.json  what our writer knows beyond Megatron-LM's files, if anything (`corpus_description.py`)
     prefix.idx   magic "MMIDIDX\\0\\0" | version 1 u64 | dtype code u8 | sequences S u64 | boundaries D+1 u64
                  | lengths i32[S], in tokens | pointers i64[S], in bytes | boundaries i64[D+1], in sequences
 
@@ -148,7 +148,7 @@ class IndexedDataset:
 
     @property
     def document_lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens per document, [D], 8 bytes each; computed anew each time, so keep it."""
+        """Tokens per document, [D], 8 bytes each; computed each time, so keep it."""
         lengths = np.empty(self.document_count, dtype=np.int64)
         for first in range(0, self.document_count, INDEX_BLOCK):
             sequences = self._boundaries[first : first + INDEX_BLOCK + 1]

@@ -33,7 +33,7 @@ class InputFile:
     compression: str
     """.gz, .zst or nothing."""
     size: int
-    """In bytes, as it is on the disk."""
+    """In bytes, on the disk."""
     modified_ns: int
 
     def open(self) -> BinaryIO:
@@ -98,7 +98,7 @@ def find_input_files(arguments: list[str], strict: bool = False) -> list[InputFi
     return list(files.values())
 
 
-def tell_empty_files(files: list[InputFile]) -> list[str]:
+def empty_file_lines(files: list[InputFile]) -> list[str]:
     """Return lines that say how many files of 0 bytes were left out, and name the first."""
     empty = [str(file.path) for file in files if not file.size]
     if not empty:

@@ -35,7 +35,7 @@ from megatron_nexus.data.indexed_dataset import (
     remove_drafts,
     token_dtype,
 )
-from megatron_nexus.data.input_files import InputFile, find_input_files, tell_empty_files
+from megatron_nexus.data.input_files import InputFile, empty_file_lines, find_input_files
 from megatron_nexus.data.shards import (
     InputShard,
     ShardStats,
@@ -121,7 +121,7 @@ def preprocess(job: PreprocessConfig, comm: Communicator) -> CorpusDescription |
 
 
 def _run_worker(job: PreprocessConfig, comm: Communicator) -> None:
-    """Tokenize the share that rank 0 sends, and tell it of every finished shard."""
+    """Tokenize the shards that rank 0 assigns, and report each finished one to it."""
     assignment = wait_for_message(comm)
     if not isinstance(assignment, _Assignment):
         return
@@ -184,7 +184,7 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
             total, samples = _sum(ordered), _samples(shards, ordered)
             if not total.documents:
                 _remove_shards(tokenizing.folder)
-                raise no_document(total.empty, total.malformed, samples, tell_empty_files(files))
+                raise no_document(total.empty, total.malformed, samples, empty_file_lines(files))
             description = _describe(job, tokenizer, files, total, samples)
             corpus.description = description.to_json()
             left = (total.tokens - merged) / MILLION
@@ -193,7 +193,7 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
                     progress.advance(tokens / MILLION)
         _remove_shards(tokenizing.folder)
     lost = loss_lines(description)
-    for line in (*tell_empty_files(files), *bad_record_lines(total.malformed, samples), *lost):
+    for line in (*empty_file_lines(files), *bad_record_lines(total.malformed, samples), *lost):
         logger.warning("%s", line)
     logger.info(
         "%s: %s documents, %s tokens, %.2f bytes per token, %s empty records left out; %.1f s",
@@ -265,7 +265,7 @@ def _plan(job: PreprocessConfig) -> tuple[Tokenizer, list[InputFile], list[Input
 
 
 def _shard_bytes(total_bytes: int) -> int:
-    """A power of two, so that a few more inputs do not cut all files anew."""
+    """A power of two, so that a few more inputs do not cut all files differently."""
     wanted = 1 << max(0, total_bytes // SHARDS_OF_LARGE_CORPORA).bit_length()
     return min(max(wanted, SMALLEST_SHARD_BYTES), LARGEST_SHARD_BYTES)
 

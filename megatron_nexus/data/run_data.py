@@ -94,7 +94,7 @@ class RunData:
         return self.datasets[prefix]
 
     def _begin_with_bos(self) -> bool | None:
-        """Whether the documents begin with BOS; None where nothing tells. Raises DataError."""
+        """Whether the documents begin with BOS; None where it is unknown. Raises DataError."""
         described = {
             prefix: description.prepend_bos
             for prefix in self.datasets

@@ -47,7 +47,7 @@ MOST_PIECES = 2**31 - 1
 class SentencePieceTokenizer:
     """Text to token ids and back, through a SentencePiece model file.
 
-    `lossless` says whether the model keeps every text as it is. All models of `train_sentencepiece_bpe` do;
+    `lossless` says whether the model gives every text back. All models of `train_sentencepiece_bpe` do;
     others may normalize, drop blanks or add one, and `bytes_per_token` is then an approximation.
 
     Raises:

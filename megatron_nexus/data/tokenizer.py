@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     unk_id: int | None
     """The token of what the vocabulary does not cover, where there is one."""
     lossless: bool
-    """Whether it keeps every text as it is; `bytes_per_token` is an approximation where it does not."""
+    """Whether decoding gives every text back; `bytes_per_token` is an approximation where not."""
 
     def with_bos(self, prepend: bool) -> Self:
         """Return the same tokenizer for a model whose documents begin with BOS, or never do.

@@ -48,7 +48,7 @@ class KeyValueCache:
         self.length = 0
 
     def advance(self, tokens: int, device: torch.device) -> Packing:
-        """Count `tokens` new ones in, and tell the blocks where they stand and what they see."""
+        """Count `tokens` new ones in; return their positions and what they attend to, for the blocks."""
         first, self.length = self.length, self.length + tokens
         place_T1 = torch.arange(first, self.length, device=device)[:, None]
         padding_B = torch.tensor(self.padding or (0,), device=device)

@@ -3,7 +3,7 @@
     Pattention(X; K, V) = gelu(A / ||A||_2 * tau) V        A = X K^T        tau = root of n before growth
 
 X [.., D_in], keys K [n, D_in], values V stored [D_out, n]; n parameter tokens ("slots"), over which the norm
-goes; no biases; exact GELU. The code that its authors have released takes the root of n as it is: then a
+goes; no biases; exact GELU. The code that its authors have released takes the root of the present n: then a
 slot more rescales all others. Here tau is that of the n that the model was born with (equal until it grows).
 
 **Growth.** A new slot with zero keys has A = 0: the norm stays, gelu(0) = 0, the function stays. With random

@@ -28,7 +28,7 @@ class _VocabularyParallelCrossEntropy(Function):
         ctx: _Context, logits_NV: Tensor, labels_N: Tensor, start: int, stop: int, tp: TensorParallel
     ) -> Tensor:
         count = stop - start
-        # float64 stays as it is; everything shorter is computed in float32.
+        # float64 stays; everything shorter is computed in float32.
         z_NV = logits_NV.detach().to(torch.promote_types(logits_NV.dtype, torch.float32))
         if count < z_NV.shape[1]:
             z_NV[:, count:] = -torch.inf

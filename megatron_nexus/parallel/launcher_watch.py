@@ -34,7 +34,7 @@ LAUNCH = "launch"
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this machine; its start, in clock ticks, tells it from a later one of the same number."""
+    """A process of this machine; its start, in clock ticks, sets it apart from a later one of this number."""
 
     pid: int
     start_ticks: str

@@ -28,7 +28,7 @@ def missing_ranks(world: World, wanted: int) -> bool:
     """Return whether this process should start `wanted` local ranks itself.
 
     True on a machine without accelerators where a shell started one process, or where the `deepspeed`
-    launcher did because nobody told it how many to start. Every other launcher's count is taken as meant.
+    launcher did because no flag said how many to start. Every other launcher's count is taken as meant.
     """
     if world.size != 1 or wanted == 1 or _has_accelerator():
         return False

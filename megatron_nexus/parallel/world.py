@@ -44,7 +44,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Names:
-    """The variables in which a launcher tells a process its place; those of the local size may be missing."""
+    """The variables in which a launcher gives a process its rank; those of the local size may be missing."""
 
     launcher: str
     rank: str

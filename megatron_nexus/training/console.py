@@ -124,10 +124,10 @@ def rate_note(config: RunConfig, step: int) -> str | None:
     if resumed < 1.01 * ended:
         return None
     keep = f"--lr-decay-{'samples' if samples else 'iters'} {position(last)} keeps it"
-    anew = "" if samples else f", --lr-start-iter {step} begins a new schedule"
+    new = "" if samples else f", --lr-start-iter {step} begins a new schedule"
     return (
         f"resumed like this, the schedule spans {2 * step} iterations: the learning rate jumps from "
-        f"{ended:.2e} to {resumed:.2e}; {keep}{anew}"
+        f"{ended:.2e} to {resumed:.2e}; {keep}{new}"
     )
 
 

@@ -138,7 +138,7 @@ class Trainer:
         return manifest
 
     def _continue_optimizer(self, manifest: Manifest) -> None:
-        """Moments as loaded, with a count of steps of their own for new weights; or all anew."""
+        """Keep the loaded moments, with a step count of its own for new weights; or reset all of it."""
         optimizer, count = self.config.optimizer, manifest.optimizer.step_count
         if self.config.checkpoint.reset_optimizer:
             self.engine.state.forget_moments()

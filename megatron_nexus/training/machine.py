@@ -99,7 +99,7 @@ def threads_of_rank(rank: int, places: Sequence[tuple[str, Sequence[str]]]) -> i
 def tune_malloc() -> None:
     """Have glibc keep freed memory for the next step.
 
-    glibc returns large blocks to the kernel at once, which then clears them anew at every step: a quarter
+    glibc returns large blocks to the kernel at once, which then clears them again at every step: a quarter
     to a third of a training step on a CPU. Two mallopt calls make it keep them.
     """
     libc = ctypes.CDLL(None)

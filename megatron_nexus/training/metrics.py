@@ -41,7 +41,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation: nats per token; bits per byte is None where no tokenizer tells the bytes.
+    """One validation: nats per token; bits per byte is None without a tokenizer, which knows the bytes.
 
     `name` is "validation", "validation web" of the named set web, or the same of "test".
     """

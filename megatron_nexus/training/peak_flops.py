@@ -1,7 +1,7 @@
 """Peak FLOP/s of accelerators, from their makers' data sheets: dense matrix products, no sparsity.
 
-MFU (PaLM, appendix B) is a share of such a number. Where none is known, as on CPUs, a run tells its share of
-the rate that matrix products had at its start, and does not call it MFU.
+MFU (PaLM, appendix B) is a fraction of such a number. Where none is known, as on CPUs, a run logs its
+fraction of the GEMM rate that it measured at its start, and does not call it MFU.
 """
 
 import torch
@@ -11,7 +11,7 @@ from megatron_nexus.parallel.mesh import Mesh
 
 TERA = 1e12
 # By what torch.cuda.get_device_name begins with: bf16 tensor cores, and fp32 without TF32, which torch does
-# not use unless told. More specific names stand first.
+# not use by default. More specific names stand first.
 _PEAKS: dict[str, dict[Precision, float]] = {
     "NVIDIA H100 PCIe": {"bf16": 756 * TERA, "fp32": 51 * TERA},
     "NVIDIA H100 NVL": {"bf16": 835 * TERA, "fp32": 60 * TERA},

@@ -171,7 +171,7 @@ class ZeroState(ABC):
         engine.global_steps = saved.global_steps
         engine.global_samples = saved.global_samples
         engine.skipped_steps = saved.skipped_steps
-        # Counted anew: the number of micro-batches in a step may have changed with the topology.
+        # Recounted: the number of micro-batches in a step may have changed with the topology.
         engine.micro_steps = saved.global_steps * engine.gradient_accumulation_steps()
 
     def views(self) -> Iterator[StateView]:
