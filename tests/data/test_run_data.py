@@ -40,6 +40,7 @@ print(len(run_data.datasets), run_data.training.sample(len(prefixes)).tolist())
         (600, "cannot be opened (Too many open files): raise the limit"),
     ],
 )
+@pytest.mark.slow
 def test_a_blend_may_have_more_corpora_than_files_are_open_at_first(
     tmp_path: Path, most: int, told: str
 ) -> None:

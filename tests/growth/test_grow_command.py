@@ -162,6 +162,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     assert not (folder / "new").exists()
 
 
+@pytest.mark.slow
 def test_two_at_once_are_told_and_neither_harms_the_other(run: Run, folder: Path) -> None:
     with run_dir_lock(folder / "new"):
         code, output = run("--load old --save new --nexus-m 20")

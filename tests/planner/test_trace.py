@@ -31,6 +31,7 @@ KINDS: list[tuple[int, dict[str, Value]]] = [
 
 
 @pytest.mark.parametrize(("tp_size", "kind"), KINDS, ids=str)
+@pytest.mark.slow
 def test_a_repeated_block_stands_for_all_blocks(tp_size: int, kind: dict[str, Value]) -> None:
     config = build({**SMALL, **kind})
     for has_embedding, has_head in ((True, True), (True, False), (False, True), (False, False)):
