@@ -89,10 +89,15 @@ def test_ctrl_c_has_the_run_save(command: Command, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        api.train(save="stopped", echo=False, train_iters=1_000_000, **SETTINGS)
-    thread.join()
+    # Ignored where the tests run in the background, and in the processes of pytest-xdist.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            api.train(save="stopped", echo=False, train_iters=1_000_000, **SETTINGS)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(api.open_run("stopped").losses) > 1
 
 
