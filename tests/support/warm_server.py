@@ -92,6 +92,6 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], output: Path)
 
 
 def heed_terminal_keys() -> None:
-    """Heed Ctrl-C and Ctrl-\\, which a shell has all ignore that it starts in the background."""
-    for key in (signal.SIGINT, signal.SIGQUIT):
+    """Heed Ctrl-C, Ctrl-\\ and a closed terminal, which `&` and nohup have all ignore that they start."""
+    for key in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(key, signal.SIG_DFL)
