@@ -11,6 +11,7 @@ import pytest
 
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from tests.support.cli import ENDLESS, SMALL, Command, commands, ended, summary
+from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 from tests.support.waiting import wait_for
 
@@ -24,7 +25,7 @@ def nexus(tmp_path_factory: pytest.TempPathFactory) -> str:
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     (python,) = environment.glob("bin/python")
     (site,) = environment.glob("lib/python3*/site-packages")
-    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "outer.pth").write_text(f"{sysconfig.get_path('purelib')}\n{REPOSITORY}\n")
     # What pip calls for each entry point of a wheel.
     make = (
         "from pip._vendor.distlib.scripts import ScriptMaker\n"

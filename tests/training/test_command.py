@@ -136,13 +136,13 @@ def test_a_count_that_does_not_fit_is_refused_once(command: Command, count: int,
 
 def test_the_module_is_the_script_and_ranks_of_it_are_started_alike(command: Command) -> None:
     program = command._spawn(
-        [*PYTHON, "-m", "megatron_nexus", *SMALL, "--tp=2", "--train-iters=4"], command.folder
+        [*PYTHON, "-m", "megatron_nexus", "train", *SMALL, "--tp=2", "--train-iters=4"], command.folder
     )
     code, output = ended(program)
     assert code == 0, output
     assert "spawning 2 local ranks" in output
     line = summary(output, "resume with")
-    assert line.startswith(f"{sys.executable} -m megatron_nexus --data-path corpus"), line
+    assert line.startswith(f"{sys.executable} -m megatron_nexus train --data-path corpus"), line
     assert "the learning rate jumps from" in summary(output, "note")
     code, output = command.repeat(line)
     assert code == 0 and "finished after iteration 8" in output, output
