@@ -45,6 +45,11 @@ def compile_problem(config: RunConfig, version: str, device: str) -> str:
     """Return why --compile cannot be used with the torch of `version` on a device type, with the remedy."""
     parallel = config.parallel
     tp = parallel.tensor_model_parallel_size
+    if version.startswith("2.10.") and tp > 1:
+        return (
+            f"--compile with --tp {tp} fails in the partitioner of torch {version} for some models: drop "
+            "--compile, or install torch 2.13"
+        )
     if version.startswith("2.11.") and tp > 1 and not parallel.sequence_parallel:
         return (
             f"--compile with --tp {tp} and without --sequence-parallel gives zero gradients in silence on "

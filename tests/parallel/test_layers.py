@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
@@ -102,6 +103,8 @@ def _compiled_cases(ranks: int) -> list[dict]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_blocks_equal_eager_ones_to_the_bit(ranks: int, tmp_path: Path) -> None:
     """By aot_eager, which traces forward and backward as every backend does and leaves the kernels alone."""
+    if ranks > 1 and torch.__version__.startswith(("2.10.", "2.11.")):
+        pytest.skip("refused there: compile_problem in training/machine.py")
     cases = _compiled_cases(ranks)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     run_ranks(ranks, TESTS / "parallel" / "layer_worker.py", str(tmp_path / "cases.json"), str(tmp_path))

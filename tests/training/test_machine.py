@@ -60,6 +60,8 @@ def test_the_range_is_what_is_installed_and_tested() -> None:
         ("--tp 2", "2.11.0+cu130", "cuda", "add --sequence-parallel, drop --compile"),
         ("--tp 2 --sequence-parallel", "2.11.0+cu130", "cuda", ""),
         ("--tp 1", "2.11.1", "cuda", ""),
+        ("--tp 2", "2.10.0", "cuda", "install torch 2.13"),
+        ("--tp 1", "2.10.0", "cuda", ""),
         ("--tp 2", "2.13.0", "cuda", ""),
         ("", "2.13.0", "cpu", "there is no no-such-compiler: install it"),
     ],
