@@ -58,7 +58,7 @@ def make_parser() -> FlagParser:
         "count",
         "[flags]",
         description="True parameters, FLOPs per token and bytes per rank of a model, beside what the paper "
-        "prints of it. Takes the flags of nexus-pretrain: --preset, --config or --load name a model; sizes "
+        "prints of it. Takes the flags of `nexus train`: --preset, --config or --load name a model; sizes "
         "such as --nexus-m change it; --tp, --pp, --zero-stage and --precision lay it on ranks; attention is "
         "counted over --seq-length.",
     )

@@ -12,6 +12,7 @@ import torch
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
 from megatron_nexus.planner.memory import plan_memory
+from tests.planner.small_model import SMALL
 from tests.support.paths import REPOSITORY
 from tests.support.ranks import run_ranks
 from tests.support.subprocesses import LAUNCHER_VARIABLES
@@ -20,19 +21,6 @@ from tests.support.waiting import TIMEOUT_S
 pytestmark = pytest.mark.torch_versions
 WORKER = Path(__file__).with_name("memory_worker.py")
 SMALL_BUCKETS = Path(__file__).with_name("small_buckets.json")  # DeepSpeed's are 2 GB and never filled here
-SMALL: dict[str, Value] = {
-    "vocab_size": 301,
-    "num_layers": 3,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "kv_channels": 10,
-    "ffn_hidden_size": 90,
-    "nexus_m": 45,
-    "nexus_a": 53,
-    "seq_length": 16,
-    "micro_batch_size": 2,
-    "global_batch_size": 8,
-}
 CASES: list[tuple[int, dict[str, Value]]] = [
     (1, {"precision": "fp32", "recompute_granularity": "selective"}),
     (1, {"precision": "fp32", "recompute_granularity": "full", "nexus_inner_norm": True}),

@@ -14,20 +14,7 @@ from megatron_nexus.planner.memory import STATE, memory_table, plan_memory, plan
 from megatron_nexus.planner.model_cost import model_cost, parameters_by_part
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.spec.param import Role
-
-SMALL: dict[str, Value] = {
-    "vocab_size": 301,
-    "num_layers": 3,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "kv_channels": 10,
-    "ffn_hidden_size": 90,
-    "nexus_m": 45,
-    "nexus_a": 53,
-    "seq_length": 16,
-    "micro_batch_size": 2,
-    "global_batch_size": 8,
-}
+from tests.planner.small_model import SMALL
 
 
 def test_parts_add_up() -> None:

@@ -8,21 +8,10 @@ from megatron_nexus.config.presets import Value
 from megatron_nexus.planner import trace as tracing
 from megatron_nexus.planner.memory import plan_memory
 from megatron_nexus.planner.trace import StageShape, trace
+from tests.planner.small_model import SMALL
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Value] = {
-    "vocab_size": 301,
-    "num_layers": 4,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "kv_channels": 10,
-    "ffn_hidden_size": 90,
-    "nexus_m": 45,
-    "nexus_a": 53,
-    "seq_length": 16,
-    "micro_batch_size": 2,
-    "global_batch_size": 8,
-}
+MODEL: dict[str, Value] = {**SMALL, "num_layers": 4}
 KINDS: list[tuple[int, dict[str, Value]]] = [
     (1, {"recompute_granularity": "full"}),
     (2, {"attention_order": 2, "num_query_groups": 2, "qk_layernorm": True, "post_norm": True}),
@@ -33,7 +22,7 @@ KINDS: list[tuple[int, dict[str, Value]]] = [
 @pytest.mark.parametrize(("tp_size", "kind"), KINDS, ids=str)
 @pytest.mark.slow
 def test_a_repeated_block_stands_for_all_blocks(tp_size: int, kind: dict[str, Value]) -> None:
-    config = build({**SMALL, **kind})
+    config = build({**MODEL, **kind})
     for has_embedding, has_head in ((True, True), (True, False), (False, True), (False, False)):
         shape = StageShape(
             model=config.model,
@@ -54,7 +43,7 @@ def test_a_repeated_block_stands_for_all_blocks(tp_size: int, kind: dict[str, Va
 
 
 def test_another_data_parallel_size_zero_stage_or_batch_needs_no_new_trace() -> None:
-    config = build({**SMALL, "precision": "fp32"})
+    config = build({**MODEL, "precision": "fp32"})
     plan_memory(config, 1, CPU, 1)
     traced = tracing._run.cache_info().misses
     plans = []
@@ -65,6 +54,6 @@ def test_another_data_parallel_size_zero_stage_or_batch_needs_no_new_trace() -> 
         {"num_layers": 9},
     ]
     for flags in changes:
-        plans += plan_memory(build({**SMALL, "precision": "fp32", **flags}), 4, CPU, 1)
+        plans += plan_memory(build({**MODEL, "precision": "fp32", **flags}), 4, CPU, 1)
     assert tracing._run.cache_info().misses == traced
     assert len({plan.peak for plan in plans}) == len(plans)
