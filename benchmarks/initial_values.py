@@ -75,6 +75,8 @@ class Trial:
     lr: float
     seed: int
     budgets: tuple[float, ...]
+    warmup: float = 0.02
+    """Share of the shortest budget's steps over which the learning rate rises, at least 10 steps."""
 
 
 def model_of(width: int, rule: str) -> ModelConfig:
@@ -241,7 +243,7 @@ def measure(trial: Trial, tokens: Tensor) -> Iterator[Record]:
     parameters = sum(p.numel() for p in run.stage.parameters())
     ends = {budget: round(budget * parameters / (BATCH * LENGTH)) for budget in sorted(trial.budgets)}
     last = max(ends.values())
-    warmup = max(10, round(0.02 * min(ends.values())))
+    warmup = max(10, round(trial.warmup * min(ends.values())))
     for budget, end in ends.items():
         decay = max(1, end // 5)
         while run.step < end - decay:
@@ -284,10 +286,20 @@ Losses = dict[tuple[int, float], dict[str, dict[float, list[float]]]]
 """By width and budget, then rule, then learning rate: the losses of the seeds."""
 
 
+def warmup_of(record: Record) -> float:
+    return float(record.get("warmup", Trial.warmup))
+
+
+def name_of(record: Record) -> str:
+    """The rule, and its warm-up where that is not the usual one."""
+    warmup = warmup_of(record)
+    return str(record["rule"]) + (f", warm-up {warmup:g}" if warmup != Trial.warmup else "")
+
+
 def losses_of(records: Sequence[Record]) -> Losses:
     found: Losses = {}
     for r in sorted(records, key=lambda r: (r["width"], r["budget"], r["rule"], r["lr"], r["seed"])):
-        cell = found.setdefault((r["width"], r["budget"]), {}).setdefault(r["rule"], {})
+        cell = found.setdefault((r["width"], r["budget"]), {}).setdefault(name_of(r), {})
         cell.setdefault(r["lr"], []).append(r["loss"])
     return found
 
@@ -327,7 +339,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
     found = losses_of(records)
     widths, budgets = sorted({w for w, _ in found}), sorted({b for _, b in found})
-    names = sorted({r["rule"] for r in records})
+    names = sorted({name_of(r) for r in records})
     figure, grid = pyplot.subplots(
         len(widths),
         len(budgets),
@@ -363,19 +375,20 @@ def main() -> None:
     parser.add_argument("--lrs", nargs="*", type=float, default=[])
     parser.add_argument("--seeds", nargs="*", type=int, default=[1])
     parser.add_argument("--budgets", nargs="*", type=float, default=[1, 5, 20], help="tokens a parameter")
+    parser.add_argument("--warmup", type=float, default=Trial.warmup, help="share of the steps")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of a thread each")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     results = given.folder / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    keys = {(r["rule"], r["width"], r["lr"], r["seed"], r["budget"]) for r in done}
+    keys = {(r["rule"], r["width"], r["lr"], r["seed"], r["budget"], warmup_of(r)) for r in done}
     trials = [
-        Trial(rule, width, lr, seed, tuple(given.budgets))
+        Trial(rule, width, lr, seed, tuple(given.budgets), given.warmup)
         for width in given.widths
         for seed in given.seeds
         for lr in given.lrs
         for rule in given.rules
-        if any((rule, width, lr, seed, budget) not in keys for budget in given.budgets)
+        if any((rule, width, lr, seed, budget, given.warmup) not in keys for budget in given.budgets)
     ]
     tokens_of_corpus()  # before several processes want to prepare it
     with ProcessPoolExecutor(given.jobs) as pool:
