@@ -20,7 +20,7 @@ SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if STANDALONE not in pat
 LAYERS: list[set[str]] = [
     {"errors", "extras", "log"},
     {"base"},
-    {"config", "spec"},
+    {"config", "spec", "kernels"},
     {"parallel", "data"},
     {"models", "checkpoint"},
     {"training", "growth", "evaluation", "interchange", "planner", "analysis"},

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.kernels.cross_entropy import compiled_kernel
 from megatron_nexus.models.attention import Attention, attention_specs
 from megatron_nexus.models.feed_forward import FeedForward, feed_forward_specs
 from megatron_nexus.models.kv_cache import KeyValueCache, LayerCache
@@ -218,8 +219,9 @@ class DecoderStage(nn.Module):
 def compile_blocks(stage: nn.Module, backend: str | Callable[..., object] = "inductor") -> None:
     """Have torch.compile compile the blocks below `stage`, one compilation for all that are alike.
 
-    Embedding, head and loss stay eager. The collectives of tensor parallelism are within the graphs. Every
-    shape is compiled for itself: those of texts to score are many, and belong under `force_eager`.
+    Embedding and head stay eager; `Loss` has a flag of its own. The collectives of tensor parallelism are
+    within the graphs. Every shape is compiled for itself: those of texts to score are many, and belong under
+    `force_eager`.
     """
     for module in stage.modules():
         if isinstance(module, Block):
@@ -229,13 +231,17 @@ def compile_blocks(stage: nn.Module, backend: str | Callable[..., object] = "ind
 class Loss:
     """Mean cross entropy of a stage's logits."""
 
-    def __init__(self, model: ModelConfig, tp: TensorParallel, shard: Shard) -> None:
+    def __init__(self, model: ModelConfig, tp: TensorParallel, shard: Shard, compiled: bool = False) -> None:
+        """`compiled` has torch.compile compile the cross entropy at its first call."""
+        self.kernel = compiled_kernel() if compiled else None
         self.vocabulary_range = shard.logical_range(_vocabulary(model))
         self.tp = tp
 
     def __call__(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
         """Nats per token, a scalar, the same on every tensor-parallel rank."""
-        return vocabulary_parallel_cross_entropy(logits_TBV, labels_BT.t(), self.vocabulary_range, self.tp)
+        return vocabulary_parallel_cross_entropy(
+            logits_TBV, labels_BT.t(), self.vocabulary_range, self.tp, self.kernel
+        )
 
     def token_scores(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
         """Return [2, B, T]: the log-probability of each label, and 1 where it is the argmax; no gradient."""

@@ -2,9 +2,14 @@
 
     loss = mean over tokens of  log sum_v exp(z_v) - z_label
 
-z [N, V_local] this rank's logits, N tokens. Two all-reduces forward (N maxima; N sums and N label
-logits together), none backward. Logits of padding rows of the head are no part of the sum: a zero row
-would still give the logit 0.
+z [N, V_local] this rank's logits, N tokens. Logits of padding rows of the head are no part of the sum: a
+zero row would still give the logit 0.
+
+- float32 and more: two all-reduces forward (N maxima; N sums and N label logits together).
+- Shorter types, and any compiled by torch.compile (`kernels.cross_entropy`): one all-gather of two numbers a
+  token.
+
+None backward.
 """
 
 from typing import cast
@@ -14,34 +19,39 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from megatron_nexus.kernels.cross_entropy import CHUNKED, CrossEntropyKernel
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 
 
 class _Context(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
-    dtype: torch.dtype
+    kernel: CrossEntropyKernel
 
 
-class _VocabularyParallelCrossEntropy(Function):
+def _columns(labels_N: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return whether this rank has the logit of each label, and its column, 0 where it has not."""
+    mine_N = (labels_N >= start) & (labels_N < stop)
+    return mine_N, torch.where(mine_N, labels_N - start, 0)
+
+
+class _InPlace(Function):
+    """Turns logits of float32 or more into exponentials, which are kept, and these into the gradient."""
+
     @staticmethod
     def forward(
         ctx: _Context, logits_NV: Tensor, labels_N: Tensor, start: int, stop: int, tp: TensorParallel
     ) -> Tensor:
-        count = stop - start
-        # float64 stays; everything shorter is computed in float32.
-        z_NV = logits_NV.detach().to(torch.promote_types(logits_NV.dtype, torch.float32))
-        if count < z_NV.shape[1]:
-            z_NV[:, count:] = -torch.inf
+        z_NV = logits_NV.detach()
+        if stop - start < z_NV.shape[1]:
+            z_NV[:, stop - start :] = -torch.inf
         largest_N = tp.maximum(z_NV.amax(dim=1))
         z_NV -= largest_N[:, None]
-        mine_N = (labels_N >= start) & (labels_N < stop)
-        column_N = torch.where(mine_N, labels_N - start, 0)
+        mine_N, column_N = _columns(labels_N, start, stop)
         label_logit_N = torch.where(mine_N, z_NV.gather(1, column_N[:, None])[:, 0], 0.0)
         exp_NV = z_NV.exp_()
         both = tp.sum(torch.stack([exp_NV.sum(dim=1), label_logit_N]))
         sum_N, label_logit_N = both[0], both[1]
         ctx.save_for_backward(exp_NV, sum_N, mine_N, column_N)
-        ctx.dtype = logits_NV.dtype
         return (sum_N.log() - label_logit_N).mean()
 
     @staticmethod
@@ -50,7 +60,40 @@ class _VocabularyParallelCrossEntropy(Function):
         scale = grad / sum_N.numel()
         grad_NV = exp_NV.mul_((scale / sum_N)[:, None])
         grad_NV.scatter_add_(1, column_N[:, None], torch.where(mine_N, -scale, 0.0)[:, None])
-        return grad_NV.to(ctx.dtype), None, None, None, None
+        return grad_NV, None, None, None, None
+
+
+class _InOwnType(Function):
+    """Keeps the logits, and of each token log sum exp of this rank's and of all logits."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        start: int,
+        stop: int,
+        tp: TensorParallel,
+        kernel: CrossEntropyKernel,
+    ) -> Tensor:
+        z_NV = logits_NV.detach()
+        if stop - start < z_NV.shape[1]:
+            z_NV[:, stop - start :] = torch.finfo(z_NV.dtype).min  # a rank may hold padding only
+        mine_N, column_N = _columns(labels_N, start, stop)
+        own_lse_N, in_column_N = kernel.statistics(z_NV, column_N)
+        by_rank = tp.all_gather_stat(torch.stack([own_lse_N, torch.where(mine_N, in_column_N, 0.0)]))
+        lse_N, label_logit_N = by_rank[:, 0].logsumexp(dim=0), by_rank[:, 1].sum(dim=0)
+        ctx.save_for_backward(z_NV, mine_N, column_N, own_lse_N, lse_N)
+        ctx.kernel = kernel
+        return (lse_N - label_logit_N).mean()
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z_NV, mine_N, column_N, own_lse_N, lse_N = ctx.saved_tensors
+        scale = grad / lse_N.numel()
+        label_grad_N = torch.where(mine_N, -scale, 0.0)
+        ctx.kernel.gradient_(z_NV, column_N, label_grad_N, own_lse_N, lse_N, scale)
+        return z_NV, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -84,15 +127,20 @@ def vocabulary_parallel_scores(
 
 
 def vocabulary_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, vocabulary_range: tuple[int, int], tp: TensorParallel
+    logits: Tensor,
+    labels: Tensor,
+    vocabulary_range: tuple[int, int],
+    tp: TensorParallel,
+    kernel: CrossEntropyKernel | None = None,
 ) -> Tensor:
     """Return mean cross entropy in nats per token, the same on every tensor-parallel rank.
 
     `logits` [..., V_local] of this rank's part of the vocabulary, its logical rows `vocabulary_range`
     first, then padding; `labels` [...] global token ids. The logits, the largest tensor of a step, are
     overwritten, by backward too: nothing may read them afterwards, and backward runs once.
+    Without a `kernel` logits of float32 or more take the form that keeps exponentials.
     """
-    start, stop = vocabulary_range
     flat_NV, labels_N = logits.flatten(0, -2), labels.flatten()
-    loss = _VocabularyParallelCrossEntropy.apply(flat_NV, labels_N, start, stop, tp)
-    return cast(Tensor, loss)
+    if kernel is None and flat_NV.dtype.itemsize >= torch.float32.itemsize:
+        return cast(Tensor, _InPlace.apply(flat_NV, labels_N, *vocabulary_range, tp))
+    return cast(Tensor, _InOwnType.apply(flat_NV, labels_N, *vocabulary_range, tp, kernel or CHUNKED))

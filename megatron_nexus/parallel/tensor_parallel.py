@@ -240,6 +240,10 @@ class TensorParallel:
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self._group)
         return x
 
+    def all_gather_stat(self, x: Tensor) -> Tensor:
+        """Return the values of every rank, [*] -> [t, *]; no gradient."""
+        return x[None] if self._group is None else _all_gather(x, self._group)
+
     def sum(self, x: Tensor) -> Tensor:
         """Return elementwise sum over ranks, in place; no gradient."""
         if self._group is not None:

@@ -121,7 +121,7 @@ class Engine:
             reset_attention_mask=config.data.reset_attention_mask,
         )
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
-        self._loss = loss = Loss(config.model, tp, self.shard)
+        self._loss = loss = Loss(config.model, tp, self.shard, config.training.compile)
         stages = stage_layers(config.model, config.training.seq_length, mesh.pp_size)
         topology = PipeModelDataParallelTopology(
             num_pp=mesh.pp_size, num_mp=mesh.tp_size, num_dp=mesh.dp_size

@@ -1,0 +1,1 @@
+"""Kernels: faster forms of what torch computes, each with the test that compares it with torch."""
