@@ -24,7 +24,6 @@ from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.run_config import OptimizerConfig, Precision, RunConfig
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.models.decoder import training_flops_per_token
-from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.machine import tune_malloc
 
 PRESET = "nexusformer-20m"
@@ -114,9 +113,10 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
             super().__init__(parse_exit_signals(config.checkpoint.exit_signal))
             self._gate = gate
 
-        def agreed(self, mesh: Mesh) -> bool:
+        @property
+        def is_asked(self) -> bool:
             self._gate.passed()
-            return super().agreed(mesh)
+            return super().is_asked
 
     log.configure(is_main_rank=True)
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it; the command sets it too

@@ -61,6 +61,7 @@ PARSE_JSON = {
     "interchange/gguf_tokenizer.py",
     "checkpoint/writer.py",  # what ranks tell one another
     "checkpoint/resume.py",
+    "parallel/host_tree.py",
 }
 
 

@@ -19,7 +19,6 @@ from megatron_nexus.checkpoint.manifest import (
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.train_state import TrainState, restore_random_states, topology_of
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.parallel.host_collectives import MeshRanks, all_gather_str, gather_from_stages
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
 
@@ -43,12 +42,12 @@ def load_checkpoint(
             another model. If only the tensors' contents are at fault, the state is left half loaded.
     """
     purpose = f"{folder}: cannot load the checkpoint"
-    with raise_on_all_ranks(MeshRanks(mesh), purpose):
+    with raise_on_all_ranks(mesh.control, purpose):
         reader = open_state(folder)
         _check_specs(reader, state)
         identity = zlib.crc32((folder / MANIFEST_FILE).read_bytes())
     _check_agreement(reader, identity, state, mesh)
-    with raise_on_all_ranks(MeshRanks(mesh), purpose):
+    with raise_on_all_ranks(mesh.control, purpose):
         state.restore_groups(reader.manifest.optimizer.groups)
         state.clear()
         for view in state.views():
@@ -80,9 +79,9 @@ def _check_agreement(reader: StateReader, identity: int, state: TrainState, mesh
 
     Every rank comes to the same answer.
     """
-    if len(set(all_gather_str(mesh, str(identity)))) > 1:
+    if len(mesh.control.distinct_str(str(identity))) > 1:
         raise CheckpointError(f"{reader.folder}: the ranks see different checkpoints: use a shared folder")
-    stages = gather_from_stages(mesh, json.dumps(list(state.specs)))
+    stages = mesh.gather_from_stages(json.dumps(list(state.specs)))
     held = {name for stage in stages for name in json.loads(stage)}
     extra = [spec for name, spec in reader.manifest.specs.items() if name not in held]
     _raise_mismatch(reader, [f"{s.name}: {_axes(s)} in the checkpoint, not in the model" for s in extra])

@@ -12,8 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nexus.checkpoint.data_file import Chunk, DataFileRecord, write_chunks
@@ -34,7 +32,6 @@ from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
 from megatron_nexus.checkpoint.retention import KEEP_ALL, Retention, delete_outdated
 from megatron_nexus.checkpoint.train_state import TrainState, random_states, topology_of
 from megatron_nexus.errors import CheckpointError
-from megatron_nexus.parallel.host_collectives import MeshRanks, all_gather_str, gather_from_stages, gather_str
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
 
@@ -109,7 +106,7 @@ class CheckpointWriter:
         state, mesh, step = self._state, self._mesh, request.progress.step
         assert self._save is None, "one save at a time"
         began = time.perf_counter()
-        checkpoint = NewCheckpoint(self._root, step, MeshRanks(mesh), REMEDY)
+        checkpoint = NewCheckpoint(self._root, step, mesh.control, REMEDY)
         with self._abandoned_on_error(checkpoint):
             checkpoint.begin()
         specs, groups = _of_all_stages(state, mesh)
@@ -137,31 +134,31 @@ class CheckpointWriter:
         )
         self._save = _Save(checkpoint, manifest, began, job, time.perf_counter() - began)
 
-    def advance(self) -> Saved | None:
-        """Take the save that is under way as far as it can go without waiting; what it made once it is done.
-
-        Raises CheckpointError as `begin` does.
-        """
-        assert self._save is not None, "nothing is under way"
-        done = torch.tensor([self._save.job.done()], dtype=torch.uint8)
-        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._mesh.control)
-        return self._settle(self._save) if done.item() else None
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's part of a save is still being written: `settle` would wait for it."""
+        return self._save is not None and not self._save.job.done()
 
     def finish(self) -> Saved | None:
         """Wait for the save that is under way, if one is. Raises CheckpointError as `begin` does."""
         began, saved = time.perf_counter(), None
         while self._save is not None:
-            saved = self._settle(self._save)
+            saved = self.settle()
         return saved and replace(saved, stall_s=saved.stall_s + time.perf_counter() - began)
 
-    def _settle(self, save: _Save) -> Saved | None:
-        """Wait for the job of every rank and start the next one, if there is one."""
+    def settle(self) -> Saved | None:
+        """Wait for the job of every rank and start the next; return what was saved after the last.
+
+        A save is under way. Raises CheckpointError as `begin` does.
+        """
+        save = self._save
+        assert save is not None, "nothing is under way"
         checkpoint = save.checkpoint
         with self._abandoned_on_error(checkpoint):
             with checkpoint.agreed():
                 record = _result(save.job)
             if record is not None:  # this rank's data file, as those of the others, is written
-                records = gather_str(self._mesh, json.dumps(record_to_json(record)))
+                records = self._mesh.control.gather_str(json.dumps(record_to_json(record)))
                 files = [record_from_json(json.loads(text)) for text in records]
                 save.job = self._thread.submit(self._publish, checkpoint, save.manifest, files)
                 return None
@@ -185,7 +182,7 @@ class CheckpointWriter:
         except CheckpointError:
             self._save = None
             checkpoint.abandon()
-            all_gather_str(self._mesh, "")  # a barrier: no rank goes on while the folder is still there
+            self._mesh.control.barrier()  # no rank goes on while the folder is still there
             raise
 
 
@@ -209,7 +206,7 @@ def _of_all_stages(state: TrainState, mesh: Mesh) -> tuple[dict[str, ParamSpec],
     mine = {"specs": list(map(spec_to_json, state.specs.values())), "groups": state.groups}
     specs: dict[str, ParamSpec] = {}
     groups: dict[str, JsonObject] = {}
-    for stage in map(json.loads, gather_from_stages(mesh, json.dumps(mine))):
+    for stage in map(json.loads, mesh.gather_from_stages(json.dumps(mine))):
         for spec in map(spec_from_json, stage["specs"]):
             assert spec.name not in specs, f"two pipeline stages hold {spec.name}"
             specs[spec.name] = spec

@@ -29,6 +29,7 @@ from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, DataError, NexusError, path_errors
 from megatron_nexus.evaluation.task_files import require_tasks
+from megatron_nexus.parallel.collective_failure import describe_collective_failure
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
@@ -179,8 +180,8 @@ def _report(error: BaseException, rank: int) -> None:
     """Write why this rank fails to stderr."""
     if isinstance(error, NexusError):
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-    elif isinstance(error, RuntimeError) and "gloo" in str(error):
-        sys.stderr.write(f"rank {rank} lost its connection to a rank that exited without an error message\n")
+    elif failed := describe_collective_failure(error, rank):
+        sys.stderr.write(f"{failed}\n")
     else:
         sys.stderr.write(f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}")
     sys.stderr.flush()

@@ -229,6 +229,12 @@ class ParallelConfig:
     deepspeed_config: str = config_field(
         "", "JSON file of DeepSpeed settings, merged with what follows from the flags", "--deepspeed_config"
     )
+    distributed_timeout_minutes: int = config_field(
+        30, "minutes that a rank waits for others, in all that is no step of training too", positive=True
+    )
+    distributed_timeout_seconds_after_init: int = config_field(
+        300, "seconds that a rank waits for others within a step, after the first; 0: as in the first"
+    )
 
 
 @dataclass(frozen=True)

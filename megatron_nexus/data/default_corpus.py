@@ -60,6 +60,17 @@ class DefaultCorpus:
     prepend_bos: bool = False
     """Whether every document begins with the tokenizer's BOS token."""
 
+    def to_json(self) -> str:
+        """Return all of it as text, for other ranks of this machine."""
+        return json.dumps(dataclasses.asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "DefaultCorpus":
+        """Return what `to_json` wrote."""
+        fields = parse_json(text)
+        paths = {name: Path(fields[name]) for name in ("prefix", "tokenizer_path")}
+        return cls(**{**fields, **paths})
+
 
 def cache_folder(data_cache_path: str) -> Path:
     """Return where the built-in corpus is kept: as given, or in the user's cache folder (XDG)."""

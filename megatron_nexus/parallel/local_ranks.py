@@ -17,6 +17,7 @@ from types import FrameType
 
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS, handle, parse_exit_signals
 from megatron_nexus.log import logger
+from megatron_nexus.parallel.devices import device_files
 from megatron_nexus.parallel.launcher_watch import ancestors, is_nexus_launch
 from megatron_nexus.parallel.world import LAUNCHER, LISTENER, World
 
@@ -30,13 +31,9 @@ def missing_ranks(world: World, wanted: int) -> bool:
     True on a machine without accelerators where a shell started one process, or where the `deepspeed`
     launcher did because no flag said how many to start. Every other launcher's count is taken as meant.
     """
-    if world.size != 1 or wanted == 1 or _has_accelerator():
+    if world.size != 1 or wanted == 1 or device_files():
         return False
     return world.launcher == "none" or (world.launcher == "deepspeed" and not _deepspeed_was_told())
-
-
-def _has_accelerator() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def _deepspeed_was_told() -> bool:

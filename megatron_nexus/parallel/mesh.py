@@ -6,6 +6,8 @@ so tensor-parallel ranks are neighbours, on the fastest links. All process group
 """
 
 import os
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,18 +17,21 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from megatron_nexus.base.open_files import allow_open_files
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.parallel.devices import device_files, require_own_device, unseen_devices
+from megatron_nexus.parallel.host_tree import FANOUT, HostTree
 from megatron_nexus.parallel.world import World
 
-GROUPS = 16
-"""Groups of all ranks that a rank may be in, ours and DeepSpeed's: gloo connects each member to each."""
+_CONNECTIONS = 8 * FANOUT
+"""Connections of a rank in its host tree, at most; gloo's groups have up to as many as ranks."""
 
 
 @dataclass(frozen=True)
 class Mesh:
     """A rank's coordinates and its process groups.
 
-    `control` is a gloo group of all ranks for barriers and small messages on the host, whatever the
-    device; it is used by the checkpoint and the loop, never by the model.
+    `tp_group`, `dp_group` and `pp_group` are the ranks along one axis, `model_group` those that together hold
+    one copy of the model, tp x pp; on CUDA devices they are NCCL's and take no tensor of the host. `control`
+    is all ranks on the host, for the checkpoint and the loop.
     """
 
     rank: int
@@ -40,7 +45,9 @@ class Mesh:
     tp_size: int
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    control: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    control: HostTree
 
     @property
     def is_first_stage(self) -> bool:
@@ -52,51 +59,67 @@ class Mesh:
         """Whether this rank computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
+    def gather_from_stages(self, message: str) -> list[str]:
+        """Return the messages of the first rank of each stage on every rank; a collective call."""
+        is_first = self.dp_rank == self.tp_rank == 0
+        return self.control.all_gather_str(message if is_first else "")[:: self.dp_size * self.tp_size]
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Set how long a rank waits for others in collectives of the model; a collective call.
+
+        Ranks wait for the checkpoint and for evaluation in `control`, which keeps its own.
+        """
+        self.control.barrier()  # no rank is still in a collective that may take longer
+        for group in {dist.group.WORLD, self.tp_group, self.dp_group, self.pp_group, self.model_group}:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
 
 def make_mesh(world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.0) -> Mesh:
     """Start torch.distributed and make the groups of every rank; a collective call.
 
-    gloo on CPU, nccl (with gloo beside it for host tensors) on CUDA devices. The world size is a multiple
-    of tp_size x pp_size: the configuration's rules have checked it.
+    gloo on CPUs, NCCL on CUDA devices. A group is made by its members alone, so that no rank makes more than
+    its own few. The world size is a multiple of tp_size x pp_size: the configuration's rules have checked it.
     """
-    cuda = torch.cuda.is_available()
-    # A launcher may show each task only its own device: `srun --gpus-per-task=1`.
-    index = world.local_rank if not cuda or torch.cuda.device_count() > 1 else 0
-    device = torch.device("cuda", index) if cuda else torch.device("cpu")
-    if cuda:
-        if index >= torch.cuda.device_count():
-            raise ConfigError(
-                [
-                    f"local rank {index} has no device of its own, {torch.cuda.device_count()} are visible: "
-                    "start as many ranks on a machine as it has devices"
-                ]
-            )
-        torch.cuda.set_device(device)
+    device = _own_device(world.local_rank)
+    index = world.local_rank if device.index is None else device.index
     timeout = timedelta(seconds=timeout_s)
-    allow_open_files(GROUPS * world.size)
+    dp_size = world.size // (tp_size * pp_size)
+    allow_open_files(_CONNECTIONS + 4 * world.size)
     # DeepSpeed reads these itself, and looks for MPI where they are missing (srun, mpirun, a plain shell).
     names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": index}
     os.environ.update({name: str(value) for name, value in names.items()})
+    # Else gloo connects each rank of a group with each other at once, in the group of all ranks too.
+    if not torch.__version__.startswith("2.10."):  # which prints of each rank that it is not connected
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    store = _connect(world, timeout)
     dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=_connect(world, timeout),
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
     )
-    dp_size = world.size // (tp_size * pp_size)
+    # Before NCCL's groups: ranks that share a device would fail in them with fewer words.
+    control = HostTree(world.rank, world.size, store, timeout, world.local_size)
+    uuid = "" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+    require_own_device(control, socket.gethostname(), device.type, uuid)
     rest, tp_rank = divmod(world.rank, tp_size)
     pp_rank, dp_rank = divmod(rest, dp_size)
-    ranks = torch.arange(world.size).view(pp_size, dp_size, tp_size)
-    tp_group = dp_group = None
-    # Every rank takes part in the making of every group, in the same order.
-    for members in ranks.reshape(-1, tp_size).tolist():
-        group = dist.new_group(members, timeout=timeout)
-        tp_group = group if world.rank in members else tp_group
-    for members in ranks.movedim(1, 2).reshape(-1, dp_size).tolist():
-        group = dist.new_group(members, timeout=timeout)
-        dp_group = group if world.rank in members else dp_group
-    assert tp_group is not None and dp_group is not None, "every rank is in one group of each kind"
+    per_stage = dp_size * tp_size
+
+    def group(ranks: Sequence[int]) -> dist.ProcessGroup:
+        return _connected_group(ranks, device, timeout)
+
+    tp_group = group(range(rest * tp_size, (rest + 1) * tp_size))
+    dp_group = group(range(pp_rank * per_stage + tp_rank, (pp_rank + 1) * per_stage, tp_size))
+    pp_group = group(range(dp_rank * tp_size + tp_rank, world.size, per_stage))
+    if pp_size == 1:
+        model_group = tp_group
+    elif tp_size == 1:
+        model_group = pp_group
+    else:
+        stages = range(dp_rank * tp_size, world.size, per_stage)
+        model_group = group([first + part for first in stages for part in range(tp_size)])
     return Mesh(
         rank=world.rank,
         world_size=world.size,
@@ -109,8 +132,41 @@ def make_mesh(world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.
         tp_size=tp_size,
         tp_group=tp_group,
         dp_group=dp_group,
-        control=dist.new_group(backend="gloo", timeout=timeout),
+        pp_group=pp_group,
+        model_group=model_group,
+        control=control,
     )
+
+
+def _own_device(local_rank: int) -> torch.device:
+    """Choose this rank's device. Raises ConfigError where it has none of its own."""
+    if not torch.cuda.is_available():
+        if problem := unseen_devices(device_files(), torch.version.cuda or torch.version.hip, os.environ):
+            raise ConfigError([problem])
+        return torch.device("cpu")
+    # A launcher may show each task only its own device: `srun --gpus-per-task=1`.
+    index = local_rank if torch.cuda.device_count() > 1 else 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            [
+                f"local rank {index} has no device of its own, {torch.cuda.device_count()} are visible: "
+                "start as many ranks on a machine as it has devices"
+            ]
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _connected_group(ranks: Sequence[int], device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+    """Make the group of `ranks`, called by these alone, and a first sum: a broken network fails here."""
+    group = dist.new_group(list(ranks), timeout, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), "this rank is one of them"
+    if len(ranks) > 1:
+        count = torch.ones(1, device=device)
+        dist.all_reduce(count, group=group)
+        assert count.item() == len(ranks), f"{len(ranks)} ranks, and their sum of ones is {count.item()}"
+    return group
 
 
 def _connect(world: World, timeout: timedelta) -> PrefixStore:

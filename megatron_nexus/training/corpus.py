@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.config.config_field import flag_of
@@ -22,7 +20,6 @@ from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import logger
-from megatron_nexus.parallel.host_collectives import all_gather_str
 from megatron_nexus.parallel.mesh import Mesh
 
 
@@ -188,9 +185,8 @@ def _built_in(config: RunConfig, mesh: Mesh, local_rank: int, record: TokenizerR
         else:
             tokenizer = find_tokenizer(config, record)
         made = prepare_default_corpus(cache, config.model.vocab_size, tokenizer=tokenizer)
-    offers: list[tuple[str, DefaultCorpus | None]] = [("", None)] * mesh.world_size
-    dist.all_gather_object(offers, (socket.gethostname(), made), group=mesh.control)
-    return next(offer for host, offer in offers if offer and host == socket.gethostname())
+    offers = mesh.control.gather_str_on_host(made.to_json() if made else "")
+    return DefaultCorpus.from_json(next(filter(None, offers)))
 
 
 def _require_same_data(run_data: RunData, mesh: Mesh) -> None:
@@ -198,12 +194,12 @@ def _require_same_data(run_data: RunData, mesh: Mesh) -> None:
     contents = [dataset.fingerprint for dataset in run_data.datasets.values()]
     tokenizer = run_data.tokenizer and run_data.tokenizer.fingerprint
     mine = hashlib.sha256(json.dumps([contents, tokenizer]).encode()).hexdigest()
-    seen = all_gather_str(mesh, mine)
-    if len(set(seen)) > 1:
-        other = next(rank for rank, theirs in enumerate(seen) if theirs != seen[0])
+    seen = mesh.control.distinct_str(mine)
+    if len(seen) > 1:
+        one, other = sorted(seen.values())[:2]
         names = ", ".join(map(str, run_data.datasets))
         raise DataError(
-            f"ranks 0 and {other} read different data from {names}, or have different tokenizers: "
+            f"ranks {one} and {other} read different data from {names}, or have different tokenizers: "
             "copy one corpus to all machines, or use a disk that they share"
         )
 

@@ -21,7 +21,6 @@ from megatron_nexus.base.durable import LOCK_FILE, exclusive_lock
 from megatron_nexus.data.default_corpus import cache_folder
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import Progress
-from megatron_nexus.parallel.host_collectives import all_gather_str
 from megatron_nexus.parallel.mesh import Mesh
 
 
@@ -32,7 +31,7 @@ def build_deepspeed_adam(mesh: Mesh) -> None:
     """
     on_cpu = mesh.device.type == "cpu"
     with Progress("compiling DeepSpeed's Adam, or loading it"):
-        problems = sorted({problem for problem in all_gather_str(mesh, _problem(on_cpu)) if problem})
+        problems = sorted(filter(None, mesh.control.distinct_str(_problem(on_cpu))))
     if problems:
         raise ConfigError([f"--optimizer-impl deepspeed: {problem}" for problem in problems])
 

@@ -7,7 +7,7 @@ train the same modules under the same logical names.
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from deepspeed.runtime.pipe import module as pipe_module
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -28,6 +28,7 @@ from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, st
 from megatron_nexus.models.layer_context import DTYPES, LayerContext, padding_multiple
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.parallel.grid import Grid
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import ParamSpec
@@ -45,6 +46,8 @@ class StepResult:
 
     loss: float
     grad_norm: float
+    flags: tuple[bool, ...] = ()
+    """Which of the flags given to the step are set on any rank."""
 
 
 class _WholeModel(nn.Module):
@@ -65,16 +68,14 @@ class _WholeModel(nn.Module):
 
 
 @contextlib.contextmanager
-def _zero3_init(config: Json, grid: PipelineParallelGrid) -> Iterator[None]:
+def _zero3_init(config: Json, grid: Grid) -> Iterator[None]:
     """Partition the parameters of each module as soon as it is registered in its parent (ZeRO-3).
 
     So no rank ever holds the whole model, which may be larger than its memory.
     """
 
     def divide(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        group = (
-            grid.get_data_parallel_group()
-        )  # with mpu alone all ranks would share, tensor-parallel ones too
+        group = grid.get_data_parallel_group()  # with mpu alone all would share, tensor-parallel ranks too
         deepspeed.zero.Init(module, data_parallel_group=group, config_dict_or_path=config, mpu=grid)
 
     hook = register_module_module_registration_hook(divide)
@@ -82,6 +83,17 @@ def _zero3_init(config: Json, grid: PipelineParallelGrid) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextlib.contextmanager
+def _pipeline_module_on(grid: Grid) -> Iterator[None]:
+    """Have a PipelineModule take `grid` for its own: it can only be told a topology, and makes N groups."""
+    makes_its_own = pipe_module.PipelineParallelGrid
+    pipe_module.PipelineParallelGrid = lambda process_group, topology: grid
+    try:
+        yield
+    finally:
+        pipe_module.PipelineParallelGrid = makes_its_own
 
 
 @contextlib.contextmanager
@@ -123,23 +135,20 @@ class Engine:
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
         self._loss = loss = Loss(config.model, tp, self.shard, config.training.compile)
         stages = stage_layers(config.model, config.training.seq_length, mesh.pp_size)
-        topology = PipeModelDataParallelTopology(
-            num_pp=mesh.pp_size, num_mp=mesh.tp_size, num_dp=mesh.dp_size
-        )
+        grid = Grid(mesh)
         # DeepSpeed prints its topology and layers; our log says what a user needs of it.
         with contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(dist_init_required=False, verbose=False)
             model: nn.Module
             if mesh.pp_size > 1:
-                model = PipelineModule(
-                    layers=[LayerSpec(DecoderStage, config.model, layers, context) for layers in stages],
-                    topology=topology,
-                    loss_fn=loss,
-                    partition_method="uniform",  # one DecoderStage each: cut by cost in stage_layers
-                )
-                grid = None
+                with _pipeline_module_on(grid):
+                    model = PipelineModule(
+                        layers=[LayerSpec(DecoderStage, config.model, layers, context) for layers in stages],
+                        topology=grid,
+                        loss_fn=loss,
+                        partition_method="uniform",  # one DecoderStage each: cut by cost in stage_layers
+                    )
             else:
-                grid = PipelineParallelGrid(topology=topology)
                 divided = config.parallel.zero_stage == 3
                 with _zero3_init(engine_config, grid) if divided else contextlib.nullcontext():
                     model = _WholeModel(DecoderStage(config.model, stages[0], context), loss)
@@ -153,7 +162,7 @@ class Engine:
                     model=model,
                     optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device),
                     config=engine_config,
-                    mpu=grid,
+                    mpu=grid if mesh.pp_size == 1 else None,  # a PipelineModule has its own
                 )
         self.layers = stages[mesh.pp_rank]
 
@@ -170,15 +179,22 @@ class Engine:
             per_step = self.deepspeed.gradient_accumulation_steps()
             self.deepspeed.micro_steps = self.deepspeed.global_steps * per_step
 
-    def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
+    def train_step(
+        self,
+        batches: Iterator[Batch],
+        learning_rate: float,
+        flags: Callable[[], Sequence[bool]] = tuple,
+    ) -> StepResult:
         """Take one optimizer step over the next micro-batches.
 
-        A step whose gradients are not finite leaves the weights as they were, and its norm is not finite.
+        The ranks agree on `flags`, asked for at the end of the step, in the reduction of the loss. A step
+        whose gradients are not finite leaves the weights as they were, and its norm is not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._mesh.pp_size > 1:
             loss = self.deepspeed.train_batch(data_iter=self._on_device(batches)).item()
+            _, agreed = self._reduce(torch.zeros((), device=self._mesh.device), flags())
         else:
             self.deepspeed.train()
             losses = []
@@ -187,9 +203,9 @@ class Engine:
                 self.deepspeed.backward(loss_tensor)
                 self.deepspeed.step()
                 losses.append(loss_tensor.detach())
-            loss = self._mean_over_data(torch.stack(losses).mean())
+            loss, agreed = self._reduce(torch.stack(losses).mean(), flags())
         norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(loss, float("inf") if self.optimizer.overflow else float(norm))
+        return StepResult(loss, float("inf") if self.optimizer.overflow else float(norm), agreed)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], count: int) -> float:
@@ -199,7 +215,7 @@ class Engine:
             return float(loss.item())
         self.deepspeed.eval()
         losses = [self.deepspeed(*self._to_device(next(batches))) for _ in range(count)]
-        return self._mean_over_data(torch.stack(losses).mean())
+        return self._reduce(torch.stack(losses).mean())[0]
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # texts have many lengths
@@ -254,10 +270,18 @@ class Engine:
         assert isinstance(stage, DecoderStage)
         return stage
 
-    def _mean_over_data(self, loss: Tensor) -> float:
-        mean = loss.detach().float().clone()
-        dist.all_reduce(mean, group=self._mesh.dp_group)
-        return mean.item() / self._mesh.dp_size
+    def _reduce(self, loss: Tensor, flags: Sequence[bool] = ()) -> tuple[float, tuple[bool, ...]]:
+        """Return the mean loss of the data-parallel ranks, and which flags are set on any rank at all."""
+        mesh = self._mesh
+        summed = torch.empty(1 + len(flags), device=loss.device)
+        summed[0] = loss.detach()
+        for index, flag in enumerate(flags, start=1):
+            summed[index].fill_(float(flag))  # a copy from the host would wait for the GPU
+        dist.all_reduce(summed, group=mesh.dp_group)
+        if flags and mesh.model_group.size() > 1:
+            dist.all_reduce(summed[1:], group=mesh.model_group)
+        total, *counts = summed.tolist()
+        return total / mesh.dp_size, tuple(count > 0 for count in counts)
 
     def _to_device(self, batch: Batch) -> Batch:
         stream, labels_BT = batch

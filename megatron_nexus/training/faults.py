@@ -6,9 +6,6 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.config.exit_signals import handle
 from megatron_nexus.errors import TrainingError
@@ -21,7 +18,7 @@ GRACE_PERIOD_S = 1.0
 
 
 class StopRequest:
-    """Remembers that a signal came to this rank; `agreed` returns whether it came to any.
+    """Remembers that a signal came to this rank; the ranks agree at the end of each step.
 
     Ctrl-C in a terminal reaches every process of the run, a launcher's SIGTERM may reach some first, and
     SLURM's `--signal=USR1@120` comes before the time limit. A second Ctrl-C ends the process at once: what
@@ -41,11 +38,10 @@ class StopRequest:
         if not self.signal_name:
             self.signal_name, self._asked = signal.Signals(number).name, time.monotonic()
 
-    def agreed(self, mesh: Mesh) -> bool:
-        """Return whether any rank was asked to stop; a collective call of one byte on the host."""
-        flag = torch.tensor([bool(self.signal_name)], dtype=torch.uint8)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.control)
-        return bool(flag.item())
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return bool(self.signal_name)
 
 
 def is_finite(result: StepResult) -> bool:
@@ -60,8 +56,7 @@ def non_finite_error(
 
     `found_here` is what `Engine.diagnose` found on this rank, `remedy` says where to resume.
     """
-    found: list[str] = [""] * mesh.world_size
-    dist.all_gather_object(found, found_here, group=mesh.control)
+    found = mesh.control.all_gather_str(found_here)
     where = next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text), "no rank repeats it")
     return TrainingError(
         f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite ({where}); lower "

@@ -173,15 +173,24 @@ class Trainer:
             step = self.progress.step + 1
             if config.training.manual_gc and step % config.training.manual_gc_interval == 0:
                 gc.collect()
-            trained_s += self._train_step(step, batches, last_sample)
-            evaluations = []
+            step_s, (stopping, saving) = self._train_step(
+                step, batches, last_sample, lambda: (stop.is_asked, self._writer.is_writing)
+            )
+            trained_s += step_s
+            if step == started.step + 1 and (
+                timeout_s := config.parallel.distributed_timeout_seconds_after_init
+            ):
+                self.mesh.set_timeout(timeout_s)
+            evaluations, evaluated = [], False
             if log_config.eval_interval and step % log_config.eval_interval == 0:
-                evaluations = self._evaluate("validation")
+                evaluations, evaluated = self._evaluate("validation"), True
             if log_config.eval_tasks_interval and step % log_config.eval_tasks_interval == 0 and step != last:
                 self._evaluate_tasks()
-            stopping = stop.agreed(self.mesh)
-            if self._writer.is_busy:
-                self._saved(self._writer.advance())
+                evaluated = True
+            if evaluated:  # which may take longer than a step
+                stopping = self.mesh.control.any(stop.is_asked)
+            if self._writer.is_busy and not saving:
+                self._saved(self._writer.settle())
             if interval and step % interval == 0 and step != last and not stopping:
                 self.save(async_save=config.checkpoint.async_save)
         if stopping:
@@ -206,8 +215,17 @@ class Trainer:
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
         )
 
-    def _train_step(self, step: int, batches: Iterator[Batch], last_sample: int) -> float:
-        """Take an optimizer step and return its seconds. Raises TrainingError where it is not finite."""
+    def _train_step(
+        self,
+        step: int,
+        batches: Iterator[Batch],
+        last_sample: int,
+        flags: Callable[[], Sequence[bool]],
+    ) -> tuple[float, tuple[bool, ...]]:
+        """Take an optimizer step; return its seconds, and which flags are set on any rank at its end.
+
+        Raises TrainingError where it is not finite.
+        """
         optimizer, done = self.config.optimizer, self.progress
         batch = self._batch_schedule.size(done.samples)
         tokens = batch * self.config.training.seq_length
@@ -216,7 +234,7 @@ class Trainer:
         when = (done.samples + batch, last_sample) if optimizer.counts_samples else (step, last)
         rate = learning_rate(optimizer, *when)
         began = time.perf_counter()
-        result = self.engine.train_step(batches, rate)
+        result = self.engine.train_step(batches, rate, flags)
         step_s = time.perf_counter() - began
         if not is_finite(result):
             self._fail(step, result)
@@ -226,7 +244,7 @@ class Trainer:
         metrics = self._step_metrics(step, rate, result, step_s, tokens)
         for hook in self.hooks:
             hook.after_step(metrics)
-        return step_s
+        return step_s, result.flags
 
     def _fail(self, step: int, result: StepResult) -> NoReturn:
         """End the run after a step that is not finite; a collective call. Raises TrainingError."""

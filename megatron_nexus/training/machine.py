@@ -4,19 +4,18 @@ import ctypes
 import os
 import resource
 import shutil
-import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_nexus.config.run_config import Precision, RunConfig
 from megatron_nexus.models.layer_context import DTYPES
-from megatron_nexus.parallel.host_collectives import all_gather_str
+from megatron_nexus.parallel.collective_failure import TRACE_PREFIX
 from megatron_nexus.parallel.mesh import Mesh
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -70,6 +69,19 @@ def set_environment(config: RunConfig) -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # else 70 to 80 GB fragment
     if config.training.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # NCCL's flight recorder keeps the last collectives, and writes them where one times out.
+    if not {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"} & os.environ.keys():
+        os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] = "2000"
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def set_trace_prefix(run_dir: Path) -> None:
+    """Have NCCL's flight recorder write into the folder of the run, unless the user has said where.
+
+    It reads this when it writes for the first time; before, rank 0 has not told the others the folder.
+    """
+    if not set(TRACE_PREFIX) & os.environ.keys():
+        os.environ.update(dict.fromkeys(TRACE_PREFIX, str(run_dir.absolute() / "nccl_trace_rank_")))
 
 
 def configure_torch(config: RunConfig, mesh: Mesh) -> None:
@@ -85,20 +97,20 @@ def configure_torch(config: RunConfig, mesh: Mesh) -> None:
 
 def set_num_threads(mesh: Mesh) -> None:
     """Set torch's threads to this rank's cores, unless OMP_NUM_THREADS is set; a collective call."""
-    cores = " ".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-    places = [place.split(" ", 1) for place in all_gather_str(mesh, f"{socket.gethostname()} {cores}")]
+    cores = sorted(os.sched_getaffinity(0))
+    on_host = mesh.control.gather_str_on_host(" ".join(map(str, cores)))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_of_rank(mesh.rank, [(host, cores.split()) for host, cores in places]))
+        torch.set_num_threads(threads_of_rank(cores, [list(map(int, text.split())) for text in on_host]))
 
 
-def threads_of_rank(rank: int, places: Sequence[tuple[str, Sequence[str]]]) -> int:
-    """Return the threads for `rank`, at least one; `places` are each rank's host and the cores it may use.
+def threads_of_rank(mine: Sequence[int], on_host: Sequence[Sequence[int]]) -> int:
+    """Return the threads of a rank that may use the cores `mine`, at least one.
 
-    Under SLURM and MPI each rank may be bound to cores of its own, or all ranks of a host to the same ones.
+    `on_host` are those that each rank of its host may use: under SLURM and MPI each rank may be bound to
+    cores of its own, or all ranks of a host to the same ones.
     """
-    host, mine = places[rank]
-    users = Counter((place, core) for place, cores in places for core in cores)
-    return max(1, floor(sum(Fraction(1, users[host, core]) for core in mine)))
+    users = Counter(core for cores in on_host for core in cores)
+    return max(1, floor(sum(Fraction(1, users[core]) for core in mine)))
 
 
 def tune_malloc() -> None:
@@ -128,12 +140,12 @@ def gemm_flops_per_s(mesh: Mesh, precision: Precision) -> float:
         return time.perf_counter() - began
 
     multiply(2)
-    dist.barrier(mesh.control)
+    mesh.control.barrier()
     times = max(1, round(_GEMM_SECONDS / _GEMM_BLOCKS / max(multiply(3) / 3, 1e-6)))
     # The fastest of several blocks: whatever else the machine does only ever slows one down.
     fastest_s = min(multiply(times) for _ in range(_GEMM_BLOCKS))
     rate = torch.tensor(2.0 * size**3 * times / fastest_s, dtype=torch.float64)
-    dist.all_reduce(rate, group=mesh.control)
+    mesh.control.all_reduce(rate)
     return float(rate)
 
 

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.run_dir import check_writable
@@ -23,7 +22,6 @@ from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.nvidia_apex import require_apex
-from megatron_nexus.parallel.host_collectives import all_gather_str
 from megatron_nexus.parallel.launch_command import launch_words
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import World
@@ -39,6 +37,7 @@ from megatron_nexus.training.machine import (
     configure_torch,
     gemm_flops_per_s,
     set_environment,
+    set_trace_prefix,
     untested_torch,
 )
 from megatron_nexus.training.scoring import TaskEvaluator
@@ -67,6 +66,7 @@ def run(
     mesh = _start_ranks(config, world, checkpoint)
     save = _save_folder(config, mesh, checkpoint)
     run_dir = _run_dir(save)
+    set_trace_prefix(run_dir)
     # 2. The data. Before the model: ranks that find their data wrong do not all find it at the same moment.
     corpus = open_corpus(config, mesh, world.local_rank, record, run_data)
     evaluator = None
@@ -92,11 +92,11 @@ def run(
             (run_dir / CONFIG_FILE).write_text(config_text(config))
         # 4. The training.
         stop = StopRequest(parse_exit_signals(config.checkpoint.exit_signal))
-        dist.barrier(mesh.control)  # from here on a signal is heeded by all ranks or by none
+        mesh.control.barrier()  # from here on a signal is heeded by all ranks or by none
         result = trainer.fit(stop)
         if mesh.rank == 0:
             summarise(config, trainer, result, corpus, launch_words(world, argv), argv)
-    dist.barrier(mesh.control)
+    mesh.control.barrier()
     close_mesh()
 
 
@@ -106,7 +106,12 @@ def _start_ranks(config: RunConfig, world: World, checkpoint: Location | None) -
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
     parallel = config.parallel
     set_environment(config)
-    mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    mesh = make_mesh(
+        world,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        60.0 * parallel.distributed_timeout_minutes,
+    )
     configure_torch(config, mesh)
     if mesh.rank == 0 and (warning := untested_torch(torch.__version__)):
         logger.warning("%s", warning)
@@ -118,9 +123,9 @@ def _start_ranks(config: RunConfig, world: World, checkpoint: Location | None) -
 
 def _require_one_start(mesh: Mesh, checkpoint: Location | None) -> None:
     """Raise CheckpointError where ranks found different checkpoints, as on disks that they do not share."""
-    found = all_gather_str(mesh, str(checkpoint or "no checkpoint"))
-    if len(set(found)) > 1:
-        listed = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(found))
+    found = mesh.control.distinct_str(str(checkpoint or "no checkpoint"))
+    if len(found) > 1:
+        listed = "; ".join(f"rank {rank}: {name}" for name, rank in found.items())
         raise CheckpointError(
             f"--load means different checkpoints ({listed}): use a disk that all ranks share"
         )
@@ -155,9 +160,7 @@ def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Location | None) -> 
         folder = checkpoint.parent
     else:
         folder = Path(f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    chosen = [folder]
-    dist.broadcast_object_list(chosen, src=0, group=mesh.control)
-    return chosen[0]
+    return location(mesh.control.broadcast_str(str(folder)))
 
 
 def _run_dir(save: Location) -> Path:

@@ -12,7 +12,6 @@ from itertools import chain
 from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nexus.config.run_config import RunConfig
@@ -66,22 +65,22 @@ class DistributedScorer:
         """Broadcast requests from rank 0; none ends the other ranks' part."""
         parts = [(request.context, request.continuation) for request in requests]
         shape = torch.tensor([len(parts), sum(map(len, chain(*parts)))])
-        dist.broadcast(shape, 0, group=self._mesh.control)
+        self._mesh.control.broadcast(shape)
         if parts:
             lengths = torch.tensor([(len(context), len(continuation)) for context, continuation in parts])
-            dist.broadcast(lengths, 0, group=self._mesh.control)
+            self._mesh.control.broadcast(lengths)
             flat = torch.tensor(list(chain(*chain(*parts))))
-            dist.broadcast(flat, 0, group=self._mesh.control)
+            self._mesh.control.broadcast(flat)
 
     def _receive(self) -> list[Request]:
         shape = torch.empty(2, dtype=torch.int64)
-        dist.broadcast(shape, 0, group=self._mesh.control)
+        self._mesh.control.broadcast(shape)
         count, total = shape.tolist()
         if not count:
             return []
         lengths, flat = torch.empty(count, 2, dtype=torch.int64), torch.empty(total, dtype=torch.int64)
-        dist.broadcast(lengths, 0, group=self._mesh.control)
-        dist.broadcast(flat, 0, group=self._mesh.control)
+        self._mesh.control.broadcast(lengths)
+        self._mesh.control.broadcast(flat)
         parts = [tuple(part.tolist()) for part in flat.split(lengths.flatten().tolist())]
         return [Request(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
 
@@ -109,7 +108,7 @@ class DistributedScorer:
                         ends_2K = scores_2BT[:, row, first:last].double().cpu()
                         sums_N2[number] = torch.stack([ends_2K[0].sum(), ends_2K[1].prod()])
             begin += work_items * mesh.dp_size
-        dist.all_reduce(sums_N2, group=mesh.control)
+        mesh.control.all_reduce(sums_N2)
         return [Score(log_p, bool(greedy)) for log_p, greedy in sums_N2.tolist()]
 
 

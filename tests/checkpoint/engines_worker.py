@@ -22,7 +22,6 @@ from pathlib import Path
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -240,7 +239,7 @@ def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
     random_before = torch.rand(2).tolist()
     through = run.train(3, 6)
     while saving.is_busy:
-        saving.advance()
+        saving.settle()
     run.save(folder / "through", 6)
     again = Run(base, kind)
     again.load(at_step(folder / "through", 3))
@@ -307,7 +306,7 @@ def fail_cleanly(base: Mesh, folder: Path) -> dict[str, object]:
 
     writer.write_chunks = crash
     saving = run.begin_save(root, 2, async_save=True)
-    outcome["crash"] = error_of(lambda: [saving.advance() for _ in iter(lambda: saving.is_busy, False)])
+    outcome["crash"] = error_of(lambda: [saving.settle() for _ in iter(lambda: saving.is_busy, False)])
     writer.write_chunks = write_chunks
     outcome["after_full_disk"] = sorted(path.name for path in root.iterdir())
     spec, parameter = run.parameters["up.weight"]
@@ -366,7 +365,7 @@ def run_rank(plan: str, folder: Path) -> None:
         run.load(find_checkpoint(folder / "continued"))
         run.save(folder / "continued", 2)
     (folder / plan / f"outcome_{base.rank}.json").write_text(json.dumps(outcome))
-    dist.barrier(group=base.control)
+    base.control.barrier()
     if plan == "two":
         be_killed_while_saving(base, folder / plan)
     close_mesh()

@@ -207,12 +207,12 @@ def world(launcher: str, size: int = 1) -> World:
 def test_only_a_process_that_nobody_counted_starts_the_ranks_it_lacks(
     launcher: str, size: int, wanted: int, missing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_nexus.parallel.local_ranks._has_accelerator", lambda: False)
+    monkeypatch.setattr("megatron_nexus.parallel.local_ranks.device_files", lambda: [])
     assert missing_ranks(world(launcher, size), wanted) is missing
 
 
 def test_on_accelerators_the_launcher_s_count_is_always_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_nexus.parallel.local_ranks._has_accelerator", lambda: True)
+    monkeypatch.setattr("megatron_nexus.parallel.local_ranks.device_files", lambda: ["/dev/nvidia0"])
     assert not missing_ranks(world("none"), 4)
 
 
@@ -221,7 +221,7 @@ COMMAND = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, 'la
 SCRIPT = """
 from megatron_nexus.parallel import local_ranks
 from megatron_nexus.parallel.world import World
-local_ranks._has_accelerator = lambda: False
+local_ranks.device_files = lambda: []
 print(local_ranks.missing_ranks(World("deepspeed", 0, 1, 0, 1, "127.0.0.1", 0), 4))
 """
 

@@ -75,13 +75,15 @@ def run_case(flags: dict, index: int) -> dict[str, object]:
     with mock.patch.object(type(get_accelerator()), "synchronize", wait):  # a CPU has nothing to wait for
         results = [engine.train_step(batches, config.optimizer.lr) for _ in range(STEPS)]
         with HostReads() as reads:
-            engine.train_step(batches, config.optimizer.lr)
+            asked = (mesh.rank == mesh.world_size - 1, False, mesh.rank == 0)
+            flags = engine.train_step(batches, config.optimizer.lr, lambda: asked).flags
     close_mesh()
     return {
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
         "waits": waits,
         "host reads": reads.count,
+        "flags": flags,
         **received,
     }
 

@@ -84,6 +84,13 @@ def test_zero_stages_and_topologies_differ_by_fp32_rounding(ranks: int) -> None:
             assert record["norms"] == pytest.approx(reference["norms"], rel=LATER_TOLERANCE), case
 
 
+@pytest.mark.parametrize("ranks", CASES)
+def test_what_one_rank_is_asked_all_ranks_know_at_the_end_of_the_step(ranks: int) -> None:
+    """Signals may come to one rank of any stage, copy or part; all have to stop after the same step."""
+    for records in seen(ranks):
+        assert [record["flags"] for record in records] == [[True, False, True]] * len(CASES[ranks])
+
+
 @pytest.mark.parametrize(("ranks", "at_once", "delayed"), [(1, 0, 3), (2, 3, 4), (2, 5, 6)])
 def test_adding_each_gradient_at_once_changes_no_digit(ranks: int, at_once: int, delayed: int) -> None:
     """`bf16.immediate_grad_update`, which a file may switch off: ZeRO 1, pipeline and tensor parallel."""

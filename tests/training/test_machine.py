@@ -8,26 +8,23 @@ from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.training.machine import TESTED_TORCH, compile_problem, threads_of_rank, untested_torch
 from tests.support.paths import REPOSITORY
 
-ALL = [str(core) for core in range(8)]
+ALL = list(range(8))
 
 
 @pytest.mark.parametrize(
-    ("places", "threads"),
+    ("on_host", "threads"),
     [
-        ([("a", ALL)], [8]),
-        ([("a", ALL), ("a", ALL)], [4, 4]),  # nobody is bound
-        ([("a", ALL[:4]), ("a", ALL[4:])], [4, 4]),  # srun --cpus-per-task=4, mpirun --bind-to socket
-        ([("a", ALL[:2]), ("a", ALL[2:])], [2, 6]),
-        ([("a", ALL), ("b", ALL)], [8, 8]),  # the same numbers on two hosts are other cores
-        ([("a", ALL[:4])] * 2 + [("a", ALL[4:])] * 2, [2, 2, 2, 2]),  # two ranks a socket
-        ([("a", ALL[:2])] * 3, [1, 1, 1]),  # more ranks than cores
-        ([("a", ALL)] * 3, [2, 2, 2]),
+        ([ALL], [8]),
+        ([ALL, ALL], [4, 4]),  # nobody is bound
+        ([ALL[:4], ALL[4:]], [4, 4]),  # srun --cpus-per-task=4, mpirun --bind-to socket
+        ([ALL[:2], ALL[2:]], [2, 6]),
+        ([ALL[:4]] * 2 + [ALL[4:]] * 2, [2, 2, 2, 2]),  # two ranks a socket
+        ([ALL[:2]] * 3, [1, 1, 1]),  # more ranks than cores
+        ([ALL] * 3, [2, 2, 2]),
     ],
 )
-def test_a_rank_gets_its_share_of_its_own_cores(
-    places: list[tuple[str, list[str]]], threads: list[int]
-) -> None:
-    assert [threads_of_rank(rank, places) for rank in range(len(places))] == threads
+def test_a_rank_gets_its_share_of_its_own_cores(on_host: list[list[int]], threads: list[int]) -> None:
+    assert [threads_of_rank(mine, on_host) for mine in on_host] == threads
 
 
 @pytest.mark.parametrize(
