@@ -34,7 +34,15 @@ WIDTH = "90"
 RUN = "import sys; from megatron_nexus.cli.main import main; sys.argv[0] = 'nexus'; main()"
 """The program `nexus`, installed or not."""
 
-WIDE = {"workarounds", "fidelity", "performance", "paper_numbers", "initial_values", "configuration"}
+WIDE = {
+    "workarounds",
+    "analysis",
+    "fidelity",
+    "performance",
+    "paper_numbers",
+    "initial_values",
+    "configuration",
+}
 """Pages of wide tables, which take the place of the table of contents."""
 
 

@@ -48,6 +48,7 @@ SEALED = {
     "lm_eval": {"evaluation/harness.py", "evaluation/tasks.py"},
     "datasets": {"evaluation/tasks.py"},
     "tokenizers": {"data/huggingface_tokenizer.py"},
+    "scipy": {f"analysis/{name}.py" for name in ("components", "cycles", "scaling_law", "two_samples")},
     "gguf": {"interchange/gguf_file.py", "interchange/gguf_header.py"},
 }
 

@@ -8,10 +8,17 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_nexus.checkpoint.chunks import intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest, OptimizerRecord
-from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.growth.request import GROWING, GrowthConfig, GrowthRequest, grown_config, layer_origins
+from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.growth.request import (
+    GROWING,
+    GrowthConfig,
+    GrowthRequest,
+    Placement,
+    grown_config,
+    layer_origins,
+)
 from megatron_nexus.models.decoder import decoder_specs, layer_parts
-from megatron_nexus.spec.growth_rule import FilledBox, grown_boxes, inserted_boxes
+from megatron_nexus.spec.growth_rule import FilledBox, Init, grown_boxes, inserted_boxes
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box
 
@@ -46,12 +53,19 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
 
     Raises ConfigError where the model cannot grow so.
     """
-    settings = request.settings
     after = grown_config(saved, request)
-    old, new = saved.model, after.model
+    settings = request.settings
+    tensors = plan_tensors(saved.model, after.model, settings.depth_placement, settings.init)
+    return GrowthPlan(saved, after, settings, tensors)
+
+
+def plan_tensors(
+    old: ModelConfig, new: ModelConfig, placement: Placement, init: Init
+) -> dict[str, TensorPlan]:
+    """Return, for every tensor of the model `new`, which one of `old` it was and what fills it."""
     old_layers, new_layers = layer_parts(old), layer_parts(new)
     # A decoder's layers are the embedding, its blocks and the head.
-    blocks = layer_origins(old.num_layers, new.num_layers, settings.depth_placement)
+    blocks = layer_origins(old.num_layers, new.num_layers, placement)
     origins = [0, *(None if i is None else i + 1 for i in blocks), old.num_layers + 1]
     tensors: dict[str, TensorPlan] = {}
     for origin, layer in zip(origins, new_layers, strict=True):
@@ -59,13 +73,9 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
             # A part that the model is given, as the gates of a higher order, was nothing before.
             befores = None if origin is None else old_layers[origin].get(part)
             for spec, before in zip(specs, befores or [None] * len(specs), strict=True):
-                parts = (
-                    grown_boxes(before, spec, settings.init)
-                    if before
-                    else inserted_boxes(spec, settings.init)
-                )
+                parts = grown_boxes(before, spec, init) if before else inserted_boxes(spec, init)
                 tensors[spec.name] = TensorPlan(spec, before, tuple(parts))
-    return GrowthPlan(saved, after, settings, tensors)
+    return tensors
 
 
 def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:

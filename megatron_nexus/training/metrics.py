@@ -216,6 +216,18 @@ def validation_curves(records: list[dict[str, Any]]) -> dict[str, Curve]:
     return curves
 
 
+def task_averages(records: list[dict[str, Any]]) -> Curve:
+    """Return the mean accuracy over tasks at each step at which tasks were scored."""
+    curve: Curve = []
+    for record in records:
+        tasks = record.get("tasks")
+        scores = tasks.values() if isinstance(tasks, dict) else []
+        accuracies = [s["acc"] for s in scores if isinstance(s, dict) and isinstance(s.get("acc"), float)]
+        if accuracies:
+            curve.append((record["step"], sum(accuracies) / len(accuracies)))
+    return curve
+
+
 def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
     """Draw the run's losses from its metrics file, with the corpus' unigram entropy as the line to beat."""
     from matplotlib.figure import Figure  # here: half a second that only the end of a run needs

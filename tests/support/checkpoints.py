@@ -1,6 +1,7 @@
 """Checkpoints for the growth tests: written without training, grown by the library, read back whole."""
 
 import dataclasses
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megatron_nexus.checkpoint.chunks import fragment_boxes, full_box, index_wit
 from megatron_nexus.checkpoint.data_file import STATES, Chunk, write_chunks
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
+    JsonObject,
     Manifest,
     OptimizerRecord,
     RunProgress,
@@ -89,7 +91,13 @@ def configure(**options: object) -> RunConfig:
 
 
 def write_checkpoint(
-    root: Path, config: RunConfig, tp: int = 1, seed: int = 7, chunk_elements: int = 100
+    root: Path,
+    config: RunConfig,
+    tp: int = 1,
+    seed: int = 7,
+    chunk_elements: int = 100,
+    step: int = STEP,
+    lineage: Sequence[JsonObject] = (),
 ) -> Path:
     """A checkpoint with random weights and moments as `tp` ranks would write it."""
     specs = decoder_specs(config.model)
@@ -105,16 +113,16 @@ def write_checkpoint(
     if all(spec.decays for spec in specs.values()):  # a model without gains
         del groups["no_decay"]
     manifest = Manifest(
-        progress=RunProgress(STEP, 4 * STEP, 100 * STEP, 10**9),
+        progress=RunProgress(step, 4 * step, 100 * step, 10**9),
         specs=specs,
-        optimizer=OptimizerRecord(STEP, groups),
-        engine=EngineRecord(STEP, 4 * STEP, 0),
+        optimizer=OptimizerRecord(step, groups),
+        engine=EngineRecord(step, 4 * step, 0),
         topology=Topology(tp, 1, 1, tp),
         config=dataclasses.asdict(config),
         tokenizer_fingerprint="",
-        lineage=[],
+        lineage=lineage,
     )
-    with new_checkpoint(root, STEP, SingleProcess()) as checkpoint:
+    with new_checkpoint(root, step, SingleProcess()) as checkpoint:
         records = []
         for rank in range(tp):
             shard = Shard(rank, tp)

@@ -1,0 +1,54 @@
+"""Which growth added which part of a tensor: the growths of a checkpoint's lineage, repeated on boxes.
+
+The manifest's `grown_regions` end when Adam's correction is no longer visible; the lineage stays.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from megatron_nexus.checkpoint.chunks import full_box, intersect
+from megatron_nexus.checkpoint.manifest import JsonObject
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.growth.plan import plan_tensors, translate
+from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.spec.shard import Box
+
+AddedBox = tuple[Box, int]
+"""A part of a tensor, and the number of the growth that added it; 0: there from the beginning."""
+
+
+def growths_of(lineage: Sequence[JsonObject]) -> list[Mapping[str, Any]]:
+    """Return the entries of a lineage that enlarged the model, oldest first."""
+    return [entry for entry in lineage if "generation" in entry and "axes" in entry]
+
+
+def boxes_by_growth(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[str, list[AddedBox]]:
+    """Return the parts of each tensor of a checkpoint's `model`, which has grown as `lineage` says."""
+    growths = growths_of(lineage)
+    models = [model]
+    for entry in reversed(growths):
+        models.insert(0, _before(models[0], entry["axes"]))
+    first = decoder_specs(models[0])
+    boxes = {name: [(full_box(spec.shape), 0)] for name, spec in first.items() if spec.numel}
+    for number, (entry, (old, new)) in enumerate(zip(growths, pairwise(models), strict=True), start=1):
+        placement = entry["settings"].get("depth_placement", "interleaved")
+        grown: dict[str, list[AddedBox]] = {}
+        for name, tensor in plan_tensors(old, new, placement, "zero").items():
+            grown[name] = []
+            for filled in tensor.boxes:
+                if filled.old is None or tensor.old is None:
+                    grown[name].append((filled.box, number))
+                    continue
+                for box, added in boxes[tensor.old.name]:
+                    if shared := intersect(box, filled.old):
+                        grown[name].append((translate(shared, filled.old, filled.box), added))
+        boxes = grown
+    return boxes
+
+
+def _before(model: ModelConfig, axes: Mapping[str, Sequence[int]]) -> ModelConfig:
+    """Return a model of the tensors that `model` had before it grew along `axes`."""
+    gate = model.attention_gate and "attention_order" not in axes
+    return replace(model, **{name: old for name, (old, _) in axes.items()}, attention_gate=gate)
