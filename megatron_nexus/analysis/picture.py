@@ -15,7 +15,7 @@ def draw_paths(paths: Sequence[Path], file: FilePath) -> None:
     for path in paths:
         tokens = [point.snapshot.tokens for point in path.points]
         compared = [point.snapshot.comparison for point in path.points]
-        curves = (
+        curves: tuple[Sequence[float | None], ...] = (
             [c.u for c in compared],
             [c.noc for c in compared],
             [point.r for point in path.points],

@@ -34,7 +34,7 @@ class PathReport:
             None if isinstance(self.fisher, str) else self.fisher.p_detrended,
         ]
         law = None if isinstance(self.law, str) else max(self.law.p_shuffled, self.law.p_trend)
-        return [*(s and max(s.white_noise, s.random_walk) for s in shares), law]
+        return [*(None if s is None else max(s.white_noise, s.random_walk) for s in shares), law]
 
 
 @dataclass(frozen=True)

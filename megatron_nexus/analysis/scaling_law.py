@@ -64,7 +64,7 @@ def fit_scaling_law(points: Sequence[tuple[float, float, float]], seed: int) -> 
     shuffled = np.random.default_rng(seed).permuted(np.tile(y, (DRAWS, 1)), axis=1)
     above = np.count_nonzero(np.abs(shuffled @ deviations) >= abs(float(y @ deviations)) * (1.0 - 1e-9))
     trend = np.column_stack([np.ones(n), (t - t.mean()) / np.ptp(t)])
-    rests = [float(np.square(unexplained(d, y)).sum()) for d in (trend, np.column_stack([trend, x]))]
+    rest, less = (float(np.square(unexplained(d, y)).sum()) for d in (trend, np.column_stack([trend, x])))
 
     def interval(value: float, error: float) -> tuple[float, float]:
         return float(value - wide * error), float(value + wide * error)
@@ -78,5 +78,5 @@ def fit_scaling_law(points: Sequence[tuple[float, float, float]], seed: int) -> 
         r_squared=float(fit.rvalue**2),
         p_constant=float(fit.pvalue),
         p_shuffled=(1 + above) / (1 + DRAWS),
-        p_trend=f_test(*rests, 1, n - 3),
+        p_trend=f_test(rest, less, 1, n - 3),
     )

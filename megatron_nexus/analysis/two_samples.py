@@ -96,4 +96,4 @@ def _smoothed(counts: Floats, width: float, spacing: float) -> Floats:
     frequencies = np.fft.rfftfreq(len(counts), spacing)
     kernel = np.exp(-0.5 * (2.0 * np.pi * frequencies * width) ** 2)
     density = np.fft.irfft(np.fft.rfft(counts) * kernel, len(counts))
-    return np.maximum(density, 0.0) / (counts.sum() * spacing)
+    return np.asarray(np.maximum(density, 0.0) / (counts.sum() * spacing))

@@ -50,5 +50,6 @@ def boxes_by_growth(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[s
 
 def _before(model: ModelConfig, axes: Mapping[str, Sequence[int]]) -> ModelConfig:
     """Return a model of the tensors that `model` had before it grew along `axes`."""
+    sizes: dict[str, Any] = {name: old for name, (old, _) in axes.items()}
     gate = model.attention_gate and "attention_order" not in axes
-    return replace(model, **{name: old for name, (old, _) in axes.items()}, attention_gate=gate)
+    return replace(model, **sizes, attention_gate=gate)
