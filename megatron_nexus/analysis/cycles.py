@@ -73,7 +73,7 @@ class Cycle:
             f"harmonic: {self.n} points, best of {self.periods} periods {self.period:.3g} tokens, amplitude "
             f"{self.amplitude:.3g} (95 % {low:.3g} to {high:.3g}); trend and harmonic explain "
             f"{self.r_squared:.2f} (p {self.p_constant:.2g}; as much in "
-            f"{100 * self.p_explained.white_noise:.0f} % of draws of white noise); given the trend p "
+            f"{100 * self.p_explained.white_noise:.2g} % of draws of white noise); given the trend p "
             f"{self.p_known_period:.2g} as if the period were known, as the best of {self.periods} "
             f"{self.p_chosen.verdict(self.cycles)}"
         )
