@@ -1,9 +1,15 @@
 """The mesh: what it asks of the system, and how long its ranks wait."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 
-from tests.support.paths import TESTS
+from tests.support.paths import REPOSITORY, TESTS
 from tests.support.ranks import run_ranks
+from tests.support.waiting import TIMEOUT_S
+from tests.support.warm_server import WarmProcess
 
 
 @pytest.mark.law
@@ -16,3 +22,18 @@ def test_ranks_have_more_connections_than_files_are_open_at_first() -> None:
 def test_ranks_wait_long_for_the_first_step_and_less_in_later_ones() -> None:
     """Beside the model, for a checkpoint or an evaluation, they wait as long as before."""
     run_ranks(2, TESTS / "parallel" / "timeout_worker.py")
+
+
+@pytest.mark.parametrize(("flags", "calls"), [("", 3), ("--tp 8 --pp 4", 4)])
+def test_what_a_start_costs_rank_0_does_not_grow_with_the_ranks(
+    tmp_path: Path, flags: str, calls: int
+) -> None:
+    """One rank of 16,384, with a fake process group: its calls, groups and connections are counted."""
+    out = tmp_path / "counted.json"
+    words = ["benchmarks/startup.py", "count", "--ranks", "64", "16384", *flags.split(), "--out", str(out)]
+    process = WarmProcess(words, REPOSITORY, os.environ, tmp_path / "output")
+    assert process.wait(TIMEOUT_S) == 0, (tmp_path / "output").read_text()
+    small, large = json.loads(out.read_text())["rows"]
+    assert small["new_group calls"] == large["new_group calls"] == calls
+    assert large["groups"] <= 9
+    assert large["connections"] <= 120
