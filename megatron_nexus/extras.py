@@ -8,7 +8,7 @@ import shlex
 EXTRAS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard>=2.18",),
     "s3": ("s3fs>=2025.1",),
-    "analysis": ("scipy>=1.12",),
+    "analysis": ("scipy>=1.13",),
     "eval": ("lm-eval>=0.4.13,<0.5", "datasets>=4"),
 }
 """As in pyproject.toml."""

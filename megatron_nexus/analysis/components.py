@@ -55,12 +55,16 @@ class Components:
 
 
 def _shares(rows: Floats) -> Floats:
-    """Return what the components explain, of [..., n, 3] rows; columns that do not vary count as zero."""
+    """Return what the components explain, of [..., n, 3] rows; NaN where nothing varies.
+
+    Columns that do not vary count as zero.
+    """
     centred = rows - rows.mean(-2, keepdims=True)
     scale = centred.std(-2, keepdims=True)
     standard = centred / np.where(scale > 0.0, scale, 1.0)
     squares = np.maximum(np.linalg.eigvalsh(standard.swapaxes(-1, -2) @ standard)[..., ::-1], 0.0)
-    return np.asarray(squares / squares.sum(-1, keepdims=True))
+    total = squares.sum(-1, keepdims=True)
+    return np.asarray(squares / np.where(total > 0.0, total, np.nan))
 
 
 def principal_components(rows: Sequence[Sequence[float]], seed: int) -> Components | str:
@@ -79,7 +83,7 @@ def principal_components(rows: Sequence[Sequence[float]], seed: int) -> Componen
     rng = np.random.default_rng(seed)
     resampled = _shares(d[rng.integers(0, n, (DRAWS, n))])[:, :2].sum(1)
     shuffled = _shares(rng.permuted(np.broadcast_to(d, (DRAWS, *d.shape)), axis=1))[:, :2].sum(1)
-    low, high = np.quantile(resampled, (0.025, 0.975))
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
     return Components(
         n=n,
         loadings=tuple(tuple(map(float, axis)) for axis in axes),

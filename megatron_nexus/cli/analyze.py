@@ -53,7 +53,7 @@ def make_parser() -> FlagParser:
     text = "layers with commas between them, from 0 on (default: all)"
     flag("--layers", text, type=_layers, metavar="LIST")
     text = "what d3 is of: tasks (mean accuracy), or a validation set by its name in the metrics"
-    flag("--performance", f"{text} (default: tasks if there are any, else validation)", metavar="NAME")
+    flag("--performance", f"{text} (default: tasks if there are any, else the first set)", metavar="NAME")
     flag("--output", "write every number there as JSON, too", type=Path, metavar="FILE")
     flag("--plot", "draw U, NOC, R and d3 there, such as growth.png", type=Path, metavar="FILE")
     return parser
@@ -145,9 +145,12 @@ def _open_run(root: Location, given: argparse.Namespace) -> _Run:
     from megatron_nexus.analysis.samples import make_groups
 
     checkpoints = complete_checkpoints(root)
+    names = {folder.name for folder in checkpoints.values()}
     if not checkpoints:
         found = find_checkpoint(root).resolve()
         raise ConfigError([f"{root} is one checkpoint: give the folder of its run, {found.parent}"])
+    if left_out := sorted({path.name for path in root.iterdir() if path.name.startswith("iter_")} - names):
+        log.logger.info("%s: left out, as they are not whole: %s", root, ", ".join(left_out))
     manifests = {step: read_manifest(folder) for step, folder in checkpoints.items()}
     step, newest = max(manifests.items())
     growths = growths_of(newest.lineage)
@@ -188,11 +191,12 @@ def _performance(
     """Return validation losses by step, what performance is, and it by step, the larger the better."""
     curves, accuracies = validation_curves(records), dict(task_averages(records))
     names = [*([TASKS] if accuracies else []), *curves]
-    name = asked or (TASKS if accuracies else VALIDATION)
+    held_out = next((name for name in curves if name.startswith(VALIDATION)), VALIDATION)
+    name = asked or (TASKS if accuracies else held_out)
     if asked is not None and asked not in names:
         known = f"the metrics of {root} have {', '.join(names) or 'none'}"
         raise ConfigError([f"--performance {asked}: {known}: give one of these, or drop the flag"])
-    losses = dict(curves.get(VALIDATION if name == TASKS else name, []))
+    losses = dict(curves.get(held_out if name == TASKS else name, []))
     if name == TASKS:
         return losses, name, accuracies
     return losses, name, {step: -loss for step, loss in losses.items()}

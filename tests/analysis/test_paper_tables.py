@@ -55,6 +55,14 @@ def test_table_3_gives_the_loadings_of_table_5(growths: list[Path]) -> None:
     assert low < EXPLAINED < high
 
 
+def test_five_rows_have_an_interval_though_some_resamples_do_not_vary() -> None:
+    rows = np.random.default_rng(0).standard_normal((5, 3)).tolist()
+    found = principal_components(rows, SEED)
+    assert isinstance(found, Components) and found.n == 5
+    low, high = found.first_two_95
+    assert 0.6 < low < sum(found.explained[:2]) < high <= 1.0 + 1e-12
+
+
 def test_the_radius_is_that_of_the_relative_changes() -> None:
     u, noc, _ = (np.array(column) for column in INITS["zero"])
     radii = [point.r for point in path_of("zero", *INITS["zero"], billions=3).points]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.cli.analyze import run
 from megatron_nexus.errors import CheckpointError, ConfigError, NexusError
 from megatron_nexus.training.metrics import METRICS_FILE
@@ -57,7 +59,8 @@ def test_two_topologies_give_the_same_numbers_and_runs_are_pooled(
     assert json.dumps(one).replace(str(folder / "one"), "RUN") == json.dumps(four).replace(
         str(folder / "four"), "RUN"
     )
-    both = analyze(folder, str(folder / "one"), str(folder / "four"), *words, "--plot", str(folder / "a.png"))
+    picture = ["--layers", "1", "--plot", str(folder / "a.png")]
+    both = analyze(folder, str(folder / "one"), str(folder / "four"), *words, *picture)
     whole = both["groups"][0]
     assert whole["components"]["n"] == 2 * len(STEPS), "without the references"
     assert (folder / "a.png").stat().st_size > 10_000
@@ -67,7 +70,7 @@ def test_two_topologies_give_the_same_numbers_and_runs_are_pooled(
 
 
 def test_whole_samples_give_scipy_s_numbers(folder: Path) -> None:
-    found = analyze(folder, str(folder / "one"))
+    found = analyze(folder, str(folder / "one"), "--layers", "0")
     groups = {group["group"]: group["paths"][0]["path"] for group in found["groups"]}
     points = groups["layers.0.attention.q.w_d"]["points"]
     assert [point["snapshot"]["step"] for point in points] == [checkpoints.STEP, *STEPS]
@@ -92,7 +95,8 @@ def test_what_is_zero_at_first_has_its_reference_later(folder: Path) -> None:
     assert path["points"][0]["snapshot"]["step"] == STEPS[0]
     assert f"the reference is step {STEPS[0]}" in path["notes"][0]
     assert not any("layer 0" in name or name.startswith("layers.0") for name in groups)
-    whole = analyze(folder, str(folder / "one"), "--compare-with", "whole")["groups"]
+    whole = analyze(folder, str(folder / "one"), "--layers", "1", "--compare-with", "whole")
+    whole = whole["groups"]
     path = next(g for g in whole if g["group"] == "attention.q.w_m")["paths"][0]["path"]
     assert path["points"][0]["snapshot"]["step"] == checkpoints.STEP
 
@@ -108,16 +112,38 @@ def test_task_accuracies_are_performance_where_there_are_any(folder: Path, tmp_p
     ]
     metrics.write_text(before + "\n".join(scores) + "\n")
     try:
-        found = analyze(folder, str(name), "--samples", "40")
+        found = analyze(folder, str(name), "--samples", "40", "--layers", "0")
         assert found["runs"][0]["performance"] == "tasks"
         path = found["groups"][0]["paths"][0]["path"]
         first, last = ((0.25 + 0.01 * STEPS[i]) / 2 for i in (0, -1))
         assert path["points"][-1]["d3"] == pytest.approx(last / first - 1)
         assert any(f"d3 is relative to step {STEPS[0]}" in note for note in path["notes"])
-        asked = analyze(folder, str(name), "--performance", "validation")
+        asked = analyze(folder, str(name), "--performance", "validation", "--layers", "0")
         assert asked["runs"][0]["performance"] == "validation"
     finally:
         metrics.write_text(before)
+
+
+def test_checkpoints_that_are_not_whole_are_named_and_left_out(
+    folder: Path, tmp_path: Path, console: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "one", tmp_path / "run")
+    broken = tmp_path / "run" / f"iter_{STEPS[2]:07d}"
+    (broken / "manifest.json").unlink()
+    found = analyze(tmp_path, str(tmp_path / "run"), "--samples", "40", "--layers", "0")
+    points = found["groups"][0]["paths"][0]["path"]["points"]
+    assert [point["snapshot"]["step"] for point in points] == [
+        checkpoints.STEP,
+        *(step for step in STEPS if step != STEPS[2]),
+    ]
+    assert f"left out, as they are not whole: {broken.name}" in console.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_answered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = CheckpointReader.read_box
+    monkeypatch.setattr(CheckpointReader, "read_box", lambda *words: real(*words) * np.float32("nan"))
+    with pytest.raises(CheckpointError, match="weights are not finite: nexus inspect --verify names"):
+        run([str(folder / "one")])
 
 
 @pytest.mark.parametrize(
