@@ -3,10 +3,18 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from megatron_nexus.parallel.mesh import close_mesh, make_mesh
+from megatron_nexus.parallel.world import World
 from tests.support.paths import REPOSITORY, TESTS
+from tests.support.ports import free_port
 from tests.support.ranks import run_ranks
 from tests.support.waiting import TIMEOUT_S
 from tests.support.warm_server import WarmProcess
@@ -37,3 +45,27 @@ def test_what_a_start_costs_rank_0_does_not_grow_with_the_ranks(
     assert small["new_group calls"] == large["new_group calls"] == calls
     assert large["groups"] <= 9
     assert large["connections"] <= 120
+
+
+def test_on_cuda_devices_groups_are_nccl_s_and_a_rank_takes_its_own_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Devices and NCCL are stubbed: there are none here. The host tree and the rest are real."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-3"))
+    taken: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    init = dist.init_process_group
+
+    def with_gloo(backend: str, **arguments: Any) -> None:
+        taken.append(backend)
+        init("gloo", **arguments)
+
+    monkeypatch.setattr(dist, "init_process_group", with_gloo)
+    with mock.patch.dict(os.environ):
+        mesh = make_mesh(World("srun", 0, 1, 3, 1, "127.0.0.1", free_port()), tp_size=1, pp_size=1)
+        assert os.environ["LOCAL_RANK"] == "3"
+    close_mesh()
+    assert mesh.device == torch.device("cuda", 3)
+    assert taken == [mesh.device, "nccl"]

@@ -1,11 +1,21 @@
 """Cores are shared among the ranks that may use them, bound or not; the versions of torch that are tested."""
 
+import os
 import tomllib
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron_nexus.config.command_line import build, given_flags
-from megatron_nexus.training.machine import TESTED_TORCH, compile_problem, threads_of_rank, untested_torch
+from megatron_nexus.training.machine import (
+    TESTED_TORCH,
+    compile_problem,
+    set_environment,
+    set_trace_prefix,
+    threads_of_rank,
+    untested_torch,
+)
 from tests.support.paths import REPOSITORY
 
 ALL = list(range(8))
@@ -70,3 +80,38 @@ def test_compile_is_refused_where_it_would_be_wrong_or_fail(
     config = build(given_flags(["--compile", *words.split()]))
     problem = compile_problem(config, version, device)
     assert remedy in problem and bool(problem) is bool(remedy)
+
+
+RECORDER = {
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_FR_DUMP_TEMP_FILE": "/runs/a/nccl_trace_rank_",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/runs/a/nccl_trace_rank_",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, RECORDER),
+        (
+            {
+                "TORCH_FR_BUFFER_SIZE": "50",
+                "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+                "TORCH_FR_DUMP_TEMP_FILE": "/x",
+            },
+            {
+                "TORCH_FR_BUFFER_SIZE": "50",
+                "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+                "TORCH_FR_DUMP_TEMP_FILE": "/x",
+            },
+        ),
+    ],
+)
+def test_the_flight_recorder_is_on_and_writes_into_the_run_unless_the_user_says_else(
+    given: dict[str, str], expected: dict[str, str]
+) -> None:
+    with mock.patch.dict(os.environ, given, clear=True):
+        set_environment(build(given_flags([])))
+        set_trace_prefix(Path("/runs/a"))
+        assert {name: value for name, value in os.environ.items() if name.startswith("TORCH_")} == expected
