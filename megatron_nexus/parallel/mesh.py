@@ -205,11 +205,15 @@ def is_first_failure() -> bool:
     if not dist.is_initialized():
         return True
     try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=2))
-        return int(store.add("megatron_nexus/failed", 1)) == 1
+        dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=2))
+        return is_first("failed")
     except RuntimeError:
         return False  # rank 0, which serves the store, has left: it failed first
+
+
+def is_first(event: str) -> bool:
+    """Return whether this rank is the first to ask this of `event`. Raises RuntimeError without a store."""
+    return int(dist.distributed_c10d._get_default_store().add(f"megatron_nexus/{event}", 1)) == 1
 
 
 def close_mesh() -> None:

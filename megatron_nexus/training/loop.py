@@ -20,7 +20,7 @@ from megatron_nexus.data.loader import micro_batches
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
-from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.parallel.mesh import Mesh, is_first
 from megatron_nexus.training.corpus import Corpus, data_changes
 from megatron_nexus.training.engine import Batch, Engine, StepResult
 from megatron_nexus.training.faults import FiniteCheckpoints, StopRequest, is_finite, non_finite_error
@@ -39,6 +39,7 @@ from megatron_nexus.training.peak_flops import peak_flops_per_s
 from megatron_nexus.training.recorder import MetricsRecorder
 from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
+from megatron_nexus.training.step_watch import StepWatch
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class Trainer:
         self.grown_regions: Sequence[GrownRegion] = ()
         self.last_checkpoint: Location | None = None
         self._finite = FiniteCheckpoints()
+        # gloo raises an exception in the rank that waits.
+        watched_s = 60.0 * config.parallel.distributed_timeout_minutes if mesh.device.type == "cuda" else 0.0
+        self._watch = StepWatch(watched_s, lambda: is_first("hang"))
         self.hooks: list[Hook] = [self._finite]
         self._writer = CheckpointWriter(
             save,
@@ -181,6 +185,7 @@ class Trainer:
                 timeout_s := config.parallel.distributed_timeout_seconds_after_init
             ):
                 self.mesh.set_timeout(timeout_s)
+                self._watch.timeout_s = timeout_s if self.mesh.device.type == "cuda" else 0.0
             evaluations, evaluated = [], False
             if log_config.eval_interval and step % log_config.eval_interval == 0:
                 evaluations, evaluated = self._evaluate("validation"), True
@@ -234,7 +239,8 @@ class Trainer:
         when = (done.samples + batch, last_sample) if optimizer.counts_samples else (step, last)
         rate = learning_rate(optimizer, *when)
         began = time.perf_counter()
-        result = self.engine.train_step(batches, rate, flags)
+        with self._watch.step(step):
+            result = self.engine.train_step(batches, rate, flags)
         step_s = time.perf_counter() - began
         if not is_finite(result):
             self._fail(step, result)

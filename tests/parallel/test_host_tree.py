@@ -8,6 +8,7 @@ from tests.support.ranks import run_ranks
 
 
 @pytest.mark.law
+@pytest.mark.torch_versions
 def test_a_tree_of_any_shape_is_one_flat_group() -> None:
     """Every collective on one to eight ranks, machines of one to three and groups of two to eight."""
     run_ranks(8, TESTS / "parallel" / "host_tree_worker.py")
