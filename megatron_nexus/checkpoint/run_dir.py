@@ -118,7 +118,7 @@ def newest_checkpoint(root: Location) -> Location | None:
     else:
         _tell_once(
             f"warning: {chosen} is damaged ({'; '.join(defects)}): going back to {newest.name}, the newest "
-            "whole checkpoint; the steps after it are trained again"
+            "whole checkpoint"
         )
     return newest
 

@@ -5,7 +5,7 @@ import json
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import Manifest
-from megatron_nexus.checkpoint.run_dir import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import checkpoint_name, find_checkpoint, latest_step
 from megatron_nexus.checkpoint.saved_config import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.flag_parser import FlagParser
@@ -54,6 +54,12 @@ def run(argv: list[str]) -> None:
             raise CheckpointError(
                 f"{folder}: {non_finite}: they were saved so, and what is computed with them is not finite: "
                 "load an earlier checkpoint"
+            )
+        latest = latest_step(given.checkpoint)
+        if latest not in (None, manifest.progress.step):
+            raise CheckpointError(
+                f"{given.checkpoint}: {checkpoint_name(latest)}, which `latest` names, is damaged (see above); "
+                f"{folder.name} is whole: runs continue from there"
             )
 
 

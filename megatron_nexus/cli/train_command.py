@@ -14,7 +14,7 @@ from megatron_nexus.checkpoint.saved_config import saved_config
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
 from megatron_nexus.config.config_file import read_config_file
-from megatron_nexus.config.presets import DEFAULT_PRESET, Value
+from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import ConfigError
@@ -75,6 +75,9 @@ def read_train_command(argv: list[str]) -> TrainCommand:
     if "config" in given:
         given = merge_settings(read_config_file(Path(str(given["config"]))), given)
     start = _start(given)
+    if start is not None and start.growth is None and "grow" in given:
+        # Grown by an earlier start of this command: what belongs to that start is done.
+        given = {name: value for name, value in given.items() if name not in ("grow", "reset_optimizer")}
     if start is None:
         config = build(given)
     else:
@@ -95,21 +98,41 @@ def _start(given: Mapping[str, Value]) -> Start | None:
     load, grow = str(given.get("load", "")), str(given.get("grow", ""))
     checkpoint = None
     if load:
-        checkpoint = _newest_run(given) if load == "auto" else find_checkpoint(location(load))
+        checkpoint = _newest_in_save(given) if load == "auto" else find_checkpoint(location(load))
     if "grow" in given and not grow.strip():
         raise ConfigError(["--grow is empty: write such as nexus_m=1088, or drop it"])
     if checkpoint is None:
         if grow:
             raise ConfigError([f"--grow {grow!r} needs a checkpoint to grow: give --load"])
         return None
+    growth = read_request(grow) if grow else None
+    if growth and (continued := _grown_before(given, checkpoint, growth)):
+        checkpoint, growth = continued, None
     manifest = read_manifest(checkpoint)
-    saved = saved_config(checkpoint, manifest)
-    return Start(checkpoint, manifest, saved, read_request(grow) if grow else None)
+    return Start(checkpoint, manifest, saved_config(checkpoint, manifest), growth)
 
 
-def _newest_run(given: Mapping[str, Value]) -> Location | None:
-    """Return what --load auto means: the newest checkpoint in --save, or in the preset's default runs."""
-    if "save" in given:
-        return newest_checkpoint(location(str(given["save"])))
-    runs = sorted(Path("runs").glob(f"{given.get('preset', DEFAULT_PRESET)}-*"), reverse=True)
-    return next((found for found in map(newest_checkpoint, runs) if found is not None), None)
+def _newest_in_save(given: Mapping[str, Value]) -> Location | None:
+    """Return what --load auto means: the newest checkpoint in --save. Raises ConfigError without --save."""
+    if "save" not in given:
+        raise ConfigError(["--load auto needs --save: give the run's folder as --save, or name it as --load"])
+    return newest_checkpoint(location(str(given["save"])))
+
+
+def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRequest) -> Location | None:
+    """Return the newest checkpoint in --save where an earlier start of this command has grown it.
+
+    So a job that grows while loading can be requeued: its last growth is the one that --grow asks for, of a
+    checkpoint of the run that --load names.
+    """
+    newest = newest_checkpoint(location(str(given["save"]))) if "save" in given else None
+    if newest is None:
+        return None
+    manifest = read_manifest(newest)
+    growths = [entry for entry in manifest.lineage if "axes" in entry]
+    if not growths or growths[-1]["settings"] != dict(vars(growth.settings)):
+        return None
+    model = saved_config(newest, manifest).model
+    same_sizes = all(getattr(model, name) == size for name, size in growth.sizes.items())
+    run = str(growths[-1]["parent"]).rpartition("/")[0]
+    return newest if same_sizes and run == str(source.resolve().parent) else None

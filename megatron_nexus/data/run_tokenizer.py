@@ -42,9 +42,10 @@ def find_tokenizer(config: RunConfig, record: TokenizerRecord, given: Path | Non
     except DataError as error:
         if given:
             raise
-        raise DataError(
-            f"{error}; the checkpoint's run read it there: name where it is now with --tokenizer-model"
-        ) from error
+        trained_with = (
+            f" that the checkpoint was trained with (sha256 {fingerprint[:12]})" if fingerprint else ""
+        )
+        raise DataError(f"{error}; give the one{trained_with} as --tokenizer-model") from error
     if fingerprint and tokenizer.fingerprint != fingerprint:
         raise DataError(
             f"the tokenizer {path} (sha256 {tokenizer.fingerprint[:12]}) is not the one that the checkpoint "

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.layer_context import LayerContext
-from megatron_nexus.models.nvidia_apex import fused_rms_norm
+from megatron_nexus.models.nvidia_apex import rms_norm
 from megatron_nexus.models.parameters import SpecModule
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import Axis, Constant, Flow, ParamSpec, Role
@@ -37,7 +37,7 @@ class RMSNorm(SpecModule):
         self.epsilon = model.norm_epsilon * ratio
         self.gain_scale = math.sqrt(ratio)
         self.tp = context.tp
-        self.normalise = fused_rms_norm() if context.norm_impl == "apex" else F.rms_norm
+        self.normalise = rms_norm(context.norm_impl)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
@@ -108,7 +108,7 @@ class HeadNorm(SpecModule):
         self.epsilon = model.norm_epsilon
         self.counted = model.rotary_channels
         self.tp = context.tp
-        self.normalise = fused_rms_norm() if context.norm_impl == "apex" else F.rms_norm
+        self.normalise = rms_norm(context.norm_impl)
 
     def forward(self, x_TBNH: Tensor) -> Tensor:
         """[T, B, N, H] -> [T, B, N, H]."""

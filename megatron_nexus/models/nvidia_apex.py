@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from megatron_nexus.config.run_config import NormImpl
 from megatron_nexus.errors import ConfigError
 
 #: The compiled extension behind each flag.
@@ -64,12 +66,12 @@ def fused_adam(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     return optimizer
 
 
-def fused_rms_norm() -> Callable[[Tensor, tuple[int, ...], Tensor, float], Tensor]:
-    """apex's RMSNorm with the arguments of torch's: x, shape of the gain, gain, epsilon."""
-    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+def rms_norm(impl: NormImpl) -> Callable[[Tensor, tuple[int, ...], Tensor, float], Tensor]:
+    """Return RMSNorm by `impl`, a function of x, the shape of the gain, the gain, and epsilon."""
+    match impl:
+        case "torch":
+            return F.rms_norm
+        case "apex":
+            from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
-    def normalise(x: Tensor, shape: tuple[int, ...], gain: Tensor, epsilon: float) -> Tensor:
-        normalised: Tensor = fused_rms_norm_affine(x, gain, shape, epsilon)
-        return normalised
-
-    return normalise
+            return lambda x, shape, gain, epsilon: fused_rms_norm_affine(x, gain, shape, epsilon)

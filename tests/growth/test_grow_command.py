@@ -227,7 +227,8 @@ def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn
     before = contents(checkpoints.write_checkpoint(tmp_path / "old", config))
     words = "--data-path corpus --split 8,2 --eval-iters 1 --train-iters 42 --load old --reset-optimizer"
     pretrain = [*WARM, str(REPOSITORY / "pretrain_nexus.py"), *words.split()]
-    training = spawn([*pretrain, "--grow", "nexus_m=20 num_layers=3 init=in_rand", "--save", "new"], tmp_path)
+    grown = [*pretrain, "--grow", "nexus_m=20 num_layers=3 init=in_rand", "--save", "new"]
+    training = spawn(grown, tmp_path)
     assert training.end() == 0, training.output()
     manifest = read_manifest(find_checkpoint(tmp_path / "new"))
     assert manifest.progress.step == 42
@@ -236,4 +237,11 @@ def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn
     assert manifest.lineage[-1]["settings"]["init"] == "in_rand"
     assert manifest.specs["layers.2.attention.q.w_m"].shape == (20, 12)
     assert "resume with" in training.output() and "--grow" not in training.output().split("resume with")[1]
+    # A requeued job starts the same command again: it goes on, and neither grows nor resets a second time.
+    requeued = spawn([*grown, "--train-iters", "44"], tmp_path)
+    assert requeued.end() == 0, requeued.output()
+    manifest = read_manifest(find_checkpoint(tmp_path / "new"))
+    assert (manifest.progress.step, manifest.optimizer.step_count, len(manifest.lineage)) == (44, 4, 1)
+    other = spawn([*pretrain, "--grow", "nexus_m=22", "--save", "new"], tmp_path)
+    assert other.end() == 2 and "another --save" in other.output()
     assert contents(tmp_path / "old" / "iter_0000040") == before
