@@ -56,10 +56,10 @@ def run(argv: list[str]) -> None:
                 "load an earlier checkpoint"
             )
         latest = latest_step(given.checkpoint)
-        if latest not in (None, manifest.progress.step):
+        if latest is not None and latest != manifest.progress.step:
             raise CheckpointError(
-                f"{given.checkpoint}: {checkpoint_name(latest)}, which `latest` names, is damaged (see above); "
-                f"{folder.name} is whole: runs continue from there"
+                f"{given.checkpoint}: {checkpoint_name(latest)}, which `latest` names, is damaged (see "
+                f"above): copy it again, or let runs continue from {folder.name}, which is whole"
             )
 
 

@@ -74,7 +74,7 @@ def main(verb: str | None = None) -> NoReturn:
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     run: Callable[[list[str]], None] = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run
     if verb == "train":
-        run(argv)
+        run(argv)  # ends the process, after handling signals and errors of its own
     from megatron_nexus.cli.runner import run_tool
 
     signal.signal(signal.SIGINT, interrupt)

@@ -150,11 +150,11 @@ class ModelConfig:
     )
     original_max_position_embeddings: int = config_field(
         8192,
-        "tokens of a sample before the model was trained on longer ones, for --use-rope-scaling",
+        "context length before RoPE was scaled, for --use-rope-scaling",
         positive=True,
     )
     no_rope_freq: int = config_field(
-        0, "every such layer has no rotary embedding: 4 is SmolLM3's every fourth; 0: all have it"
+        0, "every Nth layer has no rotary embedding: 4 for SmolLM3; 0: all layers have it"
     )
     normalization: Normalization = config_field(
         "RMSNorm", "RMSNorm with a gain, or NonParametricLayerNorm (Tokenformer): without gain and bias"
@@ -386,7 +386,9 @@ class CheckpointConfig:
 class LoggingConfig:
     """What the run logs, and how often."""
 
-    log_interval: int = config_field(10, "steps between lines on the console", positive=True)
+    log_interval: int = config_field(
+        10, "steps between lines on the console; longer steps have one every 5 s", positive=True
+    )
     eval_interval: int = config_field(100, "steps between validations; 0: only at the end")
     eval_iters: int = config_field(8, "global batches per validation; 0: no validation")
     eval_tasks: str = config_field(

@@ -175,7 +175,7 @@ class TokenWindows:
             raise DataError(
                 f"the {split.name} part of {dataset.prefix} has {len(split.tokens):,} tokens, one sample of "
                 f"--seq-length {seq_length} needs {seq_length + 1:,}: give the part a larger share with "
-                "--split, use a larger corpus or shorter sequences"
+                "--split (of --data-range a larger part), use a larger corpus or shorter sequences"
                 + (", or --eval-iters 0 to train without validation" if split.name == "validation" else "")
             )
         self._seed = seed

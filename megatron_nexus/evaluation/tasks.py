@@ -110,7 +110,8 @@ def _fetched_tasks(names: Sequence[str]) -> Tasks:
     except (OSError, ValueError) as error:
         raise DataError(
             f"the data of {', '.join(names)} cannot be fetched ({error}): fetch it where there is a network "
-            "and bring the cache along (HF_HOME), or give local files with --task-path (in training --eval-task-path)"
+            "and bring the cache along (HF_HOME), or give local files with --task-path (in training "
+            "--eval-task-path)"
         ) from error
     return tasks
 

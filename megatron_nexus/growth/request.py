@@ -30,9 +30,10 @@ class GrowthConfig:
 
     init: Init = config_field(
         "out_rand",
-        "zero factor of each new path: out_rand where units are written, in_rand where they are read, "
-        "zero both (never trains), noise and random nowhere (random: as at birth, the scale of a Pattention "
-        "with it, as Tokenformer's code grows)",
+        "which factor of each new path is zero. out_rand: the one that writes new units; in_rand: the one "
+        "that reads them; zero: both, which never trains. noise and random: none, so the function changes "
+        "(random: new initial values, and the scale of the new slots of Pattention, as Tokenformer's code "
+        "grows)",
     )
     init_std: float = config_field(
         0.0, "deviation of random new weights; 0: --init-method-std of the checkpoint's model"
@@ -70,13 +71,13 @@ def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
     foreign: dict[str, str] = {}
     if not old.has_nexus:
         remedy = f"give it some with {command('upcycle')}" if old.projection == "linear" else "drop the flag"
-        reason = f"a width of Nexus-Rank projections, and this model's are {old.projection}: {remedy}"
+        reason = f"for --projection nexus, and this model has --projection {old.projection}: {remedy}"
         foreign |= {"nexus_m": reason, "nexus_a": reason}
     if old.projection != "pattention":
-        kind = f"a number of slots of Pattention projections, and this model's are {old.projection}"
+        kind = f"for --projection pattention, and this model has --projection {old.projection}"
         foreign["pattention_slots"] = f"{kind}: drop the flag"
     if old.feed_forward != "nexus":
-        kind = f"a width of a Nexus-Rank feed-forward, and this model's is {old.feed_forward}"
+        kind = f"for --feed-forward nexus, and this model has --feed-forward {old.feed_forward}"
         foreign["ffn_nexus_m"] = f"{kind}: drop the flag"
     return [
         f"{flag_of(name)} {sizes[name]} is {reason}"
@@ -159,7 +160,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     assert set(sizes) <= set(GROWING), f"{sorted(set(sizes) - set(GROWING))} cannot grow"
     problems = []
     for name, size in sizes.items():
-        flag, before = flag_of(name), getattr(old, name)
+        flag = flag_of(name)
+        # 0 query groups are as many as heads.
+        before = old.query_groups if name == "num_query_groups" and size else getattr(old, name)
         if size < before:
             problems.append(
                 f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
@@ -181,9 +184,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
         share = old.num_attention_heads // old.query_groups
         raise ConfigError(
             [
-                f"{new.num_attention_heads} heads in {new.query_groups} query groups: old heads would have "
-                f"other keys, as the checkpoint's {old.num_attention_heads} heads share theirs by {share}: "
-                f"give --num-attention-heads as {share} times --num-query-groups"
+                f"{new.num_attention_heads} heads in {new.query_groups} query groups: in the checkpoint each "
+                f"group of keys and values serves {share} of {old.num_attention_heads} heads, and old heads "
+                f"keep theirs: give --num-attention-heads as {share} times --num-query-groups"
             ]
         )
     if new.hidden_size > old.hidden_size:
@@ -280,6 +283,10 @@ def read_request(text: str) -> GrowthRequest:
     parser = FlagParser(argument_default=argparse.SUPPRESS)
     add_growth_flags(parser)
     words = [word.lstrip("-").partition("=") for word in text.split()]
+    if strays := [name for name, separator, _ in words if not separator or not name]:
+        raise ConfigError(
+            [f"--grow {text!r}: {name!r} is not NAME=VALUE: write such as nexus_m=1088" for name in strays]
+        )
     names = [name for name, _, _ in words]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ConfigError([f"--grow {text!r} says {name} twice: keep one" for name in twice])

@@ -99,7 +99,7 @@ def nexus_rank_specs(
     """W_M, W_A and W_D of the Nexus-Rank `name`, whose widths are the axes `names`.
 
     `linear` is the initialisation of the linear map in whose place it stands. `inputs` and `outputs` are
-    WHOLE axes: all of X is read, and W_D's products are partial sums.
+    REPLICATED axes: all of X is read, and W_D's products are partial sums.
     """
     (name_m, name_a), m, a = names, widths.nexus_m, widths.nexus_a
     m_split, m_whole = Axis(name_m, m, Layout.SHARDED_PADDED), Axis(name_m, m, Layout.GATHERED)

@@ -49,7 +49,7 @@ def pattention_specs(
 ) -> tuple[ParamSpec, ...]:
     """Keys and values of the Pattention `name`; `out_init` is the values', `flow` what their products do.
 
-    `inputs` and `outputs` are WHOLE axes: all of X is read, and V's products are partial sums.
+    `inputs` and `outputs` are REPLICATED axes: all of X is read, and V's products are partial sums.
     """
     assert slots.layout is Layout.SHARDED_PADDED, f"{slots} is not shared out"
     return (

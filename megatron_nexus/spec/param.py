@@ -14,7 +14,9 @@ class Layout(StrEnum):
 
     REPLICATED = "whole"  # all of it on every rank
     SHARDED_PADDED = "split"  # padded with zeros to equal parts, one for each rank
-    GATHERED = "gathered"  # all of it on every rank, padded as the SPLIT axis whose activations it reads
+    GATHERED = (
+        "gathered"  # all of it on every rank, padded as the SHARDED_PADDED axis whose activations it reads
+    )
     SHARDED = "exact"  # equal parts without padding; the rules ensure that it divides (attention heads)
 
 
@@ -30,7 +32,7 @@ class Flow(StrEnum):
     """What a parameter does with the units of one of its axes.
 
     Growth adds units to an axis and puts one zero on every path that leads through them back to old
-    units: into the parameters that write them, or into those that read them (`grow`).
+    units: into the parameters that write them, or into those that read them (`growth_rule`).
     """
 
     WRITES = "writes"  # the units are its products

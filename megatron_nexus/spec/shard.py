@@ -30,7 +30,7 @@ class Box:
 class Shard:
     """One tensor-parallel rank's view of the logical tensors.
 
-    `multiple` is the alignment in elements of each rank's part of a SPLIT axis.
+    `multiple` is the alignment in elements of each rank's part of a SHARDED_PADDED axis.
     """
 
     rank: int

@@ -112,7 +112,7 @@ class MetricsWriter:
         )
         if speak:
             logger.info(
-                "iteration %*d/%d | lm loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | %s | %.2f GB",
+                "iteration %*d/%d | lm loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | %s | mem %.2f GB",
                 len(str(train_iters)),
                 metrics.step,
                 train_iters,

@@ -131,7 +131,10 @@ def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
             "--nexus-a 30 --init-std=-1 --noise-share 0",
             ["2 problems", "--init-std -1.0", "--noise-share 0.0"],
         ),
-        ("--pattention-slots 9", ["--pattention-slots 9 is a number of slots", "are nexus: drop the flag"]),
+        (
+            "--pattention-slots 9",
+            ["--pattention-slots 9 is for --projection pattention", "has --projection nexus: drop the flag"],
+        ),
         (
             "--nexus-a 30 --init-std nan --noise-share nan",
             ["2 problems", "--init-std nan", "--noise-share nan"],

@@ -1,4 +1,4 @@
-"""Law: an export's config.json says all of a model, so a new field of ModelConfig cannot be forgotten there."""
+"""Law: an export's config.json says all of a model: no field of ModelConfig can be forgotten there."""
 
 from dataclasses import Field, fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
