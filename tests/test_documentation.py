@@ -179,7 +179,7 @@ def test_a_flag_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) ->
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FOREIGN = {
     "deepspeed, torchrun, mpirun": "--num_gpus --nproc-per-node --master_port",
-    "SLURM": "--kill-on-bad-exit --signal --requeue --ntasks-per-node --cpus-per-task",
+    "SLURM": "--kill-on-bad-exit --signal --requeue --ntasks-per-node --cpus-per-task --gpus-per-task",
     "docker": "--target --rm --shm-size",
     "pip, hf, mkdocs": "--extra-index-url --no-deps --repo-type --local-dir --strict",
 }

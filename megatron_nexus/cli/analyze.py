@@ -20,7 +20,6 @@ from megatron_nexus.cli.arguments import count, positive
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.extras import install_command
-from megatron_nexus.growth.generations import boxes_by_growth, growths_of
 from megatron_nexus.growth.request import CHANGING
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, task_averages, validation_curves
 
@@ -143,6 +142,7 @@ class _Run:
 def _open_run(root: Location, given: argparse.Namespace) -> _Run:
     """Find a run's checkpoints since the growth that is asked for. Raises ConfigError, CheckpointError."""
     from megatron_nexus.analysis.samples import make_groups
+    from megatron_nexus.growth.generations import boxes_by_growth, growths_of
 
     checkpoints = complete_checkpoints(root)
     names = {folder.name for folder in checkpoints.values()}
