@@ -183,4 +183,4 @@ def planned_gib(config: RunConfig) -> float:
     """The peak of one rank by the memory plan, in GiB."""
     from megatron_nexus.planner.memory import plan_memory
 
-    return plan_memory(config, 1, DEVICE, MULTIPLE)[0].peak / 2**30
+    return plan_memory(config, 1, DEVICE.type)[0].peak / 2**30

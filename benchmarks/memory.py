@@ -29,7 +29,6 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.models.layer_context import padding_multiple
 from megatron_nexus.parallel.local_ranks import run_local_ranks
 from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
@@ -185,7 +184,6 @@ def main() -> None:
     """Run every case with both settings of the allocator, and print the table."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     log.configure(is_main_rank=True)
-    device = torch.device("cpu")
     wanted = [int(word) for word in sys.argv[1:]] or range(len(CASES))
     print(
         "| run | rank | plan | allocated | plan / it | resident | plan / it | freed memory kept | plan / it |"
@@ -199,7 +197,7 @@ def main() -> None:
                 deepspeed.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET}}))
                 flags["deepspeed_config"] = str(deepspeed)
             config = build(flags)
-            plan = plan_memory(config, ranks, device, padding_multiple(config, device))
+            plan = plan_memory(config, ranks, "cpu")
             plain, keeping = (run(flags, ranks, keeps, Path(folder)) for keeps in (False, True))
         for rank in range(ranks):
             planned = plan[rank * len(plan) // ranks].peak

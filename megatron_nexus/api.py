@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Setting = int | float | str | bool | Path | Sequence[str]
 """The value of a flag."""
 
-_PRINTING = {"help", "version", "dry_run", "world_size"}
+_PRINTING = {"help", "version", "dry_run", "world_size", "device", "search"}
 
 
 def configure(**settings: Setting) -> "RunConfig":

@@ -82,14 +82,17 @@ def run(argv: list[str]) -> NoReturn:
 def _dry_run(command: TrainCommand, world: World) -> NoReturn:
     """Print what the run would be, on rank 0, and end the process. Raises ConfigError."""
     ranks = command.planned_ranks(world.size)
-    check(command.config, ranks)
+    if not command.search:  # which looks for layouts that can be
+        check(command.config, ranks)
     if world.rank == 0:
-        log.logger.info("%s\n", config_text(command.config).rstrip())
-        with log.Progress("planning the memory of each rank"):
+        with log.Progress("planning"):
             with gc_paused():
-                from megatron_nexus.planner.dry_run import report
-            lines = report(command.config, ranks)
-        for line in lines:
+                from megatron_nexus.planner.dry_run import report, search_report
+            if command.search and command.device is not None:
+                lines = search_report(command.config, ranks, command.device)
+            else:
+                lines = report(command.config, ranks, command.device)
+        for line in [*lines, "", *config_text(command.config).rstrip().splitlines()]:
             log.logger.info("%s", line)
     sys.exit(0)
 

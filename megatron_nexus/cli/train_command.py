@@ -13,7 +13,9 @@ from megatron_nexus.checkpoint.run_dir import find_checkpoint, newest_checkpoint
 from megatron_nexus.checkpoint.saved_config import saved_config
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
+from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.config_file import read_config_file
+from megatron_nexus.config.devices import Device, parse_device
 from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
@@ -40,6 +42,9 @@ class TrainCommand:
     start: Start | None
     dry_run: bool
     world_size: int | None
+    device: Device | None
+    """The device that --dry-run plans for; None: this machine."""
+    search: bool
 
     @property
     def checkpoint(self) -> Location | None:
@@ -68,8 +73,13 @@ def read_train_command(argv: list[str]) -> TrainCommand:
     """
     given = given_flags(argv)
     dry_run, size = "dry_run" in given, given.get("world_size")
-    if size is not None and not dry_run:
-        raise ConfigError([f"--world-size {size} belongs to --dry-run: add it, or drop --world-size"])
+    for name in ("world_size", "device", "search"):
+        if name in given and not dry_run:
+            shown = flag_of(name) if given[name] is True else f"{flag_of(name)} {given[name]}"
+            raise ConfigError([f"{shown} belongs to --dry-run: add it, or drop {flag_of(name)}"])
+    device = parse_device(str(given["device"])) if "device" in given else None
+    if "search" in given and device is None:
+        raise ConfigError(["--search compares predictions for a device: give --device, such as h100"])
     if isinstance(size, int) and size < 1:
         raise ConfigError([f"--world-size {size} must be positive: give the number of ranks"])
     if "config" in given:
@@ -84,7 +94,8 @@ def read_train_command(argv: list[str]) -> TrainCommand:
         done = start.manifest.progress
         saved = grown_config(start.saved, start.growth) if start.growth else start.saved
         config = build(given, saved, Consumed(done.step, done.samples, done.tokens))
-    return TrainCommand(argv, config, start, dry_run, size if isinstance(size, int) else None)
+    world_size = size if isinstance(size, int) else None
+    return TrainCommand(argv, config, start, dry_run, world_size, device, "search" in given)
 
 
 def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:

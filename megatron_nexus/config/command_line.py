@@ -13,6 +13,7 @@ from typing import get_args, get_origin, get_type_hints
 from megatron_nexus.base.invocation import command
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.data_path import token_count
+from megatron_nexus.config.devices import DEVICES
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import family_hint, replacement_hint
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
@@ -22,7 +23,7 @@ from megatron_nexus.errors import ConfigError
 # Flags that launchers and scripts add and nobody here reads.
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
 # What the command itself reads; the rest of the flags are fields and the preset.
-COMMAND_FLAGS = ("config", "dry_run", "world_size")
+COMMAND_FLAGS = ("config", "dry_run", "world_size", "device", "search")
 # What most command lines say: the help begins with these.
 MAIN_FIELDS = (
     *("data_path", "tokenizer_model", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
@@ -54,10 +55,21 @@ def make_parser() -> FlagParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the configuration, costs and memory per rank, and stop"
+        "--dry-run", action="store_true", help="print costs, memory per rank and the configuration, and stop"
     )
     parser.add_argument(
         "--world-size", type=int, metavar="INT", help="ranks that --dry-run plans for (default: tp x pp)"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"device that --dry-run plans for, which need not be there: {', '.join(DEVICES)}, with other "
+        "numbers as in h100,memory=93, or memory=80,bf16=800,bandwidth=3.35 (default: this machine)",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="have --dry-run --device find the fastest layouts that fit on --world-size devices",
     )
     # The deepspeed launcher appends --local_rank; the environment says the same and is what is read.
     # DeepSpeed's own scripts take --deepspeed.

@@ -16,7 +16,7 @@ import torch
 from megatron_nexus.base.table import table
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.decoder import layer_specs, stage_layers
-from megatron_nexus.models.layer_context import DTYPES
+from megatron_nexus.models.layer_context import DTYPES, padding_multiple
 from megatron_nexus.planner.engine_memory import EngineMemory, Memory, ParameterSize, engine_memory_of
 from megatron_nexus.planner.trace import KEPT, Pass, StageShape, trace
 from megatron_nexus.spec.shard import Shard
@@ -34,15 +34,16 @@ class RankMemory:
     peak: int
 
 
-def plan_memory(config: RunConfig, world_size: int, device: torch.device, multiple: int) -> list[RankMemory]:
+def plan_memory(config: RunConfig, world_size: int, device_type: str) -> list[RankMemory]:
     """Return the memory of each pipeline stage's ranks.
 
-    Where they differ (ZeRO 2), of the one that holds most. `multiple` is the alignment of split axes.
+    Where they differ (ZeRO 2), of the one that holds most. `device_type`: "cpu", or "cuda", which
+    need not be there.
     """
     plan = []
-    for stage, layers in enumerate(_stages(config)):
-        memory, engine, parameters = _started(config, world_size, layers, device, multiple)
-        shape = _stage_shape(config, layers, device, multiple)
+    for stage, layers in enumerate(stage_ranges(config)):
+        memory, engine, parameters = _started(config, world_size, layers, device_type)
+        shape = stage_shape(config, layers, device_type)
         behind = config.parallel.pipeline_model_parallel_size - stage
         # The second step has the moments, which the first one makes.
         for _ in range(2):
@@ -51,17 +52,15 @@ def plan_memory(config: RunConfig, world_size: int, device: torch.device, multip
     return plan
 
 
-def plan_state(
-    config: RunConfig, world_size: int, device: torch.device, multiple: int
-) -> list[Mapping[str, int]]:
+def plan_state(config: RunConfig, world_size: int, device_type: str) -> list[Mapping[str, int]]:
     """Return the columns STATE of `plan_memory` alone: no activations are traced.
 
     Not counted is what lives for a moment: gradients on their way into the bucket of ZeRO 2 and 3, or of bf16
     into the fp32 ones.
     """
     plan: list[Mapping[str, int]] = []
-    for layers in _stages(config):
-        memory, engine, _ = _started(config, world_size, layers, device, multiple)
+    for layers in stage_ranges(config):
+        memory, engine, _ = _started(config, world_size, layers, device_type)
         passes = min(2, config.accumulation_steps(world_size))  # the second adds to what the first leaves
         for index in range(passes):
             engine.before_backward()
@@ -73,32 +72,47 @@ def plan_state(
     return plan
 
 
-def _stages(config: RunConfig) -> list[range]:
+def _multiple(config: RunConfig, device_type: str) -> int:
+    return padding_multiple(config, torch.device(device_type))
+
+
+def stage_ranges(config: RunConfig) -> list[range]:
+    """Return the layers of each pipeline stage."""
     stages = config.parallel.pipeline_model_parallel_size
     return stage_layers(config.model, config.training.seq_length, stages)
 
 
+def stage_parameters(config: RunConfig, layers: range, device_type: str) -> list[Mapping[str, ParameterSize]]:
+    """Return for each layer the parameters of a rank by name, padding included."""
+    shard = Shard(0, config.parallel.tensor_model_parallel_size, _multiple(config, device_type))
+    embedding, block, head = (
+        {
+            spec.name.removeprefix("layers.0."): ParameterSize(prod(shard.local_shape(spec)), spec.decays)
+            for spec in specs
+        }
+        for specs in layer_specs(replace(config.model, num_layers=1))
+    )
+    last = config.model.num_layers + 1
+    return [embedding if index == 0 else head if index == last else block for index in layers]
+
+
 def _started(
-    config: RunConfig, world_size: int, layers: range, device: torch.device, multiple: int
+    config: RunConfig, world_size: int, layers: range, device_type: str
 ) -> tuple[Memory, EngineMemory, list[Mapping[str, int]]]:
     """Return a stage's account, its engine, and for each layer the numbers of its parameters by name."""
-    shard = Shard(0, config.parallel.tensor_model_parallel_size, multiple)
-    embedding, block, head = layer_specs(replace(config.model, num_layers=1))
-    sizes: list[ParameterSize] = []
     parameters: list[Mapping[str, int]] = []
-    for index in layers:
-        specs = embedding if index == 0 else head if index > config.model.num_layers else block
-        parameters.append(
-            {spec.name.removeprefix("layers.0."): len(sizes) + i for i, spec in enumerate(specs)}
-        )
-        sizes += [ParameterSize(prod(shard.local_shape(spec)), spec.decays) for spec in specs]
+    sizes: list[ParameterSize] = []
+    for layer in stage_parameters(config, layers, device_type):
+        parameters.append({name: len(sizes) + index for index, name in enumerate(layer)})
+        sizes += layer.values()
     memory = Memory()
-    engine = engine_memory_of(config)(memory, config, world_size, sizes, device.type)
+    engine = engine_memory_of(config)(memory, config, world_size, sizes, device_type)
     engine.start()
     return memory, engine, parameters
 
 
-def _stage_shape(config: RunConfig, layers: range, device: torch.device, multiple: int) -> StageShape:
+def stage_shape(config: RunConfig, layers: range, device_type: str) -> StageShape:
+    """Return what decides the activations and kernels of a stage."""
     model, training, parallel = config.model, config.training, config.parallel
     first, last = layers[0] == 0, layers[-1] == model.num_layers + 1
     return StageShape(
@@ -112,10 +126,11 @@ def _stage_shape(config: RunConfig, layers: range, device: torch.device, multipl
         seq_length=training.seq_length,
         dtype=DTYPES[training.precision],
         recompute=training.recompute_granularity,
+        compiled=training.compile,
         reset_position_ids=config.data.reset_position_ids,
         reset_attention_mask=config.data.reset_attention_mask,
-        device=device,
-        multiple=multiple,
+        device_type=device_type,
+        multiple=_multiple(config, device_type),
     )
 
 
@@ -156,8 +171,8 @@ def _replay(
 ) -> None:
     """Replay a pass; `parameters` has the numbers of each layer's parameters, in the order run."""
     # What comes before the layers, as the loss of a backward pass, has no parameters.
-    for events, numbers in zip([passed.before, *passed.layers], [{}, *parameters], strict=True):
-        for event in events:
+    for span, numbers in zip([passed.before, *passed.layers], [{}, *parameters], strict=True):
+        for event in span.events:
             if not isinstance(event, str):
                 memory.swing("activations", *event)
             elif event == KEPT:

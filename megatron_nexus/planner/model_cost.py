@@ -15,7 +15,6 @@ from megatron_nexus.config.paper import PRINTED_FLOPS_PER_TOKEN, nominal_paramet
 from megatron_nexus.config.presets import PAPER_SIZES
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.models.decoder import layer_flops_per_token, layer_parts, training_flops_per_token
-from megatron_nexus.models.layer_context import padding_multiple
 from megatron_nexus.planner.memory import memory_table, plan_state
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.spec.param import Role
@@ -129,8 +128,7 @@ def flops_line(cost: ModelCost) -> str:
 
 def state_per_rank(config: RunConfig, world_size: int) -> list[Mapping[str, int]]:
     """Return bytes of weights, gradients and optimizer on a rank of each stage, and of all three."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = plan_state(config, world_size, device, padding_multiple(config, device))
+    plan = plan_state(config, world_size, "cuda" if torch.cuda.is_available() else "cpu")
     return [{**memory, "together": sum(memory.values())} for memory in plan]
 
 

@@ -1,13 +1,14 @@
-"""Trace: what one micro-batch allocates and frees on a pipeline stage, recorded once on fake tensors.
+"""Trace: what one micro-batch allocates, frees and computes on a pipeline stage, recorded once.
 
 The stage is built from the real model code on tensors without elements, and runs forward and backward. So
-what autograd keeps, what recompute drops and what sequence parallelism splits is never stated a second time.
-All blocks of a stage are alike: one that has others on both sides stands for all of those.
+what autograd keeps, what recompute repeats and what sequence parallelism splits is never stated a second
+time. All blocks of a stage are alike: one that has others on both sides stands for all of those.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import TypeAlias, cast
@@ -15,7 +16,6 @@ from typing import TypeAlias, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +26,17 @@ from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.models.rotary import rotary_tables, stage_tables
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.planner.accelerator_kernels import accelerator_kernels, cross_entropy_kernel
+from megatron_nexus.planner.kernels import (
+    NO_KERNEL,
+    Fusion,
+    Kernel,
+    Kind,
+    Operation,
+    kernel_of,
+    merged,
+    tensor_bytes,
+)
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box, Shard
 
@@ -52,9 +63,10 @@ class StageShape:
     seq_length: int
     dtype: torch.dtype
     recompute: Recompute
+    compiled: bool
     reset_position_ids: bool
     reset_attention_mask: bool
-    device: torch.device
+    device_type: str
     multiple: int
 
     @property
@@ -95,11 +107,19 @@ class StageShape:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Events of a forward or backward pass: before the layers, and of each layer in the order run."""
+class Span:
+    """A part of a pass: its events and its kernels."""
 
-    before: Events
-    layers: Sequence[Events]
+    events: Events
+    kernels: Sequence[Kernel]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward or backward pass: what comes before the layers, and each layer in the order run."""
+
+    before: Span
+    layers: Sequence[Span]
 
     def repeated(self, index: int, times: int) -> "Pass":
         """Return the pass with `times` copies more of the layer `index`."""
@@ -118,23 +138,37 @@ class MicroBatch:
     """Of an output that the pipeline engine keeps."""
 
 
-class _AllocationTracker(TorchDispatchMode):
-    """Logs the bytes of every storage that an operation makes, and again when its last tensor is gone."""
+@dataclass
+class _Mark:
+    """What was logged between two marks."""
+
+    events: Events
+    operations: list[Operation] = field(default_factory=list)
+
+
+class _Tracker(TorchDispatchMode):
+    """Logs the bytes of every storage that an operation makes, again when its last tensor is gone, and what
+    the operation is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.log: list[int | str] = []
+        self.operations: list[Operation] = []
         self.sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
+        self.numbers: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self.parameters: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.storages = 0
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., object],
+        func: torch._ops.OpOverload[..., object],
         types: Sequence[type],
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        result = func(*args, **(kwargs or {}))
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        result, made = func(*args, **kwargs), False
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -142,7 +176,26 @@ class _AllocationTracker(TorchDispatchMode):
                     size = self.sizes[storage] = [storage.nbytes()]
                     self.log += size
                     weakref.finalize(storage, self._freed, size)
+                    made = True
+        if (made or func._schema.is_mutable) and name not in NO_KERNEL:
+            self.record(kernel_of(name, (args, kwargs), result), (args, kwargs), result)
         return result
+
+    def record(self, kernel: Kernel, inputs: object, outputs: object) -> None:
+        """Note an operation."""
+        self.operations.append(Operation(kernel, self._bytes(inputs), self._bytes(outputs)))
+
+    def _bytes(self, tensors: object) -> dict[int, int]:
+        """Return the bytes of each storage of some tensors, by its number."""
+        sizes: dict[int, int] = {}
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if (number := self.numbers.get(storage)) is None:
+                    self.storages += 1
+                    number = self.numbers[storage] = self.storages
+                sizes[number] = max(sizes.get(number, 0), tensor_bytes(tensor))
+        return sizes
 
     def _freed(self, size: list[int]) -> None:
         self.log += [-bytes_ for bytes_ in size]
@@ -156,9 +209,10 @@ class _AllocationTracker(TorchDispatchMode):
         self.log.append(name)
         parameter.grad = None
 
-    def events(self) -> Events:
+    def mark(self) -> _Mark:
         """Return what was logged since the last call, runs of bytes as one swing each."""
-        events: Events = []
+        mark = _Mark([], self.operations)
+        self.operations = []
         most = level = 0
         for entry in [*self.log, ""]:
             if isinstance(entry, int):
@@ -166,19 +220,20 @@ class _AllocationTracker(TorchDispatchMode):
                 most = max(most, level)
                 continue
             if most or level:
-                events.append((most, level))
+                mark.events.append((most, level))
                 most = level = 0
             if entry:
-                events.append(entry)
+                mark.events.append(entry)
         self.log.clear()
-        return events
+        return mark
 
 
 class _FakeProcessGroup:
     """A tensor-parallel group whose other ranks do not exist: its collectives return at once."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, tracker: _Tracker) -> None:
         self._size = size
+        self._tracker = tracker
 
     def size(self) -> int:
         return self._size
@@ -186,10 +241,20 @@ class _FakeProcessGroup:
     def rank(self) -> int:
         return 0
 
-    def allreduce(self, *arguments: object) -> None: ...
+    def allreduce(self, *arguments: object) -> None:
+        self._record(2, arguments)
+
+    def all_gather_single(self, *arguments: object) -> None:
+        self._record(1, arguments)
 
     # The last two are called by torch before 2.13.
-    all_gather_single = reduce_scatter_single = _allgather_base = _reduce_scatter_base = allreduce
+    reduce_scatter_single = _allgather_base = _reduce_scatter_base = all_gather_single
+
+    def _record(self, passes: int, arguments: tuple[object, ...]) -> None:
+        """Note a ring that passes the larger of its tensors `passes` times, but for each rank's own part."""
+        largest = max(tensor_bytes(x) for x in tree_leaves(arguments) if isinstance(x, Tensor))
+        sent = passes * largest * (self._size - 1) / self._size
+        self._tracker.record(Kernel(Kind.COLLECTIVE, moved=sent), arguments, arguments)
 
 
 class _EmptyShard(Shard):
@@ -203,9 +268,11 @@ class _EmptyShard(Shard):
 class _Stage:
     """A stage that runs a micro-batch as DeepSpeed's engine does."""
 
-    def __init__(self, shape: StageShape) -> None:
+    def __init__(self, shape: StageShape, tracker: _Tracker) -> None:
         self.shape = shape
-        group = cast(dist.ProcessGroup, _FakeProcessGroup(shape.tp_size)) if shape.tp_size > 1 else None
+        self.tracker = tracker
+        fake = _FakeProcessGroup(shape.tp_size, tracker)
+        group = cast(dist.ProcessGroup, fake) if shape.tp_size > 1 else None
         tp = TensorParallel(group, shape.sequence_parallel)
         shard = _EmptyShard(0, shape.tp_size, shape.multiple)
         context = LayerContext(
@@ -219,8 +286,10 @@ class _Stage:
         )
         self.decoder = DecoderStage(shape.model, shape.layers, context)
         self.loss = Loss(shape.model, tp, shard)
-        self.tracker = _AllocationTracker()
-        self.marks: list[Events] = []
+        if shape.dtype == torch.bfloat16 or shape.compiled:
+            self.loss.kernel = cross_entropy_kernel(tracker.record, shape.compiled)
+        self.fusion = Fusion()
+        self.marks: list[_Mark] = []
         for layer in self.decoder.layers:
             layer.register_forward_pre_hook(lambda *_: self._mark())
             layer.register_forward_hook(lambda _module, _inputs, output: self._mark_backward(output))
@@ -232,17 +301,26 @@ class _Stage:
             )
 
     def _mark(self) -> None:
-        self.marks.append(self.tracker.events())
+        self.marks.append(self.tracker.mark())
 
     def _mark_backward(self, output: Tensor | tuple[Tensor, ...]) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
         tensor.register_hook(lambda _: self._mark())
 
-    def _pass(self) -> Pass:
+    def _pass(self, is_block: Sequence[bool]) -> Pass:
         self._mark()
-        before, *layers = self.marks  # the last of which has what follows it too, as the loss
+        # The last layer has what follows it too, as the loss.
+        before, *layers = (
+            self._span(mark, is_compiled)
+            for mark, is_compiled in zip(self.marks, [False, *is_block], strict=True)
+        )
         self.marks.clear()
         return Pass(before, layers)
+
+    def _span(self, mark: _Mark, is_block: bool) -> Span:
+        if is_block and self.shape.compiled:
+            return Span(mark.events, merged(self.fusion.kernels(mark.operations)))
+        return Span(mark.events, merged(one.kernel for one in mark.operations))
 
     def micro_batch(self) -> MicroBatch:
         """Run a micro-batch forward and backward."""
@@ -254,6 +332,7 @@ class _Stage:
         stage_tables(shape.model, shape.seq_length, received)
         table_bytes = sum(size for size in log if isinstance(size, int))
         log.clear()
+        self.tracker.operations.clear()
         source: Tensor | None = None
         x = torch.zeros(shape_BT, dtype=torch.int64)
         if not shape.has_embedding:
@@ -269,20 +348,34 @@ class _Stage:
                 kept.append(output.detach())
                 log.append(KEPT)
             output = self.loss(output, labels_BT)
-        forward = self._pass()
+        is_block = [0 < index <= shape.model.num_layers for index in shape.layers]
+        forward = self._pass(is_block)
         output.backward(None if shape.has_head else received)
         del source, output
-        return MicroBatch(
-            forward, self._pass(), table_bytes, sum(tensor.untyped_storage().nbytes() for tensor in kept)
-        )
+        kept_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+        return MicroBatch(forward, self._pass(is_block[::-1]), table_bytes, kept_bytes)
+
+
+@contextlib.contextmanager
+def _without_elements(shape: StageShape, tracker: _Tracker) -> Iterator[None]:
+    """Have tensors hold nothing, and kernels be those of the device: a CPU's own, or an accelerator's."""
+    if shape.device_type == "cpu":
+        from torch._subclasses.fake_tensor import FakeTensorMode  # half a second
+
+        with FakeTensorMode(), torch.device("cpu"):
+            yield
+    else:
+        with torch.device("meta"), accelerator_kernels(tracker.record):
+            yield
 
 
 @lru_cache(maxsize=1024)
 def _run(shape: StageShape) -> MicroBatch:
     rotary_tables.cache_clear()  # real tables would not be counted
-    with FakeTensorMode(), shape.device:
-        stage = _Stage(shape)
-        with stage.tracker:
+    tracker = _Tracker()
+    with _without_elements(shape, tracker):
+        stage = _Stage(shape, tracker)
+        with tracker:
             traced = stage.micro_batch()
     rotary_tables.cache_clear()  # nor may a run ever see these
     return traced

@@ -10,7 +10,6 @@ from megatron_nexus.planner.memory import plan_memory
 from megatron_nexus.planner.trace import StageShape, trace
 from tests.planner.small_model import SMALL
 
-CPU = torch.device("cpu")
 MODEL: dict[str, Value] = {**SMALL, "num_layers": 4}
 KINDS: list[tuple[int, dict[str, Value]]] = [
     (1, {"recompute_granularity": "full"}),
@@ -34,9 +33,10 @@ def test_a_repeated_block_stands_for_all_blocks(tp_size: int, kind: dict[str, Va
             seq_length=16,
             dtype=torch.float32,
             recompute=config.training.recompute_granularity,
+            compiled=config.training.compile,
             reset_position_ids=config.data.reset_position_ids,
             reset_attention_mask=config.data.reset_attention_mask,
-            device=CPU,
+            device_type="cpu",
             multiple=1,
         )
         assert trace(shape) == tracing._run(shape), (has_embedding, has_head)
@@ -44,7 +44,7 @@ def test_a_repeated_block_stands_for_all_blocks(tp_size: int, kind: dict[str, Va
 
 def test_another_data_parallel_size_zero_stage_or_batch_needs_no_new_trace() -> None:
     config = build({**MODEL, "precision": "fp32"})
-    plan_memory(config, 1, CPU, 1)
+    plan_memory(config, 1, "cpu")
     traced = tracing._run.cache_info().misses
     plans = []
     changes: list[dict[str, Value]] = [
@@ -54,6 +54,6 @@ def test_another_data_parallel_size_zero_stage_or_batch_needs_no_new_trace() -> 
         {"num_layers": 9},
     ]
     for flags in changes:
-        plans += plan_memory(build({**MODEL, "precision": "fp32", **flags}), 4, CPU, 1)
+        plans += plan_memory(build({**MODEL, "precision": "fp32", **flags}), 4, "cpu")
     assert tracing._run.cache_info().misses == traced
     assert len({plan.peak for plan in plans}) == len(plans)

@@ -1,0 +1,58 @@
+"""What data-parallel ranks send one another in an optimizer step: the one place that counts these bytes."""
+
+from dataclasses import dataclass
+
+from megatron_nexus.config.deepspeed_config import deepspeed_config
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.models.layer_context import DTYPES
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in an optimizer step."""
+
+    exposed: float
+    """While nothing is computed."""
+    beside_all: float
+    """Beside the forward and backward passes of all micro-batches."""
+    beside_last_backward: float
+    """Beside the last micro-batch's backward pass alone."""
+    messages: int
+
+
+@dataclass(frozen=True)
+class StageSize:
+    """What a rank holds of its stage."""
+
+    elements: int
+    """Of all its parameters, padding included."""
+    tensors: int
+
+
+HIDDEN_BY_ZERO_3 = 0.5
+"""Of ZeRO 3's traffic, that is sent beside computation: a guess, its prefetching is not modelled."""
+
+
+def data_parallel_traffic(config: RunConfig, world_size: int, size: StageSize) -> Traffic:
+    """Return what a rank of a stage sends.
+
+    f = (d - 1) / d of d data-parallel ranks. An all-reduce sends 2 f bytes a byte, a reduce-scatter or an
+    all-gather f.
+    """
+    copies = config.data_parallel_size(world_size)
+    stage, width = max(1, config.parallel.zero_stage), DTYPES[config.training.precision].itemsize
+    settings = deepspeed_config(config, world_size, "cuda")
+    summed = FP32 if settings["communication_data_type"] == "fp32" else 2
+    micro_batches = config.accumulation_steps(world_size)
+    share = (copies - 1) / copies * size.elements
+    weights = width * share
+    if stage == 3:
+        # Weights are gathered in forward and in backward, gradients reduce-scattered, beside both.
+        sent = micro_batches * (2 * weights + summed * share)
+        hidden = HIDDEN_BY_ZERO_3 * sent
+        return Traffic(sent - hidden, hidden, 0.0, micro_batches * 3 * size.tensors)
+    if stage == 2:
+        return Traffic(micro_batches * 2 * summed * share + weights, 0.0, 0.0, micro_batches + 1)
+    return Traffic(2 * summed * share + weights, 0.0, 0.0, 2)
