@@ -9,12 +9,16 @@ from gpu_stage import (
     COMPILER,
     CUDA,
     DEVICE,
+    RECORD,
     Kit,
     Row,
     engine_of,
     make_model,
     peak_gib,
     planned_gib,
+    predicted_model_rate,
+    predicted_product_rate,
+    predicted_step_rate,
     reset_memory,
     seconds_of,
     synchronize,
@@ -27,15 +31,7 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, training_flops_per_token
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
-
-# Predictions for one H100 SXM by a roofline: GEMMs with tile and wave effects calibrated to 798 TFLOP/s at
-# 8192^3, elementwise bytes over 2.75 TB/s, flash attention at its published rates. They hold to about 15 %.
-PREDICTED_TOKENS_PER_S = {
-    "nexusformer-240m eager": 221e3,
-    "nexusformer-240m compiled": 263e3,
-    "nexusformer-640m eager": 86e3,
-    "nexusformer-640m compiled": 97e3,
-}
+from megatron_nexus.planner.roofline import BANDWIDTH_SHARE
 
 
 def env(kit: Kit) -> Iterator[Row]:
@@ -43,12 +39,16 @@ def env(kit: Kit) -> Iterator[Row]:
     size = 8192 if CUDA else 512
     a, b = (torch.randn(size, size, device=DEVICE).bfloat16() for _ in range(2))
     kit.gemm_flops_per_s = 2 * size**3 / seconds_of(lambda: a @ b, 20 if CUDA else 3)
-    yield Row(f"GEMM {size}^3 bf16", kit.gemm_flops_per_s / 1e12, "TFLOP/s", 798 if CUDA else None)
+    yield Row(
+        f"GEMM {size}^3 bf16",
+        kit.gemm_flops_per_s / 1e12,
+        "TFLOP/s",
+        predicted_product_rate(size, size, size),
+    )
     x = torch.empty(2**28 if CUDA else 2**22, device=DEVICE)
     y = torch.empty_like(x)
-    yield Row(
-        "device copy", 2 * x.nbytes / seconds_of(lambda: y.copy_(x), 10) / 1e9, "GB/s", 2750 if CUDA else None
-    )
+    rate = 2 * x.nbytes / seconds_of(lambda: y.copy_(x), 10) / 1e9
+    yield Row("device copy", rate, "GB/s", 1e3 * BANDWIDTH_SHARE * RECORD.bandwidth if RECORD else None)
     if CUDA:
         for pinned in (True, False):
             host = torch.empty(2**26, pin_memory=pinned)
@@ -92,7 +92,7 @@ def env(kit: Kit) -> Iterator[Row]:
         ):
             a, b = torch.randn(m, k_, device=DEVICE).bfloat16(), torch.randn(n, k_, device=DEVICE).bfloat16()
             rate = 2 * m * k_ * n / seconds_of(partial(torch.mm, a, b.t()), 20) / 1e12
-            yield Row(f"GEMM {m} x {k_} x {n}", rate, "TFLOP/s")
+            yield Row(f"GEMM {m} x {k_} x {n}", rate, "TFLOP/s", predicted_product_rate(m, k_, n))
 
 
 def speed(kit: Kit) -> Iterator[Row]:
@@ -125,7 +125,9 @@ def speed(kit: Kit) -> Iterator[Row]:
             warm_s = time.monotonic() - began
             rates[how] = micro_batch * length / seconds_of(step, 10 if CUDA else 2)
             name = f"{preset} {how}"
-            yield Row(name, rates[how], "tokens/s", PREDICTED_TOKENS_PER_S.get(name) if CUDA else None)
+            flags: dict[str, Value] = {"preset": preset, "precision": "bf16", "compile": how == "compiled"}
+            planned = build({**flags, "micro_batch_size": micro_batch, "seq_length": length})
+            yield Row(name, rates[how], "tokens/s", predicted_model_rate(planned))
             if kit.gemm_flops_per_s:
                 yield Row(f"{name}: of the GEMM rate", 100 * rates[how] * flops / kit.gemm_flops_per_s, "%")
             yield Row(f"{name}: first step", warm_s, "s")
@@ -153,7 +155,7 @@ def loop(kit: Kit) -> Iterator[Row]:
                 rate = config.training.global_batch_size * config.training.seq_length / seconds
                 flops = training_flops_per_token(config.model, config.training.seq_length)
                 name = f"{preset} {'compiled' if compiled else 'eager'}, whole step"
-                yield Row(name, rate, "tokens/s")
+                yield Row(name, rate, "tokens/s", predicted_step_rate(config))
                 if kit.gemm_flops_per_s:
                     yield Row(
                         f"{name}: of the GEMM rate",
@@ -198,7 +200,7 @@ def variants(kit: Kit) -> Iterator[Row]:
 
         yield Row(f"attention of 240m by {backend}", 1e3 * seconds_of(attend, 5), "ms")
     for micro_batch in (1, 2, 4, 8):
-        config = build({"preset": "nexusformer-240m"})
+        config = build({"preset": "nexusformer-240m", "micro_batch_size": micro_batch})
         reset_memory()
         stage, loss = make_model(config, torch.bfloat16)
         batch = tuple(x.to(DEVICE) for x in tokens_of(config, micro_batch, config.training.seq_length))
@@ -208,7 +210,8 @@ def variants(kit: Kit) -> Iterator[Row]:
             loss(stage(batch[0]), batch[1]).backward()
 
         rate = micro_batch * config.training.seq_length / seconds_of(step, 5)
-        yield Row(f"nexusformer-240m eager, micro-batch {micro_batch}", rate, "tokens/s")
+        name = f"nexusformer-240m eager, micro-batch {micro_batch}"
+        yield Row(name, rate, "tokens/s", predicted_model_rate(config))
         del stage, step
 
 

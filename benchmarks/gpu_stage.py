@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_nexus.config.command_line import build
+from megatron_nexus.config.devices import Device, find_device
 from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.decoder import DecoderStage, Loss
@@ -20,6 +21,10 @@ from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.parallel.mesh import Mesh, make_mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.parallel.world import World
+from megatron_nexus.planner.kernels import Kernel, Kind
+from megatron_nexus.planner.memory import plan_memory
+from megatron_nexus.planner.roofline import roofline_of
+from megatron_nexus.planner.step_time import model_seconds, step_time
 from megatron_nexus.spec.shard import Shard
 from megatron_nexus.training.engine import Engine
 
@@ -29,6 +34,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CUDA = torch.cuda.is_available()
+# What predictions are for; None where the device is not known, as on a CPU.
+RECORD = find_device(torch.cuda.get_device_name()) if CUDA else None
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 MULTIPLE = 64 if CUDA else 1
 PRESET = "nexusformer-20m" if CUDA else "nexusformer-tiny"
@@ -181,6 +188,23 @@ def engine_of(
 
 def planned_gib(config: RunConfig) -> float:
     """The peak of one rank by the memory plan, in GiB."""
-    from megatron_nexus.planner.memory import plan_memory
-
     return plan_memory(config, 1, DEVICE.type)[0].peak / 2**30
+
+
+def predicted_model_rate(config: RunConfig, device: Device | None = RECORD) -> float | None:
+    """Tokens/s of forward and backward alone, by the planner; None where the device is not known."""
+    tokens = config.training.micro_batch_size * config.training.seq_length
+    return tokens / model_seconds(config, device) if device else None
+
+
+def predicted_step_rate(config: RunConfig, device: Device | None = RECORD) -> float | None:
+    """Tokens/s of the whole step of one rank, by the planner; None where the device is not known."""
+    return step_time(config, 1, device).tokens_per_s if device else None
+
+
+def predicted_product_rate(m: int, k: int, n: int, device: Device | None = RECORD) -> float | None:
+    """TFLOP/s of a product in bf16, by the planner; None where the device is not known."""
+    if device is None:
+        return None
+    flops = 2.0 * m * k * n
+    return flops / roofline_of(device, "bf16").seconds(Kernel(Kind.GEMM, flops, shape=(1, m, n, k))) / 1e12

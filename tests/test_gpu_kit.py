@@ -1,5 +1,6 @@
 """The GPU kit runs shrunk on a CPU, every stage, so that it works on the day that somebody has a GPU."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nexus.config.command_line import build
+from megatron_nexus.config.devices import DEVICES
+from megatron_nexus.planner.step_time import step_time
 from tests.support.paths import REPOSITORY
 
 
@@ -25,3 +29,18 @@ def test_every_stage_of_the_gpu_kit_passes_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
     assert all(record["rows"] for record in records) and len(records) == 11
     assert "FAILED" not in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_predictions_of_the_kit_are_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a device that is not there, and none on this CPU."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    stage = importlib.import_module("gpu_stage")
+    h100, config = DEVICES["h100"], build({"preset": "nexusformer-240m"})
+    assert stage.predicted_model_rate(config) is None
+    whole = stage.predicted_step_rate(config, h100)
+    assert whole == step_time(config, 1, h100).tokens_per_s
+    assert whole < stage.predicted_model_rate(config, h100) < 1.1 * whole
+    assert stage.predicted_product_rate(8192, 8192, 8192, h100) == pytest.approx(
+        h100.gemm * h100.bf16, rel=0.03
+    )

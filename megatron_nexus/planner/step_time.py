@@ -102,6 +102,20 @@ def step_time(config: RunConfig, world_size: int, device: Device, work: Work | N
     )
 
 
+def model_seconds(config: RunConfig, device: Device) -> float:
+    """Return the predicted seconds of forward and backward of a micro-batch of a whole model, on one device.
+
+    Without an engine: gradients stay where backward leaves them.
+    """
+    roofline, work = roofline_of(device, config.training.precision), traced_work(config)
+    layers = work.of_layers(range(config.model.num_layers + 2), config.model.num_layers)
+    kernels = [(times, kernel) for times, layer in layers for kernel in layer.kernels]
+    return max(
+        sum(times * roofline.seconds(kernel) for times, kernel in kernels),
+        HOST_S * sum(times * kernel.count for times, kernel in kernels),
+    )
+
+
 def _micro_batch(
     config: RunConfig, layers: range, roofline: Roofline, work: Work
 ) -> tuple[Mapping[str, float], StageSize]:
