@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_nexus.config.devices import GIB, TERA, Device, find_device
+from megatron_nexus.config.devices import DEVICES, GIB, TERA, Device, find_device
 from megatron_nexus.config.rules import config_warnings
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.planner.layouts import Candidate, Layout, Search
@@ -116,7 +116,8 @@ def _device_notes(
     peak = max(memory.peak for memory in plan)
     if peak <= device.usable_bytes:
         return []
-    search = Search(config, device)
+    # Where rates are not known any will do: memory decides.
+    search = Search(config, device if device.bf16 else replace(DEVICES["h100"], memory=device.memory))
     least = search.least_change(world_size)
     remedy = _fits(config, least) if least else _more_devices(search, world_size)
     return [

@@ -6,18 +6,15 @@ time. All blocks of a stage are alike: one that has others on both sides stands 
 """
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import TypeAlias, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_nexus.config.run_config import ModelConfig, Recompute
 from megatron_nexus.models.decoder import DecoderStage, Loss
@@ -27,27 +24,13 @@ from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.models.rotary import rotary_tables, stage_tables
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.planner.accelerator_kernels import accelerator_kernels, cross_entropy_kernel
-from megatron_nexus.planner.kernels import (
-    NO_KERNEL,
-    Fusion,
-    Kernel,
-    Kind,
-    Operation,
-    kernel_of,
-    merged,
-    tensor_bytes,
-)
+from megatron_nexus.planner.kernels import Fusion, Kernel, merged
+from megatron_nexus.planner.tracker import Events, FakeProcessGroup, Mark, Tracker
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box, Shard
 
 KEPT = "the stage's output is kept"
 """Event: at the last stage the pipeline engine keeps the outputs of two micro-batches, and frees a third."""
-
-Swing: TypeAlias = tuple[int, int]
-"""Bytes of activations over some operations: the most above the level before them, and the level after."""
-
-Events: TypeAlias = list[Swing | str]
-"""Swings, KEPT, and the name within its layer of each parameter whose gradient leaves the activations."""
 
 
 @dataclass(frozen=True)
@@ -138,125 +121,6 @@ class MicroBatch:
     """Of an output that the pipeline engine keeps."""
 
 
-@dataclass
-class _Mark:
-    """What was logged between two marks."""
-
-    events: Events
-    operations: list[Operation] = field(default_factory=list)
-
-
-class _Tracker(TorchDispatchMode):
-    """Logs the bytes of every storage that an operation makes, again when its last tensor is gone, and what
-    the operation is.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log: list[int | str] = []
-        self.operations: list[Operation] = []
-        self.sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
-        self.numbers: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-        self.parameters: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-        self.storages = 0
-
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
-        result, made = func(*args, **kwargs), False
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self.sizes and storage not in self.parameters:
-                    size = self.sizes[storage] = [storage.nbytes()]
-                    self.log += size
-                    weakref.finalize(storage, self._freed, size)
-                    made = True
-        if (made or func._schema.is_mutable) and name not in NO_KERNEL:
-            self.record(kernel_of(name, (args, kwargs), result), (args, kwargs), result)
-        return result
-
-    def record(self, kernel: Kernel, inputs: object, outputs: object) -> None:
-        """Note an operation."""
-        self.operations.append(Operation(kernel, self._bytes(inputs), self._bytes(outputs)))
-
-    def _bytes(self, tensors: object) -> dict[int, int]:
-        """Return the bytes of each storage of some tensors, by its number."""
-        sizes: dict[int, int] = {}
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if (number := self.numbers.get(storage)) is None:
-                    self.storages += 1
-                    number = self.numbers[storage] = self.storages
-                sizes[number] = max(sizes.get(number, 0), tensor_bytes(tensor))
-        return sizes
-
-    def _freed(self, size: list[int]) -> None:
-        self.log += [-bytes_ for bytes_ in size]
-
-    def take_gradient(self, parameter: Tensor, name: str) -> None:
-        """Move a complete gradient out of the activations."""
-        assert parameter.grad is not None
-        size = self.sizes.pop(parameter.grad.untyped_storage(), [])
-        self._freed(size)
-        size.clear()
-        self.log.append(name)
-        parameter.grad = None
-
-    def mark(self) -> _Mark:
-        """Return what was logged since the last call, runs of bytes as one swing each."""
-        mark = _Mark([], self.operations)
-        self.operations = []
-        most = level = 0
-        for entry in [*self.log, ""]:
-            if isinstance(entry, int):
-                level += entry
-                most = max(most, level)
-                continue
-            if most or level:
-                mark.events.append((most, level))
-                most = level = 0
-            if entry:
-                mark.events.append(entry)
-        self.log.clear()
-        return mark
-
-
-class _FakeProcessGroup:
-    """A tensor-parallel group whose other ranks do not exist: its collectives return at once."""
-
-    def __init__(self, size: int, tracker: _Tracker) -> None:
-        self._size = size
-        self._tracker = tracker
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return 0
-
-    def allreduce(self, *arguments: object) -> None:
-        self._record(2, arguments)
-
-    def all_gather_single(self, *arguments: object) -> None:
-        self._record(1, arguments)
-
-    # The last two are called by torch before 2.13.
-    reduce_scatter_single = _allgather_base = _reduce_scatter_base = all_gather_single
-
-    def _record(self, passes: int, arguments: tuple[object, ...]) -> None:
-        """Note a ring that passes the larger of its tensors `passes` times, but for each rank's own part."""
-        largest = max(tensor_bytes(x) for x in tree_leaves(arguments) if isinstance(x, Tensor))
-        sent = passes * largest * (self._size - 1) / self._size
-        self._tracker.record(Kernel(Kind.COLLECTIVE, moved=sent), arguments, arguments)
-
-
 class _EmptyShard(Shard):
     """A shard of the same shapes whose parameters are left empty: no initial value is drawn."""
 
@@ -268,10 +132,10 @@ class _EmptyShard(Shard):
 class _Stage:
     """A stage that runs a micro-batch as DeepSpeed's engine does."""
 
-    def __init__(self, shape: StageShape, tracker: _Tracker) -> None:
+    def __init__(self, shape: StageShape, tracker: Tracker) -> None:
         self.shape = shape
         self.tracker = tracker
-        fake = _FakeProcessGroup(shape.tp_size, tracker)
+        fake = FakeProcessGroup(shape.tp_size, tracker)
         group = cast(dist.ProcessGroup, fake) if shape.tp_size > 1 else None
         tp = TensorParallel(group, shape.sequence_parallel)
         shard = _EmptyShard(0, shape.tp_size, shape.multiple)
@@ -289,7 +153,7 @@ class _Stage:
         if shape.dtype == torch.bfloat16 or shape.compiled:
             self.loss.kernel = cross_entropy_kernel(tracker.record, shape.compiled)
         self.fusion = Fusion()
-        self.marks: list[_Mark] = []
+        self.marks: list[Mark] = []
         for layer in self.decoder.layers:
             layer.register_forward_pre_hook(lambda *_: self._mark())
             layer.register_forward_hook(lambda _module, _inputs, output: self._mark_backward(output))
@@ -317,7 +181,7 @@ class _Stage:
         self.marks.clear()
         return Pass(before, layers)
 
-    def _span(self, mark: _Mark, is_block: bool) -> Span:
+    def _span(self, mark: Mark, is_block: bool) -> Span:
         if is_block and self.shape.compiled:
             return Span(mark.events, merged(self.fusion.kernels(mark.operations)))
         return Span(mark.events, merged(one.kernel for one in mark.operations))
@@ -357,7 +221,7 @@ class _Stage:
 
 
 @contextlib.contextmanager
-def _without_elements(shape: StageShape, tracker: _Tracker) -> Iterator[None]:
+def _without_elements(shape: StageShape, tracker: Tracker) -> Iterator[None]:
     """Have tensors hold nothing, and kernels be those of the device: a CPU's own, or an accelerator's."""
     if shape.device_type == "cpu":
         from torch._subclasses.fake_tensor import FakeTensorMode  # half a second
@@ -372,7 +236,7 @@ def _without_elements(shape: StageShape, tracker: _Tracker) -> Iterator[None]:
 @lru_cache(maxsize=1024)
 def _run(shape: StageShape) -> MicroBatch:
     rotary_tables.cache_clear()  # real tables would not be counted
-    tracker = _Tracker()
+    tracker = Tracker()
     with _without_elements(shape, tracker):
         stage = _Stage(shape, tracker)
         with tracker:

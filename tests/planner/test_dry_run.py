@@ -86,16 +86,18 @@ def test_it_tells_configuration_costs_and_memory_and_starts_nothing(tmp_path: Pa
     assert "tensor 2 x pipeline 2 x data 1 = 4 ranks" in done.stdout
     rows = [line.split()[0] for line in done.stdout.splitlines() if line.strip()[:3] in ("0-1", "2-3")]
     assert rows == ["0-1", "2-3"]
+    assert done.stdout.index("\nranks") < done.stdout.index("\npreset: "), "numbers come first"
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_ranks_that_hold_the_same_share_a_row_and_only_rank_0_speaks() -> None:
-    words = ("--dry-run", "--tp", "2", "--world-size", "4", "--train-iters", "7")
+    words = ("--dry-run", "--tp", "2", "--world-size", "4", "--train-iters", "7", "--device", "h100")
     done = dry_run(*words)
     assert done.returncode == 0, done.stderr
     assert "tensor 2 x pipeline 1 x data 2 = 4 ranks" in done.stdout
     assert any(line.split()[:1] == ["0-3"] for line in done.stdout.splitlines())
+    assert "predicted, not measured" in done.stdout and "machine" not in done.stdout
     place = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
     other = dry_run(*words, env=place)
     assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
@@ -109,6 +111,9 @@ def test_ranks_that_hold_the_same_share_a_row_and_only_rank_0_speaks() -> None:
             ["3 problems", "--tp 3 does not divide", "--lr 0.0 must be", "--global-batch-size 33 is not"],
         ),
         ("--world-size 4", ["--world-size 4 belongs to --dry-run: add it"]),
+        ("--device h100", ["--device h100 belongs to --dry-run: add it"]),
+        ("--dry-run --search", ["--search", "give --device"]),
+        ("--dry-run --device h10", ["--device 'h10'", "h100 is the nearest"]),
         ("--dry-run --world-size 0", ["--world-size 0 must be positive"]),
         ("--dry-run --world-size 3 --tp 2", ["the world has 3 ranks", "start 2 ranks"]),
     ],
