@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from megatron_nexus.config.devices import DEVICES, GIB, TERA, Device, find_device
-from megatron_nexus.config.rules import config_warnings
+from megatron_nexus.config.rules import check, config_warnings
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.planner.layouts import Candidate, Layout, Search
+from megatron_nexus.planner.layouts import Candidate, Layout, Search, layouts
 from megatron_nexus.planner.memory import MIB, RankMemory, memory_table, plan_memory
 from megatron_nexus.planner.model_cost import flops_line, model_cost, size_line
 from megatron_nexus.planner.step_time import StepTime, cause_line, step_time
@@ -46,7 +46,12 @@ def report(config: RunConfig, world_size: int, device: Device | None = None) -> 
 
 
 def search_report(config: RunConfig, world_size: int, device: Device, count: int = 5) -> list[str]:
-    """Return the lines of a search: the fastest layouts that fit, each with its flags."""
+    """Return the lines of a search: the fastest layouts that fit, each with its flags.
+
+    Raises ConfigError where the rules allow no layout on so many devices.
+    """
+    if next(layouts(config, world_size, device), None) is None:
+        check(config, world_size)  # the present one neither, and that says why
     began = time.perf_counter()
     search = Search(config, device)
     found = search.fastest(world_size, count)
@@ -60,11 +65,11 @@ def search_report(config: RunConfig, world_size: int, device: Device, count: int
     for place, one in enumerate(found, 1):
         lines += [
             "",
-            f"{place}. {_speed(one.time)}; {cause_line(one.time)}; {one.peak_bytes / GIB:.1f} of "
+            f"{place}. predicted {_speed(one.time)}; {cause_line(one.time)}; {one.peak_bytes / GIB:.1f} of "
             f"{device.usable_bytes / GIB:.1f} GiB",
             f"   {' '.join(one.layout.flags().values())}",
         ]
-    return [*lines, "", "predicted, not measured; docs/planning.md says what it rests on"]
+    return lines
 
 
 def _own_device() -> Device | None:

@@ -1,12 +1,15 @@
 """A search's layouts fit, are the fastest that do, and their flags make the run that was predicted."""
 
+import re
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.devices import DEVICES, parse_device
 from megatron_nexus.config.rules import check
+from megatron_nexus.errors import ConfigError
 from megatron_nexus.planner.dry_run import report, search_report
 from megatron_nexus.planner.layouts import Layout, Search, layouts
 from megatron_nexus.planner.memory import plan_memory
@@ -71,3 +74,13 @@ def test_where_no_layout_fits_the_search_says_on_how_many_devices_one_does() -> 
     lines = search_report(config, 1, small)
     assert any("warning" in line and "--world-size" in line for line in lines)
     assert Layout.of(config).changes(Layout.of(config)) == []
+
+
+def test_devices_for_which_no_layout_divides_are_refused_with_a_batch_for_which_one_does() -> None:
+    config = read_train_command(shlex.split(BASE)).config
+    with pytest.raises(ConfigError) as caught:
+        search_report(config, 127, H100)
+    found = re.search(r"--global-batch-size 64 is not a multiple .* use (\d+)", str(caught.value))
+    assert found
+    other = replace(config, training=replace(config.training, global_batch_size=int(found[1])))
+    assert any(layouts(other, 127, H100))

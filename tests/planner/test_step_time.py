@@ -68,6 +68,20 @@ def test_ranks_share_the_products_and_recompute_repeats_them() -> None:
         assert flops(kind, recompute_granularity="selective") == once
 
 
+@pytest.mark.parametrize("preset", ["nexusformer-tiny", "qwen3-tiny", "tokenformer-tiny"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_blocks_move_fewer_bytes_in_fewer_kernels(preset: str, recompute: str) -> None:
+    flags: dict[str, Value] = {"preset": preset, "precision": "bf16", "recompute_granularity": recompute}
+    eager, compiled = (traced_work(build({**flags, "compile": compiled})) for compiled in (False, True))
+    for one, other in ((eager.block, compiled.block), (eager.head, compiled.head)):
+        for number in ("moved", "count"):
+            many, few = (
+                sum(getattr(kernel, number) for kernel in work.kernels if kernel.kind is Kind.POINTWISE)
+                for work in (one, other)
+            )
+            assert 0.05 * many < few < 0.9 * many, number
+
+
 @pytest.mark.parametrize("size", [3, 8, 16])
 @pytest.mark.parametrize("flags", [{}, {"compile": True, "preset": "tokenformer-640m"}], ids=str)
 def test_work_is_affine_in_the_micro_batch(flags: dict[str, Value], size: int) -> None:
