@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_nexus.config.run_config import NormImpl, Recompute, RunConfig
+from megatron_nexus.kernels.grouped_linear import grouped_linear
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
 
@@ -26,7 +27,8 @@ class LayerContext:
     """The tensor-parallel ranks, this rank's share, the seed and type of new weights, what is recomputed,
     and whose kernels compute the norms. Without a seed weights are zeros, to be filled from a checkpoint.
 
-    The last two keep the documents of a packed sample apart: see `packing`.
+    The next two keep the documents of a packed sample apart: see `packing`. `group_projections` has the
+    Nexus-Ranks of one input use fewer, larger products.
     """
 
     tp: TensorParallel
@@ -37,17 +39,29 @@ class LayerContext:
     norm_impl: NormImpl = "torch"
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
+    group_projections: bool = False
 
     def linear_after(self, activation: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
         """linear(activation(*inputs), weight), which keeps only `inputs` under selective recompute.
 
         The checkpoint ends early, before the product: backward repeats the activation alone.
         """
+        return self._after(activation, lambda x: F.linear(x, weight), *inputs)
+
+    def grouped_linear_after(
+        self, activation: Callable[..., Tensor], weights: list[Tensor], inputs: Tensor
+    ) -> Tensor:
+        """`linear_after` of several maps at once, as `grouped_linear` has them."""
+        return self._after(activation, lambda x: grouped_linear(x, weights), inputs)
+
+    def _after(
+        self, activation: Callable[..., Tensor], product: Callable[[Tensor], Tensor], *inputs: Tensor
+    ) -> Tensor:
         if self.recompute != "selective":
-            return F.linear(activation(*inputs), weight)
+            return product(activation(*inputs))
 
-        def run(weight: Tensor, *inputs: Tensor) -> Tensor:
-            return F.linear(activation(*inputs), weight)
+        def run(*inputs: Tensor) -> Tensor:
+            return product(activation(*inputs))
 
-        result: Tensor = checkpoint(run, weight, *inputs, use_reentrant=False, preserve_rng_state=False)
+        result: Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
         return result

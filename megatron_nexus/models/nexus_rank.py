@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.kernels.grouped_linear import concatenated_linear, grouped_linear
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.norm import inner_norm
 from megatron_nexus.models.parameters import SpecModule
@@ -144,6 +145,8 @@ class NexusRank(SpecModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """X [T, B, D_in] of all tokens -> for each projection this rank's partial sum of Y [T, B, D_out]."""
+        if self.context.group_projections and len(self.names) > 1:
+            return self._grouped(x)
         scale_m, scale_a = self.norm_scales
         after = partial(self.context.linear_after, partial(self._activation, scale_a))
         h_m = self.context.tp.gather_features(
@@ -151,3 +154,19 @@ class NexusRank(SpecModule):
         )
         h_a = [F.linear(h, w_a) for h, w_a in zip(h_m, self._weights("w_a"), strict=True)]
         return tuple(after(w_d, h) for h, w_d in zip(h_a, self._weights("w_d"), strict=True))
+
+    def _grouped(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`forward` with one product for all W_M and a batched one for all W_A, and for all W_D of a shape.
+
+        G projections: H_M [T, B, G, M / t] and [G, T, B, M], H_A [G, T, B, A / t].
+        """
+        scale_m, scale_a = self.norm_scales
+        activate = partial(self._activation, scale_a)
+        pre_m = concatenated_linear(x, self._weights("w_m")).unflatten(-1, (len(self.names), -1))
+        h_m = self.context.tp.gather_grouped_features(self._activation(scale_m, pre_m))
+        pre_a = grouped_linear(h_m, self._weights("w_a"))
+        w_d = self._weights("w_d")
+        if len({w.shape for w in w_d}) == 1:
+            return self.context.grouped_linear_after(activate, w_d, pre_a).unbind()
+        after = partial(self.context.linear_after, activate)  # keys and values of fewer heads
+        return tuple(after(w, h) for w, h in zip(w_d, pre_a.unbind(), strict=True))

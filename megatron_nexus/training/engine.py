@@ -131,6 +131,7 @@ class Engine:
             norm_impl=config.training.norm_impl,
             reset_position_ids=config.data.reset_position_ids,
             reset_attention_mask=config.data.reset_attention_mask,
+            group_projections=config.training.compile or mesh.device.type == "cuda",
         )
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
         self._loss = loss = Loss(config.model, tp, self.shard, config.training.compile)

@@ -147,7 +147,8 @@ def run_case(mesh: Mesh, case: dict) -> float:
     model = ModelConfig(**SIZES, **WIDTHS, **case["model"])
     tp = TensorParallel(mesh.tp_group, case["sequence_parallel"])
     shard = Shard(mesh.tp_rank, mesh.tp_size, case["multiple"])
-    context = LayerContext(tp, shard, SEED, torch.float64, case["recompute"])
+    grouped = case.get("grouped", False)
+    context = LayerContext(tp, shard, SEED, torch.float64, case["recompute"], group_projections=grouped)
 
     def attention(x: Tensor, w: dict[str, Tensor]) -> Tensor:
         return reference.block(reference.attention, x, w, "a", vars(model))

@@ -79,7 +79,20 @@ def _cases(ranks: int) -> list[dict]:
                     "multiple": multiple,
                 }
             )
-    return made
+    grouped = {**_models(ranks), "nexus of few keys": {"num_query_groups": max(2, ranks)}}
+    return made + [
+        {
+            "name": f"grouped-{name}-{recompute}",
+            "layer": "decoder",
+            "model": grouped[name],
+            "sequence_parallel": ranks > 1 and recompute == "none",
+            "recompute": recompute,
+            "multiple": 4,
+            "grouped": True,
+        }
+        for name in ("nexus", "nexus of few keys", "released", "linear_nexus")
+        for recompute in ("none", "selective")
+    ]
 
 
 def _compiled_cases(ranks: int) -> list[dict]:
@@ -94,6 +107,7 @@ def _compiled_cases(ranks: int) -> list[dict]:
             "sequence_parallel": ranks > 1 and place % 2 == 1,
             "recompute": recompute,
             "multiple": 1,
+            "grouped": True,
         }
         for place, (name, recompute) in enumerate([*graphs, *((name, "selective") for name in names)])
     ]

@@ -1,0 +1,61 @@
+"""Several linear maps at once: of one input by one product, of as many inputs by one batched product.
+
+    concatenated    y_g = x W_g^T        one product with [W_1; ...; W_G] of [G n, k]
+    grouped         y_g = x_g W_g^T      one batched product
+
+The weights stay tensors of their own. They are put together at each use, forward and backward, and not kept:
+a copy of a few MB beside products of thousands of rows. In backward of the first the G gradients of x are one
+product, which sums them in float32; of separate maps each is rounded to the type of x before the sum.
+
+G maps, k inputs and n outputs of each.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _ConcatenatedLinear(Function):
+    @staticmethod
+    def forward(ctx: _Saved, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat(weights))
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        weight_grads = (rows.t() @ x.reshape(-1, x.shape[-1])).split([len(w) for w in weights])
+        return (grad @ torch.cat(weights), *weight_grads)
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx: _Saved, x_GNk: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x_GNk, *weights)
+        return torch.bmm(x_GNk, torch.stack(weights).transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: _Saved, grad_GNn: Tensor) -> tuple[Tensor, ...]:
+        x_GNk, *weights = ctx.saved_tensors
+        weight_grads = torch.bmm(grad_GNn.transpose(1, 2), x_GNk).unbind()
+        return (torch.bmm(grad_GNn, torch.stack(weights)), *weight_grads)
+
+
+def concatenated_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """X [..., k] and G weights [n, k] -> the outputs of all, side by side: [..., G n]."""
+    return cast(Tensor, _ConcatenatedLinear.apply(x, *weights))
+
+
+def grouped_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """G inputs [G, ..., k] and as many weights [n, k], all of one shape -> [G, ..., n]."""
+    y_GNn = cast(Tensor, _GroupedLinear.apply(x.flatten(1, -2), *weights))
+    return y_GNn.unflatten(1, x.shape[1:-1])
