@@ -78,7 +78,8 @@ def configuration(job: Job) -> RunConfig:
         "data-path": job.corpus,
         "save": job.folder / "run",
     }
-    return build(given_flags([word for flag, value in flags.items() for word in (f"--{flag}", str(value))]))
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    return build(given_flags([*words, *(["--compile"] if job.compiled else [])]))
 
 
 def batches(job: Job, config: RunConfig) -> Iterator[Batch]:

@@ -15,19 +15,20 @@ class Gate:
     """
 
     def __init__(self, connection: Connection, facts: dict[str, float]) -> None:
-        """`facts` are sent to the parent once the contestant is warm."""
+        """`facts` are sent to the parent once the contestant is warm, with the seconds from now to then."""
         self._connection = connection
         self._facts = facts
         self._left = WARM_UP_STEPS
         self._warm = False
-        self._began = 0.0
+        self._began = time.perf_counter()
 
     def passed(self) -> None:
         """Count a step; at the last one report and wait for the next order."""
         self._left -= 1
         if self._left > 0:
             return
-        self._connection.send(time.perf_counter() - self._began if self._warm else self._facts)
+        seconds = time.perf_counter() - self._began
+        self._connection.send(seconds if self._warm else {**self._facts, "warm_up_s": seconds})
         self._warm = True
         try:
             self._left = int(self._connection.recv())

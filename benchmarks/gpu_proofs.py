@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from gpu_stage import (
     BF16_BOUND,
-    COMPILER,
     CUDA,
     FP32_BOUND,
     PRESET,
@@ -25,6 +24,7 @@ from gpu_stage import (
     make_model,
     peak_gib,
     planned_gib,
+    positions_of,
     synchronize,
     tokens_of,
     worst_error,
@@ -33,7 +33,6 @@ from gpu_stage import (
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megatron_nexus.models.decoder import compile_blocks
 
 
 def maths(kit: Kit) -> Iterator[Row]:
@@ -72,15 +71,22 @@ def compile_law(kit: Kit) -> Iterator[Row]:
         config = build({"preset": preset})
         batch = tokens_of(config, 2, 256 if CUDA else 32)
         expected = gradients(*make_model(config, torch.float32, recompute=recompute), batch)[1]
-        stage, loss = make_model(config, torch.float32, recompute=recompute)
         torch.compiler.reset()
         began = time.monotonic()
-        compile_blocks(stage, COMPILER)
+        stage, loss = make_model(config, torch.float32, recompute=recompute, compiled=True)
         found = gradients(stage, loss, batch)[1]
         yield Row(f"{preset} {recompute}: worst gradient", worst_error(found, expected), at_most=FP32_BOUND)
         yield Row(f"{preset} {recompute}: compilation", time.monotonic() - began, "s")
         if not CUDA:
             return  # a minute each on a CPU, where tests/parallel/test_layers.py has the law
+    config = build({"preset": "nexusformer-tiny"})
+    batch, positions = tokens_of(config, 2, 512), positions_of(2, 512, 5)
+    dense = gradients(*make_model(config, torch.float32, apart="dense"), batch, positions)[1]
+    for recompute in ("none", "selective", "full"):
+        torch.compiler.reset()
+        made = make_model(config, torch.float32, recompute=recompute, compiled=True, apart="flex")
+        error = worst_error(gradients(*made, batch, positions)[1], dense)
+        yield Row(f"documents by FlexAttention, {recompute}: worst gradient", error, at_most=FP32_BOUND)
 
 
 def engine(kit: Kit) -> Iterator[Row]:

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from gpu_stage import (
-    COMPILER,
     CUDA,
     DEVICE,
     RECORD,
@@ -24,13 +23,13 @@ from gpu_stage import (
     synchronize,
     tokens_of,
 )
+from gpu_variants import document_variants, loss_variants, nexus_variants
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
-from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, training_flops_per_token
-from megatron_nexus.parallel.tensor_parallel import TensorParallel
+from megatron_nexus.models.decoder import DecoderStage, Loss, training_flops_per_token
 from megatron_nexus.planner.roofline import BANDWIDTH_SHARE
 
 
@@ -109,9 +108,7 @@ def speed(kit: Kit) -> Iterator[Row]:
                 return
             reset_memory()
             torch.compiler.reset()
-            stage, loss = make_model(config, torch.bfloat16)
-            if how == "compiled":
-                compile_blocks(stage, COMPILER)
+            stage, loss = make_model(config, torch.bfloat16, compiled=how == "compiled")
 
             def step(
                 stage: DecoderStage = stage, loss: Loss = loss, batch: tuple[Tensor, ...] = tokens
@@ -169,26 +166,8 @@ def loop(kit: Kit) -> Iterator[Row]:
 
 def variants(kit: Kit) -> Iterator[Row]:
     """Parts in question, one by one: the attention's back ends, the loss, sizes of micro-batches."""
-    from megatron_nexus.parallel.cross_entropy import vocabulary_parallel_cross_entropy
-
-    tokens, vocabulary = (16384, 32000) if CUDA else (64, 512)
-    head = torch.randn(tokens, vocabulary, device=DEVICE).bfloat16()
-    labels = torch.randint(0, vocabulary, (tokens,), device=DEVICE)
-    tp = TensorParallel(None)
-
-    def ours() -> None:
-        logits = head.detach().requires_grad_()
-        vocabulary_parallel_cross_entropy(logits * 1, labels, (0, vocabulary), tp).backward()
-
-    def torchs() -> None:
-        logits = head.detach().requires_grad_()
-        F.cross_entropy((logits * 1).float(), labels).backward()
-
-    for name, action in (("ours", ours), ("torch's in float32", torchs)):
-        reset_memory()
-        yield Row(f"cross entropy, {name}", 1e3 * seconds_of(action, 5), "ms")
-        if CUDA:
-            yield Row(f"cross entropy, {name}: peak", peak_gib(), "GiB")
+    yield from loss_variants()
+    yield from nexus_variants()
     if not CUDA:
         return
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
@@ -199,6 +178,7 @@ def variants(kit: Kit) -> Iterator[Row]:
                 F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
 
         yield Row(f"attention of 240m by {backend}", 1e3 * seconds_of(attend, 5), "ms")
+    yield from document_variants()
     for micro_batch in (1, 2, 4, 8):
         config = build({"preset": "nexusformer-240m", "micro_batch_size": micro_batch})
         reset_memory()
@@ -241,10 +221,9 @@ def peers(kit: Kit) -> Iterator[Row]:
             )
         )
         theirs.to(DEVICE, torch.bfloat16)
-        ours, loss = make_model(config, torch.bfloat16)
+        ours, loss = make_model(config, torch.bfloat16, compiled=how == "compiled")
         if how == "compiled":
             theirs.compile()
-            compile_blocks(ours, COMPILER)
 
         def their_step(model: nn.Module = theirs) -> None:
             model.zero_grad(set_to_none=True)

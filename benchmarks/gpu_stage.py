@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.devices import Device, find_device
 from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.models.decoder import DecoderStage, Loss
+from megatron_nexus.kernels.cross_entropy import compiled_kernel
+from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.parallel.mesh import Mesh, make_mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
@@ -129,17 +131,29 @@ def make_model(
     dtype: torch.dtype,
     device: torch.device = DEVICE,
     recompute: str | None = None,
+    compiled: bool = False,
+    apart: Literal["", "dense", "flex"] = "",
 ) -> tuple[DecoderStage, Loss]:
-    """Return the whole decoder and its loss, without DeepSpeed."""
+    """Return the whole decoder and its loss, without DeepSpeed; `compiled` as by --compile.
+
+    `apart`: documents are kept apart, by a dense mask or by FlexAttention.
+    """
     context = LayerContext(
         TensorParallel(None),
         Shard(0, 1, MULTIPLE),
         config.training.seed,
         dtype,
         recompute=recompute or config.training.recompute_granularity,  # type: ignore[arg-type]
+        reset_attention_mask=apart != "",
+        group_projections=compiled or device.type == "cuda",
+        flex_attention=apart == "flex",
     )
     stage = DecoderStage(config.model, range(config.model.num_layers + 2), context)
-    return stage.to(device), Loss(config.model, context.tp, context.shard)
+    loss = Loss(config.model, context.tp, context.shard)
+    if compiled:
+        compile_blocks(stage, COMPILER)
+        loss.kernel = compiled_kernel(COMPILER)
+    return stage.to(device), loss
 
 
 def tokens_of(config: RunConfig, samples: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -149,11 +163,20 @@ def tokens_of(config: RunConfig, samples: int, length: int, seed: int = 1) -> tu
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def gradients(stage: DecoderStage, loss: Loss, batch: tuple[Tensor, Tensor]) -> tuple[float, list[Tensor]]:
+def positions_of(samples: int, length: int, documents: int) -> Tensor:
+    """Return positions [samples, length] in documents of one length."""
+    return (torch.arange(length) % -(-length // documents)).repeat(samples, 1)
+
+
+def gradients(
+    stage: DecoderStage, loss: Loss, batch: tuple[Tensor, Tensor], positions: Tensor | None = None
+) -> tuple[float, list[Tensor]]:
     """Return the loss and every gradient of one forward and backward pass."""
     device = next(stage.parameters()).device
     stage.zero_grad(set_to_none=True)
-    value = loss(stage(batch[0].to(device)), batch[1].to(device))
+    tokens = batch[0].to(device)
+    stream = tokens if positions is None else (tokens, positions.to(device))
+    value = loss(stage(stream), batch[1].to(device))
     value.backward()
     found = [p.grad.detach().clone() for p in stage.parameters() if p.grad is not None]
     return float(value), found

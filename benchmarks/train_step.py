@@ -4,7 +4,8 @@
 
 Each contestant is a process of its own (an allocator belongs to a process), kept alive and asked for a few
 steps at a time, in turn with all others idle. A round asks everybody once, so that whatever the machine does
-meanwhile happens to all; ratios are taken within a round and their median is reported. README.md says more.
+meanwhile happens to all; ratios are taken within a round and their median is reported. The first step, with
+compilation where there is one, is told apart. README.md says more.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtyp
 
 DOCUMENTS, TOKENS_PER_DOCUMENT = 1000, 2052
 COUNT_TOLERANCE = 0.02
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 900.0  # two compilations at the same time on two cores
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Entry:
 
 
 REAL_PATH = Entry("megatron_nexus", "real_path", True)
+REAL_PATH_COMPILED = Entry("megatron_nexus, --compile", "real_path", True, compiled=True)
 REAL_PATH_FP32 = Entry("megatron_nexus, fp32", "real_path", True, precision="fp32")
 GEMM = Entry("matrix products", "gemm", True)
 BARE = Entry("bare loop of its model", "bare", True)
@@ -61,6 +63,7 @@ AS_USED = (
     Entry("GPT-2's shape", "small_gpt", False, fused=False),
 )
 COMPILED = (
+    REAL_PATH_COMPILED,
     Entry("litgpt, torch.compile", "litgpt", True, compiled=True),
     Entry("litgpt, torch.compile", "litgpt", False, compiled=True, fused=False),
 )
@@ -114,8 +117,11 @@ class Result:
     parameters: int
     flops_per_token: float
     tokens_per_s: list[float]
+    warm_up_s: float
     gemm_share: float
     real_path_ratio: float
+    compiled_ratio: float | None
+    """Of the real path with --compile, where it has run."""
 
     @property
     def median(self) -> float:
@@ -168,6 +174,7 @@ def compete(
 def evaluate(gemm: Contestant, contestants: list[Contestant]) -> list[Result]:
     """Rates and ratios of one table. Refuses contestants of different sizes."""
     real = next(contestant for contestant in contestants if contestant.entry == REAL_PATH)
+    compiled = next((c for c in contestants if c.entry == REAL_PATH_COMPILED), None)
     gemm_rates = [gemm.facts["flops_per_step"] / seconds for seconds in gemm.seconds]
     results = []
     for contestant in contestants:
@@ -185,7 +192,9 @@ def evaluate(gemm: Contestant, contestants: list[Contestant]) -> list[Result]:
                 flops_per_token=made["flops_per_token"],
                 tokens_per_s=[made["tokens_per_step"] / seconds for seconds in contestant.seconds],
                 gemm_share=ratio(flops, gemm_rates),
+                warm_up_s=made["warm_up_s"],
                 real_path_ratio=ratio(contestant.seconds, real.seconds),
+                compiled_ratio=ratio(contestant.seconds, compiled.seconds) if compiled else None,
             )
         )
     return results
@@ -203,15 +212,17 @@ def write_corpus(prefix: Path) -> None:
 def report(results: list[Result], threads: int, precision: Precision) -> None:
     """Print one table and the comparisons that matter."""
     print(f"\n{threads} thread{'s' if threads > 1 else ''}, {precision}\n")
-    names = ("contestant", "allocator", "AdamW", "parameters", "MFLOP/token", "tokens/s", "of GEMM rate")
-    print(f"| {' | '.join(names)} | real path / it |")
-    print(f"|{3 * '---|'}{5 * '---:|'}")
+    names = ("contestant", "allocator", "AdamW", "parameters", "MFLOP/token", "first step", "tokens/s")
+    print(f"| {' | '.join(names)} | of GEMM rate | real path / it | real path compiled / it |")
+    print(f"|{3 * '---|'}{7 * '---:|'}")
     for result in results:
         print(
             f"| {result.name} | {'keeps memory' if result.keeps_memory else 'default'} "
             f"| {'fused' if result.fused else 'default'} "
-            f"| {result.parameters / 1e6:.2f}M | {result.flops_per_token / 1e6:.0f} | {result.median:,.0f} "
-            f"| {100 * result.gemm_share:.0f} % | {result.real_path_ratio:.2f} |"
+            f"| {result.parameters / 1e6:.2f}M | {result.flops_per_token / 1e6:.0f} "
+            f"| {result.warm_up_s:.0f} s | {result.median:,.0f} "
+            f"| {100 * result.gemm_share:.0f} % | {result.real_path_ratio:.2f} "
+            f"| {'' if result.compiled_ratio is None else f'{result.compiled_ratio:.2f}'} |"
         )
     peers = {entry.name for entry in PEERS}
     rivals = [result for result in results if result.keeps_memory and result.name in peers]
@@ -229,7 +240,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps it is asked for each time")
     parser.add_argument("--only", nargs="+", help="builders to run beside the real path, such as bare litgpt")
     parser.add_argument(
-        "--compile", action="store_true", help="add litgpt under torch.compile, as its command runs it"
+        "--compile",
+        action="store_true",
+        help="add the real path with --compile, and litgpt under torch.compile as its command runs it",
+    )
+    parser.add_argument(
+        "--same-allocator", action="store_true", help="leave out those under glibc's default allocator"
     )
     parser.add_argument("--json", type=Path, help="file for all numbers")
     options = parser.parse_args()
@@ -238,12 +254,12 @@ def main() -> None:
     tables = []
     for threads in options.threads:
         for precision in options.precision:
-            entries = [BARE, *PEERS, *AS_USED]
+            entries = [BARE, *PEERS, *AS_USED, *(COMPILED if options.compile else ())]
             if options.only:
-                entries = [entry for entry in entries if entry.kind in options.only]
-            if options.compile:
-                entries += COMPILED
-            if precision == "bf16":
+                entries = [entry for entry in entries if entry.kind in ("real_path", *options.only)]
+            if options.same_allocator:
+                entries = [entry for entry in entries if entry.keeps_memory]
+            if precision == "bf16" and not options.only:
                 entries.append(REAL_PATH_FP32)
             results = compete([REAL_PATH, *entries], threads, precision, options.rounds, options.steps)
             report(results, threads, precision)

@@ -23,6 +23,7 @@ InnerNormScale = Literal["hidden", "width"]
 Normalization = Literal["RMSNorm", "NonParametricLayerNorm"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
 MatmulPrecision = Literal["highest", "high"]
+AttentionBackend = Literal["auto", "sdpa", "flex"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
 
@@ -275,6 +276,11 @@ class TrainingConfig:
     )
     manual_gc_interval: int = config_field(
         1000, "steps between two collections of --manual-gc", positive=True
+    )
+    attention_backend: AttentionBackend = config_field(
+        "auto",
+        "with --reset-attention-mask: sdpa with a dense mask, flex (FlexAttention: a GPU and --compile), or "
+        "auto: flex where it can be used",
     )
     norm_impl: NormImpl = config_field("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
     seed: int = config_field(1234, "seed of the initial weights and of the order of samples")

@@ -32,8 +32,8 @@ class _ConcatenatedLinear(Function):
     @staticmethod
     def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, ...]:
         x, *weights = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        weight_grads = (rows.t() @ x.reshape(-1, x.shape[-1])).split([len(w) for w in weights])
+        products = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        weight_grads = products.split([len(w) for w in weights])
         return (grad @ torch.cat(weights), *weight_grads)
 
 
@@ -58,4 +58,4 @@ def concatenated_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
 def grouped_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     """G inputs [G, ..., k] and as many weights [n, k], all of one shape -> [G, ..., n]."""
     y_GNn = cast(Tensor, _GroupedLinear.apply(x.flatten(1, -2), *weights))
-    return y_GNn.unflatten(1, x.shape[1:-1])
+    return y_GNn.view(*x.shape[:-1], len(weights[0]))

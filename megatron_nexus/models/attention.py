@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.kernels.document_attention import block_masked_attention
 from megatron_nexus.models.higher_order import Refinement, each_head, gate_specs
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.layer_context import LayerContext
@@ -131,8 +132,9 @@ class Attention(nn.Module):
 
     def _attend(self, packing: Packing | None, q_BNTH: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention [B, N, T, H] of this layer's scale; of all earlier tokens where no mask is."""
+        if packing is not None and packing.blocks is not None:
+            return block_masked_attention(q_BNTH, k, v, packing.blocks, self.score_scale)
         mask = window_mask(packing, q_BNTH.shape[2], k.shape[2], self.window, k.device)
-        # Kernels of variable lengths (flash-attn, flex) would skip what the mask hides: not used yet.
         return F.scaled_dot_product_attention(
             q_BNTH,
             k,

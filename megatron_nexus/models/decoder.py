@@ -188,7 +188,9 @@ class DecoderStage(nn.Module):
     def forward(self, stream: Stream) -> Stream:
         """[B, T] or [T, B, D] -> [T, B, D] or [T, B, V]; positions [B, T] go along up to the logits."""
         x, positions_BT = stream if isinstance(stream, tuple) else (stream, None)
-        packing = packing_of(positions_BT, self.context) if positions_BT is not None else None
+        packing = None
+        if positions_BT is not None:
+            packing = packing_of(positions_BT, self.context, self.model.sliding_window)
         tables: Tables | None = None
         for layer in self.layers:
             if not isinstance(layer, Block):

@@ -28,7 +28,8 @@ class LayerContext:
     and whose kernels compute the norms. Without a seed weights are zeros, to be filled from a checkpoint.
 
     The next two keep the documents of a packed sample apart: see `packing`. `group_projections` has the
-    Nexus-Ranks of one input use fewer, larger products.
+    Nexus-Ranks of one input use fewer, larger products; `flex_attention` has the blocks, which are then
+    compiled, keep documents apart by FlexAttention.
     """
 
     tp: TensorParallel
@@ -40,6 +41,7 @@ class LayerContext:
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
     group_projections: bool = False
+    flex_attention: bool = False
 
     def linear_after(self, activation: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
         """linear(activation(*inputs), weight), which keeps only `inputs` under selective recompute.

@@ -162,7 +162,8 @@ class NexusRank(SpecModule):
         """
         scale_m, scale_a = self.norm_scales
         activate = partial(self._activation, scale_a)
-        pre_m = concatenated_linear(x, self._weights("w_m")).unflatten(-1, (len(self.names), -1))
+        w_m = self._weights("w_m")
+        pre_m = concatenated_linear(x, w_m).unflatten(-1, (len(w_m), len(w_m[0])))
         h_m = self.context.tp.gather_grouped_features(self._activation(scale_m, pre_m))
         pre_a = grouped_linear(h_m, self._weights("w_a"))
         w_d = self._weights("w_d")

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from megatron_nexus.kernels.document_attention import document_block_mask
 from megatron_nexus.models.layer_context import LayerContext
 
 
@@ -23,16 +25,20 @@ class Packing:
     """The place of each token for rotary embedding, where it restarts with each document."""
     mask_B1TT: Tensor | None
     """Whether a token (second to last axis) sees another: an earlier one of the same document."""
+    blocks: BlockMask | None = None
+    """The same for FlexAttention, with the sliding window, in place of the mask."""
 
 
-def packing_of(positions_BT: Tensor, context: LayerContext) -> Packing:
+def packing_of(positions_BT: Tensor, context: LayerContext, window: int = 0) -> Packing:
     """What `context` asks to keep apart. The mask takes B T^2 bytes, once per stage and micro-batch."""
-    mask_B1TT = None
-    if context.reset_attention_mask:
-        document_BT = (positions_BT == 0).cumsum(dim=1)
+    mask_B1TT, blocks = None, None
+    document_BT = (positions_BT == 0).cumsum(dim=1)
+    if context.reset_attention_mask and context.flex_attention:
+        blocks = document_block_mask(document_BT, window)
+    elif context.reset_attention_mask:
         same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
         mask_B1TT = same_BTT.tril()[:, None]
-    return Packing(positions_BT.t() if context.reset_position_ids else None, mask_B1TT)
+    return Packing(positions_BT.t() if context.reset_position_ids else None, mask_B1TT, blocks)
 
 
 def _window_TS(queries: int, keys: int, window: int, device: torch.device) -> Tensor:

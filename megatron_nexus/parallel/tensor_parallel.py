@@ -210,7 +210,8 @@ class TensorParallel:
     def gather_grouped_features(self, x_TBGw: Tensor) -> Tensor:
         """Column parts of G tensors, [T, B, G, w], to all columns, [G, T, B, t w], in one collective."""
         (gathered,) = self.gather_features(x_TBGw.flatten(-2))
-        return gathered.unflatten(-1, (self.size, *x_TBGw.shape[-2:])).movedim(-2, 0).flatten(-2)
+        by_rank: Tensor = gathered.unflatten(-1, (self.size, *x_TBGw.shape[-2:]))  # [T, B, t, G, w]
+        return by_rank.movedim(-2, 0).flatten(-2)
 
     def scatter_features(self, *partials: Tensor) -> tuple[Tensor, ...]:
         """Partial sums [..., t w] of each tensor to this rank's columns [..., w], in one collective."""

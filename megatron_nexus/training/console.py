@@ -13,6 +13,7 @@ from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.rules import config_warnings
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.log import logger
+from megatron_nexus.models.attention_backend import alignment_notes, attention_backend
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.cost import parameter_count
@@ -79,7 +80,8 @@ def announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: L
         ", sequence parallel" if config.parallel.sequence_parallel else "",
     )
     logger.info(
-        "kernels: %s of %s, AdamW of %s (%s)",
+        "kernels: attention %s, %s of %s, AdamW of %s (%s)",
+        attention_backend(config, mesh.device),
         config.model.normalization,
         training.norm_impl,
         config.optimizer.optimizer_impl,
@@ -103,7 +105,7 @@ def announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: L
         )
     logger.info("measured GEMM throughput: %.1f GFLOP/s over all ranks", rate / 1e9)
     logger.info("saving to %s", save)
-    for note in config_warnings(config):
+    for note in [*config_warnings(config), *alignment_notes(config, mesh.device.type)]:
         logger.info("note: %s", note)
 
 

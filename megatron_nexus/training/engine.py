@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.models.attention_backend import uses_flex_attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, stage_layers
 from megatron_nexus.models.layer_context import DTYPES, LayerContext, padding_multiple
 from megatron_nexus.models.packing import Stream
@@ -132,6 +133,7 @@ class Engine:
             reset_position_ids=config.data.reset_position_ids,
             reset_attention_mask=config.data.reset_attention_mask,
             group_projections=config.training.compile or mesh.device.type == "cuda",
+            flex_attention=uses_flex_attention(config, mesh.device.type),
         )
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
         self._loss = loss = Loss(config.model, tp, self.shard, config.training.compile)

@@ -21,6 +21,7 @@ from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import Progress, logger
+from megatron_nexus.models.attention_backend import flex_problem
 from megatron_nexus.models.nvidia_apex import require_apex
 from megatron_nexus.parallel.launch_command import launch_words
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
@@ -144,6 +145,8 @@ def _check_device(config: RunConfig, mesh: Mesh) -> None:
 def _prepare_kernels(config: RunConfig, mesh: Mesh) -> None:
     """Have the chosen implementations at hand, or raise ConfigError; a collective call."""
     if config.training.compile and (problem := compile_problem(config, torch.__version__, mesh.device.type)):
+        raise ConfigError([problem])
+    if problem := flex_problem(config, mesh.device.type):
         raise ConfigError([problem])
     chosen = {"--norm-impl": config.training.norm_impl, "--optimizer-impl": config.optimizer.optimizer_impl}
     require_apex([flag for flag, choice in chosen.items() if choice == "apex"], mesh.device)

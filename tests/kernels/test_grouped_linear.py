@@ -12,7 +12,7 @@ BOUND = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2.0**-7}
 
 
 def distance(mine: Tensor, expected: Tensor) -> float:
-    return float((mine.double() - expected.double()).norm() / expected.double().norm())
+    return float((mine.double() - expected.double()).norm().detach() / expected.double().norm().detach())
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
