@@ -37,12 +37,12 @@ class ConfigError(NexusError):
     All problems are reported at once: one per line, each with its remedy.
     """
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, problems: str | list[str]) -> None:
         assert problems, "a ConfigError needs at least one problem"
-        self.problems = list(problems)
-        count = len(problems)
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        count = len(self.problems)
         head = f"{count} problem{'s' if count > 1 else ''} in the configuration"
-        super().__init__("\n".join([head, *(f"  {problem}" for problem in problems)]))
+        super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
 
 
 class DataError(NexusError):
@@ -74,7 +74,7 @@ def path_error(error: OSError, words: Sequence[str]) -> ConfigError:
     more = f"... ({len(path)} characters)" if len(path) > SHOWN_CHARACTERS else ""
     remedy = _REMEDIES.get(error.errno or 0, "give another")
     return ConfigError(
-        [f"{_flag_of(path, words)}{path[:SHOWN_CHARACTERS]}{more}: {error.strerror or error}: {remedy}"]
+        f"{_flag_of(path, words)}{path[:SHOWN_CHARACTERS]}{more}: {error.strerror or error}: {remedy}"
     )
 
 

@@ -185,17 +185,13 @@ def get_communicator(environment: Mapping[str, str]) -> Communicator:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            [
-                f"{started} processes were started and MPI cannot be used ({str(error).splitlines()[0]}): "
-                "pip install mpi4py beside an MPI library, or start one process"
-            ]
+            f"{started} processes were started and MPI cannot be used ({str(error).splitlines()[0]}): "
+            "pip install mpi4py beside an MPI library, or start one process"
         ) from None
     size = MPI.COMM_WORLD.Get_size()
     if size != started:
         raise ConfigError(
-            [
-                f"{started} processes were started, but MPI's world has {size}: use the mpirun of the MPI "
-                "library that mpi4py finds, under srun the option --mpi=pmix, or start one process"
-            ]
+            f"{started} processes were started, but MPI's world has {size}: use the mpirun of the MPI "
+            "library that mpi4py finds, under srun the option --mpi=pmix, or start one process"
         )
     return MpiCommunicator(MPI.COMM_WORLD)

@@ -21,7 +21,7 @@ def _index_name(rank: int) -> str:
 
 def read_indices(folder: Location, manifest: Manifest) -> Index:
     """Read the indices of all ranks. Raises CheckpointError that lists all that are damaged."""
-    files, sizes, random_states, problems = [], {}, [], []
+    files, random_states, problems = [], [], []
     for rank in range(manifest.topology.world_size):
         try:
             raw = read_checked(folder / _index_name(rank), manifest)
@@ -30,12 +30,11 @@ def read_indices(folder: Location, manifest: Manifest) -> Index:
             continue
         chunks = tuple(map(stored_from_json, raw["entries"]))
         header = safetensors_header([stored.chunk for stored in chunks])
-        name = data_file_name(rank)
-        sizes[name] = raw["bytes"]
-        files.append(DataFileRecord(name, sizes[name], len(header), zlib.crc32(header), chunks))
+        crc32 = zlib.crc32(header)
+        files.append(DataFileRecord(data_file_name(rank), raw["bytes"], len(header), crc32, chunks))
         random_states.append({name: base64.b64decode(text) for name, text in raw["random_states"].items()})
     raise_all(problems)
-    return Index(files, sizes, random_states)
+    return Index(files, random_states)
 
 
 def rank_defect(folder: Location, rank: int, held: Mapping[str, int]) -> str:

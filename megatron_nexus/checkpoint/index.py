@@ -24,8 +24,6 @@ class Index:
     """The data files of a checkpoint; the random states of its ranks where the index itself holds them."""
 
     files: Sequence[DataFileRecord]
-    sizes: Mapping[str, int]
-    """The length in bytes of every file that the checkpoint must have, by name."""
     random_states: Sequence[Mapping[str, bytes]] | None = None
 
 
@@ -69,8 +67,7 @@ def stored_from_json(entry: Mapping[str, Any]) -> StoredChunk:
 
 def read_index(folder: Location, manifest: Manifest) -> Index:
     """Read the index file of a checkpoint. Raises CheckpointError if it is missing or damaged."""
-    files = list(map(record_from_json, read_checked(folder / INDEX_FILE, manifest)["files"]))
-    return Index(files, manifest.files)
+    return Index(list(map(record_from_json, read_checked(folder / INDEX_FILE, manifest)["files"])))
 
 
 def raise_all(problems: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ def file_system(protocol: str) -> "AbstractFileSystem":
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            [f"{protocol}{SCHEME} cannot be reached: {error}; for s3, {install_command('s3')}"]
+            f"{protocol}{SCHEME} cannot be reached: {error}; for s3, {install_command('s3')}"
         ) from error
 
 

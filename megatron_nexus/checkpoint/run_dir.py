@@ -169,14 +169,12 @@ def check_save_folder(folder: Location, checkpoint: Location | None) -> None:
     It is a file, or holds checkpoints that the run does not continue: none is ever overwritten. Only looks.
     """
     if folder.exists() and not folder.is_dir():
-        raise ConfigError([f"--save {folder} is a file: give a folder, or a name that does not exist yet"])
+        raise ConfigError(f"--save {folder} is a file: give a folder, or a name that does not exist yet")
     newest = newest_checkpoint(folder)
     if newest is not None and (checkpoint is None or checkpoint.resolve() != newest.resolve()):
         raise ConfigError(
-            [
-                f"--save {folder} holds {newest.name}, which this run does not continue and might "
-                f"overwrite: use --load {folder} to continue it, or another --save"
-            ]
+            f"--save {folder} holds {newest.name}, which this run does not continue and might "
+            f"overwrite: use --load {folder} to continue it, or another --save"
         )
 
 

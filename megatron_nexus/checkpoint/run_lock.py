@@ -28,7 +28,7 @@ def run_dir_lock(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 user = (folder / LOCK_FILE).read_text(errors="replace").strip()
             raise ConfigError(
-                [f"--save {folder} is in use by {user or 'another run'}: wait for it, or give another --save"]
+                f"--save {folder} is in use by {user or 'another run'}: wait for it, or give another --save"
             ) from error
         except OSError as error:
             raise not_writable_error(folder, error) from error

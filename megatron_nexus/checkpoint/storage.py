@@ -37,16 +37,6 @@ UPLOAD_BYTES = 16 << 20
 Bytes = npt.NDArray[np.uint8]
 
 
-class DataFile(ABC):
-    """A data file that is open for reading."""
-
-    size: int
-
-    @abstractmethod
-    def part(self, first: int, length: int, start: int, stop: int) -> AbstractContextManager[Bytes]:
-        """Map `length` bytes from `first` on, of which those within [start, stop) are valid."""
-
-
 class Folder(ABC):
     """A checkpoint's folder, or the run's: what a disk and an object store do in ways of their own.
 
@@ -87,30 +77,18 @@ class Folder(ABC):
         """Open a new file for writing from start to end; it is durable when the context exits."""
 
     @abstractmethod
-    def open(self, name: str) -> DataFile:
-        """Open a file for reading parts of it."""
+    def part(
+        self, name: str, first: int, length: int, start: int, stop: int
+    ) -> AbstractContextManager[Bytes]:
+        """Map `length` bytes of a file from `first` on, of which those within [start, stop) are valid."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
         """Return the size of each file in bytes, by name; empty if the folder does not exist."""
-
-
-class _MappedFile(DataFile):
-    """A file of which the part that is asked for is mapped into memory, read as it is used.
-
-    Neither a descriptor nor memory is kept: a checkpoint has as many files as ranks wrote it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.size = path.stat().st_size
-
-    @contextmanager
-    def part(self, first: int, length: int, start: int, stop: int) -> Iterator[Bytes]:
-        before = first % mmap.ALLOCATIONGRANULARITY
-        with self._path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_READ, offset=first - before)
-        yield np.frombuffer(mapped, np.uint8, length, before)
 
 
 class LocalFolder(Folder):
@@ -189,31 +167,24 @@ class LocalFolder(Folder):
     def create(self, name: str) -> AbstractContextManager[Write]:
         return durable_file(self.path / name)
 
-    def open(self, name: str) -> DataFile:
-        return _MappedFile(self.path / name)
+    @contextmanager
+    def part(self, name: str, first: int, length: int, start: int, stop: int) -> Iterator[Bytes]:
+        """Map the part, which is read as it is used.
+
+        Neither a descriptor nor memory is kept: a checkpoint has as many files as ranks wrote it.
+        """
+        before = first % mmap.ALLOCATIONGRANULARITY
+        with (self.path / name).open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_READ, offset=first - before)
+        yield np.frombuffer(mapped, np.uint8, length, before)
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
 
     def sizes(self) -> dict[str, int]:
         if not self.path.is_dir():
             return {}
         return {path.name: path.stat().st_size for path in self.path.iterdir() if path.is_file()}
-
-
-class _RangedObject(DataFile):
-    """An object of which the bytes that are asked for are fetched."""
-
-    def __init__(self, path: ObjectPath) -> None:
-        self._path = path
-        with path.named_in_errors():
-            self.size = int(path.store.size(path.key))
-
-    @contextmanager
-    def part(self, first: int, length: int, start: int, stop: int) -> Iterator[Bytes]:
-        contents = np.empty(length, np.uint8)  # memory is taken where it is filled
-        fetched = self._path.read_range(first + start, first + stop)
-        if len(fetched) != stop - start:
-            raise OSError(0, f"{stop - start:,} bytes asked for, {len(fetched):,} received", str(self._path))
-        contents[start:stop] = np.frombuffer(fetched, np.uint8)
-        yield contents
 
 
 class ObjectFolder(Folder):
@@ -263,8 +234,19 @@ class ObjectFolder(Folder):
 
             yield write
 
-    def open(self, name: str) -> DataFile:
-        return _RangedObject(self.path / name)
+    @contextmanager
+    def part(self, name: str, first: int, length: int, start: int, stop: int) -> Iterator[Bytes]:
+        contents = np.empty(length, np.uint8)  # memory is taken where it is filled
+        fetched = (self.path / name).read_range(first + start, first + stop)
+        if len(fetched) != stop - start:
+            raise OSError(0, f"{stop - start:,} bytes asked for, {len(fetched):,} received", name)
+        contents[start:stop] = np.frombuffer(fetched, np.uint8)
+        yield contents
+
+    def size(self, name: str) -> int:
+        path = self.path / name
+        with path.named_in_errors():
+            return int(path.store.size(path.key))
 
     def sizes(self) -> dict[str, int]:
         try:

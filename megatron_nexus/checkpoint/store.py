@@ -27,7 +27,7 @@ from megatron_nexus.checkpoint.index import missing_file, raise_all, read_index
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
-from megatron_nexus.checkpoint.storage import Bytes, DataFile, folder_of
+from megatron_nexus.checkpoint.storage import Bytes, folder_of
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
 
@@ -50,10 +50,9 @@ class StateReader(Protocol):
 class CheckpointReader:
     """Reads boxes of logical tensors from the folder of a checkpoint, whatever topology wrote it.
 
-    Opening reads the manifest and the index, and checks that all files are there and as long as they should
-    be. Reading checks the header of each file that it opens, the checksum of each block of which anything is
-    read, and that each element is stored exactly once. Memory is needed for one chunk at a time. While a
-    reader lives no run deletes its checkpoint.
+    Opening reads the manifest and the index, and no data file. Reading checks the length and the header of
+    each file of which it needs anything, the checksum of each block, and that each element is stored exactly
+    once. Memory is needed for one chunk at a time. While a reader lives no run deletes its checkpoint.
     """
 
     def __init__(self, folder: Location) -> None:
@@ -62,52 +61,37 @@ class CheckpointReader:
         self.manifest = read_manifest(folder)
         try:
             weakref.finalize(self, folder_of(folder).lock_for_reading())
-            self.file_sizes = folder_of(folder).sizes()
-            """The files of the checkpoint by name, with their bytes."""
         except OSError as error:
             raise CheckpointError(f"{error.filename or folder}: {error.strerror}: load another") from error
         self._index = (read_index if self.manifest.files else read_indices)(folder, self.manifest)
-        self._check_sizes()
+        self._checked_files: set[str] = set()
         self._checked: set[tuple[str, int]] = set()
         self._box_index: dict[tuple[str, str], BoxIndex] = {}
-        self._files: dict[str, DataFile] = {}
         self._stored: dict[tuple[str, str], list[tuple[DataFileRecord, StoredChunk]]] = {}
         for record in self._index.files:
             for stored in record.chunks:
                 key = stored.chunk.tensor, stored.chunk.state
                 self._stored.setdefault(key, []).append((record, stored))
 
-    def _check_sizes(self) -> None:
-        problems = []
-        for name, expected in self._index.sizes.items():
-            found = self.file_sizes.get(name)
-            if found is None:
-                problems.append(missing_file(self.folder / name, "No such file or directory", self.manifest))
-            elif found != expected:
-                problems.append(
-                    f"{self.folder / name}: has {found:,} bytes, its index says {expected:,}: "
-                    "copy it again, or load another checkpoint"
-                )
-        raise_all(problems)
+    def _header(self, record: DataFileRecord) -> bytes:
+        """Return the header of a data file.
 
-    def _data_file(self, record: DataFileRecord) -> DataFile:
-        """Open a data file and check its header, the first time that it is asked for."""
-        if record.name not in self._files:
-            with self._checkpoint_errors(record):
-                file = folder_of(self.folder).open(record.name)
-            self._check_header(record, file)
-            self._files[record.name] = file
-        return self._files[record.name]
-
-    def _check_header(self, record: DataFileRecord, file: DataFile) -> bytes:
-        """Return the header of a data file. Raises CheckpointError if its checksum differs."""
-        length = record.header_bytes
-        with self._checkpoint_errors(record), file.part(0, length, 0, length) as contents:
-            header = contents.tobytes()
-        if zlib.crc32(header) != record.header_crc32:
-            path = self.folder / record.name
-            raise CheckpointError(f"{path}: its header is damaged: copy it again, or load another checkpoint")
-        return header
+        Raises CheckpointError: the file is missing or of another length, or its header is damaged.
+        """
+        folder, length = folder_of(self.folder), record.header_bytes
+        problem = "its header is damaged"
+        with self._checkpoint_errors(record):
+            found = folder.size(record.name)
+            if found != record.bytes:
+                problem = f"has {found:,} bytes, its index says {record.bytes:,}"
+            else:
+                with folder.part(record.name, 0, length, 0, length) as contents:
+                    header = contents.tobytes()
+                if zlib.crc32(header) == record.header_crc32:
+                    return header
+        raise CheckpointError(
+            f"{self.folder / record.name}: {problem}: copy it again, or load another checkpoint"
+        )
 
     @contextmanager
     def _checkpoint_errors(self, record: DataFileRecord) -> Iterator[None]:
@@ -115,15 +99,15 @@ class CheckpointReader:
         try:
             yield
         except OSError as error:
-            path = self.folder / record.name
-            raise CheckpointError(f"{path}: {error.strerror}: load another checkpoint") from error
+            raise CheckpointError(
+                missing_file(self.folder / record.name, error.strerror, self.manifest)
+            ) from error
 
     def random_states(self, rank: int) -> dict[str, bytes]:
         """Return the states of a rank's random generators, by device."""
         if self._index.random_states is not None:
             return dict(self._index.random_states[rank])
-        record = self._index.files[rank]
-        return header_random_states(self._check_header(record, self._data_file(record)))
+        return header_random_states(self._header(self._index.files[rank]))
 
     @contextmanager
     def _checked_bytes(
@@ -133,8 +117,11 @@ class CheckpointReader:
         length = stored.chunk.box.numel * DTYPE.itemsize
         start = start // BLOCK_BYTES * BLOCK_BYTES
         stop = min(length, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
-        file = self._data_file(record)
-        with self._checkpoint_errors(record), file.part(stored.start, length, start, stop) as contents:
+        if record.name not in self._checked_files:
+            self._header(record)
+            self._checked_files.add(record.name)
+        part = folder_of(self.folder).part(record.name, stored.start, length, start, stop)
+        with self._checkpoint_errors(record), part as contents:
             self._check(record, stored, contents, start, stop)
             yield contents
 
@@ -214,7 +201,7 @@ class CheckpointReader:
                     problems.append(str(error))
         for record in self._index.files:
             try:
-                self._data_file(record)
+                self._header(record)
             except CheckpointError as error:
                 problems.append(str(error))
                 continue

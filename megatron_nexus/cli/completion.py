@@ -31,7 +31,7 @@ def run(argv: list[str]) -> None:
     try:
         import shtab
     except ImportError:
-        raise ConfigError(["the completion script is written by shtab: pip install shtab"]) from None
+        raise ConfigError("the completion script is written by shtab: pip install shtab") from None
     parser = argparse.ArgumentParser(COMMAND)
     verbs = parser.add_subparsers()
     for name, verb in VERBS.items():

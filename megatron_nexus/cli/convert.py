@@ -68,10 +68,10 @@ def run(argv: list[str]) -> None:
     is_universal = given.format == "universal"
     if is_universal and (given.moments or given.dtype != "fp32"):
         raise ConfigError(
-            ["--format universal holds fp32 weights and both moments, always: drop --dtype and --moments"]
+            "--format universal holds fp32 weights and both moments, always: drop --dtype and --moments"
         )
     if SCHEME in given.save:
-        raise ConfigError([f"--save {given.save} is not a folder: give one on a disk, and copy it"])
+        raise ConfigError(f"--save {given.save} is not a folder: give one on a disk, and copy it")
     source = find_checkpoint(location(given.load))
     reader = CheckpointReader(source)
     manifest = reader.manifest
@@ -129,11 +129,11 @@ def read_names(file: str, manifest: Manifest) -> dict[str, str]:
     try:
         given = parse_json(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError([f"--names {file}: {error.strerror}: give a JSON file"]) from error
+        raise ConfigError(f"--names {file}: {error.strerror}: give a JSON file") from error
     except ValueError as error:
-        raise ConfigError([f"--names {file} is not JSON ({error}): correct it"]) from error
+        raise ConfigError(f"--names {file} is not JSON ({error}): correct it") from error
     if not isinstance(given, dict):
-        raise ConfigError([f'--names {file} is not a JSON object: write {{"logical": "theirs", ...}}'])
+        raise ConfigError(f'--names {file} is not a JSON object: write {{"logical": "theirs", ...}}')
     problems = [
         f"--names {file} has {name!r}, which is not a parameter of the checkpoint: "
         "inspect_checkpoint.py --tensors lists them"
@@ -163,9 +163,7 @@ def read_names(file: str, manifest: Manifest) -> dict[str, str]:
 def _require_outside(save: Path, source: object) -> None:
     """Raise ConfigError where the result would lie in the checkpoint that it is made of."""
     if isinstance(source, Path) and source.resolve() in [save.resolve(), *save.resolve().parents]:
-        raise ConfigError(
-            [f"--save {save} lies in the source {source}, which is never touched: give another"]
-        )
+        raise ConfigError(f"--save {save} lies in the source {source}, which is never touched: give another")
 
 
 def _metadata(manifest: Manifest) -> dict[str, str]:

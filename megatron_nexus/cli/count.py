@@ -35,7 +35,7 @@ def count(argv: list[str]) -> list[str]:
         given = given_flags(flags)
         named = [f"--{name}" for name in ("preset", "config", "load", "grow") if name in given]
         if named:
-            raise ConfigError([f"--all counts every preset: drop it, or drop {', '.join(named)}"])
+            raise ConfigError(f"--all counts every preset: drop it, or drop {', '.join(named)}")
         from megatron_nexus.planner.cost_table import cost_table, preset_rows
 
         rows = preset_rows(given, own.world_size)

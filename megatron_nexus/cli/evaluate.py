@@ -116,9 +116,9 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
     Raises ConfigError or DataError.
     """
     if not given.tasks and not given.perplexity:
-        raise ConfigError(["nothing to evaluate: give --tasks, --perplexity, or both"])
+        raise ConfigError("nothing to evaluate: give --tasks, --perplexity, or both")
     if given.task_path is not None and not given.tasks:
-        raise ConfigError([f"--task-path {given.task_path} belongs to --tasks: give both, or neither"])
+        raise ConfigError(f"--task-path {given.task_path} belongs to --tasks: give both, or neither")
     if given.output is not None:
         _require_writable(given.output)
     if given.tasks:
@@ -138,11 +138,11 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
 
 def _require_writable(output: Path) -> None:
     if not output.resolve().parent.is_dir():
-        raise ConfigError([f"--output {output}: its folder does not exist: make it, or give another"])
+        raise ConfigError(f"--output {output}: its folder does not exist: make it, or give another")
     if output.is_dir():
-        raise ConfigError([f"--output {output} is a folder: add a name, such as scores.json"])
+        raise ConfigError(f"--output {output} is a folder: add a name, such as scores.json")
     if not os.access(output.resolve().parent, os.W_OK):
-        raise ConfigError([f"--output {output}: its folder cannot be written to: give another"])
+        raise ConfigError(f"--output {output}: its folder cannot be written to: give another")
 
 
 def _open_tasks(names: Sequence[str], folder: Path | None) -> "Tasks":

@@ -63,11 +63,11 @@ def run(argv: list[str]) -> None:
     manifest = read_manifest(source)
     config = saved_config(source, manifest)
     if SCHEME in given.output:
-        raise ConfigError([f"--output {given.output} is not a folder on this disk: give one, and copy it"])
+        raise ConfigError(f"--output {given.output} is not a folder on this disk: give one, and copy it")
     target = Path(given.output)
     check_is_new(target)
     if source.resolve() in target.resolve().parents:
-        raise ConfigError([f"--output {target} lies in the source {source}, which is never touched"])
+        raise ConfigError(f"--output {target} lies in the source {source}, which is never touched")
     path = Path(given.tokenizer_model) if given.tokenizer_model else None
     tokenizer = None
     if given.tokenizer_model != NO_TOKENIZER:

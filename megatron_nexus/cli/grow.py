@@ -157,21 +157,17 @@ def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
     if not save:
         if dry_run:
             return Path()
-        raise ConfigError(["--save is missing: give a folder for the new checkpoint, or --dry-run"])
+        raise ConfigError("--save is missing: give a folder for the new checkpoint, or --dry-run")
     if SCHEME in save:
-        raise ConfigError(
-            [f"--save {save} is not a folder, and growth writes to disks: give one, and copy it"]
-        )
+        raise ConfigError(f"--save {save} is not a folder, and growth writes to disks: give one, and copy it")
     root = Path(save)
     if root.exists() and not root.is_dir():
-        raise ConfigError([f"--save {root} is a file: give a folder, or a name that does not exist yet"])
+        raise ConfigError(f"--save {root} is a file: give a folder, or a name that does not exist yet")
     newest = newest_checkpoint(root)
     if newest is not None:
         raise ConfigError(
-            [f"--save {root} holds {newest.name}, and checkpoints are never overwritten: give another folder"]
+            f"--save {root} holds {newest.name}, and checkpoints are never overwritten: give another folder"
         )
     if source.resolve() in [root.resolve(), *root.resolve().parents]:
-        raise ConfigError(
-            [f"--save {root} lies in the source {source}, which is never touched: give another"]
-        )
+        raise ConfigError(f"--save {root} lies in the source {source}, which is never touched: give another")
     return root

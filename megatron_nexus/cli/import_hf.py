@@ -60,11 +60,11 @@ def run(argv: list[str]) -> None:
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     if SCHEME in given.save:
-        raise ConfigError([f"--save {given.save} is not a folder on this disk: give one, and copy it"])
+        raise ConfigError(f"--save {given.save} is not a folder on this disk: give one, and copy it")
     root, origin = Path(given.save), Path(given.input)
     check_is_new(root)
     if origin.resolve() in root.resolve().parents:
-        raise ConfigError([f"--save {root} lies in the source {origin}, which is never touched"])
+        raise ConfigError(f"--save {root} lies in the source {origin}, which is never touched")
     source = open_source(origin)
     if given.no_tokenizer:
         source = dataclasses.replace(source, write_tokenizer=None)

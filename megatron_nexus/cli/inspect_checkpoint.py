@@ -7,6 +7,7 @@ from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.run_dir import checkpoint_name, find_checkpoint, latest_step
 from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.storage import folder_of
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.run_config import RunConfig
@@ -31,7 +32,7 @@ def run(argv: list[str]) -> None:
     folder = find_checkpoint(given.checkpoint)
     reader = CheckpointReader(folder)
     manifest = reader.manifest
-    sizes = reader.file_sizes
+    sizes = folder_of(folder).sizes()
     total_bytes = sum(sizes.values())
     lines = {
         "checkpoint": f"{folder}, format version {manifest.format_version}",

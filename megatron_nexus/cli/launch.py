@@ -46,7 +46,7 @@ def run(argv: list[str]) -> None:
         return
     if "train" not in argv:
         raise ConfigError(
-            [f"{command('launch')} starts the verb train: write `{command('launch')} ... train ...`"]
+            f"{command('launch')} starts the verb train: write `{command('launch')} ... train ...`"
         )
     with importing("DeepSpeed"):
         from deepspeed.launcher import runner
@@ -54,7 +54,7 @@ def run(argv: list[str]) -> None:
     at = len(argv) - len(given.user_args) - 1
     flags = argv[:at]
     if argv[at] != "train":
-        raise ConfigError([f"{argv[at]!r} cannot be launched: only train runs as many ranks"])
+        raise ConfigError(f"{argv[at]!r} cannot be launched: only train runs as many ranks")
     program = program_words("train")
     script = ["--module", *program[1:]] if program[0] == "-m" else program
     # The ranks get Ctrl-C too, save and leave; the runner would end before them with a traceback.

@@ -113,5 +113,5 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
         near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.4)
         meant = f"did you mean {COMMAND} {near[0]}? " if near else ""
         remedy = f"{meant}{COMMAND} --help lists all verbs"
-    sys.stderr.write(f"ConfigError: {ConfigError([f'{word!r} is not a verb: {remedy}'])}\n")
+    sys.stderr.write(f"ConfigError: {ConfigError(f'{word!r} is not a verb: {remedy}')}\n")
     sys.exit(2)

@@ -81,7 +81,7 @@ def read_train_command(argv: list[str]) -> TrainCommand:
     if "search" in given and device is None:
         raise ConfigError(["--search compares predictions for a device: give --device, such as h100"])
     if isinstance(size, int) and size < 1:
-        raise ConfigError([f"--world-size {size} must be positive: give the number of ranks"])
+        raise ConfigError(f"--world-size {size} must be positive: give the number of ranks")
     if "config" in given:
         given = merge_settings(read_config_file(Path(str(given["config"]))), given)
     start = _start(given)
@@ -111,10 +111,10 @@ def _start(given: Mapping[str, Value]) -> Start | None:
     if load:
         checkpoint = _newest_in_save(given) if load == "auto" else find_checkpoint(location(load))
     if "grow" in given and not grow.strip():
-        raise ConfigError(["--grow is empty: write such as nexus_m=1088, or drop it"])
+        raise ConfigError("--grow is empty: write such as nexus_m=1088, or drop it")
     if checkpoint is None:
         if grow:
-            raise ConfigError([f"--grow {grow!r} needs a checkpoint to grow: give --load"])
+            raise ConfigError(f"--grow {grow!r} needs a checkpoint to grow: give --load")
         return None
     growth = read_request(grow) if grow else None
     if growth and (continued := _grown_before(given, checkpoint, growth)):

@@ -53,15 +53,15 @@ def run(argv: list[str]) -> None:
     log.configure(is_main_rank=True)
     output: Path = given.output
     if output.is_dir():
-        raise ConfigError([f"--output {output} is a folder: add a name, such as {output / 'spm.model'}"])
+        raise ConfigError(f"--output {output} is a folder: add a name, such as {output / 'spm.model'}")
     if output.suffix == ".json":
         # Which would be read as a tokenizer.json wherever it is given.
         wanted = output.with_suffix(".model")
         raise ConfigError(
-            [f"--output {output} has the ending of another kind of tokenizer: name it such as {wanted}"]
+            f"--output {output} has the ending of another kind of tokenizer: name it such as {wanted}"
         )
     if output.exists() and not given.overwrite:
-        raise ConfigError([f"--output {output} exists: add --overwrite or choose another name"])
+        raise ConfigError(f"--output {output} exists: add --overwrite or choose another name")
     reading = RecordFormat(given.json_keys, given.txt_documents)
     files = find_input_files(given.input, given.strict)
     slices = split_into_slices(files, reading, sys.maxsize)
@@ -113,7 +113,7 @@ def _writable(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            [f"--output {output} cannot be written ({error.strerror}): choose a name in another folder"]
+            f"--output {output} cannot be written ({error.strerror}): choose a name in another folder"
         ) from None
     finally:
         with suppress(OSError):  # a folder that holds the file stays

@@ -66,16 +66,14 @@ def batch_schedule(rampup: Sequence[str], full: int) -> BatchSchedule:
         return BatchSchedule(full, full, 1, 0)
     words = f"--rampup-batch-size {' '.join(rampup)}"
     if len(rampup) != 3 or not all(word.isascii() and word.isdigit() for word in rampup):
-        raise ConfigError([f"{words} is not three whole numbers: give start, increment and samples"])
+        raise ConfigError(f"{words} is not three whole numbers: give start, increment and samples")
     start, increment, samples = (min(int(word), 1 << 63) for word in rampup)
     if not start or not increment or start > full or (full - start) % increment:
         raise ConfigError(
-            [
-                f"{words}: {start} and steps of {increment} do not reach --global-batch-size {full}: give a "
-                f"start of at most {full}, and an increment that divides the rest, such as "
-                f"{max(1, full - start)}"
-            ]
+            f"{words}: {start} and steps of {increment} do not reach --global-batch-size {full}: give a "
+            f"start of at most {full}, and an increment that divides the rest, such as "
+            f"{max(1, full - start)}"
         )
     if (full - start) // increment > MOST_SIZES:
-        raise ConfigError([f"{words}: more than {MOST_SIZES:,} sizes: give a larger increment"])
+        raise ConfigError(f"{words}: more than {MOST_SIZES:,} sizes: give a larger increment")
     return BatchSchedule(full, start, increment, samples)

@@ -133,7 +133,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, Value]:
     for flag in LAUNCHER_FLAGS:
         given.pop(flag.strip("-").replace("-", "_"), None)
     if len(lengths := [flag_of(name) for name in LENGTHS if name in given]) > 1:
-        raise ConfigError([f"{' and '.join(lengths)} both say how long to train: give one of them"])
+        raise ConfigError(f"{' and '.join(lengths)} both say how long to train: give one of them")
     return given
 
 
@@ -227,9 +227,7 @@ def _samples_left(training: TrainingConfig, consumed: Consumed) -> int:
     wanted = token_count(training.train_tokens)
     if wanted is None or wanted < 1:
         raise ConfigError(
-            [
-                f"--train-tokens {training.train_tokens} is not a number of tokens: write such as 100B, "
-                "1.5M or 4096"
-            ]
+            f"--train-tokens {training.train_tokens} is not a number of tokens: write such as 100B, "
+            "1.5M or 4096"
         )
     return -(-(wanted - consumed.tokens) // max(1, training.seq_length))

@@ -36,26 +36,22 @@ def read_config_file(path: Path) -> dict[str, Value]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            [f"--config {path}: {error.strerror}: give a YAML file that can be read"]
-        ) from error
+        raise ConfigError(f"--config {path}: {error.strerror}: give a YAML file that can be read") from error
     except UnicodeDecodeError as error:
-        raise ConfigError([f"--config {path} is not UTF-8 text: give a YAML file"]) from error
+        raise ConfigError(f"--config {path} is not UTF-8 text: give a YAML file") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
         where = f":{error.problem_mark.line + 1}" if isinstance(error, yaml.MarkedYAMLError) else ""
         what = getattr(error, "problem", None) or "a character that YAML does not allow"
-        raise ConfigError([f"--config {path}{where}: {what}: correct the YAML"]) from error
+        raise ConfigError(f"--config {path}{where}: {what}: correct the YAML") from error
     except ValueError as error:  # such as a date that does not exist, a number of 5,000 digits
-        raise ConfigError([f"--config {path}: {error}: correct the value"]) from error
+        raise ConfigError(f"--config {path}: {error}: correct the value") from error
     except RecursionError as error:
-        raise ConfigError([f"--config {path} is nested too deeply: write sections with settings"]) from error
+        raise ConfigError(f"--config {path} is nested too deeply: write sections with settings") from error
     if not isinstance(document, dict):
-        raise ConfigError(
-            [f"--config {path} holds no sections: write preset: ..., model: ..., training: ..."]
-        )
+        raise ConfigError(f"--config {path} holds no sections: write preset: ..., model: ..., training: ...")
     values: dict[str, Value] = {}
     problems = [f"--config {path}: {problem}" for problem in (*_twice(node), *_read(document, values))]
     if _says_all_sizes(document) and values.get("attention_order", 1) != 1:

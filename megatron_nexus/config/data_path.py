@@ -37,23 +37,21 @@ def parse_blend(flag: str, words: Sequence[str]) -> tuple[Source, ...]:
         for word, weight, prefix in zip(words[::2], weights, words[1::2], strict=True):
             if weight is None or weight <= 0:
                 raise ConfigError(
-                    [
-                        f"{flag}: the weight {word!r} of {prefix} is not a finite number above 0: write such "
-                        "as 0.7 a 0.3 b"
-                    ]
+                    f"{flag}: the weight {word!r} of {prefix} is not a finite number above 0: write such "
+                    "as 0.7 a 0.3 b"
                 )
             sources.append(Source(Path(prefix), weight))
     else:
         lonely = next((word for word in words if len(words) > 1 and _number(word) is not None), None)
         if lonely is not None:
             raise ConfigError(
-                [f"{flag} {' '.join(words)}: the weight {lonely} has no prefix beside it: write 0.7 a 0.3 b"]
+                f"{flag} {' '.join(words)}: the weight {lonely} has no prefix beside it: write 0.7 a 0.3 b"
             )
         sources = [Source(Path(prefix), None) for prefix in words]
     prefixes = [source.prefix for source in sources]
     twice = next((prefix for prefix in prefixes if prefixes.count(prefix) > 1), None)
     if twice is not None:
-        raise ConfigError([f"{flag} names {twice} twice: name it once, with the sum of the weights"])
+        raise ConfigError(f"{flag} names {twice} twice: name it once, with the sum of the weights")
     return tuple(sources)
 
 
@@ -68,10 +66,10 @@ def parse_sets(flag: str, kind: str, words: Sequence[str]) -> dict[str, tuple[So
     sets: dict[str, tuple[Source, ...]] = {}
     for word, match in zip(words, found, strict=True):
         if match is None:
-            raise ConfigError([f"{flag}: {word!r} has no name, others have: write name=prefix for each"])
+            raise ConfigError(f"{flag}: {word!r} has no name, others have: write name=prefix for each")
         name = f"{kind} {match[1]}"
         if name in sets:
-            raise ConfigError([f"{flag} names two sets {match[1]!r}: give each a name of its own"])
+            raise ConfigError(f"{flag} names two sets {match[1]!r}: give each a name of its own")
         sets[name] = parse_blend(flag, [match[2]])
     return sets
 
@@ -86,10 +84,8 @@ def parse_token_range(text: str) -> tuple[int, int | None]:
     stop = token_count(last) if last else None
     if not colon or start is None or (last and stop is None) or (stop is not None and start >= stop):
         raise ConfigError(
-            [
-                f"--data-range {text!r} is not start:end in tokens, the start below the end: "
-                "write such as 100B:130B, with K, M, B or T for 1e3, 1e6, 1e9 or 1e12, or 130B: to the end"
-            ]
+            f"--data-range {text!r} is not start:end in tokens, the start below the end: "
+            "write such as 100B:130B, with K, M, B or T for 1e3, 1e6, 1e9 or 1e12, or 130B: to the end"
         )
     return start, stop
 

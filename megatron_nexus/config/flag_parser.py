@@ -38,7 +38,7 @@ class FlagParser(argparse.ArgumentParser):
         self._action_groups.append(self._action_groups.pop(self._action_groups.index(self._optionals)))
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])
+        raise ConfigError(message)
 
     def parse_args(  # type: ignore[override]  # no namespace of the caller's
         self, args: Sequence[str] | None = None

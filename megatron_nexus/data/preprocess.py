@@ -293,14 +293,11 @@ def _locked(folder: Path) -> Iterator[None]:
             held.enter_context(dir_lock(folder))
         except BlockingIOError:
             raise ConfigError(
-                [f"another process is writing {folder}: wait for it, or choose another --output-prefix"]
+                f"another process is writing {folder}: wait for it, or choose another --output-prefix"
             ) from None
         except OSError as error:
             raise ConfigError(
-                [
-                    f"{folder} cannot be written ({error.strerror}): choose an --output-prefix in another "
-                    "folder"
-                ]
+                f"{folder} cannot be written ({error.strerror}): choose an --output-prefix in another folder"
             ) from None
         try:
             yield

@@ -73,5 +73,5 @@ def choose_device(name: str) -> torch.device:
     """
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise ConfigError(["--device cuda: torch finds no CUDA device here: use --device cpu"])
+        raise ConfigError("--device cuda: torch finds no CUDA device here: use --device cpu")
     return torch.device(name or ("cuda" if has_cuda else "cpu"))

@@ -37,7 +37,7 @@ def require_harness() -> None:
     missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            [f"tasks need {' and '.join(missing)}, not installed here: {install_command('eval')}"]
+            f"tasks need {' and '.join(missing)}, not installed here: {install_command('eval')}"
         )
 
 

@@ -47,9 +47,7 @@ def open_tasks(names: Sequence[str], folder: Path | None) -> Tasks:
     tasks = _local_tasks(names, folder) if folder is not None else _fetched_tasks(names)
     for name, task in tasks.items():
         if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
-            raise ConfigError(
-                [f"the task {name} needs images, or runs code that a model writes: leave it out"]
-            )
+            raise ConfigError(f"the task {name} needs images, or runs code that a model writes: leave it out")
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # the harness' own

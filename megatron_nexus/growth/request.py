@@ -183,11 +183,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     if new.num_attention_heads * old.query_groups != old.num_attention_heads * new.query_groups:
         share = old.num_attention_heads // old.query_groups
         raise ConfigError(
-            [
-                f"{new.num_attention_heads} heads in {new.query_groups} query groups: in the checkpoint each "
-                f"group of keys and values serves {share} of {old.num_attention_heads} heads, and old heads "
-                f"keep theirs: give --num-attention-heads as {share} times --num-query-groups"
-            ]
+            f"{new.num_attention_heads} heads in {new.query_groups} query groups: in the checkpoint each "
+            f"group of keys and values serves {share} of {old.num_attention_heads} heads, and old heads "
+            f"keep theirs: give --num-attention-heads as {share} times --num-query-groups"
         )
     if new.hidden_size > old.hidden_size:
         new = replace(new, base_hidden_size=old.norm_size)
@@ -223,11 +221,9 @@ def with_empty_branch(saved: RunConfig) -> RunConfig:
     """
     if saved.model.projection != "linear":
         raise ConfigError(
-            [
-                f"the checkpoint's projections are {saved.model.projection}, and only linear ones can be "
-                "given Nexus-Ranks beside them: enlarge those it has with "
-                f"{command('grow')}"
-            ]
+            f"the checkpoint's projections are {saved.model.projection}, and only linear ones can be "
+            "given Nexus-Ranks beside them: enlarge those it has with "
+            f"{command('grow')}"
         )
     model = replace(saved.model, projection="linear_nexus", nexus_m=0, nexus_a=0)
     return replace(saved, model=model)
@@ -258,7 +254,7 @@ def grown_config(saved: RunConfig, request: GrowthRequest) -> RunConfig:
     if new == old and request.sizes:
         asked = ", ".join(f"{name} {size}" for name, size in request.sizes.items())
         raise ConfigError(
-            [f"{asked}: the checkpoint has these sizes already: raise one, or give none to reshard"]
+            f"{asked}: the checkpoint has these sizes already: raise one, or give none to reshard"
         )
     return replace(saved, preset=_name(saved.preset, old, new), model=new)
 
@@ -294,7 +290,7 @@ def read_request(text: str) -> GrowthRequest:
     request = GrowthRequest.from_flags(vars(given))
     if not request.sizes:
         raise ConfigError(
-            [f"--grow {text!r} names no size: write such as nexus_m=1088, of {', '.join(GROWING)}"]
+            f"--grow {text!r} names no size: write such as nexus_m=1088, of {', '.join(GROWING)}"
         )
     return request
 

@@ -128,9 +128,9 @@ def make_worker_group(workers: int) -> WorkerGroup:
     """
     comm = get_communicator(os.environ)
     if workers < 1:
-        raise ConfigError([f"--workers {workers} must be positive: give 1 or more"])
+        raise ConfigError(f"--workers {workers} must be positive: give 1 or more")
     if comm.size > 1 and workers > 1:
         raise ConfigError(
-            [f"--workers {workers} beside {comm.size} started processes: drop one, both split the same work"]
+            f"--workers {workers} beside {comm.size} started processes: drop one, both split the same work"
         )
     return WorkerGroup(comm, workers)

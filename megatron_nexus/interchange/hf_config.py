@@ -248,7 +248,7 @@ def _typed(config: JsonObject, name: str, default: float | None, kind: Callable[
     found = config.get(name)
     found = default if found is None else found
     if isinstance(found, bool) or not isinstance(found, int | float) or kind(found) != found:
-        raise ConfigError([f"{name} is {found!r} in config.json: it must be a number"])
+        raise ConfigError(f"{name} is {found!r} in config.json: it must be a number")
     return found
 
 

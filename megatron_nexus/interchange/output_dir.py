@@ -15,7 +15,7 @@ def check_is_new(folder: Path) -> None:
         return
     if folder.exists() or folder.is_symlink():
         held = "is a file" if not folder.is_dir() else "holds files"
-        raise ConfigError([f"{folder} {held}, and nothing is ever overwritten: give another folder"])
+        raise ConfigError(f"{folder} {held}, and nothing is ever overwritten: give another folder")
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def output_dir(folder: Path, needed_bytes: int) -> Iterator[Path]:
             yield draft
     except BlockingIOError as error:
         raise ConfigError(
-            [f"{folder} is being written by another process: wait for it, or give another folder"]
+            f"{folder} is being written by another process: wait for it, or give another folder"
         ) from error
     except OSError as error:
         if not begun:
