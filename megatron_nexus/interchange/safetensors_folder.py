@@ -1,23 +1,22 @@
 """A folder of Hugging Face's: `config.json`, safetensors in one file or several, a `tokenizer.json`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from math import prod
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.data.tokenizer import JSON_NAME
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import JsonObject
-from megatron_nexus.interchange.safetensors_header import DTYPES, StoredTensor, read_header
 from megatron_nexus.interchange.source_model import Array, SourceModel
 from megatron_nexus.interchange.tokenizer_files import copy_tokenizer
 
 CONFIG_FILE = "config.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -76,32 +75,43 @@ def _read_json(path: Path) -> JsonObject:
 
 
 class SafetensorsWeights:
-    """The tensors of some files, read where they lie."""
+    """The tensors of some files, read by the library safetensors where they lie."""
 
     def __init__(self, paths: list[Path]) -> None:
-        """Read the headers. Raises CheckpointError."""
-        self._stored: dict[str, StoredTensor] = {}
+        """Read the headers.
+
+        Raises CheckpointError: a file cannot be read, is not a safetensors file, or holds a type that is not
+        imported; or two files hold one name.
+        """
+        self._places: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
-            for name, stored in read_header(path).items():
-                if name in self._stored:
-                    raise CheckpointError(f"{path} and {self._stored[name].path} both hold {name}: keep one")
-                self._stored[name] = stored
-        self.shapes: Mapping[str, tuple[int, ...]] = {n: s.shape for n, s in self._stored.items()}
+            with _errors(path), safe_open(path, "numpy") as file:
+                for name in file.keys():  # noqa: SIM118 - the file itself is no iterable
+                    if name in self._places:
+                        raise CheckpointError(f"{path} and {self._places[name]} both hold {name}: keep one")
+                    stored = file.get_slice(name)
+                    if stored.get_dtype() not in DTYPES:
+                        raise CheckpointError(
+                            f"{path}: {name} is of the type {stored.get_dtype()}, of which nothing is "
+                            f"imported: save the model in one of {', '.join(DTYPES)}"
+                        )
+                    self._places[name], self.shapes[name] = path, tuple(stored.get_shape())
 
     def read_rows(self, name: str, first: int, last: int) -> Array:
         """Return rows [first, last), or a vector's elements, as float32. Raises CheckpointError."""
-        stored = self._stored[name]
-        dtype, row = np.dtype(DTYPES[stored.dtype]), prod(stored.shape[1:])
-        try:
-            with stored.path.open("rb") as file:
-                file.seek(stored.start + first * row * dtype.itemsize)
-                values: npt.NDArray[np.generic] = np.fromfile(file, dtype, (last - first) * row)
-        except OSError as error:
-            raise CheckpointError(f"{stored.path}: {error.strerror}") from error
-        if values.size != (last - first) * row:
-            raise CheckpointError(f"{stored.path} ends within {name}: copy it again")
-        if stored.dtype == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is counted
-            rows: Array = values.astype(np.float32, copy=False)
-        return rows.reshape(last - first, *stored.shape[1:])
+        path = self._places[name]
+        with _errors(path), safe_open(path, "pt") as file:  # numpy has no bfloat16
+            rows: Array = file.get_slice(name)[first:last].float().numpy()
+        return rows
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Raise CheckpointError for an error of the library about a file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error}: copy the missing file") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error}): copy it again") from error
