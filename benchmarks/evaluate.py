@@ -35,7 +35,7 @@ from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.standard_library import standard_library_documents

@@ -252,19 +252,14 @@ def grow(load: str | Path, save: str | Path, **settings: Setting) -> Path:
         CheckpointError: the source is missing or damaged, or `verify` finds another function.
     """
     require_linux()
-    from megatron_nexus.checkpoint.location import location
-    from megatron_nexus.checkpoint.manifest import read_manifest
-    from megatron_nexus.checkpoint.run_dir import find_checkpoint
-    from megatron_nexus.checkpoint.saved_config import saved_config
-    from megatron_nexus.cli.grow import make_parser, target_sizes, write_grown
+    from megatron_nexus.cli import grow
 
     wanted = {name: value for name, value in settings.items() if value is not False}
-    given = make_parser().parse_args(_flags({**wanted, "load": load, "save": save}))
+    given = grow.make_parser().parse_args(_flags({**wanted, "load": load, "save": save}))
     with path_errors():
-        source = find_checkpoint(location(given.load))
-        saved = saved_config(source, read_manifest(source))
-        write_grown(given, source, saved, target_sizes(given, saved))
-    return Path(str(find_checkpoint(Path(save))))
+        made = grow.grow(given)
+    assert made is not None, "dry_run is refused"
+    return made
 
 
 def _flags(settings: Mapping[str, Setting]) -> list[str]:

@@ -2,10 +2,13 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 
+from megatron_nexus.checkpoint.location import SCHEME, Location
 from megatron_nexus.config.config_field import MOST
 from megatron_nexus.data.input_files import ENDINGS
+from megatron_nexus.errors import ConfigError
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,48 +57,44 @@ class _OneKey(argparse.Action):
         setattr(namespace, self.dest, values[0])
 
 
-def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """Return a parser of numbers above 0."""
+def number(
+    kind: type[int] | type[float], rule: str, holds: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """Return a parser of numbers for which `holds` is true, as `rule` says."""
 
-    def parse(text: str) -> int | float:
+    def parse(text: str) -> float:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} must {rule}")
         return value
 
     parse.__name__ = kind.__name__  # argparse calls an invalid value by it
     return parse
 
 
-def not_negative(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """Return a parser of finite numbers from 0 on."""
-
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        if not 0 <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is below 0 or infinite")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Return a parser of numbers above 0."""
+    return number(kind, "be a finite number above 0", lambda value: 0 < value < inf)
 
 
-def fraction(text: str) -> float:
-    """Return a number above 0 and at most 1."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
+fraction = number(float, "be above 0 and at most 1", lambda value: 0 < value <= 1)
+not_negative = number(float, "be a finite number, 0 or above", lambda value: 0 <= value < inf)
+count = number(int, f"lie between 0 and 2**48 ({MOST:,})", lambda value: 0 <= value <= MOST)
 
 
-def count(text: str) -> int:
-    """Return a whole number from 0 on."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    if value > MOST:
-        raise argparse.ArgumentTypeError(f"{text} must be at most 2**48 ({MOST:,})")
-    return value
+def folder_on_disk(flag: str, text: str, source: Location) -> Path:
+    """Return the folder that a flag names for a result.
+
+    Raises ConfigError: it is in an object store, or in the source, which is never touched.
+    """
+    if SCHEME in text:
+        raise ConfigError(f"{flag} {text} is not a folder on this disk: give one, and copy it")
+    folder = Path(text)
+    if source.resolve() in [folder.resolve(), *folder.resolve().parents]:
+        raise ConfigError(
+            f"{flag} {folder} lies in the source {source}, which is never touched: give another"
+        )
+    return folder
 
 
 def prefix(text: str) -> Path:

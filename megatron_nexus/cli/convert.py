@@ -12,11 +12,12 @@ from pathlib import Path
 from megatron_nexus import log
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.checkpoint.data_file import STATES
-from megatron_nexus.checkpoint.location import SCHEME, location
+from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.cli.arguments import folder_on_disk
 from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
@@ -70,14 +71,11 @@ def run(argv: list[str]) -> None:
         raise ConfigError(
             "--format universal holds fp32 weights and both moments, always: drop --dtype and --moments"
         )
-    if SCHEME in given.save:
-        raise ConfigError(f"--save {given.save} is not a folder: give one on a disk, and copy it")
     source = find_checkpoint(location(given.load))
     reader = CheckpointReader(source)
     manifest = reader.manifest
     names = read_names(given.names, manifest)
-    save = Path(given.save)
-    _require_outside(save, source)
+    save = folder_on_disk("--save", given.save, source)
     # torch is imported only now: wrong flags are answered at once.
     with log.importing("torch"):
         from megatron_nexus.interchange.output_dir import output_dir
@@ -158,12 +156,6 @@ def read_names(file: str, manifest: Manifest) -> dict[str, str]:
     if problems:
         raise ConfigError(problems)
     return names
-
-
-def _require_outside(save: Path, source: object) -> None:
-    """Raise ConfigError where the result would lie in the checkpoint that it is made of."""
-    if isinstance(source, Path) and source.resolve() in [save.resolve(), *save.resolve().parents]:
-        raise ConfigError(f"--save {save} lies in the source {source}, which is never touched: give another")
 
 
 def _metadata(manifest: Manifest) -> dict[str, str]:

@@ -9,16 +9,13 @@ import os
 from pathlib import Path
 
 from megatron_nexus import log
-from megatron_nexus.checkpoint.location import SCHEME, location
-from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.checkpoint.saved_config import saved_config
-from megatron_nexus.cli.arguments import positive
+from megatron_nexus.checkpoint.location import location
+from megatron_nexus.checkpoint.saved_run import open_saved_run
+from megatron_nexus.cli.arguments import folder_on_disk, positive
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.run_tokenizer import find_tokenizer
-from megatron_nexus.errors import ConfigError
 from megatron_nexus.interchange.output_dir import check_is_new
 
 NO_TOKENIZER = "none"
@@ -59,19 +56,13 @@ def run(argv: list[str]) -> None:
     log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
-    source = find_checkpoint(location(given.load))
-    manifest = read_manifest(source)
-    config = saved_config(source, manifest)
-    if SCHEME in given.output:
-        raise ConfigError(f"--output {given.output} is not a folder on this disk: give one, and copy it")
-    target = Path(given.output)
+    saved = open_saved_run(location(given.load))
+    target = folder_on_disk("--output", given.output, saved.checkpoint)
     check_is_new(target)
-    if source.resolve() in target.resolve().parents:
-        raise ConfigError(f"--output {target} lies in the source {source}, which is never touched")
     path = Path(given.tokenizer_model) if given.tokenizer_model else None
     tokenizer = None
     if given.tokenizer_model != NO_TOKENIZER:
-        tokenizer = find_tokenizer(config, tokenizer_record(manifest), path)
+        tokenizer = find_tokenizer(saved.config, tokenizer_record(saved.manifest), path)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with log.importing("torch"):
         from megatron_nexus.interchange.export import export_checkpoint
@@ -81,11 +72,11 @@ def run(argv: list[str]) -> None:
     require_convertible(tokenizer)
     shard_bytes = int(given.shard_gb * 1e9)
     made = export_checkpoint(
-        source, target, config, tokenizer, given.dtype, shard_bytes, given.allow_nonfinite
+        saved.checkpoint, target, saved.config, tokenizer, given.dtype, shard_bytes, given.allow_nonfinite
     )
     count = len(made.files)
     files = f"{count} file{'s' if count > 1 else ''} of weights"
-    log.logger.info("wrote %s: %s in %s, %s", target, config.preset, given.dtype, files)
+    log.logger.info("wrote %s: %s in %s, %s", target, saved.config.preset, given.dtype, files)
     if made.tied:
         log.logger.info("the LM head is tied to the embedding, as in the imported model")
     if tokenizer is not None:

@@ -28,7 +28,7 @@ def make_parser() -> FlagParser:
     )
     parser.add_argument(
         "--temperature",
-        type=not_negative(float),
+        type=not_negative,
         default=1.0,
         metavar="FLOAT",
         help="divides the logits; 0 takes the likeliest token (default: 1)",

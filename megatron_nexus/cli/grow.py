@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_nexus import log
-from megatron_nexus.checkpoint.location import SCHEME, Location, location
-from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_dir import find_checkpoint, newest_checkpoint
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.location import Location, location
+from megatron_nexus.checkpoint.run_dir import newest_checkpoint
+from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
+from megatron_nexus.cli.arguments import folder_on_disk
 from megatron_nexus.cli.next_command import log_next_command, train_command
 from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.command_line import preset_name
@@ -101,19 +101,21 @@ def run(argv: list[str]) -> None:
     """Run `nexus grow` with the flags `argv`."""
     log.configure(is_main_rank=True)
     end_on_sigterm()
-    given = make_parser().parse_args(argv)
-    source = find_checkpoint(location(given.load))
-    saved = saved_config(source, read_manifest(source))
-    write_grown(given, source, saved, target_sizes(given, saved))
+    grow(make_parser().parse_args(argv))
 
 
-def write_grown(
-    given: argparse.Namespace, source: Location, saved: RunConfig, sizes: Mapping[str, int]
-) -> None:
-    """Grow the checkpoint `source`, whose model is read as that of `saved`, to `sizes`, as the flags say.
+def grow(given: argparse.Namespace) -> Path | None:
+    """Grow as the flags say; errors and result as of `write_grown`."""
+    saved = open_saved_run(location(given.load))
+    return write_grown(given, saved, target_sizes(given, saved.config))
 
-    Raises ConfigError, CheckpointError.
+
+def write_grown(given: argparse.Namespace, saved: SavedRun, sizes: Mapping[str, int]) -> Path | None:
+    """Grow the model of a saved run to `sizes`, as the flags say, and return the new checkpoint.
+
+    Returns None where --dry-run says to write nothing. Raises ConfigError, CheckpointError.
     """
+    source = saved.checkpoint
     request = GrowthRequest.from_flags({**vars(given), **sizes})
     parallel = ParallelConfig(tensor_model_parallel_size=given.tp, pipeline_model_parallel_size=given.pp)
     root = _target_folder(given.save, source, given.dry_run)
@@ -125,7 +127,7 @@ def write_grown(
         from megatron_nexus.growth.report import plan_table, size_lines
         from megatron_nexus.growth.worker_group import make_worker_group
 
-    plan = plan_growth(saved, request)
+    plan = plan_growth(saved.config, request)
     after = dataclasses.replace(plan.after, parallel=parallel)
     check(after, given.tp * given.pp)
     plan = dataclasses.replace(plan, after=after)
@@ -141,15 +143,16 @@ def write_grown(
         log.logger.info("%s", line)
     if given.dry_run:
         log.logger.info("nothing was written: --dry-run")
-        return
+        return None
     made = grow_checkpoint(plan, source, root, group, given.verify)
     log.logger.info("wrote %s", made)
     flags = ["--tp", str(given.tp), "--pp", str(given.pp), "--load", str(root)]
-    steps, done = saved.training.train_iters, read_manifest(made).progress.step
+    steps, done = plan.after.training.train_iters, saved.manifest.progress.step
     if done >= steps:
         flags += ["--train-iters", str(2 * max(steps, done))]
     command = train_command(*flags, ranks=given.tp * given.pp)
-    log_next_command(command, plan.after, bool(read_manifest(made).tokenizer_fingerprint))
+    log_next_command(command, plan.after, bool(saved.manifest.tokenizer_fingerprint))
+    return made
 
 
 def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
@@ -158,9 +161,7 @@ def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
         if dry_run:
             return Path()
         raise ConfigError("--save is missing: give a folder for the new checkpoint, or --dry-run")
-    if SCHEME in save:
-        raise ConfigError(f"--save {save} is not a folder, and growth writes to disks: give one, and copy it")
-    root = Path(save)
+    root = folder_on_disk("--save", save, source)
     if root.exists() and not root.is_dir():
         raise ConfigError(f"--save {root} is a file: give a folder, or a name that does not exist yet")
     newest = newest_checkpoint(root)
@@ -168,6 +169,4 @@ def _target_folder(save: str, source: Location, dry_run: bool) -> Path:
         raise ConfigError(
             f"--save {root} holds {newest.name}, and checkpoints are never overwritten: give another folder"
         )
-    if source.resolve() in [root.resolve(), *root.resolve().parents]:
-        raise ConfigError(f"--save {root} lies in the source {source}, which is never touched: give another")
     return root

@@ -12,14 +12,14 @@ import re
 from pathlib import Path
 
 from megatron_nexus import log
-from megatron_nexus.checkpoint.location import SCHEME
+from megatron_nexus.cli.arguments import folder_on_disk
 from megatron_nexus.cli.next_command import log_next_command, train_command
 from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.hf_config import context_length, model_of, ties_head
 from megatron_nexus.interchange.output_dir import check_is_new
 from megatron_nexus.interchange.safetensors_folder import open_folder
@@ -59,12 +59,9 @@ def run(argv: list[str]) -> None:
     log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
-    if SCHEME in given.save:
-        raise ConfigError(f"--save {given.save} is not a folder on this disk: give one, and copy it")
-    root, origin = Path(given.save), Path(given.input)
+    origin: Path = given.input
+    root = folder_on_disk("--save", given.save, origin)
     check_is_new(root)
-    if origin.resolve() in root.resolve().parents:
-        raise ConfigError(f"--save {root} lies in the source {origin}, which is never touched")
     source = open_source(origin)
     if given.no_tokenizer:
         source = dataclasses.replace(source, write_tokenizer=None)

@@ -5,8 +5,8 @@ import json
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import Manifest
-from megatron_nexus.checkpoint.run_dir import checkpoint_name, find_checkpoint, latest_step
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.run_dir import checkpoint_name, latest_step
+from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.checkpoint.storage import folder_of
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.flag_parser import FlagParser
@@ -29,14 +29,14 @@ def run(argv: list[str]) -> None:
     given = make_parser().parse_args(argv)
 
     log.configure(is_main_rank=True)
-    folder = find_checkpoint(given.checkpoint)
+    saved = open_saved_run(given.checkpoint)
+    folder, manifest = saved.checkpoint, saved.manifest
     reader = CheckpointReader(folder)
-    manifest = reader.manifest
     sizes = folder_of(folder).sizes()
     total_bytes = sum(sizes.values())
     lines = {
         "checkpoint": f"{folder}, format version {manifest.format_version}",
-        **_describe(manifest, saved_config(folder, manifest)),
+        **_describe(manifest, saved.config),
         "files": f"{len(sizes):,}, {total_bytes:,} bytes, {reader.chunk_count:,} chunks",
     }
     for name, text in lines.items():

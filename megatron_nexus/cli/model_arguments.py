@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_nexus.checkpoint.location import Location, location
-from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
-from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.location import location
+from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
-from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
@@ -23,12 +20,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainedModel:
-    """A checkpoint, what it says of itself, its tokenizer, and how it is to be run."""
+class TrainedModel(SavedRun):
+    """A checkpoint with its tokenizer, and how its model is to be run."""
 
-    checkpoint: Location
-    manifest: Manifest
-    config: RunConfig
     tokenizer: Tokenizer
     precision: str
     device: str
@@ -85,14 +79,12 @@ def open_model(load: str, tokenizer_model: Path | None, precision: str, device: 
     Raises:
         CheckpointError, DataError: there is no such checkpoint or tokenizer.
     """
-    checkpoint = find_checkpoint(location(load))
-    manifest = read_manifest(checkpoint)
-    config = saved_config(checkpoint, manifest)
-    tokenizer = find_tokenizer(config, tokenizer_record(manifest), tokenizer_model)
+    saved = open_saved_run(location(load))
+    tokenizer = find_tokenizer(saved.config, tokenizer_record(saved.manifest), tokenizer_model)
     if tokenizer is None:
         raise DataError(
-            f"{checkpoint} was trained on token files without a tokenizer: name theirs with --tokenizer-model"
+            f"{saved.checkpoint} was trained on token files without a tokenizer: name theirs with "
+            "--tokenizer-model"
         )
-    return TrainedModel(
-        checkpoint, manifest, config, tokenizer, precision or config.training.precision, device
-    )
+    precision = precision or saved.config.training.precision
+    return TrainedModel(**vars(saved), tokenizer=tokenizer, precision=precision, device=device)

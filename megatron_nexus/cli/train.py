@@ -144,7 +144,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
     try:
         with path_errors():
             if command.start and command.start.growth:
-                plan = plan_growth(command.start.saved, command.start.growth)
+                plan = plan_growth(command.start.config, command.start.growth)
                 open_state = partial(GrownReader, plan=plan)
             train(
                 command.config,

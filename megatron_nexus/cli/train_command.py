@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_nexus.checkpoint.location import Location, location
-from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
-from megatron_nexus.checkpoint.run_dir import find_checkpoint, newest_checkpoint
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.run_dir import newest_checkpoint
+from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
 from megatron_nexus.config.config_field import flag_of
@@ -24,12 +23,9 @@ from megatron_nexus.growth.request import GrowthRequest, grown_config, read_requ
 
 
 @dataclass(frozen=True)
-class Start:
-    """The checkpoint that a run starts from: its manifest, its configuration, and what --grow asks of it."""
+class Start(SavedRun):
+    """The checkpoint that a run starts from, and what --grow asks of it."""
 
-    checkpoint: Location
-    manifest: Manifest
-    saved: RunConfig
     growth: GrowthRequest | None
 
 
@@ -92,7 +88,7 @@ def read_train_command(argv: list[str]) -> TrainCommand:
         config = build(given)
     else:
         done = start.manifest.progress
-        saved = grown_config(start.saved, start.growth) if start.growth else start.saved
+        saved = grown_config(start.config, start.growth) if start.growth else start.config
         config = build(given, saved, Consumed(done.step, done.samples, done.tokens))
     world_size = size if isinstance(size, int) else None
     return TrainCommand(argv, config, start, dry_run, world_size, device, "search" in given)
@@ -107,30 +103,30 @@ def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
 def _start(given: Mapping[str, Value]) -> Start | None:
     """Return what --load and --grow name; None without a checkpoint."""
     load, grow = str(given.get("load", "")), str(given.get("grow", ""))
-    checkpoint = None
+    place = None
     if load:
-        checkpoint = _newest_in_save(given) if load == "auto" else find_checkpoint(location(load))
+        place = _newest_in_save(given) if load == "auto" else location(load)
     if "grow" in given and not grow.strip():
         raise ConfigError("--grow is empty: write such as nexus_m=1088, or drop it")
-    if checkpoint is None:
+    if place is None:
         if grow:
             raise ConfigError(f"--grow {grow!r} needs a checkpoint to grow: give --load")
         return None
     growth = read_request(grow) if grow else None
-    if growth and (continued := _grown_before(given, checkpoint, growth)):
-        checkpoint, growth = continued, None
-    manifest = read_manifest(checkpoint)
-    return Start(checkpoint, manifest, saved_config(checkpoint, manifest), growth)
+    saved = open_saved_run(place)
+    if growth and (continued := _grown_before(given, saved.checkpoint, growth)):
+        saved, growth = continued, None
+    return Start(**vars(saved), growth=growth)
 
 
 def _newest_in_save(given: Mapping[str, Value]) -> Location | None:
     """Return what --load auto means: the newest checkpoint in --save. Raises ConfigError without --save."""
     if "save" not in given:
-        raise ConfigError(["--load auto needs --save: give the run's folder as --save, or name it as --load"])
+        raise ConfigError("--load auto needs --save: give the run's folder as --save, or name it as --load")
     return newest_checkpoint(location(str(given["save"])))
 
 
-def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRequest) -> Location | None:
+def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRequest) -> SavedRun | None:
     """Return the newest checkpoint in --save where an earlier start of this command has grown it.
 
     So a job that grows while loading can be requeued: its last growth is the one that --grow asks for, of a
@@ -139,11 +135,10 @@ def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRe
     newest = newest_checkpoint(location(str(given["save"]))) if "save" in given else None
     if newest is None:
         return None
-    manifest = read_manifest(newest)
-    growths = [entry for entry in manifest.lineage if "axes" in entry]
+    saved = open_saved_run(newest)
+    growths = [entry for entry in saved.manifest.lineage if "axes" in entry]
     if not growths or growths[-1]["settings"] != dict(vars(growth.settings)):
         return None
-    model = saved_config(newest, manifest).model
-    same_sizes = all(getattr(model, name) == size for name, size in growth.sizes.items())
+    same_sizes = all(getattr(saved.config.model, name) == size for name, size in growth.sizes.items())
     run = str(growths[-1]["parent"]).rpartition("/")[0]
-    return newest if same_sizes and run == str(source.resolve().parent) else None
+    return saved if same_sizes and run == str(source.resolve().parent) else None

@@ -12,12 +12,11 @@ With --attention-order, a model of any projections gets inner attentions behind 
 """
 
 import argparse
+from dataclasses import replace
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
-from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.cli.grow import add_writing_flags, write_grown
 from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.config_field import flag_of
@@ -62,12 +61,12 @@ def run(argv: list[str]) -> None:
     log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
-    source = find_checkpoint(location(given.load))
-    saved, values = saved_config(source, read_manifest(source)), vars(given)
+    saved, values = open_saved_run(location(given.load)), vars(given)
     sizes = {"attention_order": given.attention_order} if "attention_order" in values else {}
     if not sizes or WIDENING.keys() & values.keys():
-        saved = with_empty_branch(saved)
+        saved = replace(saved, config=with_empty_branch(saved.config))
         sizes |= {
-            name: values.get(name, round(share * saved.model.hidden_size)) for name, share in WIDENING.items()
+            name: values.get(name, round(share * saved.config.model.hidden_size))
+            for name, share in WIDENING.items()
         }
-    write_grown(given, source, saved, sizes)
+    write_grown(given, saved, sizes)

@@ -183,10 +183,6 @@ class TokenWindows:
         self._epoch = 0
         self._order = Permutation(self.window_count, seed, 0)
 
-    def epoch_of(self, k: int) -> int:
-        """Return the epoch that global sample `k` belongs to, from 0."""
-        return k // self.window_count
-
     def sample(self, k: int) -> npt.NDArray[np.int64]:
         """Return tokens of global sample `k`, counted from 0 over all epochs, [L + 1].
 

@@ -193,7 +193,10 @@ def test_inspection_finds_what_is_wrong(
         (["--output", "new/spm.model", "--input", "latin.txt"], "1 malformed record left out: 1 not UTF-8"),
         (["--output", "spm.model", "--input", "in.jsonl"], "write one JSON object a line"),
         (["--output", "spm.model", "--input", "in.jsonl", "--strict"], "in.jsonl:1: not JSON"),
-        (["--output", "spm.model", "--input", "in.txt", "--vocab-size", "0"], "0 is not above 0"),
+        (
+            ["--output", "spm.model", "--input", "in.txt", "--vocab-size", "0"],
+            "0 must be a finite number above 0",
+        ),
     ],
 )
 def test_training_a_tokenizer_that_cannot_work(

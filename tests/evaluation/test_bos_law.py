@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, manifest_to_json, read_manifest
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.cli.import_hf import configuration
 from megatron_nexus.data.run_tokenizer import find_tokenizer

@@ -23,7 +23,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.cli.main import main
 from megatron_nexus.data.huggingface_tokenizer import HuggingFaceTokenizer
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.cli.main import main
