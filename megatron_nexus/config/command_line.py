@@ -22,8 +22,6 @@ from megatron_nexus.errors import ConfigError
 
 # Flags that launchers and scripts add and nobody here reads.
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
-# What the command itself reads; the rest of the flags are fields and the preset.
-COMMAND_FLAGS = ("config", "dry_run", "world_size", "device", "search")
 # What most command lines say: the help begins with these.
 MAIN_FIELDS = (
     *("data_path", "tokenizer_model", "tensor_model_parallel_size", "pipeline_model_parallel_size"),

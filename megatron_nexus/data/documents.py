@@ -17,13 +17,7 @@ from typing import BinaryIO, Final, Literal, NamedTuple
 
 from megatron_nexus.base.json_text import NestingError, parse_record
 from megatron_nexus.data.input_files import InputFile
-from megatron_nexus.data.parquet_columns import (
-    column_keys,
-    find_column,
-    holds_text,
-    nested_keys,
-    read_column,
-)
+from megatron_nexus.data.parquet_columns import find_columns, holds_text, read_column
 from megatron_nexus.errors import ConfigError, DataError
 
 LONGEST_RECORD_BYTES = 1 << 30
@@ -134,24 +128,20 @@ def split_into_slices(files: list[InputFile], reading: RecordFormat, slice_bytes
 
 def _row_groups(file: InputFile, key: str, slice_bytes: int) -> list[FileSlice]:
     with file.open_parquet() as table:
-        schema, metadata = table.schema_arrow, table.metadata
-        columns = list(schema)
-        found = find_column(columns, key)
-        if found is None:
-            keys = _excerpted(", ".join(column_keys(columns)))
+        metadata = table.metadata
+        places = find_columns(metadata)
+        if key not in places:
             raise DataError(
-                f"{file.path} has no column {key!r}, only {keys}: name the column of the text with "
-                "--json-keys"
+                f"{file.path} has no column {key!r}, only {_excerpted(', '.join(places))}: name the column "
+                "of the text with --json-keys"
             )
-        kind = found[-1].type
-        if not holds_text(kind):
-            inner = [name for name in column_keys(found[-1:]) if name != found[-1].name]
-            such = f", such as {key.removesuffix(found[-1].name)}{inner[0]}" if inner else ""
+        place = places[key]
+        column = metadata.schema.column(place)
+        if not holds_text(column):
             raise DataError(
-                f"{file.path}: the column {key!r} is of type {_excerpted(str(kind))}, which is not text: "
-                f"name the column of the text with --json-keys{such}"
+                f"{file.path}: the column {key!r} is of type {column.physical_type}, which is not text: name "
+                "the column of the text with --json-keys"
             )
-        place = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(key)
         slices: list[FileSlice] = []
         first_group = first_row = rows = size = 0
         for index in range(metadata.num_row_groups):
@@ -261,8 +251,9 @@ _MISSING = object()
 
 def _within(record: dict[str, object], key: str) -> object:
     """The value of a key that leads through fields of a record, or _MISSING."""
-    for name, rest in nested_keys(key):
-        inner = record.get(name)
+    for place, character in enumerate(key):
+        name, rest = key[:place], key[place + 1 :]
+        inner = record.get(name) if character == "." else None
         if isinstance(inner, dict):
             found = inner[rest] if rest in inner else _within(inner, rest)
             if found is not _MISSING:
@@ -275,8 +266,6 @@ def _rows(file_slice: FileSlice, key: str) -> Iterator[Document | BadRecord]:
 
     number = 0
     with file_slice.file.open_parquet() as table:
-        column = find_column(list(table.schema_arrow), key)
-        assert column is not None, "found when the file was cut"
         batches = table.iter_batches(
             ROWS_PER_BATCH,
             row_groups=range(file_slice.start, file_slice.stop),
@@ -286,7 +275,7 @@ def _rows(file_slice: FileSlice, key: str) -> Iterator[Document | BadRecord]:
         try:
             for batch in batches:
                 # As bytes: one text that is not UTF-8 must not cost the others.
-                for raw in read_column(batch, column):
+                for raw in read_column(batch):
                     yield (
                         BadRecord(file_slice, number, "null", "")
                         if raw is None

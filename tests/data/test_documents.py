@@ -171,19 +171,7 @@ def test_texts_of_extension_types_and_columns_without_any_value(tmp_path: Path) 
     assert read(file, RecordFormat("doc.text", "file")) == ["in", f"{file}:2: null", f"{file}:3: null"]
 
 
-@pytest.mark.parametrize(
-    ("key", "told"),
-    [
-        ("doc", ["'doc' is of type struct<", "--json-keys, such as doc.text"]),
-        ("doc.inner", ["'doc.inner' is of type struct<", "such as doc.inner.n"]),
-        ("doc.nothing", ["no column 'doc.nothing', only doc.text, doc.inner.n, words, digest"]),
-        ("words", ["'words' is of type list<", "--json-keys"]),
-        ("digest", ["fixed_size_binary[4]"]),
-    ],
-)
-def test_a_column_that_is_no_text_is_answered_by_those_that_are_there(
-    tmp_path: Path, key: str, told: list[str]
-) -> None:
+def test_a_column_that_is_no_text_is_answered_by_those_that_are_there(tmp_path: Path) -> None:
     table = pa.table(
         {
             "doc": pa.array([{"text": "a", "inner": {"n": 1}}]),
@@ -192,9 +180,16 @@ def test_a_column_that_is_no_text_is_answered_by_those_that_are_there(
         }
     )
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ConfigError) as caught:
-        read(tmp_path / "a.parquet", RecordFormat(key, "file"))
-    assert all(part in str(caught.value) for part in told), caught.value
+    there = "only doc.text, doc.inner.n, digest"
+    for key, told in {
+        **{key: f"no column {key!r}, {there}" for key in ("doc", "doc.inner", "doc.nothing", "words")},
+        "words.list.element": there,
+        "doc.inner.n": "type INT64",
+        "digest": "type FIXED_LEN_BYTE_ARRAY",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            read(tmp_path / "a.parquet", RecordFormat(key, "file"))
+        assert told in str(caught.value) and "--json-keys" in str(caught.value), key
 
 
 def test_a_parquet_text_that_is_not_utf8_costs_nothing_but_itself(tmp_path: Path) -> None:

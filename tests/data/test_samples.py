@@ -92,7 +92,7 @@ def test_an_epoch_predicts_every_token_once(tmp_path: Path) -> None:
         samples = np.stack([windows.sample(k) for k in ks])
         assert samples.shape == (15, 9) and samples.dtype == np.int64
         assert sorted(samples[:, 1:].ravel().tolist()) == list(range(1, 121))
-        assert {windows.epoch_of(k) for k in ks} == {epoch}
+        assert {k // windows.window_count for k in ks} == {epoch}
 
 
 def test_a_sample_depends_on_its_number_only(tmp_path: Path) -> None:
