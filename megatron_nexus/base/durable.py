@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -175,6 +175,31 @@ def atomic_file(path: Path) -> Iterator[Write]:
         fsync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_files(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """Yield a draft for each of some files of one folder; the end of the block gives them their names, durably.
+
+    A path whose draft was not written has no file then. The last file names the others: its old one is
+    removed first and its new one appears last, so that no kill leaves a mixture of both. Raises OSError.
+    """
+    drafts = {path: path.with_name(f"{DRAFT}{path.name}") for path in paths}
+    try:
+        yield drafts
+        for draft in drafts.values():
+            if draft.exists():
+                fsync(draft)
+        paths[-1].unlink(missing_ok=True)
+        for path, draft in drafts.items():
+            if draft.exists():
+                draft.replace(path)
+            else:
+                path.unlink(missing_ok=True)
+        fsync(paths[0].parent)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ All numbers are little-endian. A document is the sequences between two neighbour
 makes every document one sequence. Source of the layout: Megatron-LM, `core/datasets/indexed_dataset.py`.
 """
 
-import glob
 import hashlib
 import mmap
 import os
@@ -18,6 +17,7 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nexus.base.durable import fsync
+from megatron_nexus.base.durable import atomic_files
 from megatron_nexus.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -217,23 +217,22 @@ def documents_between(start: int, stop: int, count: int, start_of: Callable[[int
 class IndexedDatasetWriter:
     """Writes a `.bin` / `.idx` pair; use it as a context manager.
 
-    The pair appears only when the block ends without an error: all files are written as drafts, which
-    `publish` then gives their names. Without `publishes` that is left to the caller.
+    The pair appears only when the block ends without an error. With `in_draft` the folder is a draft that the
+    caller makes durable, and the files are written as they are.
 
     Raises:
         DataError: a document holds an id that `dtype` cannot.
         OSError: the folder is not writable or the disk is full (the caller knows the remedy).
     """
 
-    def __init__(self, prefix: Path, dtype: npt.DTypeLike, publishes: bool = True) -> None:
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike, in_draft: bool = False) -> None:
         self.prefix = prefix
-        self.publishes = publishes
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.description = ""
         """Text of the `.json` beside the pair, set within the block; empty: none, an old one is removed."""
         assert self.dtype in CODES and self.dtype.kind != "f", f"{dtype} is not a type of token ids"
         self._lengths = array("i")
-        self._bin_draft, self._json_draft, self._idx_draft = _drafts(prefix, os.getpid()).values()
+        self._in_draft = in_draft
 
     def add_document(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """Append one document; the end-of-document token is the caller's to add."""
@@ -268,7 +267,14 @@ class IndexedDatasetWriter:
         self._lengths.frombytes(part.document_lengths.astype(np.int32).tobytes())
 
     def __enter__(self) -> "IndexedDatasetWriter":
-        self._bin = self._bin_draft.open("wb")
+        paths = (bin_path(self.prefix), json_path(self.prefix), idx_path(self.prefix))
+        with ExitStack() as stack:
+            drafts = (
+                {path: path for path in paths} if self._in_draft else stack.enter_context(atomic_files(paths))
+            )
+            bin_draft, self._json_draft, self._idx_draft = drafts.values()
+            self._bin = stack.enter_context(bin_draft.open("wb"))
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
@@ -277,18 +283,9 @@ class IndexedDatasetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        written = False
-        try:
-            self._bin.close()
-            if error is None:
-                self._write_index()
-                written = True
-        finally:
-            if not written:
-                for draft in (self._bin_draft, self._json_draft, self._idx_draft):
-                    draft.unlink(missing_ok=True)
-        if written and self.publishes:
-            publish(self.prefix, os.getpid())
+        if error is None:
+            self._open.callback(self._write_index)
+        self._open.__exit__(kind, error, trace)
 
     def _write_index(self) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
@@ -307,43 +304,6 @@ class IndexedDatasetWriter:
                 )
         if self.description:
             self._json_draft.write_text(self.description)
-
-
-def publish(prefix: Path, writer: int) -> None:
-    """Give a pair that process `writer` has written its names, once it is safe on the disk; the `.idx` last.
-
-    A pair of the same prefix is replaced, its `.idx` first removed, so that no kill can leave a mixture of
-    two corpora. Drafts that cannot be published are removed.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    drafts = _drafts(prefix, writer)
-    try:
-        written = {final: draft for final, draft in drafts.items() if draft.exists()}
-        for draft in written.values():
-            fsync(draft)
-        for stale in (idx_path(prefix), json_path(prefix)):
-            stale.unlink(missing_ok=True)
-        for final, draft in written.items():
-            draft.replace(final)
-        fsync(prefix.parent)
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-
-
-def remove_drafts(prefix: Path) -> None:
-    """Remove what killed writers of a pair have left; the caller makes sure that none is at work."""
-    for final in _drafts(prefix, 0):
-        for draft in final.parent.glob(f"{glob.escape(final.name)}.[0-9]*.partial"):
-            draft.unlink()
-
-
-def _drafts(prefix: Path, writer: int) -> dict[Path, Path]:
-    """The files of a pair in the order they appear, and where process `writer` keeps each till then."""
-    finals = (bin_path(prefix), json_path(prefix), idx_path(prefix))
-    return {final: final.with_name(f"{final.name}.{writer}.partial") for final in finals}
 
 
 def _map(file: Path) -> mmap.mmap:

@@ -8,9 +8,10 @@ shards and restarts change no byte. Shards are kept in `<prefix>.shards` until t
 """
 
 import heapq
+import shutil
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nexus.base.communicator import Communicator, wait_for_message
-from megatron_nexus.base.durable import LOCK_FILE, dir_lock
+from megatron_nexus.base.durable import DRAFT, dir_lock
 from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.documents import (
     REPORTED,
@@ -32,11 +33,11 @@ from megatron_nexus.data.indexed_dataset import (
     IndexedDatasetWriter,
     bin_path,
     idx_path,
-    remove_drafts,
     token_dtype,
 )
 from megatron_nexus.data.input_files import InputFile, empty_file_lines, find_input_files
 from megatron_nexus.data.shards import (
+    PREFIX,
     InputShard,
     ShardStats,
     TokenizeConfig,
@@ -149,16 +150,14 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
     dtype = token_dtype(tokenizer.vocab_size)
     began = time.monotonic()
     with _locked(tokenizing.folder):
-        for stale in tokenizing.folder.glob("*.partial"):
-            stale.unlink()
-        remove_drafts(job.output_prefix)
+        _remove(tokenizing.folder.glob(f"{DRAFT}*"))
         prefixes = [shard_prefix(shard, tokenizing, tokenizer) for shard in shards]
         # One listing: asking for each would be slow, and an NFS client would remember that it was missing.
         present = {path.name for path in tokenizing.folder.iterdir()}
         earlier = {
             number: finished_stats(prefix, dtype.itemsize)
             for number, prefix in enumerate(prefixes)
-            if idx_path(prefix).name in present
+            if prefix.parent.name in present
         }
         counts = {
             number: count
@@ -181,9 +180,12 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
             with closing(_tokenize(missing, counts, tokenizing, comm, job)) as steps:
                 merged = sum(next(merging, 0) for _ in steps)
             ordered = [counts[number] for number in range(len(shards))]
-            total, samples = _sum(ordered), _samples(shards, ordered)
+            total, samples = ShardStats(), _samples(shards, ordered)
+            for stats in ordered:
+                total.add(stats)
+            total.malformed = dict(Counter(total.malformed).most_common())
             if not total.documents:
-                _remove_shards(tokenizing.folder)
+                _remove(tokenizing.folder.glob("[!.]*"))
                 raise no_document(total.empty, total.malformed, samples, empty_file_lines(files))
             description = _describe(job, tokenizer, files, total, samples)
             corpus.description = description.to_json()
@@ -191,7 +193,7 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
             with Progress(f"Merging the rest into {job.output_prefix}", left, "M tokens") as progress:
                 for tokens in merging:
                     progress.advance(tokens / MILLION)
-        _remove_shards(tokenizing.folder)
+        _remove(tokenizing.folder.glob("[!.]*"))
     lost = loss_lines(description)
     for line in (*empty_file_lines(files), *bad_record_lines(total.malformed, samples), *lost):
         logger.warning("%s", line)
@@ -302,18 +304,18 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if not any(folder.glob("*.idx")):
-                for draft in folder.glob("*.partial"):
-                    draft.unlink(missing_ok=True)
+            if not any(folder.glob(f"[!.]*/{PREFIX}.idx")):
+                _remove(folder.glob(f"{DRAFT}*"))
     with suppress(OSError):  # other ranks may still be writing; what is not empty stays
         folder.rmdir()
 
 
-def _remove_shards(folder: Path) -> None:
-    """Empty the work folder but for its lock, whose holder removes both."""
-    for path in folder.iterdir():
-        if path.name != LOCK_FILE:
-            path.unlink()
+def _remove(shards: Iterable[Path]) -> None:
+    for path in shards:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # of a version that kept shards as files
+            path.unlink(missing_ok=True)
 
 
 def _tokenize(
@@ -367,22 +369,6 @@ def _shared_out(shards: dict[int, InputShard], ranks: int) -> list[dict[int, Inp
         shares[rank][number] = shard
         heapq.heapreplace(loads, (load + shard.size, rank))
     return shares
-
-
-def _sum(counts: list[ShardStats]) -> ShardStats:
-    malformed: Counter[str] = Counter()
-    for count in counts:
-        malformed.update(count.malformed)
-    return ShardStats(
-        documents=sum(count.documents for count in counts),
-        tokens=sum(count.tokens for count in counts),
-        text_bytes=sum(count.text_bytes for count in counts),
-        empty=sum(count.empty for count in counts),
-        malformed=dict(malformed.most_common()),
-        unknown=sum(count.unknown for count in counts),
-        changed=sum(count.changed for count in counts),
-        changed_example=next((count.changed_example for count in counts if count.changed), []),
-    )
 
 
 def _samples(shards: list[InputShard], counts: list[ShardStats]) -> list[str]:

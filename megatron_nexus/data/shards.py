@@ -1,15 +1,15 @@
 """Shards: the unit in which documents are tokenized, kept over a restart and merged.
 
-A finished shard is a `.bin` / `.idx` pair with its counts beside it, named after everything that decides its
-contents: inputs, their sizes and dates, tokenizer, options. The `.idx` appears last, so a shard is finished
-or absent, and a run finds those of an earlier one that it can use by their names alone.
+A finished shard is a folder with a `.bin` / `.idx` pair and its counts, named after everything that decides
+its contents: inputs, their sizes and dates, tokenizer, options. It appears when it is complete, and a run
+finds those of an earlier one that it can use by their names alone.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import os
+import shutil
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.base.durable import atomic_dir
 from megatron_nexus.base.json_text import parse_json, record_of
 from megatron_nexus.base.workers import start_server, worker_pool
 from megatron_nexus.data.documents import BadRecord, Document, FileSlice, RecordFormat, read_slice
@@ -29,7 +30,6 @@ from megatron_nexus.data.indexed_dataset import (
     idx_path,
     index_bytes,
     json_path,
-    publish,
     token_dtype,
 )
 from megatron_nexus.data.text_change import first_change
@@ -39,6 +39,7 @@ from megatron_nexus.errors import DataError
 FORMAT_VERSION = 1
 """Part of the names: raise it when the same inputs would give other shards."""
 
+PREFIX = "tokens"
 SAMPLES = 10
 """Malformed records kept of each shard."""
 
@@ -75,9 +76,9 @@ class TokenizeConfig:
     """Whether documents begin with BOS; None: as the tokenizer's own files say."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShardStats:
-    """What went into a shard."""
+    """What went into a shard, or into several."""
 
     documents: int = 0
     tokens: int = 0
@@ -93,6 +94,13 @@ class ShardStats:
     """Documents that do not come back from their tokens as they were."""
     changed_example: list[str] = dataclasses.field(default_factory=list)
     """Where the first of them changes: before and after."""
+
+    def add(self, other: "ShardStats") -> None:
+        """Add the counts of another shard, which keeps its samples."""
+        for name in ("documents", "tokens", "text_bytes", "empty", "unknown", "changed"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.malformed = dict(Counter(self.malformed) + Counter(other.malformed))
+        self.changed_example = self.changed_example or other.changed_example
 
     def sampled(self, shard: InputShard) -> list[BadRecord]:
         """Return the samples as records of `shard`."""
@@ -114,7 +122,7 @@ def make_shards(slices: list[FileSlice], shard_bytes: int) -> list[InputShard]:
 
 
 def shard_prefix(shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Tokenizer) -> Path:
-    """Return where a shard is kept."""
+    """Return the prefix of a shard's files, which are alone in their folder."""
     facts = (
         FORMAT_VERSION,
         tokenizer.fingerprint,
@@ -134,7 +142,7 @@ def shard_prefix(shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Token
             for file_slice in shard.slices
         ],
     )
-    return tokenizing.folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    return tokenizing.folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:32] / PREFIX
 
 
 def finished_stats(prefix: Path, itemsize: int) -> ShardStats | None:
@@ -148,26 +156,22 @@ def finished_stats(prefix: Path, itemsize: int) -> ShardStats | None:
     return counts if sizes == whole else None
 
 
-def tokenize_shard(shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Tokenizer) -> ShardStats:
-    """Tokenize a shard and write it, for `publish` to finish.
+def tokenize_shard(
+    shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Tokenizer, prefix: Path
+) -> ShardStats:
+    """Tokenize a shard and write it to `prefix`, in a folder that the caller makes durable.
 
     Raises:
         DataError: a file cannot be read, or under `strict` a malformed record.
         OSError: the shard cannot be written.
     """
-    documents = tokens = text_bytes = empty = batch_bytes = unknown = changed = 0
-    changed_example: list[str] = []
-    malformed: Counter[str] = Counter()
-    samples: list[tuple[int, int, str, str]] = []
+    stats = ShardStats()
     begin = np.array(tokenizer.document_prefix, dtype=np.int32)
     end = np.array([tokenizer.eod_id] if tokenizing.append_eod else [], dtype=np.int32)
-    batch: list[Document] = []
-    prefix = shard_prefix(shard, tokenizing, tokenizer)
 
-    with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size), publishes=False) as writer:
+    with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size), in_draft=True) as writer:
 
-        def write() -> None:
-            nonlocal documents, tokens, text_bytes, empty, batch_bytes, unknown, changed, changed_example
+        def write(batch: list[Document]) -> None:
             lengths: list[int] = []
             parts: list[npt.NDArray[np.int32]] = []
             encoded = tokenizer.encode_documents([document.text for document in batch], threads=1)
@@ -178,52 +182,43 @@ def tokenize_shard(shard: InputShard, tokenizing: TokenizeConfig, tokenizer: Tok
                     and (len(ids) or document.text.strip())
                     and (back := tokenizer.decode(ids.tolist())) != document.text
                 ):
-                    changed += 1
-                    changed_example = changed_example or first_change(document.text, back)
+                    stats.changed += 1
+                    stats.changed_example = stats.changed_example or first_change(document.text, back)
                 if not len(ids):  # no text, or only what the tokenizer drops
-                    empty += 1
+                    stats.empty += 1
                     continue
-                text_bytes += document.size
+                stats.text_bytes += document.size
                 lengths.append(len(begin) + len(ids) + len(end))
                 parts += (begin, ids, end)
                 if tokenizer.unk_id is not None:
-                    unknown += int(np.count_nonzero(ids == tokenizer.unk_id))
+                    stats.unknown += int(np.count_nonzero(ids == tokenizer.unk_id))
             if parts:
                 writer.add_documents(np.concatenate(parts), lengths)
-            documents, tokens = documents + len(lengths), tokens + sum(lengths)
-            batch.clear()
-            batch_bytes = 0
+            stats.documents += len(lengths)
+            stats.tokens += sum(lengths)
 
+        batch: list[Document] = []
+        batch_bytes = 0
         for place, file_slice in enumerate(shard.slices):
             for record in read_slice(file_slice, tokenizing.reading):
                 if isinstance(record, Document):
                     batch.append(record)
                     batch_bytes += record.size
                     if batch_bytes >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-                        write()
+                        write(batch)
+                        batch, batch_bytes = [], 0
                     continue
                 if tokenizing.strict:
                     raise DataError(
                         f"{record.describe()}: fix or remove the record, or leave it out by running "
                         "without --strict"
                     )
-                malformed[record.reason] += 1
-                if len(samples) < SAMPLES:
-                    samples.append((place, record.number, record.reason, record.excerpt))
-        write()
-        counts = ShardStats(
-            documents,
-            tokens,
-            text_bytes,
-            empty,
-            dict(malformed),
-            samples,
-            unknown,
-            changed,
-            changed_example,
-        )
-        writer.description = json.dumps(dataclasses.asdict(counts))
-    return counts
+                stats.malformed[record.reason] = stats.malformed.get(record.reason, 0) + 1
+                if len(stats.samples) < SAMPLES:
+                    stats.samples.append((place, record.number, record.reason, record.excerpt))
+        write(batch)
+        writer.description = json.dumps(dataclasses.asdict(stats))
+    return stats
 
 
 def tokenize_shards(
@@ -239,14 +234,16 @@ def tokenize_shards(
     if not shards:
         return
     start_server(__name__)
+    tokenizer = _opened(tokenizing)
     with worker_pool(min(workers, len(shards)), "forkserver") as pool:
         # Two for each worker: one shard is brought to the disk while the next is tokenized.
         threads = ThreadPoolExecutor(2 * workers)
 
         def finish(shard: InputShard) -> ShardStats:
-            prefix, writer, counts = pool.submit(_tokenize, shard, tokenizing).result()
-            publish(prefix, writer)
-            return counts
+            folder = shard_prefix(shard, tokenizing, tokenizer).parent
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            with atomic_dir(folder) as draft:
+                return pool.submit(_tokenize, shard, tokenizing, draft / PREFIX).result()
 
         try:
             numbers = {threads.submit(finish, shard): number for number, shard in shards.items()}
@@ -272,13 +269,11 @@ def tokenize_shards(
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _tokenize(shard: InputShard, tokenizing: TokenizeConfig) -> tuple[Path, int, ShardStats]:
-    tokenizer = _opened(tokenizing.tokenizer_path, tokenizing.prepend_bos)
-    counts = tokenize_shard(shard, tokenizing, tokenizer)
-    return shard_prefix(shard, tokenizing, tokenizer), os.getpid(), counts
+def _tokenize(shard: InputShard, tokenizing: TokenizeConfig, prefix: Path) -> ShardStats:
+    return tokenize_shard(shard, tokenizing, _opened(tokenizing), prefix)
 
 
 @functools.cache
-def _opened(path: Path, prepend_bos: bool | None) -> Tokenizer:
+def _opened(tokenizing: TokenizeConfig) -> Tokenizer:
     """The tokenizer of this process."""
-    return open_tokenizer(path, prepend_bos)
+    return open_tokenizer(tokenizing.tokenizer_path, tokenizing.prepend_bos)

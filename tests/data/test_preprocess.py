@@ -16,13 +16,14 @@ import pytest
 import tokenizers
 
 from megatron_nexus.base.communicator import SingleProcess
+from megatron_nexus.base.durable import atomic_dir
 from megatron_nexus.data.corpus_description import check_tokenizer, read_description
 from megatron_nexus.data.documents import RecordFormat, split_into_slices
-from megatron_nexus.data.indexed_dataset import IndexedDataset, publish
+from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.input_files import find_input_files
 from megatron_nexus.data.preprocess import PreprocessConfig, preprocess
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
-from megatron_nexus.data.shards import TokenizeConfig, make_shards, shard_prefix, tokenize_shard
+from megatron_nexus.data.shards import PREFIX, TokenizeConfig, make_shards, shard_prefix, tokenize_shard
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.log import logger
@@ -161,21 +162,23 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     prefix, shards = tmp_path / "corpus", tmp_path / "corpus.shards"
     arguments = ["--input", str(folder / "inputs"), "--tokenizer-model", str(folder / "spm.model")]
     program = spawn([*COMMAND, *arguments, "--output-prefix", str(prefix), "--workers", "2"], tmp_path)
-    wait_for(lambda: len(list(shards.glob("*.idx"))) >= 5, "five shards")
+    wait_for(lambda: len(list(shards.glob("[!.]*/*.idx"))) >= 5, "five shards")
     os.kill(program.process.pid, signal.SIGKILL)
     program.end()
     wait_for(lambda: not program.left(), "the workers end with their parent")
     assert not prefix.with_name("corpus.idx").exists(), "killed too late"
-    kept = sorted(shards.glob("*.idx"))
+    kept = sorted(shards.glob("[!.]*/*.idx"))
     # What a disk may lose: one shard is cut off, one has lost its description, and a partial file is left.
     cut = kept[0].with_suffix(".bin")
     cut.write_bytes(cut.read_bytes()[:-2])
     kept[1].with_suffix(".json").unlink()
-    (shards / "torn.bin.1.partial").write_bytes(b"x")
-    assert list(tmp_path.glob("corpus.bin.*.partial")), "what was merged until then"
+    (shards / ".tmp_torn").mkdir()
+    (shards / ".tmp_torn" / "tokens.bin").write_bytes(b"x")
+    (shards / "old.bin").write_bytes(b"x")
+    assert (tmp_path / ".tmp_corpus.bin").exists(), "what was merged until then"
     done = run(COMMAND, folder, prefix)
     assert f", {len(kept) - 2:,} of them finished by an earlier run" in done.stdout
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not shards.exists() and not list(tmp_path.glob(".tmp_*"))
     assert contents(prefix) == contents(reference)
 
 
@@ -223,8 +226,8 @@ def test_strict_finds_the_line_in_a_shard_that_is_finished(folder: Path, tmp_pat
         tmp_path / "corpus.shards", folder / "spm.model", RecordFormat("text", "file"), True, False
     )
     tokenizer = SentencePieceTokenizer(folder / "spm.model")
-    tokenize_shard(shard, tokenizing, tokenizer)
-    publish(shard_prefix(shard, tokenizing, tokenizer), os.getpid())
+    with atomic_dir(shard_prefix(shard, tokenizing, tokenizer).parent) as draft:
+        tokenize_shard(shard, tokenizing, tokenizer, draft / PREFIX)
     wanted = job(folder, tmp_path / "corpus", inputs=[str(file)], strict=True)
     with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: '{oops': fix or remove"):
         preprocess(wanted, SingleProcess())
