@@ -179,7 +179,7 @@ def atomic_file(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def atomic_files(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
-    """Yield a draft for each of some files of one folder; the end of the block gives them their names, durably.
+    """Yield a draft for each of some files of one folder; the end of the block names them, durably.
 
     A path whose draft was not written has no file then. The last file names the others: its old one is
     removed first and its new one appears last, so that no kill leaves a mixture of both. Raises OSError.

@@ -36,6 +36,36 @@ SMOLLM3 = Architecture("smollm3", "SmolLM3ForCausalLM")
 STOCK = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, SMOLLM3)
 """transformers' own, beside which each but Llama has one thing more: see `architecture_of`."""
 
+NEXUSFORMER_KEYS = {
+    "attention_order": "attention_order",
+    "attention_inner": "attention_inner",
+    "attention_gate": "attention_gate",
+    "projection": "projection",
+    "pattention_slots": "pattention_slots",
+    "feed_forward": "feed_forward",
+    "normalization": "normalization",
+    "qk_norm": "qk_layernorm",
+    "qk_norm_all_heads": "qk_layernorm_all_heads",
+    "post_norm": "post_norm",
+    "qkv_bias": "add_qkv_bias",
+    "sliding_window": "sliding_window",
+    "no_rope_layer_interval": "no_rope_freq",
+    "nexus_m": "nexus_m",
+    "nexus_a": "nexus_a",
+    "nexus_inner_norm": "nexus_inner_norm",
+    "nexus_inner_norm_scale": "nexus_inner_norm_scale",
+    "ffn_nexus_m": "ffn_nexus_m",
+    "nexus_output_projection": "nexus_output_projection",
+    "base_hidden_size": "base_hidden_size",
+    "base_head_dim": "base_kv_channels",
+    "base_pattention_slots": "base_pattention_slots",
+    "base_intermediate_size": "base_ffn_hidden_size",
+    "base_nexus_m": "base_nexus_m",
+    "base_nexus_a": "base_nexus_a",
+    "base_ffn_nexus_m": "base_ffn_nexus_m",
+}
+"""The keys that the `config.json` of a Nexusformer has beside a Llama's, and the fields of ModelConfig."""
+
 
 def architecture_of(model: ModelConfig, origin: str = "") -> Architecture:
     """Return the class that computes `model`; `origin` is the model_type that it was imported as, or ""."""
@@ -122,8 +152,6 @@ def config_json(
     }
     if model.use_rope_scaling:  # as transformers 4 calls them
         record["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    if kind is MISTRAL:
-        record["sliding_window"] = model.sliding_window or None
     if kind is QWEN2:
         record["use_sliding_window"] = False
     if kind is SMOLLM3:
@@ -139,31 +167,8 @@ def config_json(
                 "AutoModel": "modeling_nexusformer.NexusformerModel",
                 "AutoModelForCausalLM": "modeling_nexusformer.NexusformerForCausalLM",
             },
-            "attention_order": model.attention_order,
-            "attention_inner": model.attention_inner,
-            "attention_gate": model.attention_gate,
-            "projection": model.projection,
-            "pattention_slots": model.pattention_slots,
-            "feed_forward": model.feed_forward,
-            "normalization": model.normalization,
-            "qk_norm": model.qk_layernorm,
-            "qk_norm_all_heads": model.qk_layernorm_all_heads,
-            "post_norm": model.post_norm,
-            "qkv_bias": model.add_qkv_bias,
-            "sliding_window": model.sliding_window or None,
-            "no_rope_layer_interval": model.no_rope_freq,
-            "nexus_m": model.nexus_m,
-            "nexus_a": model.nexus_a,
-            "nexus_inner_norm": model.nexus_inner_norm,
-            "nexus_inner_norm_scale": model.nexus_inner_norm_scale,
-            "ffn_nexus_m": model.ffn_nexus_m,
-            "nexus_output_projection": model.nexus_output_projection,
-            "base_hidden_size": model.base_hidden_size,
-            "base_head_dim": model.base_kv_channels,
-            "base_pattention_slots": model.base_pattention_slots,
-            "base_intermediate_size": model.base_ffn_hidden_size,
-            "base_nexus_m": model.base_nexus_m,
-            "base_nexus_a": model.base_nexus_a,
-            "base_ffn_nexus_m": model.base_ffn_nexus_m,
+            **{key: getattr(model, name) for key, name in NEXUSFORMER_KEYS.items()},
         }
+    if kind in (MISTRAL, NEXUSFORMER):
+        record["sliding_window"] = model.sliding_window or None
     return record

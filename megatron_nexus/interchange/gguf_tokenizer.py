@@ -17,7 +17,7 @@ from megatron_nexus.interchange.architecture import JsonObject
 from megatron_nexus.interchange.post_processor import beginning_with
 from megatron_nexus.interchange.sentencepiece_model import Kind, ModelType, Piece, SentencePieceModel
 from megatron_nexus.interchange.tokenizer_files import CONFIG_NAME
-from megatron_nexus.interchange.tokenizer_json import added_token, tokenizer_json
+from megatron_nexus.interchange.tokenizer_json import bpe_json, tokenizer_json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -101,34 +101,18 @@ def _byte_level(fields: Mapping[str, object], tokens: Sequence[str], kinds: Sequ
         "trim_offsets": True,
         "use_regex": uses_expression,
     }
-    added = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
-    record = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            added_token(token, text, special=kind is not Kind.USER_DEFINED)
-            for token, (text, kind) in enumerate(zip(tokens, kinds, strict=True))
-            if kind in added
-        ],
-        "normalizer": {"type": "NFC"} if name == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, bytes_step]},
-        "post_processor": None,
-        "decoder": bytes_step,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": name == "llama-bpe",
-            "vocab": {text: token for token, text in enumerate(tokens)},
-            "merges": _texts(fields, "merges"),
+    return bpe_json(
+        tokens,
+        kinds,
+        _texts(fields, "merges"),
+        steps={
+            "normalizer": {"type": "NFC"} if name == "qwen2" else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, bytes_step]},
+            "post_processor": None,
+            "decoder": bytes_step,
         },
-    }
-    return json.dumps(record, ensure_ascii=False, indent=1)
+        settings={"ignore_merges": name == "llama-bpe"},
+    )
 
 
 def _array(fields: Mapping[str, object], name: str) -> list[float]:

@@ -1,6 +1,7 @@
 """What the `config.json` of others says, as a configuration of ours; and every reason why there is none."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 from megatron_nexus.config.run_config import (
@@ -17,6 +18,7 @@ from megatron_nexus.interchange.architecture import (
     LLAMA,
     MISTRAL,
     NEXUSFORMER,
+    NEXUSFORMER_KEYS,
     OLMO2,
     QWEN2,
     QWEN3,
@@ -48,26 +50,11 @@ ROPE_SCALING = {
     "rope_low_freq_factor": "low_freq_factor",
     "rope_high_freq_factor": "high_freq_factor",
 }
-WITHOUT_ROPE = (SMOLLM3.model_type, NEXUSFORMER.model_type)
 # What a Nexusformer's file chooses from.
 CHOICES: dict[str, tuple[str, ...]] = {
     "projection": get_args(Projection),
     "feed_forward": get_args(FeedForwardKind),
     "normalization": get_args(Normalization),
-}
-# The names of its sizes here, and there.
-NEXUS_SIZES = {
-    "nexus_m": "nexus_m",
-    "nexus_a": "nexus_a",
-    "pattention_slots": "pattention_slots",
-    "base_hidden_size": "base_hidden_size",
-    "base_kv_channels": "base_head_dim",
-    "base_pattention_slots": "base_pattention_slots",
-    "ffn_nexus_m": "ffn_nexus_m",
-    "base_nexus_m": "base_nexus_m",
-    "base_nexus_a": "base_nexus_a",
-    "base_ffn_nexus_m": "base_ffn_nexus_m",
-    "base_ffn_hidden_size": "base_intermediate_size",
 }
 
 
@@ -98,11 +85,11 @@ def model_of(config: JsonObject) -> ModelConfig:
         ffn_hidden_size=_whole(config, "intermediate_size"),
         projection="linear",
         qk_layernorm=kind in (QWEN3.model_type, OLMO2.model_type),
-        qk_layernorm_all_heads=kind == OLMO2.model_type or bool(config.get("qk_norm_all_heads")),
-        post_norm=kind == OLMO2.model_type or bool(config.get("post_norm")),
-        add_qkv_bias=kind == QWEN2.model_type or bool(config.get("qkv_bias")),
-        sliding_window=_window(config),
-        no_rope_freq=_whole(config, "no_rope_layer_interval", 0) if kind in WITHOUT_ROPE else 0,
+        qk_layernorm_all_heads=kind == OLMO2.model_type,
+        post_norm=kind == OLMO2.model_type,
+        add_qkv_bias=kind == QWEN2.model_type,
+        sliding_window=_whole(config, "sliding_window", 0) if kind == MISTRAL.model_type else 0,
+        no_rope_freq=_whole(config, "no_rope_layer_interval", 0) if kind == SMOLLM3.model_type else 0,
         nexus_m=0,
         nexus_a=0,
         rotary_base=_number(rope, "rope_theta", ROPE_THETA),
@@ -112,21 +99,20 @@ def model_of(config: JsonObject) -> ModelConfig:
     )
     if kind != NEXUSFORMER.model_type:
         return model
-    values: dict[str, Any] = {ours: _whole(config, theirs, 0) for ours, theirs in NEXUS_SIZES.items()}
-    values |= {name: config[name] for name in CHOICES}
-    return ModelConfig(
-        **{
-            **vars(model),
-            **values,
-            "attention_order": _whole(config, "attention_order", 1),
-            "attention_inner": _inner(config),
-            "attention_gate": bool(config.get("attention_gate")),
-            "qk_layernorm": bool(config.get("qk_norm")),
-            "nexus_inner_norm": bool(config.get("nexus_inner_norm")),
-            "nexus_inner_norm_scale": config.get("nexus_inner_norm_scale", "hidden"),
-            "nexus_output_projection": bool(config.get("nexus_output_projection")),
-        }
-    )
+    own = {name: _own_value(config, key, name) for key, name in NEXUSFORMER_KEYS.items()}
+    return replace(model, **own)
+
+
+def _own_value(config: JsonObject, key: str, name: str) -> Any:
+    """Return the field `name` of a Nexusformer, whose files of early versions lack some keys."""
+    if name == "attention_inner":
+        return _inner(config)
+    default = getattr(ModelConfig, name)
+    if isinstance(default, bool):
+        return bool(config.get(key))
+    if isinstance(default, int):
+        return _whole(config, key, 1 if name == "attention_order" else 0)
+    return config.get(key, default)
 
 
 def _problems(config: JsonObject) -> Iterator[str]:
@@ -219,13 +205,6 @@ def _original_length(config: JsonObject) -> int:
         if found.get("original_max_position_embeddings") is not None:
             return _whole(found, "original_max_position_embeddings")
     return context_length(config)
-
-
-def _window(config: JsonObject) -> int:
-    """Return the sliding window in tokens; 0: none."""
-    if config["model_type"] not in (MISTRAL.model_type, NEXUSFORMER.model_type):
-        return 0
-    return _whole(config, "sliding_window", 0)
 
 
 def _rope(config: JsonObject) -> JsonObject:

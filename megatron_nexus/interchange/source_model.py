@@ -1,6 +1,6 @@
 """A model of others, as the importer sees it: what it is, and its weights, some rows at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,24 +23,16 @@ class Weights(Protocol):
         ...
 
 
-class TokenizerWriter(Protocol):
-    """Writes the model's tokenizer as `open_tokenizer` finds it in a folder."""
-
-    def __call__(self, folder: Path) -> None:
-        """Write the tokenizer into a folder. Raises DataError, OSError."""
-        ...
-
-
 @dataclass(frozen=True)
 class SourceModel:
     """A model in files of others.
 
-    `config` is Hugging Face's `config.json`, or its equivalent. `write_tokenizer` is None where there is
-    no tokenizer.
+    `config` is Hugging Face's `config.json`, or its equivalent. `write_tokenizer` writes the tokenizer into a
+    folder, as `open_tokenizer` finds it there (raises DataError, OSError); None where there is none.
     """
 
     name: str
     format: str
     config: JsonObject
     weights: Weights
-    write_tokenizer: TokenizerWriter | None
+    write_tokenizer: Callable[[Path], None] | None

@@ -10,7 +10,7 @@ is spelt in bytes, as `SentencePieceTokenizer` does; others write a blank as U+2
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from megatron_nexus.data.sentencepiece_tokenizer import BLANK
 from megatron_nexus.errors import DataError
@@ -44,27 +44,58 @@ def tokenizer_json(model: SentencePieceModel, prefix: Sequence[Special] = ()) ->
     texts = [
         piece.text.replace(BLANK, " " if piece.kind is Kind.USER_DEFINED else blank) for piece in model.pieces
     ]
-    unknown = next(piece.text for piece in model.pieces if piece.kind is Kind.UNKNOWN)
-    record: JsonObject = {
+    return bpe_json(
+        texts,
+        [piece.kind for piece in model.pieces],
+        _merges(model, texts),
+        steps={
+            "normalizer": _normalizer(model, blank),
+            "pre_tokenizer": None,
+            "post_processor": beginning_with(None, prefix) if prefix else None,
+            "decoder": _decoder(model, blank),
+        },
+        settings={
+            "unk_token": next(piece.text for piece in model.pieces if piece.kind is Kind.UNKNOWN),
+            "fuse_unk": True,
+            "byte_fallback": model.byte_fallback,
+        },
+    )
+
+
+def bpe_json(
+    texts: Sequence[str],
+    kinds: Sequence[Kind],
+    merges: Sequence[object],
+    steps: JsonObject,
+    settings: JsonObject,
+) -> str:
+    """Return the text of the file of a BPE: its tokens by id, its merges in order.
+
+    `steps` are what comes before and after the model, `settings` those of the model.
+    """
+    added = (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+    record = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": list(_added_tokens(model, texts)),
-        "normalizer": _normalizer(model, blank),
-        "pre_tokenizer": None,
-        "post_processor": beginning_with(None, prefix) if prefix else None,
-        "decoder": _decoder(model, blank),
+        "added_tokens": [
+            _added_token(token, text, special=kind is not Kind.USER_DEFINED)
+            for token, (text, kind) in enumerate(zip(texts, kinds, strict=True))
+            if kind in added
+        ],
+        **steps,
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": unknown,
+            "unk_token": None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": model.byte_fallback,
+            "fuse_unk": False,
+            "byte_fallback": False,
             "ignore_merges": False,
+            **settings,
             "vocab": {text: token for token, text in enumerate(texts)},
-            "merges": _merges(model, texts),
+            "merges": merges,
         },
     }
     return json.dumps(record, ensure_ascii=False, indent=1)
@@ -82,13 +113,7 @@ def _merges(model: SentencePieceModel, texts: Sequence[str]) -> list[tuple[str, 
     return [(texts[left], texts[right]) for _, _, left, right in sorted(cuts)]
 
 
-def _added_tokens(model: SentencePieceModel, texts: Sequence[str]) -> Iterator[JsonObject]:
-    for token, (piece, text) in enumerate(zip(model.pieces, texts, strict=True)):
-        if piece.kind in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED):
-            yield added_token(token, text, special=piece.kind is not Kind.USER_DEFINED)
-
-
-def added_token(token: int, text: str, special: bool) -> JsonObject:
+def _added_token(token: int, text: str, special: bool) -> JsonObject:
     """Return a token that is matched before all others; a special one is dropped when decoding."""
     return {
         "id": token,
