@@ -181,18 +181,15 @@ class Model:
 
         Raises ConfigError where a value is outside its range.
         """
-        problems = [
-            f"{name} {value} must {rule}"
-            for name, value, rule, holds in (
-                ("max_new_tokens", max_new_tokens, "be positive: such as 128", max_new_tokens > 0),
-                ("temperature", temperature, "not be negative: 0 takes the likeliest", temperature >= 0),
-                ("top_k", top_k, "not be negative: 0 draws from all tokens", top_k >= 0),
-                ("top_p", top_p, "lie in (0, 1]: 1 draws from all tokens", 0 < top_p <= 1),
-            )
-            if not holds
-        ]
-        if problems:
-            raise ConfigError(problems)
+        from megatron_nexus.cli.generate import make_parser
+
+        numbers = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        make_parser().parse_args(_flags({"load": self._trained.checkpoint.name, **numbers}))
         from megatron_nexus.data.tokenizer import encode_prompt
         from megatron_nexus.evaluation.continuation import continue_text
         from megatron_nexus.evaluation.decoding import Decoding
@@ -225,19 +222,13 @@ def load(
         ConfigError: another precision or device than these.
     """
     require_linux()
-    from megatron_nexus.cli.model_arguments import open_model
+    from megatron_nexus.cli.generate import make_parser
+    from megatron_nexus.cli.model_arguments import find_model
 
-    known = {"precision": ("", "fp32", "bf16"), "device": ("", "cpu", "cuda")}
-    given = {"precision": precision, "device": device}
-    problems = [
-        f"{name} {value!r} is none of {', '.join(filter(None, known[name]))}: choose one of them"
-        for name, value in given.items()
-        if value not in known[name]
-    ]
-    if problems:
-        raise ConfigError(problems)
+    settings = {"precision": precision, "device": device, "tokenizer_model": tokenizer_model}
+    given = {name: value for name, value in settings.items() if value}
     with path_errors():
-        return Model(open_model(str(run), Path(tokenizer_model) if tokenizer_model else None, **given))
+        return Model(find_model(make_parser().parse_args(_flags({"load": run, **given}))))
 
 
 def grow(load: str | Path, save: str | Path, **settings: Setting) -> Path:

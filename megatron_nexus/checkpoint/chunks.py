@@ -150,10 +150,5 @@ def are_disjoint(boxes: Sequence[Box]) -> bool:
     """Return whether no element lies in two of the boxes."""
     if len(boxes) < 2:
         return True
-    starts = np.array([box.offsets for box in boxes])
-    stops = starts + np.array([box.sizes for box in boxes])
-    for i in range(len(boxes) - 1):
-        shared = np.minimum(stops[i], stops[i + 1 :]) > np.maximum(starts[i], starts[i + 1 :])
-        if shared.all(axis=1).any():
-            return False
-    return True
+    index = BoxIndex(boxes)
+    return all(len(index.overlapping(box)) == 1 for box in boxes)

@@ -5,7 +5,7 @@ Needs numpy and json only: no torch, no process group, no DeepSpeed.
 
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -177,6 +177,16 @@ class CheckpointReader:
                 "load another checkpoint"
             )
         return overlaps
+
+    def require_tensors(self, needed: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError where the tensors are not those of the configuration, given by shape."""
+        held = {name: spec.shape for name, spec in self.manifest.specs.items()}
+        wrong = sorted(name for name in held.keys() | needed.keys() if held.get(name) != needed.get(name))
+        if wrong:
+            raise CheckpointError(
+                f"{self.folder}: its tensors are not those of its configuration, {wrong[0]} first: it was "
+                "written by another version; load it with that one"
+            )
 
     @property
     def chunk_count(self) -> int:

@@ -69,22 +69,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_model(given: argparse.Namespace) -> TrainedModel:
-    """Return the model that the flags name, as `open_model` does."""
-    return open_model(given.load, given.tokenizer_model, given.precision or "", given.device or "")
-
-
-def open_model(load: str, tokenizer_model: Path | None, precision: str, device: str) -> TrainedModel:
-    """Return the model of a run's folder or of one checkpoint; no weights are read.
+    """Return the model that the flags name; no weights are read.
 
     Raises:
         CheckpointError, DataError: there is no such checkpoint or tokenizer.
     """
-    saved = open_saved_run(location(load))
-    tokenizer = find_tokenizer(saved.config, tokenizer_record(saved.manifest), tokenizer_model)
+    saved = open_saved_run(location(given.load))
+    tokenizer = find_tokenizer(saved.config, tokenizer_record(saved.manifest), given.tokenizer_model)
     if tokenizer is None:
         raise DataError(
             f"{saved.checkpoint} was trained on token files without a tokenizer: name theirs with "
             "--tokenizer-model"
         )
-    precision = precision or saved.config.training.precision
-    return TrainedModel(**vars(saved), tokenizer=tokenizer, precision=precision, device=device)
+    precision = given.precision or saved.config.training.precision
+    return TrainedModel(**vars(saved), tokenizer=tokenizer, precision=precision, device=given.device or "")

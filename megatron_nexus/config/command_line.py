@@ -75,12 +75,12 @@ def make_parser() -> FlagParser:
         parser.add_argument(ignored, nargs="?", help=argparse.SUPPRESS)
     fields = {entry.name: (entry, kind) for kind in SECTIONS.values() for entry in dataclasses.fields(kind)}
     for name in MAIN_FIELDS:
-        _add_flag(main, *fields[name])
+        add_field_flag(main, *fields[name])
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
         for entry in dataclasses.fields(kind):
             if entry.name not in MAIN_FIELDS:
-                _add_flag(group, entry, kind)
+                add_field_flag(group, entry, kind)
         if section == "training":
             for precision in ("bf16", "fp32"):
                 group.add_argument(
@@ -94,7 +94,7 @@ def make_parser() -> FlagParser:
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[object], section: type) -> None:
+def add_field_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[object], section: type) -> None:
     """Add the flag of a field of a section."""
     flags = [flag_of(entry.name), *entry.metadata["aliases"]]
     default = PRESETS[DEFAULT_PRESET].get(entry.name, entry.default)

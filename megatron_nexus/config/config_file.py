@@ -10,11 +10,13 @@ A file says only what differs from its preset; flags win over it. The file that 
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import cast, get_args, get_origin, get_type_hints
 
 import yaml
 
+from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.presets import PRESETS, Value
 from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
@@ -141,21 +143,13 @@ def _typed(value: object, hint: type) -> Value:
         if isinstance(value, str):
             return tuple(value.split())
         raise ValueError("must be a list of words: write [0.7, a, 0.3, b]")
-    if get_origin(hint) is not None:
-        if value in get_args(hint):
-            return str(value)
-        raise ValueError(f"must be one of {', '.join(get_args(hint))}")
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError):
             return float(value)  # YAML reads 1e-3, without a point, as a text
-        except ValueError:
-            pass
-    if hint is str and isinstance(value, str):
-        return value
+    elif fits(value, hint):
+        return cast(Value, value)
+    if get_origin(hint) is not None:
+        raise ValueError(f"must be one of {', '.join(get_args(hint))}")
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: 'a text in quotes: "..."'}
     raise ValueError(f"must be {wanted[hint]}")
 

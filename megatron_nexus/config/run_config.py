@@ -12,7 +12,7 @@ from typing import Literal, Self, get_type_hints
 from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.batch_schedule import BatchSchedule, batch_schedule
 from megatron_nexus.config.config_field import config_field
-from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS
+from megatron_nexus.config.files_config import CheckpointConfig, DataConfig, LoggingConfig
 
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
@@ -327,92 +327,6 @@ class OptimizerConfig:
         if self.counts_samples:
             return self.lr_warmup_samples, self.lr_decay_samples, self.lr_wsd_decay_samples
         return self.lr_warmup_iters, self.lr_decay_iters, self.lr_wsd_decay_iters
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where tokens come from."""
-
-    data_path: tuple[str, ...] = config_field(
-        (), "prefix of a .bin/.idx pair, or a blend: 0.7 a 0.3 b; empty: the built-in corpus of this Python"
-    )
-    train_data_path: tuple[str, ...] = config_field(
-        (), "in place of --data-path: a prefix or a blend of which everything is trained on"
-    )
-    valid_data_path: tuple[str, ...] = config_field(
-        (), "validation data in place of --split's share: a prefix, a blend, or sets by name: web=a code=b"
-    )
-    test_data_path: tuple[str, ...] = config_field(
-        (), "data that a finished run is tested on once, as --valid-data-path"
-    )
-    tokenizer_model: str = config_field(
-        "", "of the corpus: SentencePiece .model, tokenizer.json or its folder; empty: built-in"
-    )
-    split: str = config_field(
-        "969,30,1", "shares of --data-path's documents for training, validation and test"
-    )
-    data_range: str = config_field(
-        "", "tokens of the training data that this run reads, such as 100B:130B; of a blend its share each"
-    )
-    reset_position_ids: bool = config_field(False, "positions count from 0 in each document of a sample")
-    reset_attention_mask: bool = config_field(False, "tokens attend within their document of a sample only")
-    data_cache_path: str = config_field("", "cache of the built-in corpus; empty: the user's cache folder")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Where checkpoints go and come from."""
-
-    save: str = config_field(
-        "", "folder of the run's checkpoints; empty: runs/<preset>-<date>-<time>, or --load's"
-    )
-    load: str = config_field(
-        "", "a run's folder or one checkpoint in it; auto: the newest complete one, or start fresh"
-    )
-    grow: str = config_field(
-        "", 'sizes to grow the loaded model to, as in "nexus_m=1088 nexus_a=1228"; new weights as init=...'
-    )
-    reset_optimizer: bool = config_field(
-        False, "load weights only: moments and Adam's step count start at zero"
-    )
-    save_interval: int = config_field(0, "steps between checkpoints; 0: only at the end and on Ctrl-C")
-    async_save: bool = config_field(
-        False, "write the checkpoints of --save-interval beside the training, from a copy in host memory"
-    )
-    keep_latest: int = config_field(0, "newest checkpoints to keep, older ones are deleted; 0: all are kept")
-    keep_every: int = config_field(
-        0, "checkpoints of the multiples of this number of steps are kept for good; 0: none are"
-    )
-    exit_signal: tuple[str, ...] = config_field(
-        DEFAULT_EXIT_SIGNALS, "signals at which the run saves a checkpoint and exits"
-    )
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """What the run logs, and how often."""
-
-    log_interval: int = config_field(
-        10, "steps between lines on the console; longer steps have one every 5 s", positive=True
-    )
-    eval_interval: int = config_field(100, "steps between validations; 0: only at the end")
-    eval_iters: int = config_field(8, "global batches per validation; 0: no validation")
-    eval_tasks: str = config_field(
-        "", "tasks of lm-evaluation-harness to score, with commas between them; rank 0 needs the extra eval"
-    )
-    eval_tasks_interval: int = config_field(
-        0, "steps between evaluations of --eval-tasks; 0: only at the end"
-    )
-    eval_task_path: str = config_field(
-        "", "folder of the tasks' records, such as piqa.jsonl; empty: the published ones are fetched"
-    )
-    eval_tasks_limit: int = config_field(0, "items of each task, the first ones; 0: all")
-    tensorboard_dir: str = config_field("", "folder of TensorBoard event files; empty: none are written")
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        """The tasks of `eval_tasks`, each once."""
-        return tuple(dict.fromkeys(name for part in self.eval_tasks.split(",") if (name := part.strip())))
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,9 @@ The file does not say which token ends a document. That stands beside it, in `to
 The text of a document is only ever text: `<|endoftext|>` written in it is spelt out in ordinary tokens.
 """
 
-import copy
 import hashlib
 import json
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +18,7 @@ from megatron_nexus.data.sentencepiece_tokenizer import BLANK, require_unicode
 from megatron_nexus.data.tokenizer_settings import (
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
-    no_bos_token,
+    WithBos,
     special_token,
 )
 from megatron_nexus.errors import DataError
@@ -45,7 +43,7 @@ EVERY_BYTE = "".join(
 """Characters that have, between them, every byte that UTF-8 uses: a vocabulary may lack some."""
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(WithBos):
     """Text to token ids and back, through a `tokenizer.json`; see `Tokenizer` for the fields.
 
     Raises:
@@ -122,17 +120,6 @@ class HuggingFaceTokenizer:
             return None if stored is None else int(stored)
         token: int | None = self._tokenizer.token_to_id(model.unk_token or "")
         return token
-
-    def with_bos(self, prepend: bool) -> Self:
-        """The same tokenizer for a model whose documents begin with BOS, or never do. Raises DataError."""
-        changed = copy.copy(self)
-        if not prepend:
-            changed.bos_id, changed.document_prefix = None, ()
-        elif not self.document_prefix:
-            if self.bos_id is None:
-                raise no_bos_token(self.model_path)
-            changed.document_prefix = (self.bos_id,)
-        return changed
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no end token. Raises DataError where the text holds lone surrogates."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from megatron_nexus.base.open_files import allow_open_files
 from megatron_nexus.config.data_path import Source, parse_blend, parse_sets, parse_token_range
-from megatron_nexus.config.run_config import DataConfig, RunConfig
+from megatron_nexus.config.files_config import DataConfig
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import LONGEST_PERIOD, Blend, whole_shares
 from megatron_nexus.data.corpus_description import begins_with, check_tokenizer, read_description
 from megatron_nexus.data.indexed_dataset import IndexedDataset

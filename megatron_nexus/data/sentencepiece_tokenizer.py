@@ -5,14 +5,12 @@ NUL included, because nothing is normalized, blanks are kept and what no piece c
 Only lone surrogates, which UTF-8 cannot hold, are refused.
 """
 
-import copy
 import hashlib
 import heapq
 import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,7 @@ import sentencepiece
 from megatron_nexus.base.durable import atomic_file
 from megatron_nexus.data.tokenizer_settings import (
     TOKENIZER_CONFIG,
-    no_bos_token,
+    WithBos,
     special_token,
     tokenizer_settings,
 )
@@ -44,7 +42,7 @@ LONGEST_LINE_BYTES = 16_384
 MOST_PIECES = 2**31 - 1
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(WithBos):
     """Text to token ids and back, through a SentencePiece model file.
 
     `lossless` says whether the model gives every text back. All models of `train_sentencepiece_bpe` do;
@@ -103,17 +101,6 @@ class SentencePieceTokenizer:
         if token < 0 or (settings and named is None):
             return None, ()
         return token, (token,) if settings.get("add_bos_token") is True else ()
-
-    def with_bos(self, prepend: bool) -> Self:
-        """The same tokenizer for a model whose documents begin with BOS, or never do. Raises DataError."""
-        changed = copy.copy(self)
-        if not prepend:
-            changed.bos_id, changed.document_prefix = None, ()
-        elif not self.document_prefix:
-            if self.bos_id is None:
-                raise no_bos_token(self.model_path)
-            changed.document_prefix = (self.bos_id,)
-        return changed
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no end token.

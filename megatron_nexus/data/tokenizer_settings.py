@@ -1,7 +1,9 @@
 """Special tokens by name, from the files that Hugging Face puts beside a tokenizer."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.errors import DataError
@@ -38,9 +40,24 @@ def tokenizer_settings(model_path: Path, file: str) -> dict[str, object]:
     return found
 
 
-def no_bos_token(model_path: Path) -> DataError:
-    """Return the error for documents that are to begin with a token that the tokenizer does not name."""
-    return DataError(
-        f"documents are to begin with BOS, and the tokenizer {model_path} names no such token: put a "
-        f'{TOKENIZER_CONFIG} with a "bos_token" that it has beside it, or preprocess with --no-prepend-bos'
-    )
+class WithBos:
+    """A tokenizer whose documents begin with BOS, or do not; see `Tokenizer` for the fields."""
+
+    model_path: Path
+    bos_id: int | None
+    document_prefix: tuple[int, ...]
+
+    def with_bos(self, prepend: bool) -> Self:
+        """Return the same tokenizer for documents that begin with BOS, or never do. Raises DataError."""
+        changed = copy.copy(self)
+        if not prepend:
+            changed.bos_id, changed.document_prefix = None, ()
+        elif not self.document_prefix:
+            if self.bos_id is None:
+                raise DataError(
+                    f"documents are to begin with BOS, and the tokenizer {self.model_path} names no such "
+                    f'token: put a {TOKENIZER_CONFIG} with a "bos_token" that it has beside it, or '
+                    "preprocess with --no-prepend-bos"
+                )
+            changed.document_prefix = (self.bos_id,)
+        return changed

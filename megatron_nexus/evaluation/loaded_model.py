@@ -42,12 +42,7 @@ def load_model(
         CheckpointError: it is damaged, or holds other tensors than the model of its configuration.
     """
     reader = CheckpointReader(checkpoint)
-    needed = {name: spec.shape for name, spec in decoder_specs(model).items()}
-    if {name: spec.shape for name, spec in reader.manifest.specs.items()} != needed:
-        raise CheckpointError(
-            f"{checkpoint}: its tensors are not those of its configuration: load it with the version of "
-            "megatron_nexus that wrote it"
-        )
+    reader.require_tensors({name: spec.shape for name, spec in decoder_specs(model).items()})
     context = LayerContext(TensorParallel(None), Shard(0, 1), seed=None, dtype=dtype)
     decoder = DecoderStage(model, range(model.num_layers + 2), context).requires_grad_(False).eval()
     for name, (_, parameter) in logical_parameters(decoder).items():

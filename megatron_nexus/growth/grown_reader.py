@@ -13,7 +13,6 @@ from megatron_nexus.checkpoint.data_file import DTYPE, Array
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, translate
 from megatron_nexus.spec.growth_rule import Fill, FilledBox
 from megatron_nexus.spec.initialise import logical_values
@@ -36,15 +35,9 @@ class GrownReader:
         self._source = CheckpointReader(folder)
         self._plan = plan
         self._generation = generation(self._source.manifest)
-        held = {name: spec.shape for name, spec in self._source.manifest.specs.items()}
         # A tensor without elements is stored nowhere: a Nexus-Rank of no width.
-        needed = {p.old.name: p.old.shape for p in plan.tensors.values() if p.old is not None and p.old.numel}
-        if held != needed:
-            wrong = sorted(name for name in held.keys() | needed.keys() if held.get(name) != needed.get(name))
-            raise CheckpointError(
-                f"{folder}: its tensors are not those of its configuration, {wrong[0]} first: it was "
-                "written by another version; load it with that one"
-            )
+        old = [tensor.old for tensor in plan.tensors.values() if tensor.old is not None]
+        self._source.require_tensors({spec.name: spec.shape for spec in old if spec.numel})
         self.manifest: Manifest = grown_manifest(self._source.manifest, plan, str(folder.resolve()))
 
     def random_states(self, rank: int) -> dict[str, bytes]:

@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from megatron_nexus.base.invocation import command
+from megatron_nexus.config.command_line import add_field_flag
 from megatron_nexus.config.config_field import bound_problems, config_field, flag_of, growing_fields
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
@@ -308,11 +309,5 @@ def add_growth_flags(parser: argparse.ArgumentParser) -> None:
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each field of GrowthConfig."""
     settings = parser.add_argument_group("new weights", "How they begin.")
-    hints = get_type_hints(GrowthConfig)
     for entry in fields(GrowthConfig):
-        flag, hint = flag_of(entry.name), hints[entry.name]
-        text = f"{entry.metadata['help']} (default: {entry.default!r})"
-        if get_origin(hint) is not None:
-            settings.add_argument(flag, choices=get_args(hint), help=text)
-        else:
-            settings.add_argument(flag, type=hint, metavar=hint.__name__.upper(), help=text)
+        add_field_flag(settings, entry, GrowthConfig)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TypeVar
 
 from megatron_nexus.base.communicator import Communicator, get_communicator, raise_on_all_ranks
@@ -16,6 +16,8 @@ from megatron_nexus.log import Progress
 T = TypeVar("T")
 R = TypeVar("R")
 Advance = Callable[[int], None]
+Work = Callable[[Sequence[T], Advance], R]
+"""Work on a part of the items, which reports what it has done."""
 
 PARTS = 4
 """Parts of the work for each worker: a quarter of a part is what the last one may have to wait for."""
@@ -45,16 +47,8 @@ class WorkerGroup:
                 self.comm.abort()
             raise
 
-    def raise_on_all_ranks(self, purpose: str) -> AbstractContextManager[None]:
-        """Run the block on every rank; if it fails on any, raise CheckpointError on all of them."""
-        return raise_on_all_ranks(self.comm, purpose, describe=os_error_message)
-
     def map_partitions(
-        self,
-        items: Sequence[T],
-        size_of: Callable[[T], int],
-        work: Callable[[Sequence[T], Advance], R],
-        stage: str,
+        self, items: Sequence[T], size_of: Callable[[T], int], work: Work[T, R], stage: str
     ) -> list[R]:
         """Return the results of `work` on parts of `items` of about equal size, of all ranks; collective.
 
@@ -62,7 +56,7 @@ class WorkerGroup:
         """
         mine = split(items, size_of, self.comm.size)[self.comm.rank]
         results: list[R] = []
-        with self.raise_on_all_ranks(stage):
+        with raise_on_all_ranks(self.comm, stage, describe=os_error_message):
             if self._workers == 1:
                 with _progress(stage, mine, size_of) as progress:
                     results = [work(mine, lambda amount: progress.advance(amount / 1e6))]
@@ -71,11 +65,7 @@ class WorkerGroup:
         return [result for of_rank in self.comm.gather(results) for result in of_rank]
 
     def _in_workers(
-        self,
-        items: Sequence[T],
-        size_of: Callable[[T], int],
-        work: Callable[[Sequence[T], Advance], R],
-        stage: str,
+        self, items: Sequence[T], size_of: Callable[[T], int], work: Work[T, R], stage: str
     ) -> list[R]:
         parts = [part for part in split(items, size_of, PARTS * self._workers) if part]
         with worker_pool(max(1, min(self._workers, len(parts))), "fork") as pool:

@@ -23,7 +23,6 @@ from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer import Tokenizer
-from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import Architecture, JsonObject, architecture_of, config_json
 from megatron_nexus.interchange.model_card import CARD_FILE, write_model_card
 from megatron_nexus.interchange.names import huggingface_name
@@ -79,13 +78,7 @@ def export_checkpoint(
     reader = CheckpointReader(source)
     architecture = architecture_of(model, imported_as(reader.manifest))
     specs = decoder_specs(model)
-    if {name: spec.shape for name, spec in reader.manifest.specs.items()} != {
-        name: spec.shape for name, spec in specs.items()
-    }:
-        raise CheckpointError(
-            f"{source}: its tensors are not those of its configuration: it was written by another version; "
-            "export it with that one"
-        )
+    reader.require_tensors({name: spec.shape for name, spec in specs.items()})
     tied = not architecture.files and _is_tied(reader)
     if tied:
         del specs["head.weight"]

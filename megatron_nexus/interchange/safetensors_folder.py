@@ -1,7 +1,7 @@
 """A folder of Hugging Face's: `config.json`, safetensors in one file or several, a `tokenizer.json`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,8 @@ class SafetensorsWeights:
         imported; or two files hold one name.
         """
         self._places: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: Mapping[str, tuple[int, ...]]
+        self.shapes = shapes = {}
         for path in paths:
             with _errors(path), safe_open(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - the file itself is no iterable
@@ -96,7 +97,7 @@ class SafetensorsWeights:
                             f"{path}: {name} is of the type {stored.get_dtype()}, of which nothing is "
                             f"imported: save the model in one of {', '.join(DTYPES)}"
                         )
-                    self._places[name], self.shapes[name] = path, tuple(stored.get_shape())
+                    self._places[name], shapes[name] = path, tuple(stored.get_shape())
 
     def read_rows(self, name: str, first: int, last: int) -> Array:
         """Return rows [first, last), or a vector's elements, as float32. Raises CheckpointError."""

@@ -13,10 +13,10 @@ from megatron_nexus.config.command_line import (
     given_flags,
     make_parser,
 )
+from megatron_nexus.config.files_config import CheckpointConfig
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
 from megatron_nexus.config.run_config import (
     SECTIONS,
-    CheckpointConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,

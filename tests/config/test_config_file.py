@@ -9,10 +9,11 @@ import pytest
 from megatron_nexus.cli.main import VERBS
 from megatron_nexus.config.command_line import build, given_flags, make_parser, merge_settings
 from megatron_nexus.config.config_file import config_text, read_config_file
+from megatron_nexus.config.files_config import CheckpointConfig
 from megatron_nexus.config.megatron_flags import _remedies, instead_of_preprocessing, replacement_hint
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
-from megatron_nexus.config.run_config import SECTIONS, CheckpointConfig, RunConfig
+from megatron_nexus.config.run_config import SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
 

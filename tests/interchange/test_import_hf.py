@@ -353,7 +353,7 @@ def break_config(folder: Path) -> None:
         (break_extra, "q_proj.bias: in the files, not in the model"),
         (break_missing, "up_proj.weight: nothing in the files, 40 x 24 in the model"),
         (break_type, "lm_head.weight is of the type I8"),
-        (break_end, "its tensors end at byte"),
+        (break_end, "model.safetensors is not a safetensors file"),
         (break_header, "is not a safetensors file"),
         (break_kind, "but pytorch_model.bin: pickles are never loaded"),
         (break_config, "is not JSON"),
