@@ -17,6 +17,7 @@ logger = logging.getLogger("megatron_nexus")
 
 HEARTBEAT_S = 5.0
 QUIET_IMPORT_S = 2.0
+MILLION = 1e6
 
 
 def silence(stream: TextIO) -> None:
@@ -58,7 +59,8 @@ class Progress:
 
     The lines in between come from a thread, so a stage that is one long call of a library (training a
     tokenizer, importing torch) is never silent either. `total` and `advance` are optional: with them the
-    lines show the part done and the time left. A stage that ends within `after_s` prints nothing.
+    lines show the part done and the time left. Amounts of "MB" and "M tokens" are given in bytes and tokens.
+    A stage that ends within `after_s` prints nothing.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Progress:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def advance(self, amount: float) -> None:
-        """Add finished work, in `unit`."""
+        """Add finished work, in `unit`, or in bytes or tokens where that counts millions."""
         self.done += amount
 
     def _describe(self) -> str:
@@ -88,7 +90,8 @@ class Progress:
         if self.total is None or self.done == 0:
             return f"{elapsed_s:.0f} s"
         left_s = elapsed_s * max(0.0, self.total - self.done) / self.done
-        share = f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
+        one = MILLION if self.unit.startswith("M") else 1
+        share = f"{self.done / one:,.0f} of {self.total / one:,.0f} {self.unit}".rstrip()
         return f"{share}, {elapsed_s:.0f} s, about {left_s:.0f} s left"
 
     def _beat(self) -> None:

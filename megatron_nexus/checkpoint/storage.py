@@ -96,7 +96,7 @@ class LocalFolder(Folder):
 
     SAVE/.tmp_iter_0000200/      a save under way, or one that died
     SAVE/.old_iter_0000100/      a checkpoint while another one of the same step takes its place
-    SAVE/.deleted_iter_0000050/  a checkpoint on its way out; nobody takes it for one
+    SAVE/.deleted_iter_0000050/  a checkpoint being deleted, which no reader opens
 
     Whoever reads a checkpoint holds a shared lock on its manifest. On NFS it may reach this machine only.
     """

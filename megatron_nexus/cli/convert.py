@@ -97,19 +97,17 @@ def run(argv: list[str]) -> None:
     non_finite = NonFiniteValues()
     with (
         output_dir(save, total) as folder,
-        log.Progress(f"converting {source}", total / 1e6, "MB") as progress,
+        log.Progress(f"converting {source}", total, "MB") as progress,
     ):
-
-        def advance(count: int) -> None:
-            progress.advance(count / 1e6)
-
         if is_universal:
-            write_universal(folder, reader, names, advance, non_finite)
+            write_universal(folder, reader, names, progress.advance, non_finite)
         else:
             metadata = _metadata(manifest)
             for state, precision in files.items():
                 path = folder / (MODEL_FILE if state == "fp32" else f"{state}.safetensors")
-                write_safetensors(path, reader, state, precision, names, metadata, advance, non_finite)
+                write_safetensors(
+                    path, reader, state, precision, names, metadata, progress.advance, non_finite
+                )
         require_finite(source, non_finite, given.allow_nonfinite)
     log.logger.info("wrote %s: %s bytes of tensors", save, f"{total:,}")
     if is_universal:

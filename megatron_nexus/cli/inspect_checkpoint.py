@@ -48,8 +48,8 @@ def run(argv: list[str]) -> None:
             axes = " x ".join(f"{axis.name} {axis.size:,}" for axis in spec.axes)
             log.logger.info("%s  %s", spec.name, axes)
     if given.verify:
-        with log.Progress("Reading every chunk", total_bytes / 1e6, "MB") as progress:
-            non_finite = reader.verify(lambda count: progress.advance(count / 1e6))
+        with log.Progress("Reading every chunk", total_bytes, "MB") as progress:
+            non_finite = reader.verify(progress.advance)
         log.logger.info("No damage found in %s bytes", f"{total_bytes:,}")
         if non_finite.counts:
             raise CheckpointError(

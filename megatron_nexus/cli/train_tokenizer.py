@@ -21,8 +21,6 @@ from megatron_nexus.data.input_files import empty_file_lines, find_input_files
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.errors import ConfigError, DataError
 
-MEGABYTE = 1e6
-
 
 def make_parser() -> FlagParser:
     """Return the parser of the verb's flags."""
@@ -84,13 +82,13 @@ def run(argv: list[str]) -> None:
                     left_out[record.reason] += 1
                     if len(samples) < REPORTED:
                         samples.append(record.describe())
-            progress.advance(file_slice.size / MEGABYTE)
+            progress.advance(file_slice.size)
         if not texts:
             raise no_document(empty, left_out, samples, empty_file_lines(files))
 
-    megabytes = sum(file_slice.size for file_slice in slices) / MEGABYTE
-    with _writable(output), log.Progress("Reading and training", megabytes, "MB") as progress:
-        train_sentencepiece_bpe(documents(), output, given.vocab_size, int(given.sample_mb * MEGABYTE))
+    total = sum(file_slice.size for file_slice in slices)
+    with _writable(output), log.Progress("Reading and training", total, "MB") as progress:
+        train_sentencepiece_bpe(documents(), output, given.vocab_size, given.sample_mb * 1_000_000)
     for line in empty_file_lines(files):
         log.logger.warning("%s", line)
     for reason, times in left_out.items():

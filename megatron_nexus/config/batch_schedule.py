@@ -29,7 +29,7 @@ class BatchSchedule:
         return self.start + self.increment * (consumed * stages // self.ramp_samples)
 
     def _stage_end(self, consumed: int) -> int | None:
-        """The samples at which the size of the batch after `consumed` ends; None: it is the last."""
+        """Return the samples at which the size of the batch after `consumed` ends, or None for the last."""
         size = self.size(consumed)
         if size == self.full:
             return None
@@ -60,7 +60,7 @@ class BatchSchedule:
 def batch_schedule(rampup: Sequence[str], full: int) -> BatchSchedule:
     """Return the schedule that `--rampup-batch-size` asks for; without words the batch is always full.
 
-    Raises ConfigError where the words are no ramp up to `full`.
+    Raises ConfigError where the words are not a ramp up to `full`.
     """
     if not rampup:
         return BatchSchedule(full, full, 1, 0)

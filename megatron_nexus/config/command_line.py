@@ -164,7 +164,7 @@ class Consumed:
 def build(
     given: Mapping[str, Value], saved: RunConfig | None = None, consumed: Consumed = Consumed()
 ) -> RunConfig:
-    """The configuration of `given` flags over a preset, or over that of the checkpoint a run starts from.
+    """Return the configuration of `given` flags over a preset, or over that of the checkpoint that is loaded.
 
     A checkpoint hands on its model, which flags can only confirm, and its training, optimizer, data and
     intervals, which flags change. The mesh, where checkpoints go and what is logged belong to each run.
@@ -219,7 +219,7 @@ def model_name(config: RunConfig) -> str:
 
 
 def _samples_left(training: TrainingConfig, consumed: Consumed) -> int:
-    """The samples that are left of a budget. Raises ConfigError where it is not a number of tokens."""
+    """Return the samples that are left of a budget. Raises ConfigError where it is not a number."""
     if training.train_samples > 0:
         return training.train_samples - consumed.samples
     wanted = token_count(training.train_tokens)

@@ -88,7 +88,7 @@ def config_text(config: RunConfig) -> str:
 
 
 def _twice(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> Iterable[str]:
-    """Keys that a mapping has twice: YAML would keep the last in silence. An alias may name what it is in."""
+    """Yield the keys that a mapping has twice, of which YAML would silently keep the last."""
     if isinstance(node, yaml.MappingNode) and node not in above:
         seen = set()
         for key, value in node.value:
@@ -130,13 +130,13 @@ def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[
 
 
 def _says_all_sizes(document: dict[object, object]) -> bool:
-    """Whether a file is one that a run wrote, of this version or an earlier one with fewer fields."""
+    """Return whether a run wrote a file, with this version or an earlier one with fewer fields."""
     sizes = document.get("model")
     return isinstance(sizes, dict) and sizes.keys() >= ALWAYS_WRITTEN
 
 
 def _typed(value: object, hint: type) -> Value:
-    """`value` as a field of type `hint`. Raises ValueError that says what is wanted."""
+    """Return `value` as a field of type `hint`. Raises ValueError that says what is wanted."""
     if get_origin(hint) is tuple:
         if isinstance(value, list):
             return tuple(str(word) for word in value)

@@ -56,7 +56,7 @@ def parse_blend(flag: str, words: Sequence[str]) -> tuple[Source, ...]:
 
 
 def parse_sets(flag: str, kind: str, words: Sequence[str]) -> dict[str, tuple[Source, ...]]:
-    """Sets to evaluate on, by name: `web=a code=b` are two, anything else is one blend called `kind`.
+    """Return sets to evaluate on, by name: `web=a code=b` are two, anything else is one blend `kind`.
 
     Raises ConfigError as `parse_blend`, and where only some words have a name or two have the same.
     """
@@ -75,7 +75,7 @@ def parse_sets(flag: str, kind: str, words: Sequence[str]) -> dict[str, tuple[So
 
 
 def parse_token_range(text: str) -> tuple[int, int | None]:
-    """First token and end of `--data-range`: `0:100B`, `1.5M:2M`, `130B:` up to the end.
+    """Return first token and end of `--data-range`: `0:100B`, `1.5M:2M`, or `130B:` up to the end.
 
     Raises ConfigError where `text` is not such a range or holds nothing.
     """
@@ -91,7 +91,7 @@ def parse_token_range(text: str) -> tuple[int, int | None]:
 
 
 def _number(word: str) -> Fraction | None:
-    """A word as a weight; 0 where it is a number that is none above 0, such as inf, 1e400 and 1e-400."""
+    """Return a word as a weight; 0 where it is not a number above 0, such as inf, 1e400 and 1e-400."""
     try:
         value = float(word)
     except ValueError:

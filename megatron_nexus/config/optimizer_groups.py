@@ -6,7 +6,7 @@ DECAY, NO_DECAY = "decay", "no_decay"
 
 
 def group_settings(optimizer: OptimizerConfig, name: str) -> dict[str, float | tuple[float, float]]:
-    """AdamW's hyper-parameters of the group `name`, but for the learning rate, which the schedule sets."""
+    """Return AdamW's hyper-parameters of the group `name`, without the scheduled learning rate."""
     return {
         "weight_decay": optimizer.weight_decay if name == DECAY else 0.0,
         "betas": (optimizer.adam_beta1, optimizer.adam_beta2),

@@ -75,12 +75,12 @@ def _paper(layers: int, hidden: int, ffn: int, heads: int, kv_channels: int) -> 
 
 
 def _nexusformer(layers: int, hidden: int, heads: int, ffn: int, m: int, a: int) -> dict[str, Value]:
-    """Heads of size 64 or, where 64 does not divide the hidden size, of the nearest even divisor."""
+    """Return a Nexusformer with heads of size 64, or of the nearest even divisor of the hidden size."""
     return {**_paper(layers, hidden, ffn, heads, hidden // heads), **_nexus(m, a)}
 
 
 def _transformer(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, Value]:
-    """Transformer++: heads as in `_nexusformer`, each with keys and values of its own."""
+    """Return a Transformer++: heads as in `_nexusformer`, each with keys and values of its own."""
     return {**_paper(layers, hidden, ffn, heads, hidden // heads), **_LINEAR, "qk_layernorm": False}
 
 
@@ -94,7 +94,7 @@ def _tokenformer(
 
 
 def _qwen3(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, Value]:
-    """Qwen3: heads of size 64, the multiple of 4 nearest to hidden / 64 of them, two for each of the keys.
+    """Return a Qwen3 with heads of size 64, about hidden / 64 of them, two for each head of keys.
 
     As in Qwen3 itself, whose smallest has 16 heads of queries and 8 of keys, heads x head size is not bound
     to the hidden size.

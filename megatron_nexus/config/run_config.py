@@ -348,7 +348,7 @@ class RunConfig:
         return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model among `world_size` ranks, which the rules have checked to be a multiple."""
+        """Return the copies of the model among `world_size` ranks, a multiple by the rules."""
         return world_size // self.model_parallel_size
 
     @property
@@ -357,7 +357,7 @@ class RunConfig:
         return batch_schedule(self.training.rampup_batch_size, self.training.global_batch_size)
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step of a full batch."""
+        """Return the micro-batches per rank and optimizer step of a full batch."""
         per_pass = self.training.micro_batch_size * self.data_parallel_size(world_size)
         return self.training.global_batch_size // per_pass
 

@@ -26,7 +26,7 @@ LONGEST_PERIOD = 100_000
 
 
 def whole_shares(weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """Numbers in proportion to the weights: exact up to a sum of 100,000, else rounded to that sum.
+    """Return whole numbers in proportion to the weights: exact up to a sum of 100,000, else rounded.
 
     Rounded by largest remainder; 0 is a weight too small to be served.
     """
@@ -101,7 +101,7 @@ class Blend:
         return self.parts[d].positions(j)
 
     def counts(self, k: int) -> npt.NDArray[np.int64]:
-        """Samples of each corpus among the first `k`."""
+        """Return the samples of each corpus among the first `k`."""
         periods, i = divmod(k, len(self._chosen))
         rest = np.bincount(self._chosen[:i], minlength=len(self.shares))
         return periods * np.array(self.shares, dtype=np.int64) + rest

@@ -38,7 +38,6 @@ FORMAT_VERSION = 2
 SHUFFLE_SEED = b"nexus"
 DOCUMENTS_PER_BATCH = 64
 TOKENIZER_FILE = "tokenizer.model"
-MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def prepare_default_corpus(
     logger.info(
         "Default corpus: %s documents, %.1f MB, %s tokens, %.2f bytes per token, in %s",
         f"{corpus.documents:,}",
-        corpus.bytes / MEGABYTE,
+        corpus.bytes / 1e6,
         f"{corpus.tokens:,}",
         corpus.bytes / corpus.tokens,
         folder,
@@ -142,7 +141,7 @@ def prepare_default_corpus(
 
 
 def _shuffled(documents: Iterable[str]) -> dict[bytes, str]:
-    """Different, non-empty documents by hash, in the order of the hashes.
+    """Return different, non-empty documents by hash, in the order of the hashes.
 
     That order is a shuffle which no version of a random generator can change, and one more document leaves
     the others where they were.
@@ -152,20 +151,20 @@ def _shuffled(documents: Iterable[str]) -> dict[bytes, str]:
 
 
 def _source_of_ids(tokenizer: Tokenizer) -> str:
-    """What decides the ids of the documents."""
+    """Return what decides the ids of the documents."""
     if not tokenizer.document_prefix:
         return tokenizer.fingerprint
     return f"{tokenizer.fingerprint} begins with {tokenizer.document_prefix}"
 
 
 def _fingerprint(documents: dict[bytes, str], tokenizer: int | str) -> str:
-    """`tokenizer`: the pieces of the one that is trained, or what decides the ids of another."""
+    """Return the fingerprint; `tokenizer`: how many pieces are trained, or what decides another one's ids."""
     facts = (FORMAT_VERSION, platform.python_version(), version("sentencepiece"), tokenizer)
     return hashlib.sha256(repr(facts).encode() + b"".join(documents)).hexdigest()
 
 
 def _complete(folder: Path, fingerprint: str) -> DefaultCorpus | None:
-    """The corpus in `folder` if all its files are there in full."""
+    """Return the corpus in `folder` if all its files are there in full."""
     try:
         manifest = parse_json((folder / "manifest.json").read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in manifest["file_bytes"]}
@@ -203,7 +202,7 @@ def _prepare(
 
 
 def _train(folder: Path, documents: list[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of the documents, kept in `folder`."""
+    """Train a tokenizer of the documents, kept in `folder`."""
     with Progress(f"Training a tokenizer of {vocab_size} pieces on the default corpus"):
         train_sentencepiece_bpe(documents, folder / TOKENIZER_FILE, vocab_size)
     return SentencePieceTokenizer(folder / TOKENIZER_FILE)
@@ -215,7 +214,7 @@ def _write(folder: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str
     begin, end = np.array(tokenizer.document_prefix, np.int32), np.array([tokenizer.eod_id], np.int32)
     text_bytes, tokens = sum(len(text.encode()) for text in documents), 0
     with (
-        Progress("Tokenizing the default corpus", text_bytes / MEGABYTE, "MB") as progress,
+        Progress("Tokenizing the default corpus", text_bytes, "MB") as progress,
         IndexedDatasetWriter(folder / "corpus", token_dtype(tokenizer.vocab_size)) as writer,
     ):
         for first in range(0, len(documents), DOCUMENTS_PER_BATCH):
@@ -223,5 +222,5 @@ def _write(folder: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str
             for text, ids in zip(batch, tokenizer.encode_documents(batch, threads), strict=True):
                 writer.add_document(np.concatenate([begin, ids, end]))
                 tokens += len(begin) + len(ids) + len(end)
-                progress.advance(len(text.encode()) / MEGABYTE)
+                progress.advance(len(text.encode()))
     return {"documents": len(documents), "bytes": text_bytes, "tokens": tokens}

@@ -21,7 +21,7 @@ from megatron_nexus.data.parquet_columns import find_columns, holds_text, read_c
 from megatron_nexus.errors import ConfigError, DataError
 
 LONGEST_RECORD_BYTES = 1 << 30
-"""Longer lines and files are no documents: lengths in the index are 32-bit, and workers hold a record."""
+"""Longer lines and files are refused: lengths in the index are 32-bit, and workers hold a record."""
 
 EXCERPT_CHARACTERS = 80
 ROWS_PER_BATCH = 256
@@ -85,7 +85,7 @@ class BadRecord(NamedTuple):
     excerpt: str
 
     def describe(self) -> str:
-        """File, line, reason and excerpt. Counts the lines before the span: seconds in a very large file."""
+        """Return file, line, reason and excerpt; counts the lines before: seconds in a very large file."""
         number = self.file_slice.first_record + _lines_before(self.file_slice) + self.number + 1
         excerpt = f": {self.excerpt}" if self.excerpt else ""
         return f"{self.file_slice.file.path}:{number}: {self.reason}{excerpt}"
@@ -221,7 +221,7 @@ def _skip_line(stream: BinaryIO) -> int:
 
 
 def _field(line: bytes, key: str, file_slice: FileSlice, number: int) -> Document | BadRecord:
-    """The text in a line of JSON."""
+    """Return the text in a line of JSON."""
     try:
         record = parse_record(line.decode())
     except UnicodeDecodeError:
@@ -250,7 +250,7 @@ _MISSING = object()
 
 
 def _within(record: dict[str, object], key: str) -> object:
-    """The value of a key that leads through fields of a record, or _MISSING."""
+    """Return the value of a key that leads through fields of a record, or _MISSING."""
     for place, character in enumerate(key):
         name, rest = key[:place], key[place + 1 :]
         inner = record.get(name) if character == "." else None
@@ -303,7 +303,7 @@ def _excerpted(names: str) -> str:
 
 
 def _lines_before(file_slice: FileSlice) -> int:
-    """Line breaks in the file before the span's first own line."""
+    """Return the line breaks in the file before the span's first own line."""
     if file_slice.file.kind == "parquet" or file_slice.start == 0:
         return 0
     count, left = 0, file_slice.start - 1

@@ -100,7 +100,7 @@ class HuggingFaceTokenizer(WithBos):
         return int(special[ends[0]])
 
     def _document_prefix(self) -> tuple[int, ...]:
-        """What the post-processor puts before a text: by this transformers decides, whatever files say."""
+        """Return the tokens that the post-processor puts before a text; transformers goes by it, too."""
         encoding = self._tokenizer.encode("a")
         text_begins = next(
             (i for i, added in enumerate(encoding.special_tokens_mask) if not added), len(encoding.ids)
@@ -108,7 +108,7 @@ class HuggingFaceTokenizer(WithBos):
         return tuple(encoding.ids[:text_begins])
 
     def _beginning_of_text(self) -> int | None:
-        """The BOS token that the files name, or else the one that the post-processor adds."""
+        """Return the BOS token that the files name, or else the one that the post-processor adds."""
         named = special_token(self.model_path, "bos_token", CONFIGS)
         token: int | None = self._tokenizer.token_to_id(named[0]) if named else None
         return token if token is not None or not self.document_prefix else self.document_prefix[0]
@@ -122,13 +122,13 @@ class HuggingFaceTokenizer(WithBos):
         return token
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no end token. Raises DataError where the text holds lone surrogates."""
+        """Return token ids of a text; no end token. Raises DataError where the text holds lone surrogates."""
         require_unicode(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_documents(self, texts: list[str], threads: int) -> list[npt.NDArray[np.int32]]:
-        """Token ids of each text; no end tokens. Raises as `encode`.
+        """Return token ids of each text; no end tokens. Raises as `encode`.
 
         The library's own pool works where `threads` is above 1, of the size that RAYON_NUM_THREADS says.
         """
@@ -154,7 +154,7 @@ class HuggingFaceTokenizer(WithBos):
         return text
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
-        """UTF-8 bytes that each id stands for, [vocab_size]; exact for byte-level models."""
+        """Return the UTF-8 bytes that each id stands for, [vocab_size]; exact for byte-level models."""
         stored = json.loads(self._tokenizer.to_str())
         decoders = stored["decoder"] or {}
         kinds = {decoder["type"] for decoder in decoders.get("decoders", [decoders]) if decoder}

@@ -65,7 +65,7 @@ def json_path(prefix: Path) -> Path:
 
 
 def index_bytes(sequences: int, boundaries: int) -> int:
-    """Size of an `.idx` file."""
+    """Return the size of an `.idx` file."""
     return HEADER.size + 12 * sequences + 8 * boundaries
 
 
@@ -173,7 +173,7 @@ class IndexedDataset:
         return starts
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream of all documents, a view in the stored type, [stop - start]."""
+        """Return tokens [start, stop) of the stream of all documents, a view in the stored type."""
         assert 0 <= start <= stop <= self.token_count, (start, stop, self.token_count)
         # One request of just these pages to the disk.
         first = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
@@ -205,7 +205,7 @@ class IndexedDataset:
 
 
 def documents_between(start: int, stop: int, count: int, start_of: Callable[[int], int]) -> range:
-    """Which of `count` documents begin in the tokens [start, stop); looks at as few of them as it can."""
+    """Return which of `count` documents begin in the tokens [start, stop), looking at few of them."""
     first = bisect_left(range(count), start, key=start_of)
     reach = 1
     while first + reach < count and start_of(first + reach) < stop:
@@ -307,7 +307,7 @@ class IndexedDatasetWriter:
 
 
 def _map(file: Path) -> mmap.mmap:
-    """A file's bytes as memory. Without read-ahead: what is read lies anywhere, and little of it together."""
+    """Map a file into memory, without read-ahead: what is read lies anywhere."""
     with file.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.madvise(mmap.MADV_RANDOM)

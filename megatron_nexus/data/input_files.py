@@ -37,7 +37,7 @@ class InputFile:
     modified_ns: int
 
     def open(self) -> BinaryIO:
-        """Its bytes, decompressed.
+        """Open the file for reading, decompressed.
 
         Raises:
             DataError: the package that its compression needs is missing.
@@ -50,7 +50,7 @@ class InputFile:
         return self.path.open("rb", buffering=READ_BYTES)
 
     def open_parquet(self) -> "pyarrow.parquet.ParquetFile":
-        """The table of a parquet file. Raises DataError where it cannot be read or pyarrow is missing."""
+        """Open the table of a parquet file. Raises DataError: it cannot be read, or pyarrow is missing."""
         try:
             import pyarrow
             import pyarrow.parquet
@@ -68,7 +68,7 @@ class InputFile:
 
 
 def find_input_files(arguments: list[str], strict: bool = False) -> list[InputFile]:
-    """The files that files, folders and globs stand for, in the order given; a folder's and a glob's by name.
+    """Return the files that files, folders and globs stand for, in the order given, of a folder by name.
 
     Of a folder all files of known kinds are taken, those of its subfolders too, hidden ones left out.
 
@@ -130,7 +130,7 @@ def _kind(path: Path) -> tuple[Kind, str] | None:
 
 
 def _recognise(path: Path) -> InputFile | str:
-    """The file, or what is wrong with it."""
+    """Return the file, or what is wrong with it."""
     kind = _kind(path)
     if kind is None:
         return f"--input {path} is of no known kind: give {ENDINGS}"

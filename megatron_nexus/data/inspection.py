@@ -24,7 +24,7 @@ class Bin:
 
 
 def length_histogram(lengths: npt.NDArray[np.int64]) -> list[Bin]:
-    """How many documents, [D], have 0, 1, 2 to 3, 4 to 7, ... tokens, from the shortest to the longest."""
+    """Return how many documents, [D], have 0, 1, 2 to 3, 4 to 7, ... tokens, from the shortest on."""
     counts = np.zeros(65, dtype=np.int64)  # by the bits of the length: 0, 1, 2, 2, 3, 3, 3, 3, 4 ...
     for first in range(0, len(lengths), BLOCK_DOCUMENTS):
         block = lengths[first : first + BLOCK_DOCUMENTS]
@@ -56,7 +56,7 @@ def sample_text(dataset: IndexedDataset, document: int, tokenizer: Tokenizer) ->
 def find_problems(
     dataset: IndexedDataset, description: CorpusDescription | None, tokenizer: Tokenizer | None
 ) -> list[str]:
-    """What is wrong with a corpus, after reading all of it: in 17M-token blocks, and 8 bytes a document.
+    """Return what is wrong with a corpus; reads all of it, in 17M-token blocks, with 8 bytes a document.
 
     Checked are the ids against the vocabulary, the ends of the documents against the end token, and counts
     and tokenizer against the description; what is not known (no description, no tokenizer) is not checked.
@@ -124,7 +124,7 @@ def count_token(dataset: IndexedDataset, token: int) -> int:
 def _count_elsewhere(
     dataset: IndexedDataset, lengths: npt.NDArray[np.int64], place: int, token: int | None
 ) -> int:
-    """Documents that have another token at their first place (0) or their last (-1)."""
+    """Count the documents that have another token at their first place (0) or their last (-1)."""
     stream, others, end = dataset.tokens(0, dataset.token_count), 0, 0
     for first in range(0, len(lengths), BLOCK_DOCUMENTS):
         block = lengths[first : first + BLOCK_DOCUMENTS]

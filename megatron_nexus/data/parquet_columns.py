@@ -1,6 +1,6 @@
 """Columns of parquet files that hold text: found by a path such as `doc.text`, read as bytes.
 
-pyarrow is imported by whoever opens a file: here it is there.
+The caller has imported pyarrow to open the file.
 """
 
 from typing import TYPE_CHECKING

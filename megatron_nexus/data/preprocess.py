@@ -51,7 +51,6 @@ from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import ConfigError, DataError, NexusError, path_errors
 from megatron_nexus.log import Progress, logger
 
-MEGABYTE = MILLION = 1e6
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 1 << 21, 1 << 28
 SHARDS_OF_LARGE_CORPORA = 1 << 14
 """Enough for every core of a large cluster, few enough for a parallel file system."""
@@ -85,7 +84,7 @@ class _Assignment:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A rank to rank 0: it cannot go on. Rank 0 to all: nobody should."""
+    """A rank to rank 0: it has failed. Rank 0 to all: stop."""
 
     message: str
 
@@ -169,7 +168,7 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
         logger.info(
             "%s files, %s MB: %s shards%s; %s ranks, %s workers on this one",
             f"{len(files):,}",
-            f"{sum(file.size for file in files) / MEGABYTE:,.1f}",
+            f"{sum(file.size for file in files) / 1e6:,.1f}",
             f"{len(shards):,}",
             f", {len(counts):,} of them finished by an earlier run" if counts else "",
             comm.size,
@@ -189,10 +188,10 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
                 raise no_document(total.empty, total.malformed, samples, empty_file_lines(files))
             description = _describe(job, tokenizer, files, total, samples)
             corpus.description = description.to_json()
-            left = (total.tokens - merged) / MILLION
+            left = total.tokens - merged
             with Progress(f"Merging the rest into {job.output_prefix}", left, "M tokens") as progress:
                 for tokens in merging:
-                    progress.advance(tokens / MILLION)
+                    progress.advance(tokens)
         _remove(tokenizing.folder.glob("[!.]*"))
     lost = loss_lines(description)
     for line in (*empty_file_lines(files), *bad_record_lines(total.malformed, samples), *lost):
@@ -211,7 +210,7 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
 
 @contextmanager
 def _corpus(prefix: Path, dtype: np.dtype) -> Iterator[IndexedDatasetWriter]:
-    """The corpus to write, complete at the end of the block."""
+    """Yield the writer of the corpus, which is complete at the end of the block."""
     try:
         with IndexedDatasetWriter(prefix, dtype) as writer:
             yield writer
@@ -238,7 +237,7 @@ def _merge(
 
 
 def _plan(job: PreprocessConfig) -> tuple[Tokenizer, list[InputFile], list[InputShard]]:
-    """What to do, or all that stands against it."""
+    """Return tokenizer, files and shards. Raises ConfigError with all that stands against the job."""
     problems: list[str] = []
     files: list[InputFile] = []
     shards: list[InputShard] = []
@@ -267,7 +266,7 @@ def _plan(job: PreprocessConfig) -> tuple[Tokenizer, list[InputFile], list[Input
 
 
 def _shard_bytes(total_bytes: int) -> int:
-    """A power of two, so that a few more inputs do not cut all files differently."""
+    """Return a power of two, so that a few more inputs do not cut all files differently."""
     wanted = 1 << max(0, total_bytes // SHARDS_OF_LARGE_CORPORA).bit_length()
     return min(max(wanted, SMALLEST_SHARD_BYTES), LARGEST_SHARD_BYTES)
 
@@ -330,7 +329,7 @@ def _tokenize(
     for rank in range(1, comm.size):
         comm.send(rank, _Assignment(shares[rank]))
     working = comm.size - 1
-    total = sum(shard.size for shard in shards.values()) / MEGABYTE
+    total = sum(shard.size for shard in shards.values())
 
     with (
         Progress("Tokenizing", total, "MB", job.log_interval_s) as progress,
@@ -347,7 +346,7 @@ def _tokenize(
             assert isinstance(message, tuple), message
             number, counted = message
             counts[number] = counted
-            progress.advance(shards[number].size / MEGABYTE)
+            progress.advance(shards[number].size)
 
         for finished in steps:
             if finished is not None:
@@ -361,7 +360,7 @@ def _tokenize(
 
 
 def _shared_out(shards: dict[int, InputShard], ranks: int) -> list[dict[int, InputShard]]:
-    """The shards of each rank, about equal in size: the largest first, each to whoever has least."""
+    """Return the shards of each rank, about equal in size: the largest first, each to the least loaded."""
     shares: list[dict[int, InputShard]] = [{} for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
     for number, shard in sorted(shards.items(), key=lambda item: -item[1].size):

@@ -95,7 +95,7 @@ class RunData:
         return self.datasets[prefix]
 
     def _begin_with_bos(self) -> bool | None:
-        """Whether the documents begin with BOS; None where it is unknown. Raises DataError."""
+        """Return whether the documents begin with BOS, or None where it is unknown. Raises DataError."""
         described = {
             prefix: description.prepend_bos
             for prefix in self.datasets
@@ -114,12 +114,12 @@ class RunData:
         return all(begins_with(dataset, self.tokenizer.bos_id) for dataset in self.datasets.values())
 
     def _parts(self, sources: Sequence[Source]) -> list[Splits]:
-        """The parts of each corpus to train on; all of it is for training under --train-data-path."""
+        """Return the parts of each corpus to train on: all of it under --train-data-path."""
         split = self._config.data.split if not self._config.data.train_data_path else "1"
         return [split_documents(self._open(source.prefix), split) for source in sources]
 
     def _training(self, sources: Sequence[Source]) -> Blend:
-        """What is trained on: of each corpus its training part, and of that its share of --data-range."""
+        """Return the blend to train on: of each training part its share of --data-range."""
         parts = [splits.train for splits in self._parts(sources)]
         shares = _shares(sources, parts)
         text = self._config.data.data_range
@@ -134,7 +134,7 @@ class RunData:
         return self._blend(sources, parts, shares, self._config.training.seed)
 
     def _evaluations(self, sources: Sequence[Source]) -> dict[str, Blend]:
-        """What is validated on, and what a finished run is tested on, by name."""
+        """Return the data to validate on, and that a finished run is tested on, by name."""
         data = self._config.data
         held_out = parse_sets("--valid-data-path", "validation", data.valid_data_path)
         tests = parse_sets("--test-data-path", "test", data.test_data_path)
@@ -144,7 +144,7 @@ class RunData:
         return evaluations
 
     def _validation(self, sources: Sequence[Source]) -> Blend | None:
-        """The validation parts of what is trained on, in its shares; None where --split keeps none back."""
+        """Return the validation parts of the training data, in its shares; None where --split has none."""
         if not keeps_validation(self._config.data.split):
             return None
         splits = self._parts(sources)
@@ -161,14 +161,14 @@ class RunData:
         )
 
     def _whole(self, name: str, sources: Sequence[Source]) -> Blend:
-        """A set of an evaluation: all of its corpora."""
+        """Return a set of an evaluation: all of its corpora."""
         parts = [SplitRange(name, range(self._open(source.prefix).token_count)) for source in sources]
         return self._blend(sources, parts, _shares(sources, parts), seed=0)
 
     def _blend(
         self, sources: Sequence[Source], parts: Sequence[SplitRange], shares: Sequence[int], seed: int
     ) -> Blend:
-        """Evaluations have the seed 0: the same samples at every one of every run, whatever its seed."""
+        """Return a blend; evaluations have seed 0, so that every run validates on the same samples."""
         length, vocab_size = self._config.training.seq_length, self._config.model.vocab_size
         return Blend(
             [
@@ -179,7 +179,7 @@ class RunData:
         )
 
     def order_fingerprint(self) -> str:
-        """sha256 of the training data and of what decides the order of its samples."""
+        """Return sha256 of the training data and of what decides the order of its samples."""
         training = self._config.training
         facts = [training.seed, training.seq_length] + [
             [share, part.dataset.fingerprint, part.split.tokens.start, part.split.tokens.stop]
@@ -189,7 +189,7 @@ class RunData:
 
 
 def _shares(sources: Sequence[Source], parts: Sequence[SplitRange]) -> tuple[int, ...]:
-    """The corpora's shares as whole numbers.
+    """Return the corpora's shares as whole numbers.
 
     Raises:
         DataError: one is too small to be served.

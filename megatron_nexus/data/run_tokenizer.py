@@ -61,7 +61,7 @@ def find_tokenizer(config: RunConfig, record: TokenizerRecord, given: Path | Non
 
 
 def _built_in(cache: Path, pieces: int, fingerprint: str) -> Path:
-    """The tokenizer of the built-in corpus: the checkpoint's, of whatever Python, or that of this Python."""
+    """Return the tokenizer of the built-in corpus: the checkpoint's, of any Python, or that of this one."""
     for path in sorted(cache.glob(f"{NAME}-*/{TOKENIZER_FILE}")):
         if hashlib.sha256(path.read_bytes()).hexdigest() == fingerprint:
             return path

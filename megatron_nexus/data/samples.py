@@ -42,12 +42,12 @@ class Splits:
 
 
 def keeps_validation(weights: str) -> bool:
-    """Whether `--split` keeps documents back for validation. Raises DataError as `split_documents` does."""
+    """Return whether `--split` keeps documents for validation. Raises DataError as `split_documents`."""
     return split_shares(weights)[1] > 0
 
 
 def split_shares(weights: str) -> list[float]:
-    """The three shares of `--split`: training, validation and test. Raises DataError as `split_documents`."""
+    """Return the shares of training, validation and test. Raises DataError as `split_documents`."""
     problem = DataError(
         f"--split {weights!r} is not one to three non-negative numbers, the first above zero: "
         'write the shares of training, validation and test, as in "969,30,1"'
@@ -70,7 +70,7 @@ def split_documents(dataset: IndexedDataset, weights: str) -> Splits:
             the rounded cumulative shares of the documents, as in Megatron-LM.
 
     Raises:
-        DataError: the weights are no such numbers.
+        DataError: the weights are not such numbers.
     """
     shares = split_shares(weights)
     total = sum(shares)
@@ -207,7 +207,7 @@ class TokenWindows:
         return positions
 
     def _start(self, k: int) -> int:
-        """Where sample `k` begins in the token stream of the corpus."""
+        """Return where sample `k` begins in the token stream of the corpus."""
         epoch, index = divmod(k, self.window_count)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, Permutation(self.window_count, self._seed, epoch)

@@ -88,7 +88,7 @@ class SentencePieceTokenizer(WithBos):
         self._blank_bytes = blank_bytes
 
     def _beginning_of_text(self) -> tuple[int | None, tuple[int, ...]]:
-        """The model's BOS piece; it begins documents where the file beside the model says so.
+        """Return the model's BOS piece; it begins documents where the file beside the model says so.
 
         A model of its own does not say whether: the file is `tokenizer_config.json`, as of a Llama's folder.
         """
@@ -103,7 +103,7 @@ class SentencePieceTokenizer(WithBos):
         return token, (token,) if settings.get("add_bos_token") is True else ()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no end token.
+        """Return token ids of a text; no end token.
 
         Raises:
             DataError: the text holds lone surrogates.
@@ -112,7 +112,7 @@ class SentencePieceTokenizer(WithBos):
         return ids
 
     def encode_documents(self, texts: list[str], threads: int) -> list[npt.NDArray[np.int32]]:
-        """Token ids of each text, computed by `threads` threads; no end tokens.
+        """Return token ids of each text, computed by `threads` threads; no end tokens.
 
         Raises:
             DataError: a text holds lone surrogates.
@@ -148,7 +148,7 @@ class SentencePieceTokenizer(WithBos):
         return text
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
-        """UTF-8 bytes that each id stands for, [vocab_size].
+        """Return the UTF-8 bytes that each id stands for, [vocab_size].
 
         The sum over the ids of a text is the length of the text in bytes (if the model is `lossless`).
         """
@@ -224,7 +224,7 @@ def train_sentencepiece_bpe(
 
 
 def _sample(documents: Iterable[str], sample_bytes: int) -> list[str]:
-    """The documents of the smallest hashes that fit `sample_bytes` together (one at least), by hash."""
+    """Return the documents of the smallest hashes that fit `sample_bytes` (one at least), by hash."""
     kept: list[tuple[int, str]] = []  # a heap, the largest hash first
     kept_bytes = 0
     smallest_dropped = 1 << 64

@@ -265,7 +265,7 @@ def tokenize_shards(
                 "choose another --output-prefix; what is finished is kept, so run the same command again"
             ) from None
         finally:
-            # After an error nobody reads what the others would answer: they are not waited for.
+            # After an error the answers of the others are not needed: do not wait for them.
             threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -275,5 +275,5 @@ def _tokenize(shard: InputShard, tokenizing: TokenizeConfig, prefix: Path) -> Sh
 
 @functools.cache
 def _opened(tokenizing: TokenizeConfig) -> Tokenizer:
-    """The tokenizer of this process."""
+    """Return the tokenizer of this process."""
     return open_tokenizer(tokenizing.tokenizer_path, tokenizing.prepend_bos)

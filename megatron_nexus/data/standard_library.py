@@ -23,7 +23,7 @@ def standard_library_documents() -> Iterator[str]:
 
 
 def source_documents(root: Path) -> Iterator[str]:
-    """The `.py` files below `root`, without installed packages and without the tests of other encodings."""
+    """Yield the `.py` files below `root`, without installed packages and files that are not UTF-8."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in EXCLUDED_FOLDERS]
         for name in names:

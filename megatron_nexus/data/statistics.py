@@ -11,7 +11,7 @@ CHUNK_TOKENS_AT_MOST = 1 << 18
 
 
 def entropy(frequencies: npt.NDArray[np.float64]) -> float:
-    """Entropy of the token frequencies, in nats per token: what a model without any context can reach."""
+    """Return the entropy of the token frequencies in nats per token: the loss without any context."""
     seen = frequencies[frequencies > 0]
     return float(-(seen * np.log(seen)).sum())
 
@@ -19,7 +19,7 @@ def entropy(frequencies: npt.NDArray[np.float64]) -> float:
 def unigram_frequencies(
     dataset: IndexedDataset, start: int, stop: int, vocab_size: int, max_tokens: int = COUNTED_TOKENS
 ) -> npt.NDArray[np.float64]:
-    """Frequency of each id of the vocabulary, [vocab_size].
+    """Return the frequency of each id of the vocabulary, [vocab_size].
 
     Counts tokens [start, stop) of the stream; of more than `max_tokens`, chunks that lie evenly over them.
 

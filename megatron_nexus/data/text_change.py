@@ -39,6 +39,6 @@ def loss_lines(description: CorpusDescription) -> list[str]:
 
 
 def changed_text(example: Sequence[str]) -> str:
-    """An example in words: before and after."""
+    """Return an example in words: before and after."""
     before, after = example
     return f"{before!r} -> {after!r}"

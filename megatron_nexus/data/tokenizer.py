@@ -39,10 +39,10 @@ class Tokenizer(Protocol):
         """
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no BOS, no end token. Raises DataError on lone surrogates."""
+        """Return token ids of a text; no BOS, no end token. Raises DataError on lone surrogates."""
 
     def encode_documents(self, texts: list[str], threads: int) -> list[npt.NDArray[np.int32]]:
-        """Token ids of each text, by `threads` threads; no BOS, no end tokens. Raises as `encode`."""
+        """Return token ids of each text, by `threads` threads; no BOS, no end tokens. Raises as `encode`."""
 
     def token_text(self, token: int) -> str:
         """Return how the tokenizer's files spell a token."""
@@ -51,11 +51,11 @@ class Tokenizer(Protocol):
         """Return the text of token ids; control tokens are silent, cut-off characters become U+FFFD."""
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
-        """UTF-8 bytes that each id stands for, [vocab_size]; control tokens stand for none."""
+        """Return the UTF-8 bytes that each id stands for, [vocab_size]; control tokens stand for none."""
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text that a model is to continue, as its training documents begin; never none."""
+    """Return the token ids of a text to continue, which begin as training documents do; never empty."""
     return [*tokenizer.document_prefix, *tokenizer.encode(text)] or [context_id(tokenizer)]
 
 

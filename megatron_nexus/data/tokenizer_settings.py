@@ -13,7 +13,7 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 
 
 def special_token(model_path: Path, name: str, files: Sequence[str]) -> tuple[str, Path] | None:
-    """The text of the token `name`, such as "eos_token", and which of `files` beside a tokenizer says so.
+    """Return the text of the token `name`, such as "eos_token", and which of `files` names it.
 
     Raises:
         DataError: a file is damaged.

@@ -59,7 +59,7 @@ class WorkerGroup:
         with raise_on_all_ranks(self.comm, stage, describe=os_error_message):
             if self._workers == 1:
                 with _progress(stage, mine, size_of) as progress:
-                    results = [work(mine, lambda amount: progress.advance(amount / 1e6))]
+                    results = [work(mine, progress.advance)]
             else:
                 results = self._in_workers(mine, size_of, work, stage)
         return [result for of_rank in self.comm.gather(results) for result in of_rank]
@@ -75,7 +75,7 @@ class WorkerGroup:
                 try:
                     for future in as_completed(futures):
                         future.result()
-                        progress.advance(futures[future] / 1e6)
+                        progress.advance(futures[future])
                 except BrokenProcessPool as error:
                     raise CheckpointError(
                         "a worker exited without an error message, perhaps killed for lack of memory: use "
@@ -85,7 +85,7 @@ class WorkerGroup:
 
 
 def _progress(stage: str, items: Sequence[T], size_of: Callable[[T], int]) -> Progress:
-    return Progress(stage, sum(map(size_of, items)) / 1e6, "MB")
+    return Progress(stage, sum(map(size_of, items)), "MB")
 
 
 def _ignore(amount: int) -> None:

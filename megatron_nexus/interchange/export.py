@@ -40,7 +40,6 @@ from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
 
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16"}
-MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
@@ -103,17 +102,10 @@ def export_checkpoint(
         for path in architecture.files:
             shutil.copyfile(path, folder / path.name)
         described = write_tokenizer(tokenizer, folder, length) if tokenizer is not None else ""
-        with Progress("writing weights", needed / MEGABYTE, "MB") as progress:
+        with Progress("writing weights", needed, "MB") as progress:
             for name, shard in zip(names, shards, strict=True):
                 write_safetensors(
-                    folder / name,
-                    reader,
-                    "fp32",
-                    precision,
-                    shard,
-                    {},
-                    lambda count: progress.advance(count / MEGABYTE),
-                    non_finite,
+                    folder / name, reader, "fp32", precision, shard, {}, progress.advance, non_finite
                 )
         require_finite(source, non_finite, allow_non_finite)
         if len(shards) > 1:
@@ -127,7 +119,7 @@ def imported_as(manifest: Manifest) -> str:
 
 
 def _is_tied(reader: CheckpointReader) -> bool:
-    """Whether the head is the embedding still: a model of one matrix is imported as two equal ones."""
+    """Return whether the head still equals the embedding: a tied model is imported with two copies."""
     shape = reader.manifest.specs["head.weight"].shape
     return all(
         np.array_equal(

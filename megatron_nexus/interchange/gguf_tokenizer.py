@@ -82,7 +82,7 @@ def write_gguf_tokenizer(fields: Mapping[str, object], folder: Path) -> None:
 
 
 def _prepends_bos(fields: Mapping[str, object]) -> bool:
-    """Whether texts begin with BOS: as the file says, or else as llama.cpp has it for its kind."""
+    """Return whether texts begin with BOS: as the file says, or as llama.cpp assumes for its kind."""
     by_kind = fields["tokenizer.ggml.model"] == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
     return bool(fields.get("tokenizer.ggml.add_bos_token", by_kind))
 

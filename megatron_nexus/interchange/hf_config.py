@@ -237,5 +237,5 @@ def context_length(config: JsonObject) -> int:
 
 
 def ties_head(config: JsonObject) -> bool:
-    """Whether the head is the embedding."""
+    """Return whether the head is the embedding."""
     return bool(with_defaults(config).get("tie_word_embeddings", False))

@@ -42,7 +42,6 @@ from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
 
-MEGABYTE = 1e6
 CHUNK_ELEMENTS = 1 << 22
 EMBEDDING, HEAD = ENDS["embedding.weight"], ENDS["head.weight"]
 SHOWN = 10
@@ -74,7 +73,7 @@ def import_checkpoint(
     non_finite = NonFiniteValues()
     with (
         output_dir(root, needed) as folder,
-        Progress("writing weights and zero moments", needed / MEGABYTE, "MB") as progress,
+        Progress("writing weights and zero moments", needed, "MB") as progress,
     ):
         fingerprint = ""
         if source.write_tokenizer is not None:
@@ -99,11 +98,11 @@ def import_checkpoint(
             if non_finite.counts and not allow_non_finite:
                 raise CheckpointError(
                     f"{origin} holds {non_finite}, as float32: the model computes nothing; get sound "
-                    "weights, or import it as it is with --allow-nonfinite"
+                    "weights, or import it unchanged with --allow-nonfinite"
                 )
             checkpoint.finish(_manifest(source, origin, specs, config, fingerprint), [record])
     if non_finite.counts:
-        logger.warning("%s holds %s: imported as it is", origin, non_finite)
+        logger.warning("%s holds %s: imported unchanged", origin, non_finite)
     return root / checkpoint_name(0)
 
 
@@ -155,7 +154,7 @@ def _values(
             yield values
         else:
             yield np.zeros(box.sizes, np.float32)
-        progress.advance(box.numel * 4 / MEGABYTE)
+        progress.advance(box.numel * 4)
 
 
 def _manifest(

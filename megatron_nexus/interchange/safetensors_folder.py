@@ -88,7 +88,7 @@ class SafetensorsWeights:
         self.shapes = shapes = {}
         for path in paths:
             with _errors(path), safe_open(path, "numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - the file itself is no iterable
+                for name in file.keys():  # noqa: SIM118 - the file itself is not iterable
                     if name in self._places:
                         raise CheckpointError(f"{path} and {self._places[name]} both hold {name}: keep one")
                     stored = file.get_slice(name)

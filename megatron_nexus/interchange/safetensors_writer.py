@@ -1,4 +1,4 @@
-"""Plain safetensors files of logical tensors, for whoever reads such files.
+"""Plain safetensors files of logical tensors.
 
 Tensors stand in the order that is asked for and are written from first element to last, in blocks: memory is
 needed for one block, whatever the size of the model.
@@ -75,9 +75,9 @@ def require_finite(source: Location, non_finite: NonFiniteValues, allowed: bool)
     if not allowed:
         raise CheckpointError(
             f"{source} holds {non_finite}: a model that computes nothing; take an earlier checkpoint, or "
-            "write it as it is with --allow-nonfinite"
+            "write it unchanged with --allow-nonfinite"
         )
-    logger.warning("%s holds %s: written as it is", source, non_finite)
+    logger.warning("%s holds %s: written unchanged", source, non_finite)
 
 
 def _header(

@@ -108,7 +108,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _is_conversion(record: Path, model: Path) -> bool:
-    """Whether a `tokenizer.json` is what `_convert` makes of a SentencePiece model, to the letter."""
+    """Return whether a `tokenizer.json` is exactly what `_convert` makes of a SentencePiece model."""
     try:
         prefix = _prefix(SentencePieceTokenizer(model))
         return record.read_bytes() == tokenizer_json(read_sentencepiece_model(model), prefix).encode()
