@@ -50,7 +50,7 @@ SEALED = {
     "tokenizers": {"data/huggingface_tokenizer.py"},
     "scipy": {f"analysis/{name}.py" for name in ("components", "cycles", "scaling_law", "two_samples")},
     "safetensors": {"interchange/safetensors_folder.py"},
-    "gguf": {"interchange/gguf_file.py", "interchange/gguf_header.py"},
+    "gguf": {"interchange/gguf_file.py"},
 }
 
 

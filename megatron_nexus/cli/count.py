@@ -63,8 +63,6 @@ def make_parser() -> FlagParser:
         "counted over --seq-length.",
     )
     parser.add_argument("--all", action="store_true", help="a table of all presets, a row each")
-    parser.add_argument(
-        "--world-size", type=positive(int), metavar="INT", help="ranks of the run (default: tp x pp)"
-    )
+    parser.add_argument("--world-size", type=positive(int), help="ranks of the run (default: tp x pp)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -47,9 +47,7 @@ def make_parser() -> FlagParser:
         metavar="FOLDER",
         help="read the tasks' records from its files, such as piqa.jsonl (default: fetch the published ones)",
     )
-    parser.add_argument(
-        "--limit", type=positive(int), metavar="INT", help="items of each task (default: all)"
-    )
+    parser.add_argument("--limit", type=positive(int), help="items of each task (default: all)")
     parser.add_argument(
         "--perplexity",
         type=Path,
@@ -62,7 +60,6 @@ def make_parser() -> FlagParser:
         "--perplexity-stride",
         type=positive(int),
         default=0,
-        metavar="INT",
         help="tokens that each window predicts (default: a whole sample; fewer see more context, cost more)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results there as JSON, too")

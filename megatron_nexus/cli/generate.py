@@ -23,34 +23,27 @@ def make_parser() -> FlagParser:
     parser = FlagParser("generate", "--load RUN [flags]", description="Continue a text with a trained model.")
     add_model_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: stdin)")
-    parser.add_argument(
-        "--max-new-tokens", type=positive(int), default=128, metavar="INT", help="(default: 128)"
-    )
+    parser.add_argument("--max-new-tokens", type=positive(int), default=128, help="(default: 128)")
     parser.add_argument(
         "--temperature",
         type=not_negative,
         default=1.0,
-        metavar="FLOAT",
         help="divides the logits; 0 takes the likeliest token (default: 1)",
     )
     parser.add_argument(
         "--top-k",
         type=count,
         default=0,
-        metavar="INT",
         help="draw from this many likeliest tokens; 0: from all",
     )
     parser.add_argument(
         "--top-p",
         type=fraction,
         default=1.0,
-        metavar="FLOAT",
         help="draw from the likeliest tokens that have this probability together (default: 1)",
     )
-    parser.add_argument("--num-samples", type=positive(int), default=1, metavar="INT", help="(default: 1)")
-    parser.add_argument(
-        "--seed", type=count, default=1234, metavar="INT", help="of the first sample, then counting up"
-    )
+    parser.add_argument("--num-samples", type=positive(int), default=1, help="(default: 1)")
+    parser.add_argument("--seed", type=count, default=1234, help="of the first sample, then counting up")
     return parser
 
 

@@ -55,14 +55,11 @@ def add_writing_flags(parser: argparse.ArgumentParser) -> None:
         "--tensor-model-parallel-size",
         type=int,
         default=1,
-        metavar="INT",
         help="ranks that share each layer",
     )
+    parser.add_argument("--pp", "--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages")
     parser.add_argument(
-        "--pp", "--pipeline-model-parallel-size", type=int, default=1, metavar="INT", help="pipeline stages"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="INT", help="processes that share the work (or use mpirun)"
+        "--workers", type=int, default=1, help="processes that share the work (or use mpirun)"
     )
     parser.add_argument(
         "--dry-run", action="store_true", default=False, help="print what would be done, and write nothing"

@@ -43,13 +43,11 @@ def make_parser() -> FlagParser:
         parser.add_argument(
             flag_of(name),
             type=int,
-            metavar="INT",
             help=f"width of the branch (default: {share:g} of the hidden size)",
         )
     parser.add_argument(
         "--attention-order",
         type=int,
-        metavar="INT",
         help="order of the attention, behind gates that begin at 0; adds no branch unless a width is given",
     )
     add_settings_flags(parser)

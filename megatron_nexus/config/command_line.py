@@ -55,9 +55,7 @@ def make_parser() -> FlagParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print costs, memory per rank and the configuration, and stop"
     )
-    parser.add_argument(
-        "--world-size", type=int, metavar="INT", help="ranks that --dry-run plans for (default: tp x pp)"
-    )
+    parser.add_argument("--world-size", type=int, help="ranks that --dry-run plans for (default: tp x pp)")
     parser.add_argument(
         "--device",
         metavar="NAME",
@@ -108,7 +106,7 @@ def add_field_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[obje
     elif get_origin(hint) is not None:
         group.add_argument(*flags, choices=get_args(hint), help=text)
     else:
-        group.add_argument(*flags, type=hint, help=text, metavar=hint.__name__.upper())
+        group.add_argument(*flags, type=hint, help=text)
 
 
 def preset_name(text: str) -> str:

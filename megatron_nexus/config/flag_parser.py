@@ -15,6 +15,13 @@ NEAR = 0.7
 """How alike two names are of which one is the other misspelt: below, advice would be absurd."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that calls a flag's value by its type, such as INT."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return str(getattr(action.type, "__name__", action.dest)).upper()
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse that raises ConfigError."""
 
@@ -27,6 +34,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, verb: str | None = None, synopsis: str = "", **kwargs: Any) -> None:
         """Make the parser of a verb; `synopsis` follows its name in the usage line. Without: has no help."""
         name = command(verb) if verb else None
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(name, f"{name} {synopsis}", allow_abbrev=False, add_help=verb is not None, **kwargs)
         if verb is None:
             return

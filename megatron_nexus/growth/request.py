@@ -302,7 +302,7 @@ def add_growth_flags(parser: argparse.ArgumentParser) -> None:
     for entry in fields(ModelConfig):
         if entry.name in GROWING:
             flags = [flag_of(entry.name), *entry.metadata["aliases"]]
-            sizes.add_argument(*flags, type=int, metavar="INT", help=entry.metadata["help"])
+            sizes.add_argument(*flags, type=int, help=entry.metadata["help"])
     add_settings_flags(parser)
 
 

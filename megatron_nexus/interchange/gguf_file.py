@@ -8,6 +8,7 @@ they are. Rows are dequantised as they are asked for.
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,6 @@ from gguf.quants import dequantize
 
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import LLAMA, QWEN3, JsonObject
-from megatron_nexus.interchange.gguf_header import check_gguf
 from megatron_nexus.interchange.gguf_tokenizer import write_gguf_tokenizer
 from megatron_nexus.interchange.source_model import Array, SourceModel
 
@@ -40,18 +40,42 @@ PARTS = {
 }
 
 
+class BoundedReader(GGUFReader):
+    """A reader that refuses to read beyond the file: the library trusts every length, such as one of 2^60."""
+
+    def _get(
+        self,
+        offset: int,
+        dtype: npt.DTypeLike,
+        count: int = 1,
+        override_order: Literal["I", "S", "<"] | None = None,
+    ) -> npt.NDArray[Any]:
+        if int(count) * np.dtype(dtype).itemsize > len(self.data) - offset:
+            raise ValueError(f"{count:,} values are said to follow byte {offset:,}, where it ends before")
+        return super()._get(offset, dtype, count, override_order)
+
+    def check_places(self) -> None:
+        """Raise ValueError where a tensor does not begin, aligned, where the one before it ends."""
+        end = self.data_offset
+        for tensor in self.tensors:
+            begin = -(-end // int(self.alignment)) * int(self.alignment)
+            if tensor.data_offset != begin:
+                raise ValueError(f"{tensor.name} begins at byte {tensor.data_offset:,}, and not at {begin:,}")
+            end = begin + tensor.n_bytes
+
+
 def open_gguf(path: Path) -> SourceModel:
     """Open the model in a file.
 
     Raises CheckpointError: it cannot be read, is not a GGUF file, or of a kind that is not known here.
     """
     try:
-        check_gguf(path)
-        reader = GGUFReader(path)
+        reader = BoundedReader(path)
+        reader.check_places()
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}: give a .gguf file") from error
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a GGUF file ({error}): copy it again") from error
     try:
         config = _config(fields, {tensor.name for tensor in reader.tensors})
