@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 
+from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import logger
 
 LOCK_FILE = ".lock"
@@ -200,6 +201,16 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
     finally:
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise CheckpointError if the disk of a folder has too little space."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise CheckpointError(
+            f"{folder} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: make room, or "
+            "save elsewhere"
+        )
 
 
 @contextmanager

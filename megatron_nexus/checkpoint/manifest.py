@@ -133,14 +133,6 @@ def spec_from_json(raw: Mapping[str, Any]) -> ParamSpec:
     )
 
 
-def _optimizer_to_json(record: OptimizerRecord) -> JsonObject:
-    return {
-        "step_count": record.step_count,
-        "groups": record.groups,
-        "grown_regions": [asdict(region) for region in record.grown_regions],
-    }
-
-
 def _optimizer_from_json(raw: Mapping[str, Any]) -> OptimizerRecord:
     grown_regions = tuple(
         GrownRegion(
@@ -159,7 +151,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "format_version": manifest.format_version,
         "progress": asdict(manifest.progress),
         "topology": asdict(manifest.topology),
-        "optimizer": _optimizer_to_json(manifest.optimizer),
+        "optimizer": asdict(manifest.optimizer),
         "engine": asdict(manifest.engine),
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "lineage": manifest.lineage,
@@ -183,8 +175,7 @@ def is_of_another_format(contents: bytes) -> bool:
 def read_manifest(folder: Location) -> Manifest:
     """Read the manifest of a checkpoint's folder.
 
-    Raises:
-        CheckpointError: it is missing, damaged, or of another format.
+    Raises CheckpointError: it is missing, damaged, or of another format.
     """
     path = folder / MANIFEST_FILE
     try:

@@ -7,7 +7,6 @@
 A save in the background takes the same steps without the block: `begin`, `agreed`, `publish`, `abandon`.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Generic
 
 from megatron_nexus.base.communicator import Ranks, raise_on_all_ranks
+from megatron_nexus.base.durable import require_space
 from megatron_nexus.checkpoint.data_file import DataFileRecord
 from megatron_nexus.checkpoint.index import index_to_json
 from megatron_nexus.checkpoint.location import Place
@@ -72,7 +72,7 @@ class NewCheckpoint(Generic[Place]):
                 self._begun = True
                 folder_of(self.path).begin()
                 if needed_bytes:
-                    self._require_space(needed_bytes)
+                    require_space(Path(str(self.root)), needed_bytes)
 
     def _lock_new_run(self) -> None:
         assert isinstance(self.root, Path), "a lock is a file"
@@ -82,14 +82,6 @@ class NewCheckpoint(Generic[Place]):
             raise CheckpointError(
                 f"--save {self.root} holds {newest.name}, and checkpoints are never overwritten: give "
                 "another folder"
-            )
-
-    def _require_space(self, needed: int) -> None:
-        free = shutil.disk_usage(str(self.root)).free
-        if needed > free:
-            raise CheckpointError(
-                f"the new checkpoint needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: make "
-                "room, or save elsewhere"
             )
 
     def on_first_rank(self, action: Callable[[], object]) -> None:

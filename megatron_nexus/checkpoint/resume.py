@@ -37,9 +37,8 @@ def load_checkpoint(
     another topology, random generators are the caller's to derive from the returned manifest. `open_state`
     may read the checkpoint as another one, grown.
 
-    Raises:
-        CheckpointError: on every rank, if one finds the checkpoint missing, damaged, incomplete or of
-            another model. If only the tensors' contents are at fault, the state is left half loaded.
+    Raises CheckpointError: on every rank, if one finds the checkpoint missing, damaged, incomplete or of
+    another model. If only the tensors' contents are at fault, the state is left half loaded.
     """
     purpose = f"{folder}: cannot load the checkpoint"
     with raise_on_all_ranks(mesh.control, purpose):

@@ -32,8 +32,7 @@ def checkpoint_name(step: int) -> str:
 def _defects(folder: Location) -> list[str]:
     """List what a checkpoint lacks: files, or the ends of files. Does not verify the bytes.
 
-    Raises:
-        CheckpointError: the manifest has its end, and is damaged or of another format.
+    Raises CheckpointError: the manifest has its end, and is damaged or of another format.
     """
     try:
         held = folder_of(folder).sizes()
@@ -91,8 +90,7 @@ def newest_checkpoint(root: Location) -> Location | None:
 
     None where the folder has no checkpoint, or does not exist.
 
-    Raises:
-        CheckpointError: a manifest is damaged or of a newer format, or no checkpoint here is whole.
+    Raises CheckpointError: a manifest is damaged or of a newer format, or no checkpoint here is whole.
     """
     checkpoints = _checkpoints(root)
     step = latest_step(root)
@@ -131,8 +129,7 @@ def _tell_once(message: str) -> None:
 def find_checkpoint(path: Location) -> Location:
     """Return the checkpoint folder for `path`, which is a run's folder or a checkpoint in it.
 
-    Raises:
-        CheckpointError: there is none; the message lists what is there.
+    Raises CheckpointError: there is none; the message lists what is there.
     """
     if _NAME.fullmatch(path.resolve().name) or (path / MANIFEST_FILE).exists():
         if (path / MANIFEST_FILE).is_file():

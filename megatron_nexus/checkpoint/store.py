@@ -144,8 +144,7 @@ class CheckpointReader:
     def read_box(self, tensor: str, state: str, box: Box) -> Array:
         """Return the elements of a box, float32 of shape `box.sizes`.
 
-        Raises:
-            CheckpointError: an element is not stored, or twice, or lies in a damaged block.
+        Raises CheckpointError: an element is not stored, or twice, or lies in a damaged block.
         """
         values = np.empty(box.sizes, DTYPE)
         self.read_into(values, tensor, state, box)
@@ -198,8 +197,8 @@ class CheckpointReader:
 
         Returns how many values of each tensor are not finite, which is not damage of the files.
 
-        Raises:
-            CheckpointError: one line for each damaged chunk and each tensor that is not stored exactly once.
+        Raises CheckpointError: one line for each damaged chunk and each tensor that is not stored exactly
+        once.
         """
         problems = []
         non_finite = NonFiniteValues()

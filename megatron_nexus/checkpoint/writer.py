@@ -100,8 +100,7 @@ class CheckpointWriter:
         With `async_save` training may go on once this returns: it takes host memory for what this rank owns.
         Without it nothing may change before `finish`. A checkpoint of the same step is replaced.
 
-        Raises:
-            CheckpointError: on every rank, if one cannot write; the previous checkpoint stays the latest.
+        Raises CheckpointError: on every rank, if one cannot write; the previous checkpoint stays the latest.
         """
         state, mesh, step = self._state, self._mesh, request.progress.step
         assert self._save is None, "one save at a time"

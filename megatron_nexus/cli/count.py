@@ -27,8 +27,7 @@ def run(argv: list[str]) -> None:
 def count(argv: list[str]) -> list[str]:
     """Return the lines that the verb prints for its flags.
 
-    Raises:
-        ConfigError, CheckpointError: wrong flags, as of a run; no such checkpoint.
+    Raises ConfigError, CheckpointError: wrong flags, as of a run; no such checkpoint.
     """
     own, flags = make_parser().parse_known_args(argv)
     if own.all:

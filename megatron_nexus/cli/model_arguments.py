@@ -71,8 +71,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def find_model(given: argparse.Namespace) -> TrainedModel:
     """Return the model that the flags name; no weights are read.
 
-    Raises:
-        CheckpointError, DataError: there is no such checkpoint or tokenizer.
+    Raises CheckpointError, DataError: there is no such checkpoint or tokenizer.
     """
     saved = open_saved_run(location(given.load))
     tokenizer = find_tokenizer(saved.config, tokenizer_record(saved.manifest), given.tokenizer_model)

@@ -28,8 +28,7 @@ class Source:
 def parse_blend(flag: str, words: Sequence[str]) -> tuple[Source, ...]:
     """Return the corpora of a blend: `a`, `0.7 a 0.3 b`, or `a b` weighted by their sizes.
 
-    Raises:
-        ConfigError: a weight is not above zero, words do not pair up, or a prefix comes twice.
+    Raises ConfigError: a weight is not above zero, words do not pair up, or a prefix comes twice.
     """
     weights = [_number(word) for word in words[::2]]
     if len(words) % 2 == 0 and any(weight is not None for weight in weights):

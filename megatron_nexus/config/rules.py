@@ -59,20 +59,15 @@ def config_warnings(config: RunConfig) -> list[str]:
             f"--nexus-a {model.nexus_a}; a Nexus-Rank projection is meant to widen"
         )
     optimizer = config.optimizer
+    unit, counted_in, end = "iters", "iterations", config.training.train_iters
     if optimizer.counts_samples:
-        if optimizer.lr_warmup_samples >= (read := config.batches.samples(0, config.training.train_iters)):
-            said.append(
-                f"--lr-warmup-samples {optimizer.lr_warmup_samples} is not over when the run of {read} "
-                "samples ends"
-            )
-    elif optimizer.lr_start_iter + optimizer.lr_warmup_iters >= config.training.train_iters:
+        unit, counted_in, end = "samples", "samples", config.batches.samples(0, end)
+    warmup, decay, wsd = optimizer.lr_spans
+    if optimizer.lr_start_iter + warmup >= end:
         counted = f", from --lr-start-iter {optimizer.lr_start_iter} on," if optimizer.lr_start_iter else ""
         said.append(
-            f"--lr-warmup-iters {optimizer.lr_warmup_iters}{counted} is not over when the run of "
-            f"{config.training.train_iters} iterations ends"
+            f"--lr-warmup-{unit} {warmup}{counted} is not over when the run of {end} {counted_in} ends"
         )
-    unit = "samples" if optimizer.counts_samples else "iters"
-    warmup, decay, wsd = optimizer.lr_spans
     if 0 < decay <= optimizer.lr_start_iter + warmup:
         start = f" --lr-start-iter {optimizer.lr_start_iter} and" if optimizer.lr_start_iter else ""
         said.append(

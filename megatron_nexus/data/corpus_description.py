@@ -67,8 +67,7 @@ class CorpusDescription:
 def read_description(prefix: Path) -> CorpusDescription | None:
     """Return the description of a corpus, None where it has none.
 
-    Raises:
-        DataError: the file is damaged or of another version.
+    Raises DataError: the file is damaged or of another version.
     """
     file = json_path(prefix)
     try:
@@ -85,8 +84,7 @@ def read_description(prefix: Path) -> CorpusDescription | None:
 def check_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that a corpus was not written with; a corpus without description passes.
 
-    Raises:
-        DataError: the tokenizers differ, or the description is damaged.
+    Raises DataError: the tokenizers differ, or the description is damaged.
     """
     description = read_description(prefix)
     if description is not None and description.tokenizer_fingerprint != tokenizer.fingerprint:

@@ -96,8 +96,7 @@ def prepare_default_corpus(
         collect: another source of documents in place of `standard_library_documents`.
         tokenizer: one to use in place of that; documents begin with BOS where it says so.
 
-    Raises:
-        DataError: the cache folder is not writable or full, or the vocabulary does not fit the corpus.
+    Raises DataError: the cache folder is not writable or full, or the vocabulary does not fit the corpus.
     """
     with Progress("Reading the Python standard library"):
         documents = _shuffled(collect())

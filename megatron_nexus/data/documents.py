@@ -75,6 +75,13 @@ class Document(NamedTuple):
     """Its UTF-8 bytes."""
 
 
+class Problem(NamedTuple):
+    """Why a record cannot be read, and how it begins."""
+
+    reason: str
+    excerpt: str = ""
+
+
 class BadRecord(NamedTuple):
     """A record that cannot be read."""
 
@@ -94,8 +101,7 @@ class BadRecord(NamedTuple):
 def split_into_slices(files: list[InputFile], reading: RecordFormat, slice_bytes: int) -> list[FileSlice]:
     """Return the files as spans of about `slice_bytes` each, in order.
 
-    Raises:
-        ConfigError: files that cannot hold documents as they are: all of them are named.
+    Raises ConfigError: files that cannot hold documents as they are: all of them are named.
     """
     problems: list[str] = []
     slices: list[FileSlice] = []
@@ -156,19 +162,12 @@ def _row_groups(file: InputFile, key: str, slice_bytes: int) -> list[FileSlice]:
 def read_slice(file_slice: FileSlice, reading: RecordFormat) -> Iterator[Document | BadRecord]:
     """Yield the records of a span, in order; blank lines are empty documents.
 
-    Raises:
-        DataError: the file cannot be read, is damaged or has changed since it was found.
+    Raises DataError: the file cannot be read, is damaged or has changed since it was found.
     """
     file = file_slice.file
     try:
-        if file.kind == "parquet":
-            yield from _rows(file_slice, reading.json_key)
-        else:
-            with file.open() as stream:
-                if file.kind == "txt" and reading.txt_documents == "file":
-                    yield _whole(file_slice, stream)
-                else:
-                    yield from _lines(file_slice, stream, reading)
+        for number, record in enumerate(_records(file_slice, reading)):
+            yield record if isinstance(record, Document) else BadRecord(file_slice, number, *record)
         changed = file.has_changed()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -178,20 +177,31 @@ def read_slice(file_slice: FileSlice, reading: RecordFormat) -> Iterator[Documen
         raise DataError(f"{file.path} was changed while it was read: run again when it is complete")
 
 
-def _whole(file_slice: FileSlice, stream: BinaryIO) -> Document | BadRecord:
+def _records(file_slice: FileSlice, reading: RecordFormat) -> Iterator[Document | Problem]:
+    file = file_slice.file
+    if file.kind == "parquet":
+        yield from _rows(file_slice, reading.json_key)
+        return
+    with file.open() as stream:
+        if file.kind == "txt" and reading.txt_documents == "file":
+            yield _whole(stream)
+        else:
+            yield from _lines(file_slice, stream, reading)
+
+
+def _whole(stream: BinaryIO) -> Document | Problem:
     raw = stream.read(LONGEST_RECORD_BYTES + 1)
     if len(raw) > LONGEST_RECORD_BYTES:
-        return BadRecord(file_slice, 0, "longer than 1 GiB", "")
-    return _text(raw.removeprefix(BYTE_ORDER_MARK), file_slice, 0)
+        return Problem("longer than 1 GiB")
+    return _text(raw.removeprefix(BYTE_ORDER_MARK))
 
 
-def _lines(file_slice: FileSlice, stream: BinaryIO, reading: RecordFormat) -> Iterator[Document | BadRecord]:
+def _lines(file_slice: FileSlice, stream: BinaryIO, reading: RecordFormat) -> Iterator[Document | Problem]:
     position = file_slice.start
     if file_slice.start:
         # The line that begins before the span is its neighbour's, all of it; none does behind a line break.
         stream.seek(file_slice.start - 1)
         position += _skip_line(stream) - 1
-    number = 0
     while file_slice.file.compression or position < file_slice.stop:
         line = stream.readline(LONGEST_RECORD_BYTES)
         if not line:
@@ -199,15 +209,14 @@ def _lines(file_slice: FileSlice, stream: BinaryIO, reading: RecordFormat) -> It
         position += len(line)
         if len(line) == LONGEST_RECORD_BYTES and not line.endswith(b"\n"):
             position += _skip_line(stream)
-            yield BadRecord(file_slice, number, "longer than 1 GiB", "")
+            yield Problem("longer than 1 GiB")
+            continue
+        if position == len(line):
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if reading.txt_documents == "line" and file_slice.file.kind == "txt":
+            yield _text(line.removesuffix(b"\n").removesuffix(b"\r"))
         else:
-            if position == len(line):
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            if reading.txt_documents == "line" and file_slice.file.kind == "txt":
-                yield _text(line.removesuffix(b"\n").removesuffix(b"\r"), file_slice, number)
-            else:
-                yield _field(line, reading.json_key, file_slice, number)
-        number += 1
+            yield _field(line, reading.json_key)
 
 
 def _skip_line(stream: BinaryIO) -> int:
@@ -220,30 +229,30 @@ def _skip_line(stream: BinaryIO) -> int:
     return skipped
 
 
-def _field(line: bytes, key: str, file_slice: FileSlice, number: int) -> Document | BadRecord:
+def _field(line: bytes, key: str) -> Document | Problem:
     """Return the text in a line of JSON."""
     try:
         record = parse_record(line.decode())
     except UnicodeDecodeError:
-        return BadRecord(file_slice, number, "not UTF-8", _excerpt(line))
+        return Problem("not UTF-8", _excerpt(line))
     except NestingError:
-        return BadRecord(file_slice, number, "nested too deeply", _excerpt(line))
+        return Problem("nested too deeply", _excerpt(line))
     except ValueError:
         if not line.strip():
             return Document("", 0)
-        return BadRecord(file_slice, number, "not JSON", _excerpt(line))
+        return Problem("not JSON", _excerpt(line))
     if not isinstance(record, dict):
-        return BadRecord(file_slice, number, "no JSON object", _excerpt(line))
+        return Problem("no JSON object", _excerpt(line))
     text = record[key] if key in record else _within(record, key)
     if text is _MISSING:
         names = _excerpted(", ".join(map(repr, record)))
-        return BadRecord(file_slice, number, f"no key {key!r}", f"keys {names}")
+        return Problem(f"no key {key!r}", f"keys {names}")
     if not isinstance(text, str):
-        return BadRecord(file_slice, number, f"{key!r} is not a string", _excerpt(line))
+        return Problem(f"{key!r} is not a string", _excerpt(line))
     try:
         return Document(text, len(text) if text.isascii() else len(text.encode()))
     except UnicodeEncodeError:
-        return BadRecord(file_slice, number, "lone surrogate", _excerpt(line))
+        return Problem("lone surrogate", _excerpt(line))
 
 
 _MISSING = object()
@@ -261,10 +270,9 @@ def _within(record: dict[str, object], key: str) -> object:
     return _MISSING
 
 
-def _rows(file_slice: FileSlice, key: str) -> Iterator[Document | BadRecord]:
+def _rows(file_slice: FileSlice, key: str) -> Iterator[Document | Problem]:
     import pyarrow
 
-    number = 0
     with file_slice.file.open_parquet() as table:
         batches = table.iter_batches(
             ROWS_PER_BATCH,
@@ -276,21 +284,16 @@ def _rows(file_slice: FileSlice, key: str) -> Iterator[Document | BadRecord]:
             for batch in batches:
                 # As bytes: one text that is not UTF-8 must not cost the others.
                 for raw in read_column(batch):
-                    yield (
-                        BadRecord(file_slice, number, "null", "")
-                        if raw is None
-                        else _text(raw, file_slice, number)
-                    )
-                    number += 1
+                    yield Problem("null") if raw is None else _text(raw)
         except pyarrow.ArrowException as error:
             raise OSError(str(error)) from None
 
 
-def _text(raw: bytes, file_slice: FileSlice, number: int) -> Document | BadRecord:
+def _text(raw: bytes) -> Document | Problem:
     try:
         return Document(raw.decode(), len(raw))
     except UnicodeDecodeError:
-        return BadRecord(file_slice, number, "not UTF-8", _excerpt(raw))
+        return Problem("not UTF-8", _excerpt(raw))
 
 
 def _excerpt(raw: bytes) -> str:

@@ -46,8 +46,7 @@ EVERY_BYTE = "".join(
 class HuggingFaceTokenizer(WithBos):
     """Text to token ids and back, through a `tokenizer.json`; see `Tokenizer` for the fields.
 
-    Raises:
-        DataError: the file is missing or is not a tokenizer, or no token is known to end a document.
+    Raises DataError: the file is missing or is not a tokenizer, or no token is known to end a document.
     """
 
     def __init__(self, model_path: Path) -> None:
@@ -123,8 +122,7 @@ class HuggingFaceTokenizer(WithBos):
 
     def encode(self, text: str) -> list[int]:
         """Return token ids of a text; no end token. Raises DataError where the text holds lone surrogates."""
-        require_unicode(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.encode_documents([text], threads=1)[0].tolist()
         return ids
 
     def encode_documents(self, texts: list[str], threads: int) -> list[npt.NDArray[np.int32]]:

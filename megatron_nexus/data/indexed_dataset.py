@@ -74,8 +74,7 @@ class IndexedDataset:
 
     Opening reads the header and a few numbers only, however large the corpus is.
 
-    Raises:
-        DataError: a file is missing, empty, truncated or foreign, or the two files do not belong together.
+    Raises DataError: a file is missing, empty, truncated or foreign, or the two files do not belong together.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -192,8 +191,7 @@ class IndexedDataset:
     def check_vocabulary(self, ids: npt.NDArray[np.integer], vocab_size: int) -> None:
         """Refuse ids of this corpus that a vocabulary does not have.
 
-        Raises:
-            DataError: one of `ids` (any shape) is negative or not below `vocab_size`.
+        Raises DataError: one of `ids` (any shape) is negative or not below `vocab_size`.
         """
         if ids.size == 0 or 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             return

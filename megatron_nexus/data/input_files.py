@@ -72,9 +72,8 @@ def find_input_files(arguments: list[str], strict: bool = False) -> list[InputFi
 
     Of a folder all files of known kinds are taken, those of its subfolders too, hidden ones left out.
 
-    Raises:
-        ConfigError: an argument stands for no file, a file is of unknown kind or named twice, or, where
-            `strict`, empty.
+    Raises ConfigError: an argument stands for no file, a file is of unknown kind or named twice, or, where
+    `strict`, empty.
     """
     problems: list[str] = []
     files: dict[Path, InputFile] = {}

@@ -1,5 +1,6 @@
 """Inspection of a tokenized corpus: its documents' lengths, and whether its files hold what they promise."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,8 +72,7 @@ def find_problems(
         [source.vocab_size for source in (description, tokenizer) if source], default=np.iinfo(np.int64).max
     )
     foreign = 0
-    for first in range(0, dataset.token_count, BLOCK_TOKENS):
-        ids = dataset.tokens(first, min(first + BLOCK_TOKENS, dataset.token_count))
+    for ids in _blocks(dataset):
         if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
             foreign += int(((ids >= vocab_size) | (ids < 0)).sum())
     if foreign:
@@ -114,11 +114,12 @@ def find_problems(
 
 def count_token(dataset: IndexedDataset, token: int) -> int:
     """Return how often a token stands in a corpus; reads all of it, in blocks."""
-    firsts = range(0, dataset.token_count, BLOCK_TOKENS)
-    return sum(
-        int(np.count_nonzero(dataset.tokens(first, min(first + BLOCK_TOKENS, dataset.token_count)) == token))
-        for first in firsts
-    )
+    return sum(int(np.count_nonzero(ids == token)) for ids in _blocks(dataset))
+
+
+def _blocks(dataset: IndexedDataset) -> Iterator[np.ndarray]:
+    for first in range(0, dataset.token_count, BLOCK_TOKENS):
+        yield dataset.tokens(first, min(first + BLOCK_TOKENS, dataset.token_count))
 
 
 def _count_elsewhere(

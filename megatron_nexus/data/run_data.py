@@ -54,9 +54,8 @@ class RunData:
 
         `prepend_bos`: whether their documents begin with BOS; None: as their descriptions and tokens say.
 
-        Raises:
-            DataError: files that are missing, damaged, too short or do not fit the model's vocabulary, or of
-                which some begin their documents with BOS and others do not.
+        Raises DataError: files that are missing, damaged, too short or do not fit the model's vocabulary, or
+        of which some begin their documents with BOS and others do not.
         """
         self._config = config
         self.tokenizer = open_tokenizer(tokenizer_path) if tokenizer_path else None
@@ -189,11 +188,7 @@ class RunData:
 
 
 def _shares(sources: Sequence[Source], parts: Sequence[SplitRange]) -> tuple[int, ...]:
-    """Return the corpora's shares as whole numbers.
-
-    Raises:
-        DataError: one is too small to be served.
-    """
+    """Return the corpora's shares as whole numbers. Raises DataError: one is too small to be served."""
     weights = [
         Fraction(len(part.tokens)) if source.weight is None else source.weight
         for source, part in zip(sources, parts, strict=True)

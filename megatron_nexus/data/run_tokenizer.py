@@ -27,8 +27,7 @@ def find_tokenizer(config: RunConfig, record: TokenizerRecord, given: Path | Non
         record: what the checkpoint keeps of its tokenizer, which begins documents as it says.
         given: the user's word on where it lies, in place of the run's settings.
 
-    Raises:
-        DataError: the one found is another, cannot be read, or has more tokens than the model.
+    Raises DataError: the one found is another, cannot be read, or has more tokens than the model.
     """
     data, vocab_size, fingerprint = config.data, config.model.vocab_size, record.fingerprint
     path = given or tokenizer_path(data)

@@ -69,8 +69,7 @@ def split_documents(dataset: IndexedDataset, weights: str) -> Splits:
         weights: one to three numbers such as "969,30,1"; they need not add up to anything. The cuts are
             the rounded cumulative shares of the documents, as in Megatron-LM.
 
-    Raises:
-        DataError: the weights are not such numbers.
+    Raises DataError: the weights are not such numbers.
     """
     shares = split_shares(weights)
     total = sum(shares)
@@ -92,8 +91,7 @@ def restrict(
 
     Ranges that have no token in common give parts that have none in common. Without `last`, up to the end.
 
-    Raises:
-        DataError: the part has not that many tokens.
+    Raises DataError: the part has not that many tokens.
     """
     held = len(part.tokens)
     start, stop = int(share * first), held if last is None else int(share * last)
@@ -160,8 +158,7 @@ class TokenWindows:
         seed: of the order; each epoch has its own.
         vocab_size: ids that a sample may hold.
 
-    Raises:
-        DataError: the part holds less than one window.
+    Raises DataError: the part holds less than one window.
     """
 
     def __init__(

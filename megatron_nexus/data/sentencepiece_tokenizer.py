@@ -48,8 +48,7 @@ class SentencePieceTokenizer(WithBos):
     `lossless` says whether the model gives every text back. All models of `train_sentencepiece_bpe` do;
     others may normalize, drop blanks or add one, and `bytes_per_token` is then an approximation.
 
-    Raises:
-        DataError: the file is missing, is not a SentencePiece model, or the model has no end piece.
+    Raises DataError: the file is missing, is not a SentencePiece model, or the model has no end piece.
     """
 
     def __init__(self, model_path: Path) -> None:
@@ -103,19 +102,14 @@ class SentencePieceTokenizer(WithBos):
         return token, (token,) if settings.get("add_bos_token") is True else ()
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids of a text; no end token.
-
-        Raises:
-            DataError: the text holds lone surrogates.
-        """
+        """Return token ids of a text; no end token. Raises DataError: the text holds lone surrogates."""
         ids: list[int] = self.encode_documents([text], threads=1)[0].tolist()
         return ids
 
     def encode_documents(self, texts: list[str], threads: int) -> list[npt.NDArray[np.int32]]:
         """Return token ids of each text, computed by `threads` threads; no end tokens.
 
-        Raises:
-            DataError: a text holds lone surrogates.
+        Raises DataError: a text holds lone surrogates.
         """
         for text in texts:
             if not text.isascii():

@@ -228,8 +228,7 @@ def tokenize_shards(
 
     Yields None when nothing was finished for half a second. A worker ends with its parent, even by SIGKILL.
 
-    Raises:
-        DataError: as `tokenize_shard`, or a worker died. Shards that others have begun are lost.
+    Raises DataError: as `tokenize_shard`, or a worker died. Shards that others have begun are lost.
     """
     if not shards:
         return

@@ -23,8 +23,7 @@ def unigram_frequencies(
 
     Counts tokens [start, stop) of the stream; of more than `max_tokens`, chunks that lie evenly over them.
 
-    Raises:
-        DataError: a token id lies outside the vocabulary.
+    Raises DataError: a token id lies outside the vocabulary.
     """
     assert start < stop and max_tokens > 0, (start, stop, max_tokens)
     chunk_tokens = max(1, min(CHUNK_TOKENS_AT_MOST, max_tokens // CHUNKS_AT_LEAST))

@@ -73,9 +73,8 @@ def open_tokenizer(path: Path, prepend_bos: bool | None = None) -> Tokenizer:
         path: of the file or folder.
         prepend_bos: whether documents begin with BOS; None: as the tokenizer's own files say.
 
-    Raises:
-        DataError: the file is missing or of no known kind, no token can end a document, none is known to
-            begin one, or the package `tokenizers` is needed and not installed.
+    Raises DataError: the file is missing or of no known kind, no token can end a document, none is known to
+    begin one, or the package `tokenizers` is needed and not installed.
     """
     tokenizer = _open(path)
     return tokenizer if prepend_bos is None else tokenizer.with_bos(prepend_bos)

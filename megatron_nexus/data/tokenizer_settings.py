@@ -15,8 +15,7 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 def special_token(model_path: Path, name: str, files: Sequence[str]) -> tuple[str, Path] | None:
     """Return the text of the token `name`, such as "eos_token", and which of `files` names it.
 
-    Raises:
-        DataError: a file is damaged.
+    Raises DataError: a file is damaged.
     """
     for file in files:
         token = tokenizer_settings(model_path, file).get(name)

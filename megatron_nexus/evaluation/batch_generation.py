@@ -35,8 +35,7 @@ def generate_texts(
 
     Prompts are cut on the left so that they and the new tokens are what the model sees at once.
 
-    Raises:
-        DataError: the new tokens alone are as many.
+    Raises DataError: the new tokens alone are as many.
     """
     room = loaded.seq_length - stop.new_tokens
     if room < 1:

@@ -15,8 +15,7 @@ class InTrainingEvaluator:
     def __init__(self, names: Sequence[str], folder: Path | None, limit: int, tokenizer: Tokenizer) -> None:
         """Open the tasks; `folder` None fetches the published records, `limit` 0 takes all items of a task.
 
-        Raises:
-            ConfigError, DataError: as `open_tasks`, and where a task has the model generate text.
+        Raises ConfigError, DataError: as `open_tasks`, and where a task has the model generate text.
         """
         self._tasks = open_tasks(names, folder)
         require_scoring(self._tasks)

@@ -38,8 +38,7 @@ def load_model(
 ) -> LoadedModel:
     """Read the weights of a checkpoint, one after the other; memory for the model and 16 MB more.
 
-    Raises:
-        CheckpointError: it is damaged, or holds other tensors than the model of its configuration.
+    Raises CheckpointError: it is damaged, or holds other tensors than the model of its configuration.
     """
     reader = CheckpointReader(checkpoint)
     reader.require_tensors({name: spec.shape for name, spec in decoder_specs(model).items()})

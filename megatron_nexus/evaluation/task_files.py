@@ -44,8 +44,7 @@ def require_harness() -> None:
 def require_tasks(tasks: Sequence[str], folder: Path | None) -> None:
     """Look at all that can be known of tasks without the harness: that it is there, and local files.
 
-    Raises:
-        ConfigError, DataError: the extra or a file is missing, or a file is none of its task.
+    Raises ConfigError, DataError: the extra or a file is missing, or a file is none of its task.
     """
     if folder is not None:
         require_task_files(folder, tasks)

@@ -156,9 +156,8 @@ def grow_checkpoint(
     The topology of `plan.after` shapes the files. `verify` compares the logits of both checkpoints before the
     new one gets its name, and enters the result in its lineage. Returns the new checkpoint's folder.
 
-    Raises:
-        CheckpointError: on every rank, if one cannot read or write, another process saves in `root`, or the
-            logits differ; nothing is left behind.
+    Raises CheckpointError: on every rank, if one cannot read or write, another process saves in `root`, or
+    the logits differ; nothing is left behind.
     """
     config = plan.after
     open_reader = partial(GrownReader, source, plan)

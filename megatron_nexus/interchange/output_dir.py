@@ -1,11 +1,10 @@
 """The folder that a conversion writes: it appears when it is complete, and nothing is ever overwritten."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_nexus.base.durable import atomic_dir
+from megatron_nexus.base.durable import atomic_dir, require_space
 from megatron_nexus.errors import CheckpointError, ConfigError
 
 
@@ -31,12 +30,7 @@ def output_dir(folder: Path, needed_bytes: int) -> Iterator[Path]:
     try:
         with atomic_dir(folder) as draft:
             begun = True
-            free = shutil.disk_usage(draft).free
-            if needed_bytes > free:
-                raise CheckpointError(
-                    f"{folder} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: "
-                    "make room, or write elsewhere"
-                )
+            require_space(draft, needed_bytes)
             yield draft
     except BlockingIOError as error:
         raise ConfigError(
