@@ -5,6 +5,9 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.log import logger
+
 SHOWN = 10
 
 
@@ -19,6 +22,16 @@ class NonFiniteValues:
         wrong = values.size - np.count_nonzero(np.isfinite(values))
         if wrong:
             self.counts[tensor] += int(wrong)
+
+    def refuse(self, source: object, allowed: bool) -> None:
+        """Raise CheckpointError where values of `source` were not finite; where that is `allowed`, warn."""
+        if self.counts and not allowed:
+            raise CheckpointError(
+                f"{source} holds {self}: a model that computes nothing; take an earlier checkpoint or other "
+                "files, or write it unchanged with --allow-nonfinite"
+            )
+        if self.counts:
+            logger.warning("%s holds %s: written unchanged", source, self)
 
     def __str__(self) -> str:
         """List the first tensors that hold such values, with their counts."""

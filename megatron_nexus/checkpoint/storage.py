@@ -8,7 +8,6 @@ Names of checkpoints, and which one is the latest: see run_dir.
 
 import mmap
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -37,68 +36,15 @@ UPLOAD_BYTES = 16 << 20
 Bytes = npt.NDArray[np.uint8]
 
 
-class Folder(ABC):
-    """A checkpoint's folder, or the run's: what a disk and an object store do in ways of their own.
-
-    All methods raise OSError or CheckpointError.
-    """
-
-    @property
-    @abstractmethod
-    def unfinished_name(self) -> str:
-        """The name beside it of the checkpoint that is to become this one."""
-
-    @abstractmethod
-    def begin(self) -> None:
-        """Remove what crashed saves left beside this checkpoint, and create a folder for it."""
-
-    @abstractmethod
-    def publish(self) -> None:
-        """Make the checkpoint that was written this one, and the latest."""
-
-    @abstractmethod
-    def abandon(self) -> None:
-        """Delete what a failed save has written, as far as possible."""
-
-    @abstractmethod
-    def delete(self) -> bool:
-        """Delete a checkpoint unless it is being read; a partial one never counts as a checkpoint."""
-
-    @abstractmethod
-    def clear_deleted(self) -> None:
-        """Finish the deletions in a run's folder that a crash interrupted."""
-
-    @abstractmethod
-    def lock_for_reading(self) -> Callable[[], None]:
-        """Keep a checkpoint from being deleted; call the result to release it."""
-
-    @abstractmethod
-    def create(self, name: str) -> AbstractContextManager[Write]:
-        """Open a new file for writing from start to end; it is durable when the context exits."""
-
-    @abstractmethod
-    def part(
-        self, name: str, first: int, length: int, start: int, stop: int
-    ) -> AbstractContextManager[Bytes]:
-        """Map `length` bytes of a file from `first` on, of which those within [start, stop) are valid."""
-
-    @abstractmethod
-    def size(self, name: str) -> int:
-        """Return the size of a file in bytes."""
-
-    @abstractmethod
-    def sizes(self) -> dict[str, int]:
-        """Return the size of each file in bytes, by name; empty if the folder does not exist."""
-
-
-class LocalFolder(Folder):
-    """A disk that all ranks share.
+class LocalFolder:
+    """A folder on a disk that all ranks share: a checkpoint's, or the run's.
 
     SAVE/.tmp_iter_0000200/      a save under way, or one that died
     SAVE/.old_iter_0000100/      a checkpoint while another one of the same step takes its place
     SAVE/.deleted_iter_0000050/  a checkpoint being deleted, which no reader opens
 
-    Whoever reads a checkpoint holds a shared lock on its manifest. On NFS it may reach this machine only.
+    A reader of a checkpoint holds a shared lock on its manifest. On NFS it may reach this machine only.
+    All methods raise OSError or CheckpointError.
     """
 
     temporary, replaced, deleted = DRAFT, ".old_", ".deleted_"
@@ -108,6 +54,7 @@ class LocalFolder(Folder):
 
     @property
     def unfinished_name(self) -> str:
+        """The name beside it of the checkpoint that is to become this one."""
         return f"{self.temporary}{self.path.name}"
 
     @property
@@ -115,6 +62,7 @@ class LocalFolder(Folder):
         return self.path.with_name(self.unfinished_name)
 
     def begin(self) -> None:
+        """Remove what crashed saves left beside this checkpoint, and create a folder for it."""
         root = self.path.parent
         root.mkdir(parents=True, exist_ok=True)
         for folder in root.glob(f"{self.replaced}{CHECKPOINT}*"):
@@ -145,9 +93,11 @@ class LocalFolder(Folder):
             shutil.rmtree(aside)
 
     def abandon(self) -> None:
+        """Delete what a failed save has written, as far as possible."""
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def delete(self) -> bool:
+        """Delete a checkpoint unless it is being read; a partial one never counts as a checkpoint."""
         try:
             with exclusive_lock(self.path / MANIFEST_FILE, create=False):
                 dying = self.path.rename(self.path.with_name(f"{self.deleted}{self.path.name}"))
@@ -158,13 +108,16 @@ class LocalFolder(Folder):
         return True
 
     def clear_deleted(self) -> None:
+        """Finish the deletions in a run's folder that a crash interrupted."""
         for dead in self.path.glob(f"{self.deleted}{CHECKPOINT}*"):
             shutil.rmtree(dead)
 
     def lock_for_reading(self) -> Callable[[], None]:
+        """Keep a checkpoint from being deleted; call the result to release it."""
         return shared_lock(self.path / MANIFEST_FILE)
 
     def create(self, name: str) -> AbstractContextManager[Write]:
+        """Open a new file for writing from start to end; it is durable when the context exits."""
         return durable_file(self.path / name)
 
     @contextmanager
@@ -179,16 +132,18 @@ class LocalFolder(Folder):
         yield np.frombuffer(mapped, np.uint8, length, before)
 
     def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
         return (self.path / name).stat().st_size
 
     def sizes(self) -> dict[str, int]:
+        """Return the size of each file in bytes, by name; empty if the folder does not exist."""
         if not self.path.is_dir():
             return {}
         return {path.name: path.stat().st_size for path in self.path.iterdir() if path.is_file()}
 
 
-class ObjectFolder(Folder):
-    """An object store, which knows neither renaming nor locks: readers are not waited for."""
+class ObjectFolder:
+    """The same in an object store, which knows neither renaming nor locks: readers are not waited for."""
 
     def __init__(self, path: ObjectPath) -> None:
         self.path = path
@@ -265,6 +220,6 @@ def _checkpoints(root: ObjectPath) -> list[ObjectFolder]:
         return []
 
 
-def folder_of(location: Location) -> Folder:
+def folder_of(location: Location) -> LocalFolder | ObjectFolder:
     """Return the folder at a location."""
     return ObjectFolder(location) if isinstance(location, ObjectPath) else LocalFolder(location)

@@ -7,6 +7,7 @@ One process, no accelerator, no model: tensors are read box by box from whatever
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from megatron_nexus import log
@@ -82,7 +83,6 @@ def run(argv: list[str]) -> None:
         from megatron_nexus.interchange.safetensors_writer import (
             Precision,
             plain_bytes,
-            require_finite,
             write_safetensors,
         )
         from megatron_nexus.interchange.universal_checkpoint import universal_bytes, write_universal
@@ -108,7 +108,7 @@ def run(argv: list[str]) -> None:
                 write_safetensors(
                     path, reader, state, precision, names, metadata, progress.advance, non_finite
                 )
-        require_finite(source, non_finite, given.allow_nonfinite)
+        non_finite.refuse(source, given.allow_nonfinite)
     log.logger.info("wrote %s: %s bytes of tensors", save, f"{total:,}")
     if is_universal:
         _log_how_to_load(save, manifest)
@@ -144,13 +144,10 @@ def read_names(file: str, manifest: Manifest) -> dict[str, str]:
     if problems:
         raise ConfigError(problems)
     names |= given
-    taken: dict[str, str] = {}
-    for name, theirs in names.items():
-        if theirs in taken:
-            problems.append(
-                f"--names {file} calls both {taken[theirs]} and {name} {theirs!r}: give each its own"
-            )
-        taken[theirs] = name
+    for theirs, times in Counter(names.values()).items():
+        if times > 1:
+            same = " and ".join(name for name in names if names[name] == theirs)
+            problems.append(f"--names {file} calls {same} {theirs!r}: give each a name of its own")
     if problems:
         raise ConfigError(problems)
     return names

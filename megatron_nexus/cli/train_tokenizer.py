@@ -13,6 +13,7 @@ from megatron_nexus.data.documents import (
     REPORTED,
     Document,
     RecordFormat,
+    bad_record_lines,
     no_document,
     read_slice,
     split_into_slices,
@@ -89,10 +90,8 @@ def run(argv: list[str]) -> None:
     total = sum(file_slice.size for file_slice in slices)
     with _writable(output), log.Progress("Reading and training", total, "MB") as progress:
         train_sentencepiece_bpe(documents(), output, given.vocab_size, given.sample_mb * 1_000_000)
-    for line in empty_file_lines(files):
+    for line in (*empty_file_lines(files), *bad_record_lines(left_out, samples)):
         log.logger.warning("%s", line)
-    for reason, times in left_out.items():
-        log.logger.warning("%s records left out: %s", f"{times:,}", reason)
     tokenizer = SentencePieceTokenizer(output)
     log.logger.info("%s: %s pieces, sha256 %s", output, f"{tokenizer.vocab_size:,}", tokenizer.fingerprint)
 

@@ -9,22 +9,11 @@ from megatron_nexus.errors import ConfigError
 DEFAULT_EXIT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """What terminals (Ctrl-C, a closed window) and schedulers (SLURM, submitit, LSF, Grid Engine) send."""
 
-NOT_HANDLED = (
-    # cannot be caught
-    *(signal.SIGKILL, signal.SIGSTOP),
-    # a fault of the program, which would happen again as soon as the handler returns
-    *(
-        signal.SIGSEGV,
-        signal.SIGBUS,
-        signal.SIGFPE,
-        signal.SIGILL,
-        signal.SIGABRT,
-        signal.SIGTRAP,
-        signal.SIGSYS,
-    ),
-    # sent when nothing is asked for: a child ended, a pipe was closed, the window has another size
-    *(signal.SIGCHLD, signal.SIGPIPE, signal.SIGWINCH, signal.SIGURG, signal.SIGCONT),
-)
+UNCATCHABLE = ("SIGKILL", "SIGSTOP")
+FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
+"""Faults of the program, which would happen again as soon as the handler returns."""
+NO_REQUESTS = ("SIGCHLD", "SIGPIPE", "SIGWINCH", "SIGURG", "SIGCONT")
+"""Sent when a child has ended, a pipe was closed, or the window has another size."""
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -38,7 +27,7 @@ def parse_exit_signals(names: Sequence[str]) -> tuple[signal.Signals, ...]:
     found = []
     for name in names:
         member = signal.Signals.__members__.get(name if name.startswith("SIG") else f"SIG{name}")
-        if member is None or member in NOT_HANDLED:
+        if member is None or member.name in (*UNCATCHABLE, *FAULTS, *NO_REQUESTS):
             why = "is not a signal" if member is None else "cannot ask a run to save and exit"
             problems.append(
                 f"--exit-signal {name} {why}: use names such as {', '.join(DEFAULT_EXIT_SIGNALS)}"

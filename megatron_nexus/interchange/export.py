@@ -31,7 +31,6 @@ from megatron_nexus.interchange.safetensors_writer import (
     BLOCK_ELEMENTS,
     Precision,
     plain_bytes,
-    require_finite,
     write_safetensors,
 )
 from megatron_nexus.interchange.tokenizer_files import write_tokenizer
@@ -107,7 +106,7 @@ def export_checkpoint(
                 write_safetensors(
                     folder / name, reader, "fp32", precision, shard, {}, progress.advance, non_finite
                 )
-        require_finite(source, non_finite, allow_non_finite)
+        non_finite.refuse(source, allow_non_finite)
         if len(shards) > 1:
             _write_json(folder / "model.safetensors.index.json", _index(names, shards, needed))
     return Exported(architecture, names, described, tied)

@@ -38,7 +38,7 @@ from megatron_nexus.interchange.hf_config import ties_head
 from megatron_nexus.interchange.names import ENDS, huggingface_name
 from megatron_nexus.interchange.output_dir import output_dir
 from megatron_nexus.interchange.source_model import SourceModel
-from megatron_nexus.log import Progress, logger
+from megatron_nexus.log import Progress
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
 
@@ -95,14 +95,8 @@ def import_checkpoint(
         with new_checkpoint(folder, 0, SingleProcess()) as checkpoint:
             values = _values(source, places, chunks, progress, non_finite)
             record = write_chunks(checkpoint.folder, 0, chunks, values, {})
-            if non_finite.counts and not allow_non_finite:
-                raise CheckpointError(
-                    f"{origin} holds {non_finite}, as float32: the model computes nothing; get sound "
-                    "weights, or import it unchanged with --allow-nonfinite"
-                )
+            non_finite.refuse(origin, allow_non_finite)
             checkpoint.finish(_manifest(source, origin, specs, config, fingerprint), [record])
-    if non_finite.counts:
-        logger.warning("%s holds %s: imported unchanged", origin, non_finite)
     return root / checkpoint_name(0)
 
 

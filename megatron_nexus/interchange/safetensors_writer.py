@@ -12,12 +12,9 @@ from typing import Literal
 import torch
 
 from megatron_nexus.checkpoint.chunks import full_box, split_box
-from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.storage import LocalFolder
 from megatron_nexus.checkpoint.store import StateReader
-from megatron_nexus.errors import CheckpointError
-from megatron_nexus.log import logger
 from megatron_nexus.spec.param import ParamSpec
 
 Precision = Literal["fp32", "bf16"]
@@ -66,18 +63,6 @@ def write_safetensors(
                 contents = values.numpy().data.cast("B")
                 write(contents)
                 advance(len(contents))
-
-
-def require_finite(source: Location, non_finite: NonFiniteValues, allowed: bool) -> None:
-    """Raise CheckpointError where values of `source` were not finite; where that is `allowed`, warn."""
-    if not non_finite.counts:
-        return
-    if not allowed:
-        raise CheckpointError(
-            f"{source} holds {non_finite}: a model that computes nothing; take an earlier checkpoint, or "
-            "write it unchanged with --allow-nonfinite"
-        )
-    logger.warning("%s holds %s: written unchanged", source, non_finite)
 
 
 def _header(

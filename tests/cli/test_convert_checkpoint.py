@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
         ({"heat.weight": "x"}, "'heat.weight', which is not a parameter"),
         ({"head.weight": "../x"}, "without slashes"),
         ({"head.weight": 3}, "without slashes"),
-        ({"head.weight": "embedding.weight"}, "calls both embedding.weight and head.weight"),
+        ({"head.weight": "embedding.weight"}, "calls embedding.weight and head.weight"),
     ],
 )
 def test_wrong_names_are_told(names: object, told: str, run: Run, folder: Path) -> None:

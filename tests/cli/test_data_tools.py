@@ -51,7 +51,7 @@ def test_from_text_to_a_corpus_that_is_sound(tmp_path: Path, monkeypatch: pytest
     trained = run_tool("train_tokenizer", "--input", records, "--vocab-size", 300, "--output", model)
     assert trained.returncode == 0, trained.stderr
     assert "300 pieces" in trained.stdout
-    assert "1 records left out: not JSON" in trained.stdout
+    assert "1 malformed record left out: 1 not JSON" in trained.stdout
     made = run_tool(
         "preprocess_data", "--input", records, "--output-prefix", prefix, "--tokenizer-model", model
     )

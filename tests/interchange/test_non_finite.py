@@ -84,7 +84,7 @@ def test_an_import_is_refused_by_tensor_and_count(
 def test_what_was_let_in_is_named_by_every_tool(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
     write_source(tmp_path / "hf", "float32", {HEAD: [np.nan, np.inf]})
     code, output = run("import", "--input hf --save run --allow-nonfinite")
-    assert code == 0 and f"{HEAD}: 2: imported unchanged" in output, output
+    assert code == 0 and f"{HEAD}: 2: written unchanged" in output, output
     code, output = run("inspect", "run --verify")
     assert code == 2 and "head.weight (fp32): 2" in output and "No damage found" in output, output
     code, output = run("upcycle", "--load run --save made --verify")
