@@ -64,7 +64,6 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus convert` with the flags `argv`."""
-    log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     is_universal = given.format == "universal"

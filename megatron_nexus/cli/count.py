@@ -19,7 +19,6 @@ from megatron_nexus.errors import ConfigError
 
 def run(argv: list[str]) -> None:
     """Run `nexus count` with the flags `argv`."""
-    log.configure(is_main_rank=True)
     for line in count(argv):
         log.logger.info("%s", line)
 

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,6 @@ from megatron_nexus.spec.cost import parameter_count
 if TYPE_CHECKING:
     from megatron_nexus.evaluation.perplexity import Perplexity
     from megatron_nexus.evaluation.results import TaskResult
-    from megatron_nexus.evaluation.tasks import Tasks
 
 
 def make_parser() -> FlagParser:
@@ -74,11 +73,14 @@ def _names(text: str) -> tuple[str, ...]:
 def run(argv: list[str]) -> None:
     """Run `nexus evaluate` with the flags `argv`."""
     given = make_parser().parse_args(argv)
-    log.configure(is_main_rank=True)
     texts = _look_ahead(given)
     trained = find_model(given)
     # Data that cannot be fetched is an error before a model is loaded.
-    tasks = _open_tasks(given.tasks, given.task_path) if given.tasks else None
+    tasks = None
+    if given.tasks:
+        with log.importing("lm-evaluation-harness"):
+            from megatron_nexus.evaluation.tasks import open_tasks
+        tasks = open_tasks(given.tasks, given.task_path)
     loaded = trained.load()
     from megatron_nexus.evaluation.local_scorer import LocalScorer
     from megatron_nexus.evaluation.perplexity import measure_perplexity
@@ -140,12 +142,6 @@ def _require_writable(output: Path) -> None:
         raise ConfigError(f"--output {output} is a folder: add a name, such as scores.json")
     if not os.access(output.resolve().parent, os.W_OK):
         raise ConfigError(f"--output {output}: its folder cannot be written to: give another")
-
-
-def _open_tasks(names: Sequence[str], folder: Path | None) -> "Tasks":
-    with log.importing("lm-evaluation-harness"):
-        from megatron_nexus.evaluation.tasks import open_tasks
-    return open_tasks(names, folder)
 
 
 def _record(

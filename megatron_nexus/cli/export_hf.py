@@ -53,7 +53,6 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus export` with the flags `argv`."""
-    log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     saved = open_saved_run(location(given.load))

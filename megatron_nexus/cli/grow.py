@@ -96,7 +96,6 @@ def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
 
 def run(argv: list[str]) -> None:
     """Run `nexus grow` with the flags `argv`."""
-    log.configure(is_main_rank=True)
     end_on_sigterm()
     grow(make_parser().parse_args(argv))
 

@@ -27,8 +27,6 @@ def make_parser() -> FlagParser:
 def run(argv: list[str]) -> None:
     """Run `nexus inspect` with the flags `argv`."""
     given = make_parser().parse_args(argv)
-
-    log.configure(is_main_rank=True)
     saved = open_saved_run(given.checkpoint)
     folder, manifest = saved.checkpoint, saved.manifest
     reader = CheckpointReader(folder)

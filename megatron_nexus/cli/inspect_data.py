@@ -41,15 +41,16 @@ def make_parser() -> FlagParser:
 def run(argv: list[str]) -> None:
     """Run `nexus inspect-data` with the flags `argv`."""
     given = make_parser().parse_args(argv)
-
-    log.configure(is_main_rank=True)
     dataset = IndexedDataset(given.prefix)
     description = read_description(given.prefix)
     tokenizer = open_tokenizer(given.tokenizer_model) if given.tokenizer_model else None
     _show(dataset, description)
     _show_loss(dataset, description, None if given.skip_checks else tokenizer)
     if tokenizer is not None:
-        _show_samples(dataset, tokenizer, given.samples)
+        for document in sample_documents(dataset, given.samples):
+            text = sample_text(dataset, document, tokenizer)
+            begins = f"begins {text!r}" if text is not None else "has ids that the tokenizer does not have"
+            log.logger.info("document %s %s", f"{document:,}", begins)
     if given.skip_checks:
         return
     with log.Progress("Reading all tokens"):
@@ -117,10 +118,3 @@ def _show_loss(
     else:
         lossless = "not known"
     log.logger.info("lossless         %s", lossless)
-
-
-def _show_samples(dataset: IndexedDataset, tokenizer: Tokenizer, samples: int) -> None:
-    for document in sample_documents(dataset, samples):
-        text = sample_text(dataset, document, tokenizer)
-        begins = f"begins {text!r}" if text is not None else "has ids that the tokenizer does not have"
-        log.logger.info("document %s %s", f"{document:,}", begins)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.log import configure, importing
+from megatron_nexus.log import importing
 
 HELP = """\
 usage: {launch} [flags of DeepSpeed's runner] train [flags of train]
@@ -40,7 +40,6 @@ def run(argv: list[str]) -> None:
 
     Raises ConfigError where the first word that is not a flag of the runner is not `train`.
     """
-    configure(is_main_rank=True)
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(HELP.format(launch=command("launch"), train=command("train")))
         return

@@ -25,7 +25,6 @@ def make_parser() -> FlagParser:
 def run(argv: list[str]) -> None:
     """Run `nexus plot` with the flags `argv`."""
     given = make_parser().parse_args(argv)
-    log.configure(is_main_rank=True)
     runs = read_runs(given.runs)
     for line in comparison_table(runs):
         log.logger.info("%s", line)

@@ -39,7 +39,6 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus presets` with the flags `argv`."""
-    log.configure(is_main_rank=True)
     given = make_parser().parse_args(argv)
     with nullcontext() if given.json else log.importing("torch"):
         rows = list(preset_rows())

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from megatron_nexus import log
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError, path_errors
-from megatron_nexus.log import silence
 
 EXIT_CODE_INTERRUPTED = 130
 
 
 def run_tool(tool: Callable[[], None]) -> NoReturn:
-    """Run a tool and end the process."""
+    """Run a tool, whose messages go to stdout, and end the process."""
+    log.configure(is_main_rank=True)
     # The 700 of Python are for small programs: a third of the time to import torch goes into collections.
     gc.set_threshold(100_000)
     try:
@@ -26,7 +27,7 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
         sys.stderr.write(": ".join(["interrupted", *map(str, interrupt.args)]) + "\n")
         sys.exit(EXIT_CODE_INTERRUPTED)
     except BrokenPipeError:
-        silence(sys.stdout)  # the interpreter would complain of it at exit
+        log.silence(sys.stdout)  # the interpreter would complain of it at exit
     sys.exit(0)
 
 

@@ -48,8 +48,6 @@ def make_parser() -> FlagParser:
 def run(argv: list[str]) -> None:
     """Run `nexus train-tokenizer` with the flags `argv`."""
     given = make_parser().parse_args(argv)
-
-    log.configure(is_main_rank=True)
     output: Path = given.output
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder: add a name, such as {output / 'spm.model'}")

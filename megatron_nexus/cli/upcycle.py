@@ -14,7 +14,6 @@ With --attention-order, a model of any projections gets inner attentions behind 
 import argparse
 from dataclasses import replace
 
-from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.cli.grow import add_writing_flags, write_grown
@@ -56,7 +55,6 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus upcycle` with the flags `argv`."""
-    log.configure(is_main_rank=True)
     end_on_sigterm()
     given = make_parser().parse_args(argv)
     saved, values = open_saved_run(location(given.load)), vars(given)

@@ -4,7 +4,7 @@ All of it is stated once, where the field is declared; the command line, the rul
 """
 
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any, TypeVar
 
@@ -70,13 +70,10 @@ def bound_problems(section: Any) -> Iterator[str]:
     """Yield a message for each number of a section, a dataclass of `config_field`s, outside its bounds."""
     for entry in fields(section):
         bounds: Bounds | None = entry.metadata["bounds"]
-        if bounds is not None and (said := bounds.problem(_spelling(entry), getattr(section, entry.name))):
+        # As users write it: --tp, not --tensor-model-parallel-size.
+        flag = next((alias for alias in entry.metadata["aliases"] if len(alias) <= 4), flag_of(entry.name))
+        if bounds is not None and (said := bounds.problem(flag, getattr(section, entry.name))):
             yield said
-
-
-def _spelling(entry: Field[Any]) -> str:
-    """Return the flag as users write it: --tp, not --tensor-model-parallel-size."""
-    return next((alias for alias in entry.metadata["aliases"] if len(alias) <= 4), flag_of(entry.name))
 
 
 def growing_fields(section: type) -> tuple[str, ...]:

@@ -191,20 +191,17 @@ def _prepare(
         logger.info("%s is damaged and is prepared again", folder)
         shutil.rmtree(folder)
     with atomic_dir(folder) as draft:
-        facts = _write(draft, documents, tokenizer or _train(draft, documents, vocab_size))
+        if tokenizer is None:
+            with Progress(f"Training a tokenizer of {vocab_size} pieces on the default corpus"):
+                train_sentencepiece_bpe(documents, draft / TOKENIZER_FILE, vocab_size)
+            tokenizer = SentencePieceTokenizer(draft / TOKENIZER_FILE)
+        facts = _write(draft, documents, tokenizer)
         file_bytes = {file.name: file.stat().st_size for file in draft.iterdir()}
         manifest = {"fingerprint": fingerprint, **facts, "file_bytes": file_bytes}
         (draft / "manifest.json").write_text(json.dumps(manifest, indent=2))
     corpus = _complete(folder, fingerprint)
     assert corpus is not None, f"{folder} was removed while it was written"
     return corpus
-
-
-def _train(folder: Path, documents: list[str], vocab_size: int) -> Tokenizer:
-    """Train a tokenizer of the documents, kept in `folder`."""
-    with Progress(f"Training a tokenizer of {vocab_size} pieces on the default corpus"):
-        train_sentencepiece_bpe(documents, folder / TOKENIZER_FILE, vocab_size)
-    return SentencePieceTokenizer(folder / TOKENIZER_FILE)
 
 
 def _write(folder: Path, documents: list[str], tokenizer: Tokenizer) -> dict[str, int]:

@@ -45,16 +45,11 @@ def micro_batches(
     first = consumed_samples + data_parallel_rank * micro_batch_size
     while True:
         numbers = range(first, first + micro_batch_size)
-        tokens_BT, labels_BT = _tokens_and_labels(np.stack([samples.sample(k) for k in numbers]))
+        read = torch.from_numpy(np.stack([samples.sample(k) for k in numbers]))  # [B, T + 1]
+        tokens_BT, labels_BT = read[:, :-1].contiguous(), read[:, 1:].contiguous()
         if packed:
             positions_BT = torch.from_numpy(np.stack([samples.positions(k) for k in numbers]))
             yield (tokens_BT, positions_BT), labels_BT
         else:
             yield tokens_BT, labels_BT
         first += samples_per_step
-
-
-def _tokens_and_labels(samples: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Split [B, T + 1] into what is read and what is to be predicted."""
-    both = torch.from_numpy(samples)
-    return both[:, :-1].contiguous(), both[:, 1:].contiguous()

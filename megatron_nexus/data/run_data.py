@@ -137,7 +137,10 @@ class RunData:
         data = self._config.data
         held_out = parse_sets("--valid-data-path", "validation", data.valid_data_path)
         tests = parse_sets("--test-data-path", "test", data.test_data_path)
-        evaluations = {name: self._whole(name, blend) for name, blend in {**held_out, **tests}.items()}
+        evaluations = {}
+        for name, whole in {**held_out, **tests}.items():
+            parts = [SplitRange(name, range(self._open(source.prefix).token_count)) for source in whole]
+            evaluations[name] = self._blend(whole, parts, _shares(whole, parts), seed=0)
         if not held_out and (validation := self._validation(sources)):
             evaluations = {"validation": validation, **evaluations}
         return evaluations
@@ -158,11 +161,6 @@ class RunData:
         return self._blend(
             list(compress(sources, held)), list(compress(parts, held)), list(compress(shares, held)), seed=0
         )
-
-    def _whole(self, name: str, sources: Sequence[Source]) -> Blend:
-        """Return a set of an evaluation: all of its corpora."""
-        parts = [SplitRange(name, range(self._open(source.prefix).token_count)) for source in sources]
-        return self._blend(sources, parts, _shares(sources, parts), seed=0)
 
     def _blend(
         self, sources: Sequence[Source], parts: Sequence[SplitRange], shares: Sequence[int], seed: int

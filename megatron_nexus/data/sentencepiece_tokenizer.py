@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +180,9 @@ def train_sentencepiece_bpe(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(_sample(documents, sample_bytes)),
+            sentence_iterator=(
+                line for text in _sample(documents, sample_bytes) for line in text.split("\n") if line
+            ),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -235,10 +237,6 @@ def _sample(documents: Iterable[str], sample_bytes: int) -> list[str]:
             smallest_dropped = -priority
             kept_bytes -= len(dropped.encode())
     return [text for _, text in sorted(kept, reverse=True)]
-
-
-def _lines(documents: Iterable[str]) -> Iterator[str]:
-    return (line for text in documents for line in text.split("\n") if line)
 
 
 def require_unicode(text: str) -> bytes:

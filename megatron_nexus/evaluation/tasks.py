@@ -93,12 +93,12 @@ def _fetched_tasks(names: Sequence[str]) -> Tasks:
         with Progress("listing the tasks of lm-evaluation-harness"):
             manager = lm_eval.tasks.TaskManager()
         known = manager.all_tasks
-        unknown = [
-            f"the task {name!r} is unknown to lm-evaluation-harness {lm_eval.__version__}"
-            f"{_nearest(name, known)}"
-            for name in names
-            if name not in known
-        ]
+        unknown = []
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, LISTED_NAMES)
+                remedy = f"did you mean {' or '.join(near)}?" if near else "see `lm_eval ls tasks`"
+                unknown.append(f"lm-evaluation-harness {lm_eval.__version__} has no task {name!r}: {remedy}")
         if unknown:
             raise ConfigError(unknown)
         specs = list(dict.fromkeys(names))
@@ -112,8 +112,3 @@ def _fetched_tasks(names: Sequence[str]) -> Tasks:
             "--eval-task-path)"
         ) from error
     return tasks
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, LISTED_NAMES)
-    return f": did you mean {' or '.join(near)}?" if near else ": see `lm_eval ls tasks`"

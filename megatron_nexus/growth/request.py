@@ -202,15 +202,11 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     if new.feed_forward == "pattention" and new.ffn_hidden_size > old.ffn_hidden_size:
         new = replace(new, base_ffn_hidden_size=old.feed_forward_scale_slots if keeps else 0)
     if new.nexus_inner_norm and new.nexus_inner_norm_scale == "width":
-        new = _with_inner_norm_scales_of(old, new)
+        # Scales stay those of the widths that the old model was created with.
+        grown = [name for name in _nexus_widths(old) if getattr(new, name) > getattr(old, name)]
+        bases = {f"base_{name}": getattr(old, f"base_{name}") or getattr(old, name) for name in grown}
+        new = replace(new, **bases)
     return new
-
-
-def _with_inner_norm_scales_of(old: ModelConfig, new: ModelConfig) -> ModelConfig:
-    """Return `new` with the inner-norm scales of the widths that `old` was created with."""
-    grown = [name for name in _nexus_widths(old) if getattr(new, name) > getattr(old, name)]
-    bases = {f"base_{name}": getattr(old, f"base_{name}") or getattr(old, name) for name in grown}
-    return replace(new, **bases)
 
 
 def with_empty_branch(saved: RunConfig) -> RunConfig:

@@ -63,16 +63,11 @@ def compare(plan: GrowthPlan, source: Location, made: Path, seed: int = 0) -> Co
 def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progress: Progress) -> Tensor:
     """Return the logits [T, B, vocabulary] in float64."""
     x = tokens
+    context = LayerContext(TensorParallel(None), Shard(0, 1), seed=None, dtype=torch.float64)
     for index in range(model.num_layers + 2):
-        stage = _layer(model, index)
+        stage = DecoderStage(model, range(index, index + 1), context)  # one layer, without values
         for name, (_, parameter) in logical_parameters(stage).items():
             read_full_tensor(reader, name, parameter)
         x = stage(x)
         progress.advance(1)
     return x
-
-
-def _layer(model: ModelConfig, index: int) -> DecoderStage:
-    """Build one layer of a decoder in float64 with uninitialised weights."""
-    context = LayerContext(TensorParallel(None), Shard(0, 1), seed=None, dtype=torch.float64)
-    return DecoderStage(model, range(index, index + 1), context)

@@ -10,7 +10,7 @@ The folder gets its name when it is complete: an interrupted export leaves nothi
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,11 @@ def export_checkpoint(
                 )
         non_finite.refuse(source, allow_non_finite)
         if len(shards) > 1:
-            _write_json(folder / "model.safetensors.index.json", _index(names, shards, needed))
+            places = {
+                held: name for name, shard in zip(names, shards, strict=True) for held in shard.values()
+            }
+            index: JsonObject = {"metadata": {"total_size": needed}, "weight_map": places}
+            _write_json(folder / "model.safetensors.index.json", index)
     return Exported(architecture, names, described, tied)
 
 
@@ -146,11 +150,6 @@ def _file_names(count: int) -> tuple[str, ...]:
     if count == 1:
         return ("model.safetensors",)
     return tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
-
-
-def _index(names: Sequence[str], shards: Sequence[Mapping[str, str]], total_bytes: int) -> dict[str, object]:
-    places = {held: name for name, shard in zip(names, shards, strict=True) for held in shard.values()}
-    return {"metadata": {"total_size": total_bytes}, "weight_map": places}
 
 
 def _write_json(path: Path, record: dict[str, object]) -> None:

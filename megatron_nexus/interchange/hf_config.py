@@ -41,6 +41,7 @@ DEFAULTS: dict[object, JsonObject] = {
         "rope_theta": 2e6,
         "tie_word_embeddings": True,
     },
+    NEXUSFORMER.model_type: {"nexus_inner_norm_scale": "hidden"},
 }
 """What their classes assume that others do not. Of a key that is null all assume what Llama does."""
 LLAMA3 = "llama3"
@@ -55,6 +56,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "projection": get_args(Projection),
     "feed_forward": get_args(FeedForwardKind),
     "normalization": get_args(Normalization),
+    "nexus_inner_norm_scale": get_args(InnerNormScale),
 }
 
 
@@ -135,9 +137,6 @@ def _problems(config: JsonObject) -> Iterator[str]:
     inner, known = _inner(config), get_args(InnerAttention)
     if inner not in known:
         yield f"attention_inner is {inner!r}, and known here are {', '.join(known)}"
-    scale = config.get("nexus_inner_norm_scale", "hidden")
-    if scale not in get_args(InnerNormScale):
-        yield f"nexus_inner_norm_scale is {scale!r}, and known here are {', '.join(get_args(InnerNormScale))}"
     rope = _rope(config)
     for name, expected in {
         "hidden_act": "silu",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_nexus.checkpoint.chunks import full_box
 from megatron_nexus.checkpoint.data_file import DTYPE, STATES
-from megatron_nexus.checkpoint.manifest import JsonObject, Manifest
+from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.store import StateReader
 from megatron_nexus.spec.param import Flow, Layout, ParamSpec
@@ -88,7 +88,10 @@ def _optimizer_state(manifest: Manifest, count: Tensor) -> dict[str, object]:
 
     ZeRO 3 gives every group the settings of the first: it gets those that all groups share.
     """
-    groups = [_group(name, settings) for name, settings in manifest.optimizer.groups.items()]
+    groups: list[dict[str, object]] = []
+    for name, settings in manifest.optimizer.groups.items():
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+        groups.append({"name": name, **values})
     shared = {
         key: value for key, value in groups[0].items() if all(group.get(key) == value for group in groups)
     }
@@ -97,11 +100,6 @@ def _optimizer_state(manifest: Manifest, count: Tensor) -> dict[str, object]:
         "param_groups": groups,
         "optimizer_state_dict": {"state": {0: {"step": count}}, "param_groups": [shared]},
     }
-
-
-def _group(name: str, settings: JsonObject) -> dict[str, object]:
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
-    return {"name": name, **values}
 
 
 def _model_states(manifest: Manifest) -> dict[str, object]:
