@@ -5,9 +5,9 @@ Needs numpy and json only: no torch, no process group, no DeepSpeed.
 
 import weakref
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 
@@ -32,22 +32,31 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
 
 
-class StateReader(Protocol):
+class StateReader(ABC):
     """What training loads from: a checkpoint's tensors box by box, and what its manifest says of them."""
 
     folder: Location
     manifest: Manifest
 
-    def read_box(self, tensor: str, state: str, box: Box) -> Array:
-        """Return the elements of a box, float32 of shape `box.sizes`."""
-        ...
+    @abstractmethod
+    def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
+        """Read a box into the caller's array.
 
+        Raises CheckpointError: an element is not stored exactly once, or lies in a damaged block.
+        """
+
+    @abstractmethod
     def random_states(self, rank: int) -> dict[str, bytes]:
         """Return the states of a rank's random generators, by device."""
-        ...
+
+    def read_box(self, tensor: str, state: str, box: Box) -> Array:
+        """Return the elements of a box, float32 of shape `box.sizes`; raises as `read_into` does."""
+        values = np.empty(box.sizes, DTYPE)
+        self.read_into(values, tensor, state, box)
+        return values
 
 
-class CheckpointReader:
+class CheckpointReader(StateReader):
     """Reads boxes of logical tensors from the folder of a checkpoint, whatever topology wrote it.
 
     Opening reads the manifest and the index, and no data file. Reading checks the length and the header of
@@ -104,7 +113,6 @@ class CheckpointReader:
             ) from error
 
     def random_states(self, rank: int) -> dict[str, bytes]:
-        """Return the states of a rank's random generators, by device."""
         if self._index.random_states is not None:
             return dict(self._index.random_states[rank])
         return header_random_states(self._header(self._index.files[rank]))
@@ -141,17 +149,7 @@ class CheckpointReader:
                 )
             self._checked.add((record.name, stored.start + first))
 
-    def read_box(self, tensor: str, state: str, box: Box) -> Array:
-        """Return the elements of a box, float32 of shape `box.sizes`.
-
-        Raises CheckpointError: an element is not stored, or twice, or lies in a damaged block.
-        """
-        values = np.empty(box.sizes, DTYPE)
-        self.read_into(values, tensor, state, box)
-        return values
-
     def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
-        """Read a box into the caller's array; raises as `read_box` does."""
         for overlap, record, stored in self._overlaps(tensor, state, box):
             with self._checked_bytes(record, stored, *_extent(overlap, stored.chunk.box)) as contents:
                 held = contents.view(DTYPE).reshape(stored.chunk.box.sizes)

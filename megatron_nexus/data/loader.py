@@ -4,26 +4,17 @@ B micro batch, T sequence length. Every rank computes its own share: nothing is 
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-
-class Samples(Protocol):
-    """Samples without end, by number."""
-
-    def sample(self, k: int) -> npt.NDArray[np.int64]:
-        """Return the T + 1 tokens of sample `k`, whatever was read before."""
-
-    def positions(self, k: int) -> npt.NDArray[np.int64]:
-        """Return the place of each of its first T tokens in its document."""
+from megatron_nexus.data.blend import Blend
+from megatron_nexus.data.samples import TokenWindows
 
 
 def micro_batches(
-    samples: Samples,
+    samples: Blend | TokenWindows,
     consumed_samples: int,
     micro_batch_size: int,
     global_batch_size: int,

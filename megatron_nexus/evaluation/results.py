@@ -48,10 +48,5 @@ def perplexity_line(perplexity: Perplexity) -> str:
 
 def perplexity_record(perplexity: Perplexity) -> dict[str, float]:
     """Return a perplexity for JSON."""
-    return {
-        **asdict(perplexity),
-        "per_token": perplexity.per_token,
-        "per_word": perplexity.per_word,
-        "per_byte": perplexity.per_byte,
-        "bits_per_byte": perplexity.bits_per_byte,
-    }
+    derived = ("per_token", "per_word", "per_byte", "bits_per_byte")
+    return asdict(perplexity) | {name: getattr(perplexity, name) for name in derived}

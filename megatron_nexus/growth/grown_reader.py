@@ -9,10 +9,10 @@ from math import prod, sqrt
 import numpy as np
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within, intersect, split_box
-from megatron_nexus.checkpoint.data_file import DTYPE, Array
+from megatron_nexus.checkpoint.data_file import Array
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest
-from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, translate
 from megatron_nexus.spec.growth_rule import Fill, FilledBox
 from megatron_nexus.spec.initialise import logical_values
@@ -23,7 +23,7 @@ DEVIATION_ELEMENTS = 1 << 22
 """Elements that the deviation of an old tensor is taken from at once."""
 
 
-class GrownReader:
+class GrownReader(StateReader):
     """Reads the checkpoint in `folder` as the model that `plan` makes of it."""
 
     def __init__(self, folder: Location, plan: GrowthPlan) -> None:
@@ -44,17 +44,7 @@ class GrownReader:
         """Return the states of a rank's random generators; none if the model has grown: it is another run."""
         return {} if self._plan.axes else self._source.random_states(rank)
 
-    def read_box(self, tensor: str, state: str, box: Box) -> Array:
-        """Return the elements of a box of a grown tensor, float32 of shape `box.sizes`.
-
-        Raises CheckpointError where an old element is not stored exactly once, or is damaged.
-        """
-        values = np.empty(box.sizes, DTYPE)
-        self.read_into(values, tensor, state, box)
-        return values
-
     def read_into(self, values: Array, tensor: str, state: str, box: Box) -> None:
-        """Read a box into the caller's array; raises as `read_box` does."""
         plan = self._plan.tensors[tensor]
         for filled in plan.boxes:
             overlap = intersect(filled.box, box)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_nexus.data.loader import Samples, micro_batches
+from megatron_nexus.data.loader import micro_batches
 from megatron_nexus.data.samples import TokenWindows, split_documents
 
 SEQ_LENGTH = 4
@@ -24,7 +24,7 @@ def windows(tmp_path: Path) -> TokenWindows:
     return TokenWindows(dataset, split_documents(dataset, "1").train, SEQ_LENGTH, seed=7, vocab_size=201)
 
 
-def global_batches(windows: Samples, consumed: int, micro: int, dp: int, count: int) -> list[list[int]]:
+def global_batches(windows: TokenWindows, consumed: int, micro: int, dp: int, count: int) -> list[list[int]]:
     """The first tokens of each global batch of 12, sorted, as all ranks together read it."""
     steps = 12 // (micro * dp)
     ranks = [micro_batches(windows, consumed, micro, 12, rank, dp) for rank in range(dp)]
