@@ -22,9 +22,9 @@ from megatron_nexus.data.samples import (
     SplitRange,
     Splits,
     TokenWindows,
-    keeps_validation,
     restrict,
     split_documents,
+    split_shares,
 )
 from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import DataError
@@ -147,7 +147,7 @@ class RunData:
 
     def _validation(self, sources: Sequence[Source]) -> Blend | None:
         """Return the validation parts of the training data, in its shares; None where --split has none."""
-        if not keeps_validation(self._config.data.split):
+        if not split_shares(self._config.data.split)[1]:
             return None
         splits = self._parts(sources)
         shares = _shares(sources, [split.train for split in splits])

@@ -41,11 +41,6 @@ class Splits:
     test: SplitRange
 
 
-def keeps_validation(weights: str) -> bool:
-    """Return whether `--split` keeps documents for validation. Raises DataError as `split_documents`."""
-    return split_shares(weights)[1] > 0
-
-
 def split_shares(weights: str) -> list[float]:
     """Return the shares of training, validation and test. Raises DataError as `split_documents`."""
     problem = DataError(
