@@ -29,15 +29,19 @@ def run(argv: list[str]) -> None:
     start_server("megatron_nexus.data.shards")
     # Takes as long as the server needs to start: both at once.
     from megatron_nexus.data.preprocess import PreprocessConfig, preprocess, work_folder
+    from megatron_nexus.data.shards import TokenizeConfig
 
     job = PreprocessConfig(
         inputs=given.input,
         output_prefix=given.output_prefix,
-        tokenizer_path=given.tokenizer_model,
-        reading=RecordFormat(given.json_keys, given.txt_documents),
-        append_eod=given.append_eod,
-        prepend_bos=given.prepend_bos,
-        strict=given.strict,
+        tokenizing=TokenizeConfig(
+            work_folder(given.output_prefix),
+            given.tokenizer_model,
+            RecordFormat(given.json_keys, given.txt_documents),
+            given.append_eod,
+            given.strict,
+            given.prepend_bos,
+        ),
         overwrite=given.overwrite,
         workers=given.workers,
         log_interval_s=given.log_interval,
@@ -53,7 +57,7 @@ def run(argv: list[str]) -> None:
             # Other ranks wait for messages of this one.
             sys.stderr.write("".join(traceback.format_exception(error)))
             comm.abort()
-        shards = work_folder(job.output_prefix)
+        shards = job.tokenizing.folder
         if isinstance(error, KeyboardInterrupt) and shards.exists():
             kept = f"finished shards are kept in {shards}: the same command continues from there"
             raise KeyboardInterrupt(kept) from None

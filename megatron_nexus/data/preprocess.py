@@ -24,7 +24,6 @@ from megatron_nexus.base.durable import DRAFT, dir_lock
 from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.documents import (
     REPORTED,
-    RecordFormat,
     bad_record_lines,
     no_document,
     split_into_slices,
@@ -63,12 +62,7 @@ class PreprocessConfig:
     inputs: list[str]
     """Files, folders and globs."""
     output_prefix: Path
-    tokenizer_path: Path
-    reading: RecordFormat
-    append_eod: bool = True
-    prepend_bos: bool | None = None
-    """Whether every document begins with BOS; None: as the tokenizer does of itself."""
-    strict: bool = False
+    tokenizing: TokenizeConfig
     overwrite: bool = False
     workers: int = 0
     """Processes of each rank; 0: one a core."""
@@ -128,7 +122,7 @@ def _run_worker(job: PreprocessConfig, comm: Communicator) -> None:
     try:
         with (
             path_errors(),
-            closing(tokenize_shards(assignment.shards, _tokenizing(job), job.workers or comm.cores)) as steps,
+            closing(tokenize_shards(assignment.shards, job.tokenizing, job.workers or comm.cores)) as steps,
         ):
             for finished in steps:
                 if finished is not None:
@@ -145,7 +139,7 @@ def _run_worker(job: PreprocessConfig, comm: Communicator) -> None:
 def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescription:
     """Share the work out, do a part of it, and merge."""
     tokenizer, files, shards = _plan(job)
-    tokenizing = _tokenizing(job)
+    tokenizing = job.tokenizing
     dtype = token_dtype(tokenizer.vocab_size)
     began = time.monotonic()
     with _locked(tokenizing.folder):
@@ -162,7 +156,7 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
             number: count
             for number, count in earlier.items()
             # Under --strict the malformed record is the error: find its line again.
-            if count is not None and not (job.strict and count.malformed)
+            if count is not None and not (tokenizing.strict and count.malformed)
         }
         missing = {number: shard for number, shard in enumerate(shards) if number not in counts}
         logger.info(
@@ -242,9 +236,9 @@ def _plan(job: PreprocessConfig) -> tuple[Tokenizer, list[InputFile], list[Input
     files: list[InputFile] = []
     shards: list[InputShard] = []
     try:
-        files = find_input_files(job.inputs, job.strict)
+        files = find_input_files(job.inputs, job.tokenizing.strict)
         shard_bytes = _shard_bytes(sum(file.size for file in files))
-        shards = make_shards(split_into_slices(files, job.reading, shard_bytes), shard_bytes)
+        shards = make_shards(split_into_slices(files, job.tokenizing.reading, shard_bytes), shard_bytes)
     except ConfigError as error:
         problems += error.problems
     if job.output_prefix.suffix in (".bin", ".idx"):
@@ -257,7 +251,7 @@ def _plan(job: PreprocessConfig) -> tuple[Tokenizer, list[InputFile], list[Input
             f"--output-prefix {job.output_prefix}: {names} exist: add --overwrite or choose another prefix"
         )
     try:
-        tokenizer = open_tokenizer(job.tokenizer_path, job.prepend_bos)
+        tokenizer = open_tokenizer(job.tokenizing.tokenizer_path, job.tokenizing.prepend_bos)
     except DataError as error:
         problems.append(str(error))
     if problems:
@@ -274,13 +268,6 @@ def _shard_bytes(total_bytes: int) -> int:
 def work_folder(output_prefix: Path) -> Path:
     """Return where the shards of a corpus are kept until it is complete."""
     return output_prefix.with_name(f"{output_prefix.name}.shards")
-
-
-def _tokenizing(job: PreprocessConfig) -> TokenizeConfig:
-    folder = work_folder(job.output_prefix)
-    return TokenizeConfig(
-        folder, job.tokenizer_path, job.reading, job.append_eod, job.strict, job.prepend_bos
-    )
 
 
 @contextmanager
@@ -384,9 +371,9 @@ def _describe(
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
-        append_eod=job.append_eod,
-        json_key=job.reading.json_key,
-        txt_documents=job.reading.txt_documents,
+        append_eod=job.tokenizing.append_eod,
+        json_key=job.tokenizing.reading.json_key,
+        txt_documents=job.tokenizing.reading.txt_documents,
         input_files=len(files),
         input_bytes=sum(file.size for file in files),
         documents=total.documents,

@@ -20,8 +20,9 @@ from megatron_nexus.data.default_corpus import prepare_default_corpus
 from megatron_nexus.data.documents import RecordFormat
 from megatron_nexus.data.indexed_dataset import IndexedDataset, json_path
 from megatron_nexus.data.inspection import find_problems
-from megatron_nexus.data.preprocess import PreprocessConfig, preprocess
+from megatron_nexus.data.preprocess import PreprocessConfig, preprocess, work_folder
 from megatron_nexus.data.run_data import RunData
+from megatron_nexus.data.shards import TokenizeConfig
 from megatron_nexus.data.tokenizer import encode_prompt, open_tokenizer
 from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.post_processor import beginning_with
@@ -60,9 +61,9 @@ def write(folder: Path, tokenizer: Path, name: str, prepend_bos: bool | None = N
     job = PreprocessConfig(
         [str(folder / "texts.jsonl")],
         folder / name,
-        tokenizer,
-        RecordFormat("text", "file"),
-        prepend_bos=prepend_bos,
+        TokenizeConfig(
+            work_folder(folder / name), tokenizer, RecordFormat("text", "file"), True, False, prepend_bos
+        ),
         workers=1,
         overwrite=True,
     )

@@ -21,7 +21,7 @@ from megatron_nexus.data.corpus_description import check_tokenizer, read_descrip
 from megatron_nexus.data.documents import RecordFormat, split_into_slices
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.input_files import find_input_files
-from megatron_nexus.data.preprocess import PreprocessConfig, preprocess
+from megatron_nexus.data.preprocess import PreprocessConfig, preprocess, work_folder
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.shards import PREFIX, TokenizeConfig, make_shards, shard_prefix, tokenize_shard
 from megatron_nexus.data.standard_library import standard_library_documents
@@ -75,14 +75,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
 
 
 def job(folder: Path, output: Path, **options: object) -> PreprocessConfig:
-    defaults: dict[str, object] = {
-        "inputs": [str(folder / "inputs")],
-        "output_prefix": output,
-        "tokenizer_path": folder / "spm.model",
-        "reading": RecordFormat("text", "file"),
-        "workers": 1,
-    }
-    return PreprocessConfig(**(defaults | options))  # type: ignore[arg-type]
+    reading = RecordFormat("text", "file")
+    tokenizing = TokenizeConfig(work_folder(output), folder / "spm.model", reading, True, False)
+    for field in dataclasses.fields(TokenizeConfig):
+        if field.name in options:
+            tokenizing = dataclasses.replace(tokenizing, **{field.name: options.pop(field.name)})
+    options = {"inputs": [str(folder / "inputs")], "workers": 1, **options}
+    return PreprocessConfig(output_prefix=output, tokenizing=tokenizing, **options)  # type: ignore[arg-type]
 
 
 def contents(prefix: Path) -> list[bytes]:
@@ -231,7 +230,7 @@ def test_strict_finds_the_line_in_a_shard_that_is_finished(folder: Path, tmp_pat
     wanted = job(folder, tmp_path / "corpus", inputs=[str(file)], strict=True)
     with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: '{oops': fix or remove"):
         preprocess(wanted, SingleProcess())
-    made = preprocess(dataclasses.replace(wanted, strict=False), SingleProcess())
+    made = preprocess(job(folder, tmp_path / "corpus", inputs=[str(file)]), SingleProcess())
     assert made is not None
     assert (made.documents, made.malformed) == (1, {"not JSON": 1})
 
