@@ -114,7 +114,7 @@ TABLE = [
 
 COLD = [FLAGS[0][0], CHECKPOINTS[0][0], DATA[0][0]]
 """One of each stage is answered by a cold interpreter, imports and all; so is the first of the tools."""
-LATE = ["--optimizer-impl apex", "--vocab-size 50"]
+LATE = ["--optimizer-impl apex", "--vocab-size 50", "--deepspeed_config monitor.json"]
 """Found by a rank that trains."""
 
 

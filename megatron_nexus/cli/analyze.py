@@ -14,7 +14,7 @@ from megatron_nexus.base.invocation import command
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import complete_checkpoints, find_checkpoint
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.cli.arguments import count, positive
 from megatron_nexus.config.flag_parser import FlagParser

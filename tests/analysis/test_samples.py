@@ -11,7 +11,7 @@ from megatron_nexus.analysis.samples import Sample, make_groups, read_samples
 from megatron_nexus.checkpoint.chunks import are_disjoint, full_box, index_within
 from megatron_nexus.checkpoint.data_file import Array
 from megatron_nexus.checkpoint.manifest import Manifest
-from megatron_nexus.checkpoint.saved_config import saved_config
+from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.growth.generations import boxes_by_growth
 from megatron_nexus.spec.shard import Box
