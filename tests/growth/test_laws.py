@@ -5,15 +5,19 @@ commute; the same seed gives the same weights whatever topology wrote, reads or 
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
@@ -70,17 +74,33 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunConfig, Path, Tensor]]:
+    """The configuration of an option, a checkpoint, which growth only reads, and its logits."""
+
+    @functools.cache
+    def make(option: str) -> tuple[RunConfig, Path, Tensor]:
+        config = checkpoints.configure(**OPTIONS[option])
+        source = checkpoints.write_checkpoint(tmp_path_factory.mktemp("old"), config)
+        weights, tokens = checkpoints.weights(source), checkpoints.sample(config.model)
+        return config, source, reference.logits(weights, tokens, dataclasses.asdict(config.model))
+
+    return make
+
+
 @pytest.mark.parametrize(("init", "axes", "option"), CASES)
 def test_growth_keeps_the_function_and_every_new_weight_trains(
-    init: str, axes: str, option: str, tmp_path: Path
+    init: str,
+    axes: str,
+    option: str,
+    source_of: Callable[[str], tuple[RunConfig, Path, Tensor]],
+    tmp_path: Path,
 ) -> None:
     """But for `zero`, where no gradient reaches a new block; of new tokens alone the weights are drawn."""
-    config = checkpoints.configure(**OPTIONS[option])
-    source = checkpoints.write_checkpoint(tmp_path / "old", config)
+    config, source, before = source_of(option)
     sizes = checkpoints.sizes_for(config, axes)
     made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, init=init)
     tokens = checkpoints.sample(config.model)
-    before = reference.logits(checkpoints.weights(source), tokens, dataclasses.asdict(config.model))
     w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
     with torch.no_grad():
         logits = reference.logits(w, tokens, dataclasses.asdict(after.model))
