@@ -4,11 +4,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_nexus.checkpoint.location import SCHEME, Location
 from megatron_nexus.config.config_field import MOST
 from megatron_nexus.data.input_files import ENDINGS
 from megatron_nexus.errors import ConfigError
+
+T = TypeVar("T", int, float)
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +60,10 @@ class _OneKey(argparse.Action):
         setattr(namespace, self.dest, values[0])
 
 
-def number(
-    kind: type[int] | type[float], rule: str, holds: Callable[[float], bool]
-) -> Callable[[str], float]:
+def number(kind: type[T], rule: str, holds: Callable[[T], bool]) -> Callable[[str], T]:
     """Return a parser of numbers for which `holds` is true, as `rule` says."""
 
-    def parse(text: str) -> float:
+    def parse(text: str) -> T:
         value = kind(text)
         if not holds(value):
             raise argparse.ArgumentTypeError(f"{text} must {rule}")
@@ -72,7 +73,7 @@ def number(
     return parse
 
 
-def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+def positive(kind: type[T]) -> Callable[[str], T]:
     """Return a parser of numbers above 0."""
     return number(kind, "be a finite number above 0", lambda value: 0 < value < inf)
 
