@@ -193,7 +193,7 @@ def test_every_field_of_the_configuration_is_read() -> None:
     }
     # These are read by properties of the section itself.
     spans = ("warmup", "decay", "wsd_decay")
-    inside = {("model", "num_query_groups")} | {
+    inside = {("model", "num_query_groups"), ("model", "base_pattention_slots")} | {
         ("optimizer", f"lr_{span}_{unit}") for span in spans for unit in ("iters", "samples")
     }
     assert {("self", name) for _, name in inside} <= read
