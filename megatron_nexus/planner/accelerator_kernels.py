@@ -83,13 +83,14 @@ def _norm_kernel(*tensors: Tensor) -> Kernel:
 
 
 def cross_entropy_kernel(record: Record, compiled: bool) -> CrossEntropyKernel:
-    """Return the cross entropy of logits [N, V] in bf16, in chunks of torch's kernels, or compiled.
+    """Return the cross entropy of logits [N, V]: compiled, or of bf16 ones in chunks of torch's kernels.
 
-    Bytes a logit: compiled 4 forward (read twice) and 4 backward; else 6 forward (log-softmax in fp32) and 20
-    backward (softmax in fp32, its product in place, the cast).
+    A compiled one reads logits twice forward, and reads and writes them backward. Else bytes a logit: 6
+    forward (log-softmax in fp32), 20 backward (softmax in fp32, its product in place, the cast).
     """
 
-    def run(logits_NV: Tensor, bytes_per_logit: int) -> None:
+    def run(logits_NV: Tensor, in_chunks: int) -> None:
+        bytes_per_logit = 2 * logits_NV.element_size() if compiled else in_chunks
         tokens, vocabulary = logits_NV.shape
         elements = CHUNK_ELEMENTS.get(logits_NV.device.type, CHUNK_ELEMENTS_OF_OTHERS)
         rows = min(tokens, max(1, elements // max(1, vocabulary)))
@@ -103,12 +104,12 @@ def cross_entropy_kernel(record: Record, compiled: bool) -> CrossEntropyKernel:
         record(kernel, (logits_NV,), (logits_NV,))
 
     def statistics(logits_NV: Tensor, column_N: Tensor) -> tuple[Tensor, Tensor]:
-        run(logits_NV, 4 if compiled else 6)
+        run(logits_NV, 6)
         lse_N, in_column_N = (logits_NV.new_empty(len(logits_NV), dtype=torch.float32) for _ in range(2))
         return lse_N, in_column_N
 
     def gradient_(logits_NV: Tensor, *_: Tensor) -> None:
-        run(logits_NV, 4 if compiled else 20)
+        run(logits_NV, 20)
 
     return CrossEntropyKernel(statistics, gradient_)
 

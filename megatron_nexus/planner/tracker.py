@@ -46,7 +46,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: torch._ops.OpOverload[..., object],
+        func: "torch._ops.OpOverload[..., object]",
         types: Sequence[type],
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,

@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Value]] = {
 }
 
 
+@pytest.mark.torch_versions
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_flops_of_the_traced_kernels_are_those_of_the_specs(flags: dict[str, Value], compiled: bool) -> None:
