@@ -13,6 +13,7 @@ import torch
 from megatron_nexus.config.devices import DEVICES, GIB, TERA, Device, find_device
 from megatron_nexus.config.rules import check, config_warnings
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.models.attention_backend import alignment_notes
 from megatron_nexus.planner.layouts import Candidate, Layout, Search, layouts
 from megatron_nexus.planner.memory import MIB, RankMemory, memory_table, plan_memory
 from megatron_nexus.planner.model_cost import flops_line, model_cost, size_line
@@ -42,6 +43,7 @@ def report(config: RunConfig, world_size: int, device: Device | None = None) -> 
         *(_device_notes(config, plan, world_size, device) if device else _machine_notes(plan, world_size)),
         *(_time_lines(step_time(config, world_size, device), world_size, device) if device else ()),
         *(f"note: {note}" for note in config_warnings(config)),
+        *(f"note: {note}" for note in alignment_notes(config, "cuda" if device else "cpu")),
     ]
 
 

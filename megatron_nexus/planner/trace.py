@@ -147,6 +147,7 @@ class _Stage:
             recompute=shape.recompute,
             reset_position_ids=shape.reset_position_ids,
             reset_attention_mask=shape.reset_attention_mask,
+            group_projections=shape.compiled or shape.device_type == "cuda",  # as training.engine
         )
         self.decoder = DecoderStage(shape.model, shape.layers, context)
         self.loss = Loss(shape.model, tp, shard)

@@ -55,17 +55,19 @@ def test_flops_of_the_traced_kernels_are_those_of_the_specs(flags: dict[str, Val
 
 
 def test_ranks_share_the_products_and_recompute_repeats_them() -> None:
-    whole = traced_work(build({**LARGE, "padding_multiple": 1})).block
+    # Of a Nexus-Rank's grouped products selective recompute repeats the last one too.
+    large: dict[str, Value] = {"preset": "qwen3-640m", "global_batch_size": 64, "padding_multiple": 1}
+    whole = traced_work(build(large)).block
 
     def flops(kind: Kind, **flags: Value) -> float:
-        work = traced_work(build({**LARGE, "padding_multiple": 1, **flags})).block
+        work = traced_work(build({**large, **flags})).block
         return sum(kernel.flops for kernel in work.kernels if kernel.kind is kind)
 
     for kind in (Kind.GEMM, Kind.ATTENTION):
         once = sum(kernel.flops for kernel in whole.kernels if kernel.kind is kind)
         assert flops(kind, tensor_model_parallel_size=4) == once / 4
         # The checkpoint ends before the last product, whose output backward does not need.
-        assert once * 1.28 < flops(kind, recompute_granularity="full") <= once * 4 / 3
+        assert once * 1.2 < flops(kind, recompute_granularity="full") <= once * 4 / 3
         assert flops(kind, recompute_granularity="selective") == once
 
 
@@ -164,12 +166,13 @@ def test_a_published_grid_scales_as_predicted(
 
 
 def test_an_accelerator_keeps_no_fp32_copies_and_pads_to_64() -> None:
-    flags = {**LARGE, "nexus_m": 1100, "nexus_a": 1270}
-    cpu, gpu = (plan_memory(build(flags), 1, kind)[0].columns for kind in ("cpu", "cuda"))
+    config = build({"preset": "transformer++-640m", "global_batch_size": 64})
+    assert config.model.ffn_hidden_size % 64
+    cpu, gpu = (plan_memory(config, 1, kind)[0].columns for kind in ("cpu", "cuda"))
     assert gpu["weights"] > cpu["weights"]
-    # An fp32 copy of the input of each of two norms in 24 blocks, and of the last one.
-    tokens = 4 * 4096
-    assert cpu["activations"] - gpu["activations"] > 0.9 * 49 * 4 * tokens * 1024 - 24 * 2 * tokens * 100 * 6
+    # An fp32 copy at least of the input of each of two norms in 24 blocks, and of the last one.
+    copies = (2 * config.model.num_layers + 1) * 4 * 4 * 4096 * config.model.hidden_size
+    assert 1.5 * copies > cpu["activations"] - gpu["activations"] > 0.9 * copies
     stage_2 = build({**LARGE, "zero_stage": 2})
     whole_bucket = 2 * 500_000_000
     assert plan_memory(stage_2, 8, "cuda")[0].columns["gradients"] >= whole_bucket
