@@ -36,6 +36,7 @@ SEALED = {
         "training/engine.py",
         "training/deepspeed_adam.py",
         "training/deepspeed_muon.py",
+        "training/gradient_reducer.py",
         "training/zero_state.py",
     },
     "apex": {"models/nvidia_apex.py"},

@@ -123,6 +123,25 @@ def deepspeed_config(config: RunConfig, world_size: int, device_type: str = "cpu
     return derived
 
 
+def engine_reduces_gradients(settings: Json) -> bool:
+    """Return whether gradients are reduced by our engine (`GradientReducer`) and not by DeepSpeed.
+
+    So they are at ZeRO 1, unless the user's file asks for something that DeepSpeed's own reduction has.
+    """
+    zero = settings["zero_optimization"]
+    assert isinstance(zero, dict)
+    asked = zero["overlap_comm"] or zero["contiguous_gradients"] or not zero["reduce_scatter"]
+    return zero["stage"] == 1 and settings["communication_data_type"] == "fp32" and not asked
+
+
+def bucket_elements(config: RunConfig, world_size: int, settings: Json) -> int:
+    """Return the least size of a bucket of gradients, Megatron-LM's by default; 0: there are no buckets."""
+    copies = config.data_parallel_size(world_size)
+    if copies == 1 or not config.parallel.overlap_grad_reduce or not engine_reduces_gradients(settings):
+        return 0
+    return config.parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * copies)
+
+
 def _read(path: Path) -> Json:
     try:
         loaded = parse_json(path.read_text(encoding="utf-8"))

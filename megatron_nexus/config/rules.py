@@ -68,6 +68,11 @@ def config_warnings(config: RunConfig) -> list[str]:
         said.append(
             f"--lr-warmup-{unit} {warmup}{counted} is not over when the run of {end} {counted_in} ends"
         )
+    if config.parallel.ddp_bucket_size and config.parallel.zero_stage > 1:
+        said.append(
+            f"--ddp-bucket-size {config.parallel.ddp_bucket_size} has no effect at --zero-stage "
+            f"{config.parallel.zero_stage}: use zero_optimization.reduce_bucket_size of --deepspeed-config"
+        )
     if 0 < decay <= optimizer.lr_start_iter + warmup:
         start = f" --lr-start-iter {optimizer.lr_start_iter} and" if optimizer.lr_start_iter else ""
         said.append(

@@ -227,6 +227,14 @@ class ParallelConfig:
     padding_multiple: int = config_field(
         0, "split axes are padded in memory to this multiple per rank; 0: 64 on an accelerator, 1 on a CPU"
     )
+    overlap_grad_reduce: bool = config_field(
+        True, "reduce gradients while the last micro-batch's backward pass runs, at ZeRO 1; else after it"
+    )
+    ddp_bucket_size: int = config_field(
+        0,
+        "parameters in a bucket of --overlap-grad-reduce; 0: 40 million, or a million for each "
+        "data-parallel rank where that is more",
+    )
     deepspeed_config: str = config_field(
         "", "JSON file of DeepSpeed settings, merged with what follows from the flags", "--deepspeed_config"
     )

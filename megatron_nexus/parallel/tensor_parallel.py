@@ -9,7 +9,7 @@ outside `enter` ... `leave` are this rank's T / t tokens. Bytes moved are per ra
 """
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,7 @@ Group = dist.ProcessGroup
 
 # torch 2.13 has renamed them; both names move flat tensors.
 _all_gather_into: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter_into: Callable[..., object] = getattr(
-    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
-)
+reduce_scatter_into: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
@@ -42,7 +40,7 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """[t, *] -> [*], the sum over ranks of this rank's slice."""
     mine = x.new_empty(x.numel() // group.size())
-    _reduce_scatter_into(mine, x.contiguous().view(-1), group=group)
+    reduce_scatter_into(mine, x.contiguous().view(-1), group=group)
     return mine.view(x.shape[1:])
 
 

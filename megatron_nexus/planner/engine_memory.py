@@ -8,7 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_nexus.config.deepspeed_config import deepspeed_config
+from megatron_nexus.config.deepspeed_config import (
+    bucket_elements,
+    deepspeed_config,
+    engine_reduces_gradients,
+)
+from megatron_nexus.config.optimizer_groups import bucket_ranges
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.layer_context import DTYPES
 
@@ -80,11 +85,20 @@ class EngineMemory(ABC):
         self.stage = max(1, config.parallel.zero_stage)
         self.width = DTYPES[config.training.precision].itemsize
         self.sizes = [parameter.elements for parameter in parameters]
-        groups = [[p.elements for p in parameters if p.decays is decays] for decays in (True, False)]
+        settings = deepspeed_config(config, world_size, device_type)
+        # Whether gradients are reduce-scattered by GradientReducer; from where each bucket arrives in a copy.
+        self.scattered = engine_reduces_gradients(settings)
+        self.received = FP32 * (device_type == "cpu")
+        least = bucket_elements(config, world_size, settings)
+        # The numbers of the parameters of each parameter group.
+        self.groups: list[list[int]] = []
+        for decays in (True, False):
+            members = [index for index, parameter in enumerate(parameters) if parameter.decays is decays]
+            for places in bucket_ranges([self.sizes[index] for index in members], least):
+                self.groups.append([members[place] for place in places])
         # Each group is padded so that its partitions are equal and aligned to two elements.
         unit = 2 * self.copies
-        self.flat = [-(-sum(group) // unit) * unit for group in groups if group]
-        settings = deepspeed_config(config, world_size, device_type)
+        self.flat = [-(-sum(self.sizes[index] for index in group) // unit) * unit for group in self.groups]
         zero, bf16 = settings["zero_optimization"], settings["bf16"]
         assert isinstance(zero, dict) and isinstance(bf16, dict)
         # Bytes an element in which gradients are summed over ranks.
@@ -174,7 +188,9 @@ class _Bf16(EngineMemory):
     def after_backward(self, last: bool) -> None:
         if not self.immediate:  # they stay allocated and are added one by one (update_hp_grads)
             self.transient(FP32 * max(self.sizes))
-        if last:
+        if last and self.scattered:
+            self.transient(self.received * self.elements * (self.copies > 1))
+        elif last:
             # All-reduced from one copy, or in place where there is one tensor: alone, or as large as the
             # bucket; cast where that is asked for (allreduce_no_retain, allreduce_bucket).
             together = len(self.flat) > 1 and self.flat[0] <= ALL_REDUCE_BUCKET
@@ -235,13 +251,25 @@ class _Stage1And2(EngineMemory):
             self.own = None
             assert self.gathered is not None
             self.memory.drop(self.gathered)
+        elif last and self.scattered and self.copies > 1:
+            self._reduce_scatter()
         elif last:
             self.transient(FP32 * min(self.elements, self.bucket_elements))
 
+    def _reduce_scatter(self) -> None:
+        """Copy the gradients of each bucket into one tensor and receive this rank's partition of it."""
+        self.kept = self.memory.hold("gradients", self.share)
+        sent = []
+        for group, flat in zip(self.groups, self.flat, strict=True):
+            sent.append(self.memory.hold("buffers", FP32 * flat))
+            self.memory.drop(*(self.grads.pop(index) for index in group if index in self.grads))
+            sent.append(self.memory.hold("buffers", self.received * flat))
+        self.memory.drop(*sent)
+
     def step(self) -> None:
         # Each group's gradients in one piece: the unpartitioned ones are dropped after that.
-        copied = not (self.takes_gradients and self.width == BF16)
-        flat = self.memory.hold("buffers", self.share * copied)
+        copied = not (self.takes_gradients and self.width == BF16) and (self.grads or not self.scattered)
+        flat = self.memory.hold("buffers", self.share * bool(copied))
         self.memory.drop(*self.grads.values(), *([self.kept] if self.kept else []))
         self.grads.clear()
         self.kept = None

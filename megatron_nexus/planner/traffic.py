@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
-from megatron_nexus.config.deepspeed_config import deepspeed_config
+from megatron_nexus.config.deepspeed_config import (
+    bucket_elements,
+    deepspeed_config,
+    engine_reduces_gradients,
+)
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.layer_context import DTYPES
 
@@ -55,4 +59,10 @@ def data_parallel_traffic(config: RunConfig, world_size: int, size: StageSize) -
         return Traffic(sent - hidden, hidden, 0.0, micro_batches * 3 * size.tensors)
     if stage == 2:
         return Traffic(micro_batches * 2 * summed * share + weights, 0.0, 0.0, micro_batches + 1)
-    return Traffic(2 * summed * share + weights, 0.0, 0.0, 2)
+    if not engine_reduces_gradients(settings):
+        return Traffic(2 * summed * share + weights, 0.0, 0.0, 2)
+    # Reduce-scattered by buckets, of which the last one is complete when the backward pass ends.
+    bucket = min(bucket_elements(config, world_size, settings) or size.elements, size.elements)
+    last = bucket / size.elements if size.elements else 1.0
+    buckets = -(-size.elements // max(1, bucket))
+    return Traffic(weights + last * summed * share, 0.0, (1 - last) * summed * share, 2 * buckets)

@@ -21,9 +21,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
+from megatron_nexus.config.deepspeed_config import (
+    Json,
+    bucket_elements,
+    deepspeed_config,
+    engine_reduces_gradients,
+)
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.log import logger
 from megatron_nexus.models.attention_backend import uses_flex_attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, stage_layers
 from megatron_nexus.models.layer_context import DTYPES, LayerContext, padding_multiple
@@ -34,6 +40,7 @@ from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.gradient_reducer import reduce_gradients
 from megatron_nexus.training.optimizer import make_optimizer
 from megatron_nexus.training.zero_state import ZeroState, zero_state
 
@@ -163,10 +170,22 @@ class Engine:
             with _deepspeed_errors_as_config_errors(config.parallel.deepspeed_config):
                 self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                     model=model,
-                    optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device),
+                    optimizer=make_optimizer(
+                        self.parameters,
+                        config.optimizer,
+                        mesh.device,
+                        bucket_elements(config, mesh.world_size, engine_config),
+                    ),
                     config=engine_config,
                     mpu=grid if mesh.pp_size == 1 else None,  # a PipelineModule has its own
                 )
+        if engine_reduces_gradients(engine_config):
+            reduce_gradients(self.deepspeed, mesh, config.parallel.overlap_grad_reduce)
+        elif mesh.dp_size > 1 and config.parallel.zero_stage < 2:
+            logger.info(
+                "DeepSpeed reduces the gradients, after the backward pass: %s sets up its own reduction",
+                config.parallel.deepspeed_config,
+            )
         self.layers = stages[mesh.pp_rank]
 
     @cached_property

@@ -7,7 +7,7 @@ and those of NVIDIA's apex and of DeepSpeed.
 import torch
 from torch import nn
 
-from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY, group_settings
+from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY, bucket_ranges, group_settings
 from megatron_nexus.config.run_config import OptimizerConfig
 from megatron_nexus.models.nvidia_apex import fused_adam
 from megatron_nexus.spec.param import ParamSpec
@@ -15,19 +15,21 @@ from megatron_nexus.training.deepspeed_adam import deepspeed_adam
 
 
 def make_optimizer(
-    parameters: dict[str, tuple[ParamSpec, nn.Parameter]], optimizer: OptimizerConfig, device: torch.device
+    parameters: dict[str, tuple[ParamSpec, nn.Parameter]],
+    optimizer: OptimizerConfig,
+    device: torch.device,
+    bucket_elements: int = 0,
 ) -> torch.optim.Optimizer:
-    """AdamW of `optimizer.optimizer_impl`. A stage without parameters of a group has no such group."""
-    groups: list[dict[str, object]] = [
-        {
-            "params": [parameter for spec, parameter in parameters.values() if spec.decays is decays],
-            "lr": optimizer.lr,
-            "name": name,
-            **group_settings(optimizer, name),
-        }
-        for decays, name in ((True, DECAY), (False, NO_DECAY))
-    ]
-    filled = [group for group in groups if group["params"]]
+    """AdamW of `optimizer.optimizer_impl`. A stage without parameters of a group has no such group.
+
+    With `bucket_elements` each group comes as several of its name: the buckets of `GradientReducer`.
+    """
+    filled: list[dict[str, object]] = []
+    for decays, name in ((True, DECAY), (False, NO_DECAY)):
+        members = [parameter for spec, parameter in parameters.values() if spec.decays is decays]
+        for bucket in bucket_ranges([parameter.numel() for parameter in members], bucket_elements):
+            settings = {"lr": optimizer.lr, "name": name, **group_settings(optimizer, name)}
+            filled.append({"params": [members[index] for index in bucket], **settings})
     match optimizer.optimizer_impl:
         case "apex":
             return fused_adam(filled)

@@ -1,7 +1,7 @@
 """DeepSpeed's optimizer state as flat fragments of each parameter's local tensor, for every ZeRO stage.
 
-The only file that knows DeepSpeed's private names. ZeRO-1, ZeRO-2 and BF16_Optimizer flatten each
-parameter group and cut it into one range per data-parallel rank; ZeRO-3 cuts each parameter.
+DeepSpeed's private names, those of `gradient_reducer` too, are listed here. ZeRO-1, ZeRO-2 and BF16_Optimizer
+flatten each parameter group and cut it into one range per data-parallel rank; ZeRO-3 cuts each parameter.
 """
 
 from abc import ABC, abstractmethod
@@ -33,11 +33,28 @@ PRIVATE_NAMES: dict[type[ZeROOptimizer], tuple[str, ...]] = {
         "single_partition_of_fp32_groups",
         "update_lp_params",
         "_lazy_init_hp_params_optimizer_state",
+        "bit16_groups",
+        "bit16_groups_flat",
+        "averaged_gradients",
+        "reduce_gradients",
+        "_build_compact_grad_partition_buffer",
+        "_release_ipg_buffers",
+        "params_in_partition",
+        "scaled_global_norm",
+        "_model_parallel_all_reduce",
+        "unscale_and_clip_grads",
+        "clip_grad",
     ),
     BF16_Optimizer: (
         "fp32_groups_flat_partition",
         "update_lp_params",
         "_lazy_init_hp_params_optimizer_state",
+        "bf16_groups",
+        "fp32_groups_gradients_flat",
+        "fp32_groups_gradient_flat_partition",
+        "immediate_grad_update",
+        "get_grads_for_norm",
+        "mpu",
     ),
     DeepSpeedZeroOptimizer_Stage3: (
         "fp32_partitioned_groups_flat",
@@ -62,7 +79,9 @@ HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
 class DeepSpeedEngine(Protocol):
     """What is used of `deepspeed.DeepSpeedEngine` and `PipelineEngine`."""
 
+    module: nn.Module
     optimizer: ZeROOptimizer
+    buffered_allreduce_fallback: Callable[..., None]
     global_steps: int
     global_samples: int
     skipped_steps: int

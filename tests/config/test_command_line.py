@@ -72,9 +72,10 @@ def test_every_flag_sets_its_field_and_no_other() -> None:
     for section, name, hint, _ in ALONE:
         flag = "--" + name.replace("_", "-")
         if hint is bool:
-            value: object = True
-            assert getattr(getattr(parse(f"--no-{flag[2:]}"), section), name) is False, flag
-            words = [flag]
+            value: object = not getattr(getattr(before, section), name)
+            words, opposite = (flag, f"--no-{flag[2:]}")[:: 1 if value else -1]
+            assert getattr(getattr(parse(opposite), section), name) is not value, flag
+            words = [words]
         else:
             value = other_value(hint, getattr(getattr(before, section), name))
             words = [flag, *(value if isinstance(value, tuple) else [str(value)])]

@@ -21,6 +21,7 @@ from megatron_nexus.planner.step_time import (
     WAITS_FOR_HOST,
     step_time,
 )
+from megatron_nexus.planner.traffic import StageSize, data_parallel_traffic
 from tests.planner.small_model import SMALL
 
 H100 = DEVICES["h100"]
@@ -177,3 +178,16 @@ def test_an_accelerator_keeps_no_fp32_copies_and_pads_to_64() -> None:
     whole_bucket = 2 * 500_000_000
     assert plan_memory(stage_2, 8, "cuda")[0].columns["gradients"] >= whole_bucket
     assert plan_memory(build({**SMALL, "zero_stage": 2}), 8, "cpu")[0].columns["gradients"] < whole_bucket
+
+
+def test_gradients_of_zero_1_are_reduce_scattered_behind_the_last_backward_pass() -> None:
+    size, ranks = StageSize(100_000_000, tensors=10), 8
+    flags = {"precision": "bf16", "global_batch_size": 64}
+    during, after = (
+        data_parallel_traffic(build({**flags, "overlap_grad_reduce": overlap}), ranks, size)
+        for overlap in (True, False)
+    )
+    share = (ranks - 1) / ranks * size.elements
+    assert after.exposed == during.exposed + during.beside_last_backward == pytest.approx((4 + 2) * share)
+    # The last of buckets of 40 million is complete when the pass ends.
+    assert during.beside_last_backward == pytest.approx(0.6 * 4 * share)

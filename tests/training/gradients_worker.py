@@ -8,10 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +35,31 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
+
+
+class Reductions:
+    """Sees what is sent to sum gradients: elements, and how often a backward pass was under way."""
+
+    def __init__(self) -> None:
+        self.sent = self.in_backward = self.after_backward = self.all_reduced = 0
+
+    @contextmanager
+    def seen(self) -> Iterator[None]:
+        all_to_all, all_reduce = dist.all_to_all_single, dist.all_reduce
+
+        def exchange(received: Tensor, flat: Tensor, **options: object) -> object:
+            self.sent += flat.numel() - flat.numel() // dist.get_world_size(options["group"])
+            running = torch._C._current_graph_task_id() != -1
+            self.in_backward += running
+            self.after_backward += not running
+            return all_to_all(received, flat, **options)
+
+        def reduce(tensor: Tensor, *arguments: object, **options: object) -> object:
+            self.all_reduced += tensor.numel() * (tensor.numel() > 10_000)
+            return all_reduce(tensor, *arguments, **options)
+
+        with mock.patch.multiple(dist, all_to_all_single=exchange, all_reduce=reduce):
+            yield
 
 
 def micro_batches(
@@ -64,7 +91,7 @@ def run_case(flags: dict, index: int) -> dict[str, object]:
             received["elements"] += gradient.numel()
             received["exact in bf16"] += int((gradient.bfloat16().float() == gradient).sum())
 
-    engine.deepspeed.basic_optimizer.register_step_pre_hook(look)
+    hook = engine.deepspeed.basic_optimizer.register_step_pre_hook(look)
     batches = micro_batches(training.global_batch_size, training.seq_length, config.model.vocab_size, mesh)
     waits = 0
 
@@ -74,7 +101,8 @@ def run_case(flags: dict, index: int) -> dict[str, object]:
 
     with mock.patch.object(type(get_accelerator()), "synchronize", wait):  # a CPU has nothing to wait for
         results = [engine.train_step(batches, config.optimizer.lr) for _ in range(STEPS)]
-        with HostReads() as reads:
+        hook.remove()
+        with HostReads() as reads, (reductions := Reductions()).seen():
             asked = (mesh.rank == mesh.world_size - 1, False, mesh.rank == 0)
             flags = engine.train_step(batches, config.optimizer.lr, lambda: asked).flags
     close_mesh()
@@ -84,6 +112,8 @@ def run_case(flags: dict, index: int) -> dict[str, object]:
         "waits": waits,
         "host reads": reads.count,
         "flags": flags,
+        "parameters": sum(parameter.numel() for _, parameter in engine.parameters.values()),
+        **vars(reductions),
         **received,
     }
 

@@ -35,6 +35,7 @@ FLAGS = {
 }
 TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 DELAYED = {"deepspeed_config": str(Path(__file__).with_name("delayed_gradients.json"))}
+BUCKETS = {"ddp_bucket_size": 5000}
 CASES: dict[int, list[dict[str, object]]] = {
     1: [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 1, **DELAYED}],
     2: [
@@ -45,8 +46,11 @@ CASES: dict[int, list[dict[str, object]]] = {
         {**PIPELINE, **DELAYED},
         TENSOR,
         {**TENSOR, **DELAYED},
+        BUCKETS,
+        {**BUCKETS, **DELAYED},
+        {"overlap_grad_reduce": False},
     ],
-    3: [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}],
+    3: [{"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, BUCKETS],
 }
 # Gradients rounded to bf16 moved the first norm by 7e-6 of it at one rank, by 5e-5 at two. Later a sum in
 # another order may move a weight across a boundary of bf16: one in 100,000, by 1/256 of itself.
@@ -91,11 +95,38 @@ def test_what_one_rank_is_asked_all_ranks_know_at_the_end_of_the_step(ranks: int
         assert [record["flags"] for record in records] == [[True, False, True]] * len(CASES[ranks])
 
 
-@pytest.mark.parametrize(("ranks", "at_once", "delayed"), [(1, 0, 3), (2, 3, 4), (2, 5, 6)])
+@pytest.mark.parametrize(("ranks", "at_once", "delayed"), [(1, 0, 3), (2, 3, 4), (2, 5, 6), (2, 7, 8)])
 def test_adding_each_gradient_at_once_changes_no_digit(ranks: int, at_once: int, delayed: int) -> None:
     """`bf16.immediate_grad_update`, which a file may switch off: ZeRO 1, pipeline and tensor parallel."""
+    what = ("losses", "norms", "elements", "exact in bf16")
     for records in seen(ranks):
-        assert records[at_once] == records[delayed]
+        assert [records[at_once][key] for key in what] == [records[delayed][key] for key in what]
+
+
+def test_zero_1_and_2_give_the_same_losses_to_the_bit() -> None:
+    """Of two ranks a sum has one order; the buckets and the moment of the reduction change no digit."""
+    for records in seen(2):
+        one, two, *_ = records
+        assert {tuple(record["losses"]) for record in (one, two, *records[7:])} == {tuple(one["losses"])}
+
+
+@pytest.mark.parametrize(("ranks", "case", "buckets"), [(2, 0, 2), (2, 7, 20), (3, 3, 20)])
+def test_each_rank_is_sent_its_own_gradients_during_the_last_backward_pass(
+    ranks: int, case: int, buckets: int
+) -> None:
+    """A reduce-scatter: (d - 1) / d of the parameters leave a rank, once a step, and none is all-reduced."""
+    for record in (records[case] for records in seen(ranks)):
+        share = record["parameters"] * (ranks - 1) / ranks
+        assert share <= record["sent"] <= share + 2 * ranks * buckets  # each bucket is padded
+        assert (record["in_backward"], record["after_backward"]) == (buckets, 0)
+        assert record["all_reduced"] == 0
+
+
+@pytest.mark.parametrize("case", [8, 9])
+def test_gradients_wait_for_the_end_of_the_backward_pass_where_that_is_asked_for(case: int) -> None:
+    """`--no-overlap-grad-reduce`, and a file that has gradients added after the pass."""
+    for record in (records[case] for records in seen(2)):
+        assert record["in_backward"] == 0 < record["after_backward"]
 
 
 @pytest.mark.parametrize("ranks", CASES)

@@ -49,6 +49,7 @@ FLAGS = {
     "weight_decay": 0.1,
     "clip_grad": 1.0,
     "adam_eps": 1e-6,
+    "ddp_bucket_size": 1000,  # several buckets, more on one pipeline stage than on another
 }
 PACKED = {"reset_position_ids": True, "reset_attention_mask": True}
 OPTIONS = {"nexus_inner_norm": True, "nexus_output_projection": True}
@@ -124,7 +125,7 @@ def _cases(world: int) -> dict[str, dict]:
     """Every (tp, pp, dp) in {1, 2}^3 of this world size, every ZeRO stage it allows, and the variants.
 
     One and two ranks show each variant at no axis and at each axis alone; the topologies of four ranks
-    show half of them each, so that each is shown together with tensor parallelism.
+    show half of them each, so that each is shown together with tensor parallelism; and bf16, each.
     """
     topologies = [t for t in itertools.product((1, 2), repeat=3) if math.prod(t) == world]
     made = {}
@@ -135,7 +136,7 @@ def _cases(world: int) -> dict[str, dict]:
             variants = {
                 name: fields
                 for turn, (name, fields) in enumerate(variants.items())
-                if (turn + place) % 2 == 0
+                if (turn + place) % 2 == 0 or name == "bf16"
             }
         layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
         if pp == dp == 1:  # a compilation takes a minute

@@ -1,0 +1,219 @@
+"""Gradients of ZeRO 1, reduce-scattered in fp32 while the last micro-batch's backward pass runs.
+
+DeepSpeed all-reduces them after that pass. Here each parameter group of the optimizer is a bucket
+(`training/optimizer.py`): as soon as its last gradient is complete it is reduced, and each rank receives
+its own partition alone, 4 (d - 1) / d bytes a parameter: half of an all-reduce. From there on all is
+DeepSpeed's: norm, clipping, Adam, the all-gather of the weights. Sealed for `deepspeed`.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from torch import Tensor, nn
+
+from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY
+from megatron_nexus.parallel.data_parallel import begin_reduce_scatter_mean
+from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.zero_state import DeepSpeedEngine
+
+
+class GradientReducer(ABC):
+    """Reduces the buckets of one engine, in the order in which the backward pass completes them."""
+
+    def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, overlap: bool) -> None:
+        """Take the reduction over from DeepSpeed; after the backward pass, unless `overlap`."""
+        self._engine = engine
+        self._zero: ZeROOptimizer = engine.optimizer
+        self._mesh = mesh
+        self._buckets: list[list[nn.Parameter]] = self._groups()
+        self._bucket_of = {p: index for index, bucket in enumerate(self._buckets) for p in bucket}
+        # A backward pass completes gradients from the last parameter to the first. All ranks begin their
+        # reductions in this order, whatever is complete first.
+        place = {parameter: index for index, parameter in enumerate(engine.module.parameters())}
+        self._order = sorted(
+            range(len(self._buckets)),
+            key=lambda index: min(place[p] for p in self._buckets[index]),
+            reverse=True,
+        )
+        self._restart()
+        self._install()
+        if overlap and self._complete_in_backward:
+            for parameter in self._bucket_of:
+                parameter.register_post_accumulate_grad_hook(self._count)
+
+    @property
+    def _complete_in_backward(self) -> bool:
+        """Whether gradients are where they are reduced from as soon as a hook of the parameter runs."""
+        return True
+
+    @abstractmethod
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each parameter group of the optimizer."""
+
+    @abstractmethod
+    def _install(self) -> None:
+        """Have DeepSpeed call `finish` in place of its own reduction."""
+
+    @abstractmethod
+    def _begin(self, index: int) -> Callable[[], None]:
+        """Begin to reduce a bucket and return what ends it."""
+
+    def _restart(self) -> None:
+        self._passes: Counter[nn.Parameter] = Counter()
+        self._incomplete = [len(bucket) for bucket in self._buckets]
+        self._begun: list[Callable[[], None]] = []
+
+    def _count(self, parameter: nn.Parameter) -> None:
+        """Count a backward pass of a parameter; begin to reduce the buckets that it completes, in order."""
+        self._passes[parameter] += 1
+        if self._passes[parameter] == self._engine.gradient_accumulation_steps():
+            self._incomplete[self._bucket_of[parameter]] -= 1
+            while self._waiting and not self._incomplete[self._waiting[0]]:
+                self._begun.append(self._begin(self._waiting[0]))
+
+    @property
+    def _waiting(self) -> list[int]:
+        """The buckets that are not yet being reduced."""
+        return self._order[len(self._begun) :]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Reduce what has not been, and wait for all of it; the last backward pass is over."""
+        for index in self._waiting:
+            self._begun.append(self._begin(index))
+        for end in self._begun:
+            end()
+        self._restart()
+
+
+class _AllRanks:
+    """The ranks over which DeepSpeed sums the squares of the norm."""
+
+    def get_model_parallel_group(self) -> None:
+        """All of them: the default group."""
+
+
+class _Bf16Reducer(GradientReducer):
+    """BF16_Optimizer: the fp32 gradients of a group lie in one buffer, in which they are reduced."""
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        return list(self._zero.bf16_groups)
+
+    def _install(self) -> None:
+        self._engine.buffered_allreduce_fallback = lambda grads, elements_per_buffer: self.finish()
+        # A rank has the sums of its own partition alone.
+        self._zero.get_grads_for_norm = self._own_gradients
+        self._zero.mpu = _AllRanks()
+
+    @property
+    def _complete_in_backward(self) -> bool:
+        # Else each is added to the buffer after the backward pass.
+        return bool(self._zero.immediate_grad_update)
+
+    def _begin(self, index: int) -> Callable[[], None]:
+        flat = self._zero.fp32_groups_gradients_flat[index]
+        partition = self._zero.fp32_groups_gradient_flat_partition[index]
+        return begin_reduce_scatter_mean(flat, partition, self._mesh.dp_group)
+
+    def _own_gradients(
+        self, for_clipping: bool = False
+    ) -> list[Tensor] | tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """Return what this rank clips, or what its share of the norm is of: each element on one rank."""
+        partitions: list[Tensor] = self._zero.fp32_groups_gradient_flat_partition
+        if for_clipping:
+            return partitions
+        counted = [part for index in range(len(partitions)) for part in self._counted(index)]
+        return counted or [partitions[0].new_zeros(1)], {}
+
+    def _counted(self, index: int) -> Iterator[Tensor]:
+        """Yield the part in this rank's partition of each parameter that counts on this rank."""
+        partition = self._zero.fp32_groups_gradient_flat_partition[index]
+        start = -self._mesh.dp_rank * partition.numel()
+        for parameter in self._buckets[index]:
+            low, high = max(start, 0), min(start + parameter.numel(), partition.numel())
+            if low < high and (self._mesh.tp_rank == 0 or is_model_parallel_parameter(parameter)):
+                yield partition[low:high]
+            start += parameter.numel()
+
+
+def is_padding(part: Tensor) -> bool:
+    """Return whether DeepSpeed has marked a part of a partition as padding behind the parameters."""
+    return getattr(part, "_zero_padding", False)
+
+
+class _Fp32Reducer(GradientReducer):
+    """DeepSpeedZeroOptimizer: each gradient is a tensor of its own, copied into its bucket."""
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        return list(self._zero.bit16_groups)
+
+    def _install(self) -> None:
+        self._zero.reduce_gradients = lambda pipeline_parallel: self.finish()
+        self._zero.scaled_global_norm = self._norm
+        self._zero.unscale_and_clip_grads = self._clip
+
+    def _begin(self, index: int) -> Callable[[], None]:
+        own = self._zero._build_compact_grad_partition_buffer(index)
+        flat = own.flat_partition.new_empty(self._zero.bit16_groups_flat[index].numel())
+        start = 0
+        for parameter in self._buckets[index]:
+            into = flat[start : start + parameter.numel()].view_as(parameter)
+            if parameter.grad is None:
+                into.zero_()
+            else:
+                into.copy_(parameter.grad)
+            parameter.grad = None
+            start += parameter.numel()
+        flat[start:].zero_()
+        self._zero.averaged_gradients[index] = own
+        return begin_reduce_scatter_mean(flat, own.flat_partition, self._mesh.dp_group)
+
+    def _norm(self) -> Tensor:
+        """Return the norm of all gradients, not finite where they are not.
+
+        DeepSpeed sums the squares of each parameter group over the ranks, of which pipeline stages may have
+        different numbers; here those of the matrices and those of all others are summed at once.
+        """
+        squares: dict[str, list[Tensor]] = {DECAY: [], NO_DECAY: []}
+        for index, group in enumerate(self._zero.optimizer.param_groups):
+            parts = [part for part in self._zero.averaged_gradients[index] if not is_padding(part)]
+            for part, parameter in zip(parts, self._zero.params_in_partition[index], strict=True):
+                if self._mesh.tp_rank == 0 or is_model_parallel_parameter(parameter):
+                    squares[group["name"]].append(torch.linalg.vector_norm(part))
+        zero = torch.zeros(1, device=self._mesh.device)
+        sums = torch.stack(
+            [torch.stack(norms).pow(2).sum() if norms else zero[0] for norms in squares.values()]
+        )
+        dist.all_reduce(sums, group=self._mesh.dp_group)
+        self._zero._model_parallel_all_reduce(tensor=sums, op=dist.ReduceOp.SUM)
+        norm: Tensor = torch.linalg.vector_norm(sums.sqrt())
+        return norm
+
+    def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """Clip a bucket as DeepSpeed does, which reads the norm from the device once more for each."""
+        largest = self._zero.clip_grad
+        if largest > 0.0:
+            factor = 1.0 / ((norm + 1e-6) / largest).clamp(min=1.0)
+            for gradient in gradients:
+                gradient.mul_(factor)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        super().finish()
+        self._zero._release_ipg_buffers()
+
+
+def reduce_gradients(engine: DeepSpeedEngine, mesh: Mesh, overlap: bool) -> None:
+    """Have the gradients of an engine at ZeRO 1 reduced here, not by DeepSpeed."""
+    is_bf16 = isinstance(engine.optimizer, BF16_Optimizer)
+    if mesh.dp_size > 1:
+        (_Bf16Reducer if is_bf16 else _Fp32Reducer)(engine, mesh, overlap)
+    elif is_bf16:
+        # DeepSpeed would copy them all, all-reduce the copy over one rank, and copy it back.
+        engine.buffered_allreduce_fallback = lambda grads, elements_per_buffer: None
