@@ -17,6 +17,7 @@ from megatron_nexus.models.packing import packing_of, window_mask
 from tests.models.test_decoder import ALL, ALONE, MODEL
 from tests.support.train_worker import document_positions
 
+pytestmark = pytest.mark.torch_versions
 MASKED = replace(ALONE, reset_attention_mask=True)
 FLEX = replace(MASKED, flex_attention=True)
 

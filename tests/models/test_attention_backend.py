@@ -6,6 +6,7 @@ import torch
 from megatron_nexus.config.command_line import build
 from megatron_nexus.models.attention_backend import alignment_notes, attention_backend, flex_problem
 
+pytestmark = pytest.mark.torch_versions
 CPU = torch.device("cpu")
 
 
