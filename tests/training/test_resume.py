@@ -37,8 +37,8 @@ if shutil.which("c++") is None:
 
 TOPOLOGIES = {
     2: {
-        "zero1": "--zero-stage 1 --fp32",
-        "zero1-bf16": "--zero-stage 1 --bf16",
+        "zero1": "--zero-stage 1 --fp32 --ddp-bucket-size 500",
+        "zero1-bf16": "--zero-stage 1 --bf16 --ddp-bucket-size 500",
         "zero2": "--zero-stage 2 --fp32",
         "zero3": "--zero-stage 3 --fp32",
         "zero3-bf16": "--zero-stage 3 --bf16",
