@@ -148,7 +148,7 @@ def _open_run(root: Location, given: argparse.Namespace) -> _Run:
     names = {folder.name for folder in checkpoints.values()}
     if not checkpoints:
         found = find_checkpoint(root).resolve()
-        raise ConfigError([f"{root} is one checkpoint: give the folder of its run, {found.parent}"])
+        raise ConfigError(f"{root} is one checkpoint: give the folder of its run, {found.parent}")
     if left_out := sorted({path.name for path in root.iterdir() if path.name.startswith("iter_")} - names):
         log.logger.info("%s: left out, as they are not whole: %s", root, ", ".join(left_out))
     manifests = {step: read_manifest(folder) for step, folder in checkpoints.items()}
@@ -156,20 +156,20 @@ def _open_run(root: Location, given: argparse.Namespace) -> _Run:
     growths = growths_of(newest.lineage)
     number = given.growth or len(growths)
     if not growths:
-        raise ConfigError([f"{root} has never grown, there are no new weights: see {command('grow')} --help"])
+        raise ConfigError(f"{root} has never grown, there are no new weights: see {command('grow')} --help")
     if number > len(growths):
-        raise ConfigError([f"--growth {number}: {root} has grown {len(growths)} times: give at most that"])
+        raise ConfigError(f"--growth {number}: {root} has grown {len(growths)} times: give at most that")
     model = saved_config(checkpoints[step], newest).model
     if given.layers is not None and max(given.layers) >= model.num_layers:
         held = f"{root} has layers 0 to {model.num_layers - 1}"
-        raise ConfigError([f"--layers {max(given.layers)}: {held}: give some of these"])
+        raise ConfigError(f"--layers {max(given.layers)}: {held}: give some of these")
     boxes = boxes_by_growth(model, newest.lineage)
     groups = make_groups(newest.specs, boxes, number, given.compare_with == "whole", given.layers)
     groups = [group for group in groups if group.can_be_compared]
     if not groups:
         axes = ", ".join(growths[number - 1]["axes"])
         problem = f"growth {number} ({axes}) left no matrix with both base and new weights"
-        raise ConfigError([f"{root}: {problem}: give another --growth, or another run"])
+        raise ConfigError(f"{root}: {problem}: give another --growth, or another run")
     since = {s: path for s, path in checkpoints.items() if len(growths_of(manifests[s].lineage)) >= number}
     growth = growths[number - 1]
     records = _metrics(root)
@@ -195,7 +195,7 @@ def _performance(
     name = asked or (TASKS if accuracies else held_out)
     if asked is not None and asked not in names:
         known = f"the metrics of {root} have {', '.join(names) or 'none'}"
-        raise ConfigError([f"--performance {asked}: {known}: give one of these, or drop the flag"])
+        raise ConfigError(f"--performance {asked}: {known}: give one of these, or drop the flag")
     losses = dict(curves.get(held_out if name == TASKS else name, []))
     if name == TASKS:
         return losses, name, accuracies

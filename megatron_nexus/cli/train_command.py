@@ -72,10 +72,10 @@ def read_train_command(argv: list[str]) -> TrainCommand:
     for name in ("world_size", "device", "search"):
         if name in given and not dry_run:
             shown = flag_of(name) if given[name] is True else f"{flag_of(name)} {given[name]}"
-            raise ConfigError([f"{shown} belongs to --dry-run: add it, or drop {flag_of(name)}"])
+            raise ConfigError(f"{shown} belongs to --dry-run: add it, or drop {flag_of(name)}")
     device = parse_device(str(given["device"])) if "device" in given else None
     if "search" in given and device is None:
-        raise ConfigError(["--search compares predictions for a device: give --device, such as h100"])
+        raise ConfigError("--search compares predictions for a device: give --device, such as h100")
     if isinstance(size, int) and size < 1:
         raise ConfigError(f"--world-size {size} must be positive: give the number of ranks")
     if "config" in given:

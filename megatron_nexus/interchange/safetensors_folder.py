@@ -84,8 +84,7 @@ class SafetensorsWeights:
         imported; or two files hold one name.
         """
         self._places: dict[str, Path] = {}
-        self.shapes: Mapping[str, tuple[int, ...]]
-        self.shapes = shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             with _errors(path), safe_open(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - the file itself is not iterable
@@ -98,6 +97,7 @@ class SafetensorsWeights:
                             f"imported: save the model in one of {', '.join(DTYPES)}"
                         )
                     self._places[name], shapes[name] = path, tuple(stored.get_shape())
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def read_rows(self, name: str, first: int, last: int) -> Array:
         """Return rows [first, last), or a vector's elements, as float32. Raises CheckpointError."""
