@@ -18,7 +18,7 @@ from megatron_nexus.planner.kernels import Kind
 from megatron_nexus.planner.layer_work import Work, traced_work
 from megatron_nexus.planner.memory import stage_parameters, stage_ranges, stage_shape
 from megatron_nexus.planner.roofline import HOST_S, Roofline, roofline_of
-from megatron_nexus.planner.traffic import StageSize, data_parallel_traffic
+from megatron_nexus.planner.traffic import StageSize, copied_bytes, data_parallel_traffic
 
 GRADIENTS = "gradients into fp32"
 WAITS_FOR_HOST = "waiting for the host"
@@ -30,9 +30,9 @@ STEP_S = 1.5e-3
 """Of a step: norm and loss are read, the next step is prepared."""
 # Bytes a parameter. bf16 gradients are cast, and added to fp32 ones; fp32 ones are added in place.
 ACCUMULATED = {"bf16": 18, "fp32": 12}
-# Of this rank's partition: norm 4, clip 8, Adam 28, cast 6. Of all: zeroed gradients, copied to be reduced
-# and back, weights copied out of the gathered ones.
-OWN_BYTES, ALL_BYTES = 46, 30
+# Of this rank's partition: norm 4, clip 8, Adam 28, cast 6. Of all: zeroed gradients, weights copied out of
+# the gathered ones.
+OWN_BYTES, ALL_BYTES = 46, 14
 BACKWARD_SHARE = 2 / 3
 """Of a micro-batch's time, that its backward pass takes."""
 
@@ -91,7 +91,7 @@ def step_time(config: RunConfig, world_size: int, device: Device, work: Work | N
         seconds[BUBBLE] = (pp - 1) * micro_batch_s
     if copies > 1:
         seconds[DATA_PARALLEL] = _data_parallel(config, world_size, roofline, size, micro_batch_s)
-    touched = (OWN_BYTES / copies + ALL_BYTES) * size.elements
+    touched = (OWN_BYTES / copies + ALL_BYTES + copied_bytes(config, world_size)) * size.elements
     seconds[OPTIMIZER] = touched / roofline.bandwidth + STEP_S
     return StepTime(
         seconds,

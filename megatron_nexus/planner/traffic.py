@@ -66,3 +66,8 @@ def data_parallel_traffic(config: RunConfig, world_size: int, size: StageSize) -
     last = bucket / size.elements if size.elements else 1.0
     buckets = -(-size.elements // max(1, bucket))
     return Traffic(weights + last * summed * share, 0.0, (1 - last) * summed * share, 2 * buckets)
+
+
+def copied_bytes(config: RunConfig, world_size: int) -> int:
+    """Return bytes a parameter that are moved to bring gradients together for DeepSpeed's own reduction."""
+    return 0 if engine_reduces_gradients(deepspeed_config(config, world_size, "cuda")) else 4 * FP32

@@ -21,7 +21,7 @@ from megatron_nexus.planner.step_time import (
     WAITS_FOR_HOST,
     step_time,
 )
-from megatron_nexus.planner.traffic import StageSize, data_parallel_traffic
+from megatron_nexus.planner.traffic import StageSize, Traffic, data_parallel_traffic
 from tests.planner.small_model import SMALL
 
 H100 = DEVICES["h100"]
@@ -137,6 +137,22 @@ def test_the_largest_product_reaches_the_rate_of_the_record() -> None:
 def test_small_steps_wait_for_the_host() -> None:
     assert step_time(build(SMALL), 1, H100).share(WAITS_FOR_HOST) > 0.1
     assert step_time(build(LARGE), 1, H100).share(WAITS_FOR_HOST) == 0
+
+
+def test_reduced_gradients_and_gathered_weights_are_six_bytes_a_parameter() -> None:
+    """4 f of fp32 gradients, most beside backward, and 2 f of bf16 weights; an all-reduce sends 4 f more."""
+    size = StageSize(400_000_000, 300)
+
+    def traffic(**flags: Value) -> Traffic:
+        return data_parallel_traffic(build({**LARGE, **flags}), 16, size)
+
+    share = 15 / 16 * size.elements
+    together = traffic(overlap_grad_reduce=False)
+    assert (together.exposed, together.beside_last_backward) == (6 * share, 0)
+    overlapped = traffic()
+    assert overlapped.exposed + overlapped.beside_last_backward == pytest.approx(6 * share)
+    assert overlapped.exposed == pytest.approx((2 + 4 / 10) * share), "ten buckets of 40 million"
+    assert traffic(zero_stage=2).exposed == 10 * share
 
 
 # The best layouts of a 1.34B model on nodes of eight H100, with a global batch of about 1M tokens: nodes,
