@@ -55,7 +55,15 @@ def concatenated_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     return cast(Tensor, _ConcatenatedLinear.apply(x, *weights))
 
 
-def grouped_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
-    """G inputs [G, ..., k] and as many weights [n, k], all of one shape -> [G, ..., n]."""
-    y_GNn = cast(Tensor, _GroupedLinear.apply(x.flatten(1, -2), *weights))
+def grouped_linear(x: Tensor, weights: list[Tensor], checkpointed: bool = False) -> Tensor:
+    """G inputs [G, ..., k] and as many weights [n, k], all of one shape -> [G, ..., n].
+
+    `checkpointed`: the caller is inside torch's checkpoint. That drops what torch's own product would keep,
+    the copy of the weights too, and ends before a product is repeated; a Function saves after its product.
+    """
+    x_GNk = x.flatten(1, -2)
+    if checkpointed:
+        y_GNn = torch.bmm(x_GNk, torch.stack(weights).transpose(1, 2))
+    else:
+        y_GNn = cast(Tensor, _GroupedLinear.apply(x_GNk, *weights))
     return y_GNn.view(*x.shape[:-1], len(weights[0]))

@@ -54,7 +54,8 @@ class LayerContext:
         self, activation: Callable[..., Tensor], weights: list[Tensor], inputs: Tensor
     ) -> Tensor:
         """`linear_after` of several maps at once, as `grouped_linear` has them."""
-        return self._after(activation, lambda x: grouped_linear(x, weights), inputs)
+        checkpointed = self.recompute == "selective"
+        return self._after(activation, lambda x: grouped_linear(x, weights, checkpointed), inputs)
 
     def _after(
         self, activation: Callable[..., Tensor], product: Callable[[Tensor], Tensor], *inputs: Tensor

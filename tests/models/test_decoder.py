@@ -127,7 +127,9 @@ def test_a_mask_of_documents_saves_no_flops_and_selective_recompute_costs_none(
     positions = torch.arange(16).remainder(5).expand(2, 16)
     packed = dataclasses.replace(ALONE, reset_position_ids=True, reset_attention_mask=True)
     assert _counted_flops(model, packed, positions) == plain
-    assert _counted_flops(model, dataclasses.replace(ALONE, recompute="selective")) == plain
+    for grouped in (False, True):
+        context = dataclasses.replace(ALONE, recompute="selective", group_projections=grouped)
+        assert _counted_flops(model, context) == plain
 
 
 @each_model

@@ -55,9 +55,9 @@ def test_flops_of_the_traced_kernels_are_those_of_the_specs(flags: dict[str, Val
     assert counted == [3 * tokens * flops for flops in (embedding, block, head)]
 
 
-def test_ranks_share_the_products_and_recompute_repeats_them() -> None:
-    # Of a Nexus-Rank's grouped products selective recompute repeats the last one too.
-    large: dict[str, Value] = {"preset": "qwen3-640m", "global_batch_size": 64, "padding_multiple": 1}
+@pytest.mark.parametrize("preset", ["qwen3-640m", "nexusformer-640m"])
+def test_ranks_share_the_products_and_recompute_repeats_them(preset: str) -> None:
+    large: dict[str, Value] = {"preset": preset, "global_batch_size": 64, "padding_multiple": 1}
     whole = traced_work(build(large)).block
 
     def flops(kind: Kind, **flags: Value) -> float:
