@@ -113,10 +113,9 @@ def _start(given: Mapping[str, Value]) -> Start | None:
             raise ConfigError(f"--grow {grow!r} needs a checkpoint to grow: give --load")
         return None
     growth = read_request(grow) if grow else None
-    saved = open_saved_run(place)
-    if growth and (continued := _grown_before(given, saved.checkpoint, growth)):
-        saved, growth = continued, None
-    return Start(**vars(saved), growth=growth)
+    if growth and (continued := _grown_before(given, place, growth)):
+        return Start(**vars(continued), growth=None)
+    return Start(**vars(open_saved_run(place)), growth=growth)
 
 
 def _newest_in_save(given: Mapping[str, Value]) -> Location | None:
@@ -130,7 +129,7 @@ def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRe
     """Return the newest checkpoint in --save where an earlier start of this command has grown it.
 
     So a job that grows while loading can be requeued: its last growth is the one that --grow asks for, of a
-    checkpoint of the run that --load names.
+    checkpoint of the run that --load names, which need no longer be there.
     """
     newest = newest_checkpoint(location(str(given["save"]))) if "save" in given else None
     if newest is None:
@@ -140,5 +139,5 @@ def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRe
     if not growths or growths[-1]["settings"] != dict(vars(growth.settings)):
         return None
     same_sizes = all(getattr(saved.config.model, name) == size for name, size in growth.sizes.items())
-    run = str(growths[-1]["parent"]).rpartition("/")[0]
-    return saved if same_sizes and run == str(source.resolve().parent) else None
+    parent, named = str(growths[-1]["parent"]), str(source.resolve())
+    return saved if same_sizes and named in (parent, parent.rpartition("/")[0]) else None

@@ -38,7 +38,7 @@ class Device:
     network: float = 50
     """GB/s of each device to other nodes."""
     gpus_per_node: float = 8
-    torch_name: str = ""
+    torch_names: tuple[str, ...] = ()
     """What torch.cuda.get_device_name begins with."""
 
     @property
@@ -51,27 +51,38 @@ class Device:
         """Return what tensors may take: the CUDA context, NCCL's buffers and fragmentation need the rest."""
         return int(0.93 * self.memory_bytes)
 
-    def peak_flops_per_s(self, precision: str) -> float:
-        """Return the data sheet's FLOP/s of dense products."""
-        return TERA * (self.bf16 if precision == "bf16" else self.fp32 or self.bf16 / 16)
+    def peak_flops_per_s(self, products: str) -> float:
+        """Return the data sheet's FLOP/s of dense products in "bf16", "tf32" or "fp32"."""
+        match products:
+            case "bf16":
+                return TERA * self.bf16
+            case "tf32":
+                return TERA * self.bf16 / 2
+            case "fp32":
+                return TERA * (self.fp32 or self.bf16 / 16)
+        raise AssertionError(products)
 
-    def gemm_flops_per_s(self, precision: str) -> float:
+    def gemm_flops_per_s(self, products: str) -> float:
         """Return the FLOP/s that a large product reaches."""
-        return self.gemm * self.peak_flops_per_s(precision)
+        return self.gemm * self.peak_flops_per_s(products)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", 79.1, 989, 3.35, 67, 0.807, torch_name="NVIDIA H100"),
-        Device("h100-pcie", 79.1, 756, 2.0, 51, 0.75, 114, 55, 25, torch_name="NVIDIA H100 PCIe"),
-        Device("h100-nvl", 93.1, 835, 3.9, 60, 0.78, 132, 55, 25, torch_name="NVIDIA H100 NVL"),
-        Device("h200", 139.8, 989, 4.8, 67, 0.807, torch_name="NVIDIA H200"),
-        Device("gh200", 94.5, 989, 4.0, 67, 0.807, gpus_per_node=1, torch_name="NVIDIA GH200"),
-        Device("b200", 178.3, 2250, 8.0, 75, 0.75, 148, 900, torch_name="NVIDIA B200"),
-        Device("a100-80g", 79.1, 312, 2.04, 19.5, 0.85, 108, 300, 25, torch_name="NVIDIA A100"),
-        Device("a100-40g", 39.4, 312, 1.56, 19.5, 0.85, 108, 300, 25),
-        Device("mi300x", 191.5, 1307, 5.3, 163, 0.5, 304, 448, torch_name="AMD Instinct MI300X"),
+        Device("h100", 79.1, 989, 3.35, 67, 0.807, torch_names=("NVIDIA H100",)),
+        Device("h100-pcie", 79.1, 756, 2.0, 51, 0.75, 114, 55, 25, torch_names=("NVIDIA H100 PCIe",)),
+        Device("h100-nvl", 93.1, 835, 3.9, 60, 0.78, 132, 55, 25, torch_names=("NVIDIA H100 NVL",)),
+        Device("h200", 139.8, 989, 4.8, 67, 0.807, torch_names=("NVIDIA H200",)),
+        Device("gh200", 94.5, 989, 4.0, 67, 0.807, gpus_per_node=1, torch_names=("NVIDIA GH200",)),
+        Device("b200", 178.3, 2250, 8.0, 75, 0.75, 148, 900, torch_names=("NVIDIA B200",)),
+        Device("a100-80g", 79.1, 312, 2.04, 19.5, 0.85, 108, 300, 25, torch_names=("NVIDIA A100",)),
+        Device(
+            "a100-40g",
+            *(39.4, 312, 1.56, 19.5, 0.85, 108, 300, 25),
+            torch_names=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
+        ),
+        Device("mi300x", 191.5, 1307, 5.3, 163, 0.5, 304, 448, torch_names=("AMD Instinct MI300X",)),
     )
 }
 _NUMBERS = [field.name for field in fields(Device) if field.type is float]
@@ -79,10 +90,11 @@ _NUMBERS = [field.name for field in fields(Device) if field.type is float]
 
 def find_device(torch_name: str) -> Device | None:
     """Return the device of a name that torch gives it; None where it is not known, or is a MIG slice."""
-    known = sorted(DEVICES.values(), key=lambda device: -len(device.torch_name))  # specific names first
+    named = [(name, device) for device in DEVICES.values() for name in device.torch_names]
+    named.sort(key=lambda pair: -len(pair[0]))  # specific names first
     if " MIG " in torch_name:
         return None
-    return next((d for d in known if d.torch_name and torch_name.startswith(d.torch_name)), None)
+    return next((device for name, device in named if torch_name.startswith(name)), None)
 
 
 def parse_device(text: str) -> Device:
@@ -118,7 +130,7 @@ def parse_device(text: str) -> Device:
     if problems:
         raise ConfigError(problems)
     base = DEVICES[name] if name else Device(text, given["memory"], given["bf16"], given["bandwidth"])
-    return Device(name=text if given else name, **(_numbers(base) | given), torch_name=base.torch_name)
+    return Device(name=text if given else name, **(_numbers(base) | given), torch_names=base.torch_names)
 
 
 def _numbers(device: Device) -> dict[str, float]:

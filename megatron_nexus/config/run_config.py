@@ -293,6 +293,13 @@ class TrainingConfig:
     norm_impl: NormImpl = config_field("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
     seed: int = config_field(1234, "seed of the initial weights and of the order of samples")
 
+    @property
+    def product_precision(self) -> str:
+        """In which products of matrices are computed on a GPU: "bf16", "tf32" or "fp32"."""
+        return (
+            "tf32" if (self.precision, self.float32_matmul_precision) == ("fp32", "high") else self.precision
+        )
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -56,9 +56,11 @@ class BoundedReader(GGUFReader):
 
     def check_places(self) -> None:
         """Raise ValueError where a tensor does not begin, aligned, where the one before it ends."""
-        end = self.data_offset
+        end, align = self.data_offset, int(self.alignment)
+        if align < 1 or align & (align - 1):
+            raise ValueError(f"general.alignment {align} is not a power of two")
         for tensor in self.tensors:
-            begin = -(-end // int(self.alignment)) * int(self.alignment)
+            begin = -(-end // align) * align
             if tensor.data_offset != begin:
                 raise ValueError(f"{tensor.name} begins at byte {tensor.data_offset:,}, and not at {begin:,}")
             end = begin + tensor.n_bytes

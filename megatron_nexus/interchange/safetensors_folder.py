@@ -112,7 +112,9 @@ def _errors(path: Path) -> Iterator[None]:
     """Raise CheckpointError for an error of the library about a file."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file: copy the missing file") from error
     except OSError as error:
-        raise CheckpointError(f"{error}: copy the missing file") from error
+        raise CheckpointError(f"{path} cannot be read ({error}): make it a readable file") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file ({error}): copy it again") from error

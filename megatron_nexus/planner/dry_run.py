@@ -41,7 +41,7 @@ def report(config: RunConfig, world_size: int, device: Device | None = None) -> 
         *memory_table([{**memory.columns, "peak": memory.peak} for memory in plan], world_size),
         "each column is its own most; the peak is the most of all at one moment",
         *(_device_notes(config, plan, world_size, device) if device else _machine_notes(plan, world_size)),
-        *(_time_lines(step_time(config, world_size, device), world_size, device) if device else ()),
+        *(_time_lines(config, world_size, device) if device else ()),
         *(f"note: {note}" for note in config_warnings(config)),
         *(f"note: {note}" for note in alignment_notes(config, "cuda" if device else "cpu")),
     ]
@@ -97,11 +97,12 @@ def _speed(predicted: StepTime) -> str:
     return f"{predicted.tokens_per_s:,.0f} tokens/s, MFU {100 * predicted.mfu:.1f} %"
 
 
-def _time_lines(predicted: StepTime, world_size: int, device: Device) -> list[str]:
+def _time_lines(config: RunConfig, world_size: int, device: Device) -> list[str]:
     if not device.bf16:
         return [
             f"note: the rates of {device.name} are not known, hence no time of a step: give them as --device"
         ]
+    predicted = step_time(config, world_size, device)
     gemm = predicted.gemm_flops_per_s / world_size / TERA
     causes = sorted(predicted.seconds, key=predicted.share, reverse=True)
     return [

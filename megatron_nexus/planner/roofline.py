@@ -36,11 +36,12 @@ BACKWARD_REPEATS = 1.25  # backward computes the scores again: 2.5 times forward
 
 
 class Roofline:
-    """The rates of a device in one precision."""
+    """The rates of a device with `products` in "bf16", "tf32" or "fp32"."""
 
-    def __init__(self, device: Device, precision: str) -> None:
+    def __init__(self, device: Device, products: str) -> None:
         self.device = device
-        self.gemm_rate = device.gemm_flops_per_s(precision)
+        self.gemm_rate = device.gemm_flops_per_s(products)
+        self.element_bytes = 2 if products == "bf16" else 4
         self.bandwidth = BANDWIDTH_SHARE * TERA * device.bandwidth
         self.seconds = lru_cache(maxsize=4096)(self._seconds)
 
@@ -75,7 +76,7 @@ class Roofline:
                 idle = 0.5 * (waves - tiles / processors) if waves > 1 else 0.0
                 sums_s = 2 * 4 * parts * m * n * batch / self.bandwidth + LAUNCH_S if parts > 1 else 0.0
                 best = min(best, (waves - idle) * tile_s + sums_s)
-        moved = 2 * batch * (m * k + k * n + m * n)
+        moved = self.element_bytes * batch * (m * k + k * n + m * n)
         return max(best, moved / self.bandwidth) + LAUNCH_S
 
     def link_seconds(self, sent: float, messages: float, ranks: int, spanned: int) -> float:
@@ -92,6 +93,6 @@ class Roofline:
 
 
 @lru_cache(maxsize=64)
-def roofline_of(device: Device, precision: str) -> Roofline:
+def roofline_of(device: Device, products: str) -> Roofline:
     """Return the rates of a device, whose kernels it remembers."""
-    return Roofline(device, precision)
+    return Roofline(device, products)

@@ -76,7 +76,7 @@ def step_time(config: RunConfig, world_size: int, device: Device, work: Work | N
     """Return the predicted time of a step on `world_size` devices; `work` if it is known already."""
     training, parallel = config.training, config.parallel
     pp = parallel.pipeline_model_parallel_size
-    roofline = roofline_of(device, training.precision)
+    roofline = roofline_of(device, training.product_precision)
     work = work or traced_work(config)
     micro_batches, copies = config.accumulation_steps(world_size), config.data_parallel_size(world_size)
     stages = [_micro_batch(config, layers, roofline, work) for layers in stage_ranges(config)]
@@ -97,8 +97,8 @@ def step_time(config: RunConfig, world_size: int, device: Device, work: Work | N
         seconds,
         training.global_batch_size * training.seq_length,
         training_flops_per_token(config.model, training.seq_length),
-        world_size * device.peak_flops_per_s(training.precision),
-        world_size * device.gemm_flops_per_s(training.precision),
+        world_size * device.peak_flops_per_s(training.product_precision),
+        world_size * device.gemm_flops_per_s(training.product_precision),
     )
 
 
@@ -107,7 +107,7 @@ def model_seconds(config: RunConfig, device: Device) -> float:
 
     Without an engine: gradients stay where backward leaves them.
     """
-    roofline, work = roofline_of(device, config.training.precision), traced_work(config)
+    roofline, work = roofline_of(device, config.training.product_precision), traced_work(config)
     layers = work.of_layers(range(config.model.num_layers + 2), config.model.num_layers)
     kernels = [(times, kernel) for times, layer in layers for kernel in layer.kernels]
     return max(

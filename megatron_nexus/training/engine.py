@@ -269,6 +269,7 @@ class Engine:
         self.deepspeed.reset_activation_shape()
         self.deepspeed.total_loss = None
 
+    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # hooks read values
     def diagnose(self, batches: Iterator[Batch]) -> str:
         """Repeat a failed step and return what is first not finite on this rank, "" if nothing is."""
         found: list[str] = []

@@ -106,7 +106,7 @@ class _Bf16Reducer(GradientReducer):
         return list(self._zero.bf16_groups)
 
     def _install(self) -> None:
-        self._engine.buffered_allreduce_fallback = lambda grads, elements_per_buffer: self.finish()
+        _replace_reduction(self._engine, self.finish)
         # A rank has the sums of its own partition alone.
         self._zero.get_grads_for_norm = self._own_gradients
         self._zero.mpu = _AllRanks()
@@ -216,4 +216,10 @@ def reduce_gradients(engine: DeepSpeedEngine, mesh: Mesh, overlap: bool) -> None
         (_Bf16Reducer if is_bf16 else _Fp32Reducer)(engine, mesh, overlap)
     elif is_bf16:
         # DeepSpeed would copy them all, all-reduce the copy over one rank, and copy it back.
-        engine.buffered_allreduce_fallback = lambda grads, elements_per_buffer: None
+        _replace_reduction(engine, lambda: None)
+
+
+def _replace_reduction(engine: DeepSpeedEngine, reduce: Callable[[], None]) -> None:
+    """Have BF16_Optimizer's engine call `reduce` in place of its own reduction."""
+    assert hasattr(engine, "buffered_allreduce_fallback"), "this DeepSpeed has another name for it"
+    engine.buffered_allreduce_fallback = lambda grads, elements_per_buffer: reduce()

@@ -77,7 +77,7 @@ class Trainer:
         self.save_folder = save
         self.run_dir = run_dir
         self.gemm_flops_per_s = gemm_flops_per_s
-        self.peak_flops_per_s = peak_flops_per_s(mesh, config.training.precision)
+        self.peak_flops_per_s = peak_flops_per_s(mesh, config.training.product_precision)
         self._evaluator = evaluator
         self._scoring = DistributedScorer(config, mesh, engine) if config.logging.eval_tasks else None
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
@@ -181,18 +181,17 @@ class Trainer:
                 step, batches, last_sample, lambda: (stop.is_asked, self._writer.is_writing)
             )
             trained_s += step_s
-            if step == started.step + 1 and (
-                timeout_s := config.parallel.distributed_timeout_seconds_after_init
-            ):
-                self.mesh.set_timeout(timeout_s)
-                self._watch.timeout_s = timeout_s if self.mesh.device.type == "cuda" else 0.0
-            evaluations, evaluated = [], False
-            if log_config.eval_interval and step % log_config.eval_interval == 0:
-                evaluations, evaluated = self._evaluate("validation"), True
-            if log_config.eval_tasks_interval and step % log_config.eval_tasks_interval == 0 and step != last:
-                self._evaluate_tasks()
-                evaluated = True
-            if evaluated:  # which may take longer than a step
+            if step == started.step + 1:
+                self._wait_for_steps()
+            evaluations = []
+            validates = log_config.eval_interval and step % log_config.eval_interval == 0
+            scores = log_config.eval_tasks_interval and step % log_config.eval_tasks_interval == 0
+            if validates or (scores and step != last):  # which may take longer than a step
+                self._wait_for_evaluations()
+                evaluations = self._evaluate("validation") if validates else []
+                if scores and step != last:
+                    self._evaluate_tasks()
+                self._wait_for_steps()
                 stopping = self.mesh.control.any(stop.is_asked)
             if self._writer.is_busy and not saving:
                 self._saved(self._writer.settle())
@@ -207,6 +206,7 @@ class Trainer:
         assert self.last_checkpoint is not None, "just saved"
         # A run that was asked to stop leaves at once; its next part validates.
         if not stopping:
+            self._wait_for_evaluations()
             evaluations = evaluations or self._evaluate("validation")
             evaluations += self._evaluate("test")
             task_scores = self._evaluate_tasks()
@@ -219,6 +219,18 @@ class Trainer:
             checkpoint=self.last_checkpoint,
             tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
         )
+
+    def _wait_for_steps(self) -> None:
+        """From here on a rank waits for others as long as a step may take; a collective call."""
+        if timeout_s := self.config.parallel.distributed_timeout_seconds_after_init:
+            self.mesh.set_timeout(timeout_s)
+            self._watch.timeout_s = timeout_s if self.mesh.device.type == "cuda" else 0.0
+
+    def _wait_for_evaluations(self) -> None:
+        """Wait for others as long as at the start: evaluations compile too, and ranks meet late in them."""
+        parallel = self.config.parallel
+        if parallel.distributed_timeout_seconds_after_init:
+            self.mesh.set_timeout(60.0 * parallel.distributed_timeout_minutes)
 
     def _train_step(
         self,

@@ -1,5 +1,6 @@
 """What a command line of `nexus train` means: which checkpoint it starts from, and how."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ def test_a_command_that_grows_while_loading_goes_on_when_it_is_started_again(tmp
     assert _start(*command, "--grow", "nexus_m=20 init=in_rand") == (old, True, True)
     with pytest.raises(ConfigError, match="has these sizes already"):
         _start("--load", str(tmp_path / "new"), *GROW, "--save", str(tmp_path / "new"))
+    # The checkpoint that was grown need not be there any longer.
+    shutil.rmtree(tmp_path / "old")
+    assert _start(*command) == (new, False, False)
     # A reset without growth is what it says.
     assert _start("--load", str(tmp_path / "new"), "--reset-optimizer") == (new, False, True)
 

@@ -40,6 +40,7 @@ def test_what_torch_calls_a_device_is_found_by_its_most_specific_name() -> None:
         "NVIDIA H100 80GB HBM3": "h100",
         "NVIDIA H100 PCIe": "h100-pcie",
         "NVIDIA A100-SXM4-80GB": "a100-80g",
+        "NVIDIA A100-PCIE-40GB": "a100-40g",
         "NVIDIA H200": "h200",
     }
     assert {name: device.name for name in names if (device := find_device(name))} == names

@@ -28,7 +28,8 @@ from megatron_nexus.cli.main import main
 from megatron_nexus.data.huggingface_tokenizer import HuggingFaceTokenizer
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
-from megatron_nexus.errors import DataError
+from megatron_nexus.errors import CheckpointError, DataError
+from megatron_nexus.interchange.gguf_file import open_gguf
 from megatron_nexus.interchange.gguf_tokenizer import write_gguf_tokenizer
 from megatron_nexus.interchange.sentencepiece_model import read_sentencepiece_model
 from megatron_nexus.interchange.tokenizer_files import real_lines
@@ -246,6 +247,20 @@ def test_a_tokenizer_that_is_not_known_is_refused(
     fields = tokenizer_fields(byte_level(documents[:5], [], VOCABULARY), "gpt-2")
     with pytest.raises(DataError, match=told):
         write_gguf_tokenizer({**fields, **change}, tmp_path)
+
+
+@pytest.mark.parametrize("alignment", [0, 24])
+@pytest.mark.filterwarnings("ignore:divide by zero")  # of the library
+def test_an_alignment_that_is_not_a_power_of_two_is_refused(alignment: int, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_uint32("general.alignment", alignment)
+    writer.add_tensor("output_norm.weight", np.ones(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="power of two"):
+        open_gguf(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(

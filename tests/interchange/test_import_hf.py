@@ -339,6 +339,13 @@ def break_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"no tensors at all")
 
 
+def break_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "a.safetensors").mkdir()
+    places = {"lm_head.weight": "a.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def break_kind(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -355,6 +362,7 @@ def break_config(folder: Path) -> None:
         (break_type, "lm_head.weight is of the type I8"),
         (break_end, "model.safetensors is not a safetensors file"),
         (break_header, "is not a safetensors file"),
+        (break_shard, "a.safetensors cannot be read"),
         (break_kind, "but pytorch_model.bin: pickles are never loaded"),
         (break_config, "is not JSON"),
     ],

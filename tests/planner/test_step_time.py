@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_nexus.config.command_line import build
-from megatron_nexus.config.devices import DEVICES
+from megatron_nexus.config.devices import DEVICES, Device
 from megatron_nexus.config.presets import PRESETS, Value
 from megatron_nexus.models.decoder import layer_flops_per_token
-from megatron_nexus.planner.kernels import Kind
+from megatron_nexus.planner.dry_run import report
+from megatron_nexus.planner.kernels import Kernel, Kind
 from megatron_nexus.planner.layer_work import traced_work, work_by_micro_batch
 from megatron_nexus.planner.memory import plan_memory
 from megatron_nexus.planner.roofline import LAUNCH_S, roofline_of
@@ -132,6 +133,19 @@ def test_the_largest_product_reaches_the_rate_of_the_record() -> None:
     for device in DEVICES.values():
         seconds = roofline_of(device, "bf16")._product(1, 8192, 8192, 8192) - LAUNCH_S
         assert 2 * 8192**3 / seconds == pytest.approx(device.gemm_flops_per_s("bf16"), rel=0.03), device
+
+
+def test_a_device_of_unknown_rates_has_memory_and_no_time() -> None:
+    lines = report(build(SMALL), 1, Device("some GPU", memory=45, bf16=0, bandwidth=0))
+    assert any("rates of some GPU are not known" in line for line in lines)
+    assert not any("predicted" in line for line in lines)
+
+
+def test_products_of_fp32_move_four_bytes_an_element_and_tf32_is_half_as_fast_as_bf16() -> None:
+    thin = Kernel(Kind.GEMM, 2.0 * 8192 * 8192, shape=(1, 1, 8192, 8192))  # bound by the bandwidth
+    two, four = (roofline_of(H100, products).seconds(thin) for products in ("bf16", "fp32"))
+    assert four > 1.8 * two
+    assert H100.peak_flops_per_s("tf32") == H100.peak_flops_per_s("bf16") / 2
 
 
 def test_small_steps_wait_for_the_host() -> None:

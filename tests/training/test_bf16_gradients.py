@@ -63,8 +63,12 @@ pytestmark = [pytest.mark.law, pytest.mark.torch_versions]
 @cache
 def seen(ranks: int) -> list[list[dict]]:
     """What each rank has recorded of each case."""
+    return _run(ranks, CASES[ranks])
+
+
+def _run(ranks: int, cases: list[dict[str, object]]) -> list[list[dict]]:
     with TemporaryDirectory() as folder:
-        run_ranks(ranks, WORKER, json.dumps([{**FLAGS, **case} for case in CASES[ranks]]), folder)
+        run_ranks(ranks, WORKER, json.dumps([{**FLAGS, **case} for case in cases]), folder)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -120,6 +124,11 @@ def test_each_rank_is_sent_its_own_gradients_during_the_last_backward_pass(
         assert share <= record["sent"] <= share + 2 * ranks * buckets  # each bucket is padded
         assert (record["in_backward"], record["after_backward"]) == (buckets, 0)
         assert record["all_reduced"] == 0
+
+
+def test_gradients_of_an_fp32_model_are_reduced_during_the_last_backward_pass_too() -> None:
+    for record in (case for records in _run(2, [{"precision": "fp32", **BUCKETS}]) for case in records):
+        assert record["in_backward"] > 10 and record["after_backward"] == record["all_reduced"] == 0
 
 
 @pytest.mark.parametrize("case", [8, 9])

@@ -136,6 +136,7 @@ def test_the_console_shows_the_steps_it_is_asked_to(
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA Unheard Of", None),
         ("CPU", None),
@@ -143,6 +144,7 @@ def test_the_console_shows_the_steps_it_is_asked_to(
 )
 def test_a_peak_is_told_of_whole_devices_that_are_known(device: str, peak: float | None) -> None:
     assert device_peak(device, "bf16") == peak
+    assert device_peak(device, "tf32") == (peak / 2 if peak else None)
 
 
 def test_perplexity_and_bits_per_byte_follow_from_the_loss() -> None:
