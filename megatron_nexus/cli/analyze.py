@@ -50,7 +50,7 @@ def make_parser() -> FlagParser:
     flag("--samples", text, type=positive(int), default=20_000, metavar="N")
     flag("--seed", "of samples and null models (default: 1234)", type=count, default=1234)
     text = "layers with commas between them, from 0 on (default: all)"
-    flag("--layers", text, type=_layers, metavar="LIST")
+    flag("--layers", text, type=layers, metavar="LIST")
     text = "what d3 is of: tasks (mean accuracy), or a validation set by its name in the metrics"
     flag("--performance", f"{text} (default: tasks if there are any, else the first set)", metavar="NAME")
     flag("--output", "write every number there as JSON, too", type=Path, metavar="FILE")
@@ -58,7 +58,8 @@ def make_parser() -> FlagParser:
     return parser
 
 
-def _layers(text: str) -> frozenset[int]:
+def layers(text: str) -> frozenset[int]:
+    """Return the numbers of layers in a list such as 0,3. Raises ValueError."""
     return frozenset(count(part) for part in text.split(","))
 
 

@@ -48,7 +48,7 @@ def run(argv: list[str]) -> None:
     if given.verify:
         with log.Progress("Reading every chunk", total_bytes, "MB") as progress:
             non_finite = reader.verify(progress.advance)
-        log.logger.info("No damage found in %s bytes", f"{total_bytes:,}")
+        log.logger.info("No damage found in %s: %s bytes", folder.name, f"{total_bytes:,}")
         if non_finite.counts:
             raise CheckpointError(
                 f"{folder}: {non_finite}: they were saved so, and what is computed with them is not finite: "

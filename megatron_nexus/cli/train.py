@@ -27,7 +27,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, DataError, NexusError, path_errors
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, DataError, NexusError, path_errors
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.parallel.collective_failure import describe_collective_failure
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
@@ -75,6 +75,8 @@ def run(argv: list[str]) -> NoReturn:
     if load := command.config.checkpoint.load:
         fresh = "no complete checkpoint yet, starting fresh"
         found = f"continuing from {command.checkpoint}" if command.start else fresh
+        if command.start and "--grow" in " ".join(argv) and not command.config.checkpoint.grow:
+            found += ", which an earlier start of this command has grown"
         log.logger.info("--load %s: %s", load, found)
     _train(command, world, run_data)
 
@@ -119,8 +121,10 @@ def _open_files(command: TrainCommand, world: World) -> RunData | None:
         )
     if world.rank == 0 and config.checkpoint.save:
         # A grown model is another run than the checkpoint's.
-        continued = None if config.checkpoint.grow else command.checkpoint
-        check_save_folder(location(config.checkpoint.save), continued)
+        save, grow = location(config.checkpoint.save), config.checkpoint.grow
+        if grow and command.checkpoint and save.resolve() == command.checkpoint.parent.resolve():
+            raise ConfigError(f"--save {save} is the run that --grow enlarges: give another --save")
+        check_save_folder(save, None if grow else command.checkpoint)
     return run_data
 
 

@@ -6,6 +6,7 @@ Imports no torch: it answers on a login node.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
@@ -81,9 +82,8 @@ def read_train_command(argv: list[str]) -> TrainCommand:
     if "config" in given:
         given = merge_settings(read_config_file(Path(str(given["config"]))), given)
     start = _start(given)
-    if start is not None and start.growth is None and "grow" in given:
-        # Grown by an earlier start of this command: what belongs to that start is done.
-        given = {name: value for name, value in given.items() if name not in ("grow", "reset_optimizer")}
+    if start is not None and "grow" in given:
+        given = _beside_growth(given, start)
     if start is None:
         config = build(given)
     else:
@@ -92,6 +92,26 @@ def read_train_command(argv: list[str]) -> TrainCommand:
         config = build(given, saved, Consumed(done.step, done.samples, done.tokens))
     world_size = size if isinstance(size, int) else None
     return TrainCommand(argv, config, start, dry_run, world_size, device, "search" in given)
+
+
+def _beside_growth(given: Mapping[str, Value], start: Start) -> dict[str, Value]:
+    """Return the flags that a growth leaves to be read.
+
+    Without those that only repeat a size before it, as the command line of the smaller run has them, and,
+    where an earlier start of this command has grown the model, without what belongs to that start.
+    """
+    if start.growth is not None:
+        before = {name: getattr(start.config.model, name) for name in start.growth.sizes}
+        before["preset"] = start.config.preset
+        done: tuple[str, ...] = ()
+    else:
+        grown: Mapping[str, Any] = next(
+            entry for entry in reversed(start.manifest.lineage) if "axes" in entry
+        )
+        before = {name: size for name, (size, _) in grown["axes"].items()}
+        before["preset"] = start.config.preset.removesuffix("-grown")
+        done = ("grow", "reset_optimizer")
+    return {name: value for name, value in given.items() if name not in done and before.get(name) != value}
 
 
 def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:

@@ -8,7 +8,6 @@ of the devices that are not from that generation it is a guess, as are the share
 
 import difflib
 from dataclasses import dataclass, fields
-from math import isfinite
 
 from megatron_nexus.errors import ConfigError
 
@@ -116,9 +115,11 @@ def parse_device(text: str) -> Device:
             )
         elif key not in _NUMBERS:
             problems.append(f"--device {key}= is not a number of a device: use {', '.join(_NUMBERS)}")
-        elif (number := _number(value)) is None or (key == "gemm" and number > 1):
-            bound = "above 0, at most 1" if key == "gemm" else "above 0"
-            problems.append(f"--device {key}={value} must be a number {bound}: give such as {key}=0.8")
+        elif key in given:
+            problems.append(f"--device gives {key} twice: keep one")
+        elif (number := _number(value, *_bounds(key))) is None:
+            low, high = _bounds(key)
+            problems.append(f"--device {key}={value} must be a number from {low:g} to {high:g}")
         else:
             given[key] = number
     needed = [key for key in ("memory", "bf16", "bandwidth") if not name and key not in given]
@@ -137,9 +138,14 @@ def _numbers(device: Device) -> dict[str, float]:
     return {key: value for key, value in vars(device).items() if key in _NUMBERS}
 
 
-def _number(text: str) -> float | None:
+def _bounds(key: str) -> tuple[float, float]:
+    """Return what a number of a device can be, generously."""
+    return {"gemm": (0.01, 1.0), "gpus_per_node": (1.0, 4096.0)}.get(key, (0.001, 1e6))
+
+
+def _number(text: str, low: float, high: float) -> float | None:
     try:
         number = float(text)
     except ValueError:
         return None
-    return number if isfinite(number) and 0 < number < 1e9 else None
+    return number if low <= number <= high else None

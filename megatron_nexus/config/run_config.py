@@ -27,6 +27,8 @@ AttentionBackend = Literal["auto", "sdpa", "flex"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
 
+MOST_MINUTES = 31 * 24 * 60
+"""That one rank waits for another, at most: a month."""
 MOST_LAYERS = 10_000
 """A model is described layer by layer before it is refused for its size."""
 
@@ -239,10 +241,15 @@ class ParallelConfig:
         "", "JSON file of DeepSpeed settings, merged with what follows from the flags", "--deepspeed_config"
     )
     distributed_timeout_minutes: int = config_field(
-        30, "minutes that a rank waits for others, in all that is no step of training too", positive=True
+        30,
+        "minutes that a rank waits for others at the start, in evaluations and for checkpoints",
+        positive=True,
+        maximum=MOST_MINUTES,
     )
     distributed_timeout_seconds_after_init: int = config_field(
-        300, "seconds that a rank waits for others within a step, after the first; 0: as in the first"
+        300,
+        "seconds that a rank waits for others within a step, after the first; 0: as in the first",
+        maximum=60 * MOST_MINUTES,
     )
 
 

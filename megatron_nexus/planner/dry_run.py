@@ -63,7 +63,7 @@ def search_report(config: RunConfig, world_size: int, device: Device, count: int
         f"layouts on {world_size} x {device.name}, found in {took_s:.1f} s",
     ]
     if not found:
-        return [*lines, "warning: no layout fits" + _more_devices(search, world_size)]
+        return [*lines, f"warning: nothing fits on {world_size}" + _more_devices(search, world_size)]
     for place, one in enumerate(found, 1):
         lines += [
             "",
@@ -145,8 +145,8 @@ def _more_devices(search: Search, world_size: int) -> str:
         ranks = world_size << doubling
         if least := search.least_change(ranks):
             changes = _fits(search.config, least).lstrip(":")
-            return f", in any layout of {world_size}: --world-size {ranks}{changes}"
-    return f", in any layout, nor do {world_size << MOST_DOUBLINGS} devices: use a smaller model"
+            return f", whatever the layout: --world-size {ranks}{changes}"
+    return f"; no layout of up to {world_size << MOST_DOUBLINGS} devices fits: use a smaller model"
 
 
 def _machine_notes(plan: Sequence[RankMemory], world_size: int) -> list[str]:

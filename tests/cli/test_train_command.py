@@ -36,6 +36,12 @@ def test_a_command_that_grows_while_loading_goes_on_when_it_is_started_again(tmp
     assert _start(*command, "--grow", "nexus_m=20 init=in_rand") == (old, True, True)
     with pytest.raises(ConfigError, match="has these sizes already"):
         _start("--load", str(tmp_path / "new"), *GROW, "--save", str(tmp_path / "new"))
+    # Sizes of the smaller run may stay on the command line, its preset too, before and after.
+    sizes = ["--preset", config.preset, "--nexus-m", str(config.model.nexus_m)]
+    assert _start(*command, *sizes) == (new, False, False)
+    assert _start(*command[:-1], str(tmp_path / "other"), *sizes) == (old, True, True)
+    with pytest.raises(ConfigError, match="--nexus-m 19 is not the checkpoint's 20"):
+        _start(*command, "--nexus-m", "19")
     # The checkpoint that was grown need not be there any longer.
     shutil.rmtree(tmp_path / "old")
     assert _start(*command) == (new, False, False)
