@@ -92,11 +92,17 @@ class GradientReducer(ABC):
         self._restart()
 
 
-class _AllRanks:
-    """The ranks over which DeepSpeed sums the squares of the norm."""
+class _NormOverAllRanks:
+    """DeepSpeed's mpu, but for the ranks over which it sums the squares of the norm."""
+
+    def __init__(self, mpu: object) -> None:
+        self._mpu = mpu
 
     def get_model_parallel_group(self) -> None:
         """All of them: the default group."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._mpu, name)
 
 
 class _Bf16Reducer(GradientReducer):
@@ -109,7 +115,7 @@ class _Bf16Reducer(GradientReducer):
         _replace_reduction(self._engine, self.finish)
         # A rank has the sums of its own partition alone.
         self._zero.get_grads_for_norm = self._own_gradients
-        self._zero.mpu = _AllRanks()
+        self._zero.mpu = _NormOverAllRanks(self._zero.mpu)
 
     @property
     def _complete_in_backward(self) -> bool:

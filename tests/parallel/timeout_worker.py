@@ -21,13 +21,17 @@ def main() -> None:
         if mesh.rank == 1:
             time.sleep(LATE_S)
 
+    groups = (mesh.dp_group, dist.group.WORLD)
     be_late()
-    dist.all_reduce(torch.ones(1), group=mesh.dp_group)
+    for (
+        group
+    ) in groups:  # gloo may connect the ranks of a group here only, and waits as long as it was made with
+        dist.all_reduce(torch.ones(1), group=group)
     mesh.set_timeout(SHORT_S)
     be_late()
     mesh.control.barrier()
     dist.all_reduce(torch.ones(1), group=mesh.dp_group)
-    for group in (mesh.dp_group, dist.group.WORLD):
+    for group in groups:
         if mesh.rank == 0:
             try:
                 dist.all_reduce(torch.ones(1), group=group)
