@@ -124,8 +124,8 @@ def test_the_console_shows_the_steps_it_is_asked_to(
     writer.close()
     begins = "lm loss 4.0000 | lr 1.00e-03 | grad norm 0.700 | 128 tokens/s"
     assert console.readouterr().out == (
-        f"iteration   7/300 | {begins} | 25.0 % of measured GEMM | 2.00 GB\n"
-        f"iteration   8/300 | {begins} | MFU 20.0 % | 2.00 GB\n"
+        f"iteration   7/300 | {begins} | 25.0 % of measured GEMM | mem 2.00 GB\n"
+        f"iteration   8/300 | {begins} | MFU 20.0 % | mem 2.00 GB\n"
     )
     assert [record.get("mfu") for record in read_metrics(tmp_path / METRICS_FILE)] == [None, None, 0.2]
 
