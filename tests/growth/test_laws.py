@@ -56,7 +56,8 @@ OPTIONS = {
     },
 }
 CASES = [
-    (init, axes, option)
+    # With all-zero blocks nothing can change: one family is enough by default.
+    pytest.param(init, axes, option, marks=pytest.mark.law if init == "zero" and option != "plain" else ())
     for init in ("out_rand", "in_rand", "zero")
     for axes in checkpoints.AXES
     # The options change what M and A, the attention's width and the hidden size lead to.
