@@ -1,4 +1,4 @@
-"""What the stage `variants` of gpu_kit.py times of the kernels: each beside what it replaces."""
+"""The kernels that the stage `variants` of gpu_kit.py times, each with the code that it replaces."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -258,8 +258,8 @@ def plot(before: Path, after: Path, out: Path) -> None:
     }
     figure, axes = plt.subplots(1, len(shown), figsize=(12, 3.6), layout="constrained")
     for ax, (name, label) in zip(axes, shown.items(), strict=True):
-        for rows, told in ((old, "before"), (new, "now")):
-            ax.loglog([row["ranks"] for row in rows], [row[name] for row in rows], "o-", label=told, base=10)
+        for rows, label in ((old, "before"), (new, "now")):
+            ax.loglog([row["ranks"] for row in rows], [row[name] for row in rows], "o-", label=label, base=10)
         ax.set(xlabel="ranks", title=label)
         ax.grid(alpha=0.3)
     axes[0].legend()

@@ -5,7 +5,7 @@
 Each contestant is a process of its own (an allocator belongs to a process), kept alive and asked for a few
 steps at a time, in turn with all others idle. A round asks everybody once, so that whatever the machine does
 meanwhile happens to all; ratios are taken within a round and their median is reported. The first step, with
-compilation where there is one, is told apart. README.md says more.
+compilation where there is one, is a column of its own. README.md says more.
 """
 
 import argparse

@@ -75,7 +75,7 @@ def run(argv: list[str]) -> NoReturn:
     if load := command.config.checkpoint.load:
         fresh = "no complete checkpoint yet, starting fresh"
         found = f"continuing from {command.checkpoint}" if command.start else fresh
-        if command.start and "--grow" in " ".join(argv) and not command.config.checkpoint.grow:
+        if command.start and command.start.has_grown:
             found += ", which an earlier start of this command has grown"
         log.logger.info("--load %s: %s", load, found)
     _train(command, world, run_data)

@@ -28,6 +28,8 @@ class Start(SavedRun):
     """The checkpoint that a run starts from, and what --grow asks of it."""
 
     growth: GrowthRequest | None
+    has_grown: bool = False
+    """Whether an earlier start of the same command has done what --grow asks for."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def read_train_command(argv: list[str]) -> TrainCommand:
     if "config" in given:
         given = merge_settings(read_config_file(Path(str(given["config"]))), given)
     start = _start(given)
-    if start is not None and "grow" in given:
+    if start is not None and (start.growth is not None or start.has_grown):
         given = _beside_growth(given, start)
     if start is None:
         config = build(given)
@@ -134,7 +136,7 @@ def _start(given: Mapping[str, Value]) -> Start | None:
         return None
     growth = read_request(grow) if grow else None
     if growth and (continued := _grown_before(given, place, growth)):
-        return Start(**vars(continued), growth=None)
+        return Start(**vars(continued), growth=None, has_grown=True)
     return Start(**vars(open_saved_run(place)), growth=growth)
 
 

@@ -119,7 +119,7 @@ def parse_device(text: str) -> Device:
             problems.append(f"--device gives {key} twice: keep one")
         elif (number := _number(value, *_bounds(key))) is None:
             low, high = _bounds(key)
-            problems.append(f"--device {key}={value} must be a number from {low:g} to {high:g}")
+            problems.append(f"--device {key}={value} must be a number from {low:g} to {high:g}: give one")
         else:
             given[key] = number
     needed = [key for key in ("memory", "bf16", "bandwidth") if not name and key not in given]

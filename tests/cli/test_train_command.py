@@ -31,6 +31,10 @@ def test_a_command_that_grows_while_loading_goes_on_when_it_is_started_again(tmp
     checkpoints.grow(old, tmp_path / "new", config, {"nexus_m": 20})
     new = newest_checkpoint(tmp_path / "new")
     assert _start(*command) == (new, False, False)
+    # Where a file asks for the growth, too.
+    (tmp_path / "run.yaml").write_text("checkpoint:\n  grow: nexus_m=20\n")
+    again = read_train_command(["--config", str(tmp_path / "run.yaml"), *command[:2], *command[-2:]])
+    assert again.start is not None and again.start.has_grown
     # Not where another growth is asked for, or another run's checkpoint was grown.
     assert _start(*command, "--grow", "nexus_m=22") == (old, True, True)
     assert _start(*command, "--grow", "nexus_m=20 init=in_rand") == (old, True, True)
