@@ -26,7 +26,7 @@ from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import ParallelConfig, RunConfig
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.growth.request import GROWING, ZERO_WARNING, GrowthRequest, add_growth_flags
+from megatron_nexus.growth.request import GROWING, GrowthRequest, add_growth_flags
 
 
 def make_parser() -> FlagParser:
@@ -120,7 +120,7 @@ def write_grown(given: argparse.Namespace, saved: SavedRun, sizes: Mapping[str, 
     with log.importing("torch"):
         from megatron_nexus.growth.apply import grow_checkpoint
         from megatron_nexus.growth.plan import plan_growth
-        from megatron_nexus.growth.report import plan_table, size_lines
+        from megatron_nexus.growth.report import plan_table, size_lines, warnings
         from megatron_nexus.growth.worker_group import make_worker_group
 
     plan = plan_growth(saved.config, request)
@@ -130,8 +130,8 @@ def write_grown(given: argparse.Namespace, saved: SavedRun, sizes: Mapping[str, 
     group = make_worker_group(given.workers)
     log.configure(is_main_rank=group.is_first)
     log.logger.info("%s %s", "growing" if plan.axes else "resharding", source)
-    if plan.axes and request.settings.init == "zero":
-        log.logger.info("%s", ZERO_WARNING)
+    for warning in warnings(plan):
+        log.logger.info("%s", warning)
     if given.dry_run:
         for line in plan_table(plan):
             log.logger.info("%s", line)

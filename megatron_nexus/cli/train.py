@@ -142,6 +142,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
         from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
         from megatron_nexus.growth.grown_reader import GrownReader
         from megatron_nexus.growth.plan import plan_growth
+        from megatron_nexus.growth.report import warnings
         from megatron_nexus.parallel.mesh import is_first_failure
         from megatron_nexus.training.run import run as train
     open_state: Callable[[Location], StateReader] = CheckpointReader
@@ -149,6 +150,8 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
         with path_errors():
             if command.start and command.start.growth:
                 plan = plan_growth(command.start.config, command.start.growth)
+                for warning in warnings(plan):
+                    log.logger.info("%s", warning)
                 open_state = partial(GrownReader, plan=plan)
             train(
                 command.config,

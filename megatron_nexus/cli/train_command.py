@@ -20,7 +20,7 @@ from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.growth.request import GrowthRequest, grown_config, read_request
+from megatron_nexus.growth.request import GrowthRequest, grown_config, read_request, recorded_settings
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRe
         return None
     saved = open_saved_run(newest)
     growths = [entry for entry in saved.manifest.lineage if "axes" in entry]
-    if not growths or growths[-1]["settings"] != dict(vars(growth.settings)):
+    if not growths or recorded_settings(growths[-1]) != vars(growth.settings):
         return None
     same_sizes = all(getattr(saved.config.model, name) == size for name, size in growth.sizes.items())
     parent, named = str(growths[-1]["parent"]), str(source.resolve())

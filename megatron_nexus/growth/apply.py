@@ -41,7 +41,6 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import GrowthPlan
 from megatron_nexus.growth.report import checkpoint_bytes
-from megatron_nexus.growth.request import CHANGING
 from megatron_nexus.growth.verify import compare
 from megatron_nexus.growth.worker_group import Advance, WorkerGroup, os_error_message
 from megatron_nexus.log import logger
@@ -209,7 +208,7 @@ def _make_durable(folder: Path, records: Sequence[DataFileRecord]) -> None:
 def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manifest) -> Manifest:
     """Return the manifest with the result of the comparison in the newest entry of its lineage.
 
-    Raises CheckpointError if the function has changed; `noise` and `random` change it by intent.
+    Raises CheckpointError if the function has changed, unless the recipe changes it by intent.
     """
     found = compare(plan, source, folder)
     if not isfinite(found.largest_logit):
@@ -219,15 +218,15 @@ def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manife
             "earlier checkpoint"
         )
     message = f"logits moved by at most {found.largest_error:.1e}, the largest is {found.largest_logit:.3g}"
-    init = plan.settings.init
-    if not found.holds and init not in CHANGING:
+    if not found.holds and not plan.changes:
         raise CheckpointError(
             f"{source}: {message}, more than rounding: the grown checkpoint was discarded; please report this"
         )
     if found.holds:
         logger.info("verified in float64: %s", message)
     else:
-        logger.info("the function changed, as --init %s does: in float64 %s", init, message)
+        flags = " and ".join(plan.changes)
+        logger.info("the function changed, as %s does: in float64 %s", flags, message)
     if plan.after.model.vocab_size > plan.before.model.vocab_size:
         logger.info("new tokens raise the loss by %.4f nats/token until they are learnt", found.loss_shift)
     if not plan.axes:

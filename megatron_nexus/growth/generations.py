@@ -12,6 +12,7 @@ from megatron_nexus.checkpoint.chunks import full_box, intersect
 from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.growth.plan import plan_tensors, translate
+from megatron_nexus.growth.request import GrowthConfig, recorded_settings
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.shard import Box
 
@@ -33,12 +34,13 @@ def boxes_by_growth(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[s
     first = decoder_specs(models[0])
     boxes = {name: [(full_box(spec.shape), 0)] for name, spec in first.items() if spec.numel}
     for number, (entry, (old, new)) in enumerate(zip(growths, pairwise(models), strict=True), start=1):
-        placement = entry["settings"].get("depth_placement", "interleaved")
+        # Which parts are new does not depend on what fills them, but for the place of a stack.
+        settings = GrowthConfig(**{"depth_placement": "interleaved", **recorded_settings(entry)})
         grown: dict[str, list[AddedBox]] = {}
-        for name, tensor in plan_tensors(old, new, placement, "zero").items():
+        for name, tensor in plan_tensors(old, new, settings).items():
             grown[name] = []
             for filled in tensor.boxes:
-                if filled.old is None or tensor.old is None:
+                if filled.is_new or filled.old is None or tensor.old is None:
                     grown[name].append((filled.box, number))
                     continue
                 for box, added in boxes[tensor.old.name]:

@@ -13,7 +13,14 @@ from megatron_nexus.checkpoint.data_file import Array
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import Manifest
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
-from megatron_nexus.growth.plan import GrowthPlan, TensorPlan, generation, grown_manifest, translate
+from megatron_nexus.growth.plan import (
+    GrowthPlan,
+    TensorPlan,
+    generation,
+    grown_manifest,
+    takes_moments,
+    translate,
+)
 from megatron_nexus.spec.growth_rule import Fill, FilledBox
 from megatron_nexus.spec.initialise import logical_values
 from megatron_nexus.spec.param import Axis, Normal, ParamSpec
@@ -51,7 +58,7 @@ class GrownReader(StateReader):
             if overlap is None:
                 continue
             part = values[index_within(overlap, box)]
-            if filled.old is not None:
+            if filled.old is not None and (state == "fp32" or takes_moments(filled, self._plan.settings)):
                 assert plan.old is not None, f"{tensor} keeps elements of nothing"
                 self._source.read_into(part, plan.old.name, state, translate(overlap, filled.box, filled.old))
             elif filled.fill is Fill.ZERO or state != "fp32":

@@ -13,19 +13,23 @@ from megatron_nexus.growth.request import (
     GROWING,
     GrowthConfig,
     GrowthRequest,
-    Placement,
+    LayerOrigin,
+    changes_of_function,
     grown_config,
     layer_origins,
 )
 from megatron_nexus.models.decoder import decoder_specs, layer_parts
-from megatron_nexus.spec.growth_rule import FilledBox, Init, grown_boxes, inserted_boxes
+from megatron_nexus.spec.growth_rule import FilledBox, copied_boxes, grown_boxes, inserted_boxes
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor of the larger model: its spec, the name it had, its boxes; an inserted one had no name."""
+    """A tensor of the larger model: its spec, what it was or is a copy of, its boxes.
+
+    One that is drawn anew has no `old`.
+    """
 
     spec: ParamSpec
     old: ParamSpec | None
@@ -47,6 +51,11 @@ class GrowthPlan:
         old, new = vars(self.before.model), vars(self.after.model)
         return {name: (old[name], new[name]) for name in GROWING if old[name] != new[name]}
 
+    @property
+    def changes(self) -> list[str]:
+        """The flags by which this growth changes the function."""
+        return changes_of_function(self.settings, self.axes)
+
 
 def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
     """Plan the growth of the model that was `saved` with this configuration; without sizes nothing grows.
@@ -54,28 +63,39 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
     Raises ConfigError where the model cannot grow so.
     """
     after = grown_config(saved, request)
-    settings = request.settings
-    tensors = plan_tensors(saved.model, after.model, settings.depth_placement, settings.init)
-    return GrowthPlan(saved, after, settings, tensors)
+    return GrowthPlan(
+        saved, after, request.settings, plan_tensors(saved.model, after.model, request.settings)
+    )
 
 
-def plan_tensors(
-    old: ModelConfig, new: ModelConfig, placement: Placement, init: Init
-) -> dict[str, TensorPlan]:
+def plan_tensors(old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> dict[str, TensorPlan]:
     """Return, for every tensor of the model `new`, which one of `old` it was and what fills it."""
     old_layers, new_layers = layer_parts(old), layer_parts(new)
     # A decoder's layers are the embedding, its blocks and the head.
-    blocks = layer_origins(old.num_layers, new.num_layers, placement)
-    origins = [0, *(None if i is None else i + 1 for i in blocks), old.num_layers + 1]
+    blocks = layer_origins(old.num_layers, new.num_layers, settings)
+    inner = [origin and replace(origin, index=origin.index + 1) for origin in blocks]
+    origins = [LayerOrigin(0), *inner, LayerOrigin(old.num_layers + 1)]
     tensors: dict[str, TensorPlan] = {}
     for origin, layer in zip(origins, new_layers, strict=True):
         for part, specs in layer.items():
             # A part that the model is given, as the gates of a higher order, was nothing before.
-            befores = None if origin is None else old_layers[origin].get(part)
+            befores = None if origin is None else old_layers[origin.index].get(part)
             for spec, before in zip(specs, befores or [None] * len(specs), strict=True):
-                parts = grown_boxes(before, spec, init) if before else inserted_boxes(spec, init)
-                tensors[spec.name] = TensorPlan(spec, before, tuple(parts))
+                is_copy = origin is not None and origin.copied
+                tensors[spec.name] = TensorPlan(spec, before, _boxes(before, spec, is_copy, settings))
     return tensors
+
+
+def _boxes(
+    before: ParamSpec | None, spec: ParamSpec, is_copy: bool, settings: GrowthConfig
+) -> tuple[FilledBox, ...]:
+    """Return the boxes of a tensor that was `before`, or is a copy of it, or is drawn."""
+    if before is None:
+        return tuple(inserted_boxes(spec, settings.init))
+    if is_copy:
+        keeps_function = settings.depth_init != "stack"
+        return tuple(copied_boxes(before, spec, settings.init, keeps_function))
+    return tuple(grown_boxes(before, spec, settings.init))
 
 
 def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:
@@ -97,6 +117,8 @@ def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:
             }
         )
     optimizer = replace(source.optimizer, grown_regions=regions_after_growth(source.optimizer, plan))
+    if plan.settings.moments == "reset":
+        optimizer = replace(optimizer, step_count=0, grown_regions=())
     return replace(
         source,
         specs=decoder_specs(plan.after.model),
@@ -104,6 +126,13 @@ def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:
         config=asdict(plan.after),
         lineage=lineage,
     )
+
+
+def takes_moments(filled: FilledBox, settings: GrowthConfig) -> bool:
+    """Return whether the moments of a box, and its step count, are those of where its weights come from."""
+    if settings.moments == "reset" or filled.old is None:
+        return False
+    return not filled.is_new or settings.moments == "copied"
 
 
 def generation(source: Manifest) -> int:
@@ -120,11 +149,11 @@ def regions_after_growth(optimizer: OptimizerRecord, plan: GrowthPlan) -> tuple[
     for tensor in plan.tensors.values():
         name = tensor.spec.name
         for filled in tensor.boxes:
-            if filled.old is None:
+            if not takes_moments(filled, plan.settings):
                 if optimizer.step_count:
                     grown_regions.append(GrownRegion(name, filled.box, optimizer.step_count))
                 continue
-            assert tensor.old is not None, f"{name} keeps elements of nothing"
+            assert tensor.old is not None and filled.old is not None, f"{name} keeps elements of nothing"
             for region in recorded.get(tensor.old.name, []):
                 shared = intersect(region.box, filled.old)
                 if shared is not None:

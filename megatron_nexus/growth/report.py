@@ -8,6 +8,7 @@ from megatron_nexus.base.table import table
 from megatron_nexus.checkpoint.data_file import DTYPE, STATES
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan
+from megatron_nexus.growth.request import ZERO_WARNING
 from megatron_nexus.models.decoder import decoder_specs, layer_specs, training_flops_per_token
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.spec.param import Constant, Layout
@@ -58,6 +59,14 @@ def _filling(tensor: TensorPlan) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{fill} {count:,}" for fill, count in counts.items())
+
+
+def warnings(plan: GrowthPlan) -> Iterator[str]:
+    """Yield what a user should know of a growth before it is done: what it changes, what will not train."""
+    if plan.axes and plan.settings.init == "zero":
+        yield ZERO_WARNING
+    for flag in plan.changes:
+        yield f"{flag} changes the function: the loss jumps at the growth, and --verify only says how far"
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

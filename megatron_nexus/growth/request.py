@@ -1,7 +1,7 @@
 """Growth as a user asks for it: the sizes of the larger model, and how its new weights begin."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from megatron_nexus.errors import ConfigError
 from megatron_nexus.spec.growth_rule import Init
 
 Placement = Literal["interleaved", "end"]
+DepthInit = Literal["random", "copy", "stack"]
+Moments = Literal["kept", "copied", "reset"]
 
 GROWING = growing_fields(ModelConfig)
 """The fields of a model that growth can raise; all others stay."""
@@ -46,25 +48,78 @@ class GrowthConfig:
     depth_placement: Placement = config_field(
         "interleaved", "new layers: interleaved with the old ones, or all at the end"
     )
+    depth_init: DepthInit = config_field(
+        "random",
+        "what new layers begin as. random: initial values; copy: the old layer before each; both with zeros "
+        "where they write to the residual stream, so the function stays. stack: the old layers again, whole "
+        "and in their order, 0 1 0 1, at the end (G_stack), so the function changes",
+    )
+    moments: Moments = config_field(
+        "kept",
+        "Adam's moments. kept: the old ones stay, new weights begin with zeros and a step count of their "
+        "own; copied: besides, copied weights begin with the moments and step count of their source; reset: "
+        "all are zero",
+    )
     attention_inner: InnerAttention = config_field(
         "self",
         "with --attention-order: scores of the inner attentions that the model is given, self or cross",
     )
 
+    @property
+    def placement(self) -> Placement:
+        """Where new layers go: a stack is always at the end."""
+        return "end" if self.depth_init == "stack" else self.depth_placement
 
-def layer_origins(old: int, new: int, placement: Placement) -> list[int | None]:
-    """Return, for each of `new` layers, the index of the old layer it was; None if it is inserted.
 
-    Interleaved layers follow equal groups of old ones, the last at the end (LLaMA Pro, Wu et al., 2024).
+@dataclass(frozen=True)
+class LayerOrigin:
+    """An old layer, and whether a layer is a copy of it or the layer itself."""
+
+    index: int
+    copied: bool = False
+
+
+def layer_origins(old: int, new: int, settings: GrowthConfig) -> list[LayerOrigin | None]:
+    """Return, for each of `new` layers, the old layer that it was or begins as; None if it is drawn.
+
+    Interleaved layers follow equal groups of old ones, the last at the end (LLaMA Pro, Wu et al., 2024), and
+    are copies of the old one before them. Stacked ones repeat the old ones in their order (G_stack, Du et
+    al., 2024); the last repetition may be cut off.
     """
-    origins: list[int | None] = [None] * new
+    origins: list[LayerOrigin | None] = [None] * new
     for i in range(old):
-        origins[i + (i * (new - old) // old if placement == "interleaved" else 0)] = i
+        origins[i + (i * (new - old) // old if settings.placement == "interleaved" else 0)] = LayerOrigin(i)
+    match settings.depth_init:
+        case "copy":
+            for i, origin in enumerate(origins):
+                if origin is None and (before := origins[i - 1]):
+                    origins[i] = LayerOrigin(before.index, copied=True)
+        case "stack":
+            origins[old:] = [LayerOrigin(i % old, copied=True) for i in range(old, new)]
+        case "random":
+            pass
     return origins
 
 
 CHANGING: tuple[Init, ...] = ("noise", "random")
 """What leaves no zero factor on new paths, and so changes the function by intent."""
+
+
+def changes_of_function(settings: GrowthConfig, axes: Collection[str]) -> list[str]:
+    """Return the flags by which a growth of the sizes `axes` changes the function by intent."""
+    flags = [f"--init {settings.init}"] if settings.init in CHANGING and axes else []
+    if settings.depth_init == "stack" and "num_layers" in axes:
+        flags.append("--depth-init stack")
+    return flags
+
+
+UNRECORDED: Mapping[str, object] = {"depth_init": "random", "moments": "kept"}
+"""What versions did that knew no such settings, and so recorded none."""
+
+
+def recorded_settings(growth: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a growth in a lineage, those included that were not recorded then."""
+    return {**UNRECORDED, **growth["settings"]}
 
 
 def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
@@ -136,15 +191,32 @@ def _order_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthCo
     return []
 
 
-def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
+def _depth_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> list[str]:
+    """List what is asked of new layers or of moments where nothing is new."""
+    problems = []
+    if growth.depth_init != "random" and sizes.get("num_layers", 0) <= old.num_layers:
+        problems.append(
+            f"--depth-init {growth.depth_init} is about new layers, and none are asked for beside the "
+            f"checkpoint's {old.num_layers}: give a larger --num-layers, or drop the flag"
+        )
+    if growth.moments != "kept" and not sizes:
+        problems.append(
+            f"--moments {growth.moments} belongs to a growth, and no size is given: give one, or "
+            "drop the flag"
+        )
+    return problems
+
+
+def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> list[str]:
     """List the sizes that cannot grow in this model without changing its function or first steps."""
     reasons: dict[str, str] = {}
     if old.qk_layernorm_all_heads:
         why = "the norm over the channels of all heads (--qk-layernorm-all-heads) would see new ones"
         reasons |= dict.fromkeys(("num_attention_heads", "num_query_groups", "kv_channels"), why)
-    if old.post_norm:
+    if old.post_norm and growth.depth_init != "stack":
         reasons["num_layers"] = (
-            "norms of what new layers give (--post-norm) would begin with zeros and blow up their gradients"
+            "norms of what new layers give (--post-norm) would begin with zeros and blow up their gradients "
+            "(those of --depth-init stack do not)"
         )
     return [
         f"{flag_of(name)} {sizes[name]}: {why}; grow other sizes of this model"
@@ -171,12 +243,13 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     problems += _foreign_sizes(old, sizes) + _order_problems(old, sizes, growth)
     if growth.init == "in_rand":
         problems += _active_at_once(old, sizes)
-    if old.no_rope_freq and sizes.get("num_layers", 0) > old.num_layers and growth.depth_placement != "end":
+    problems += _depth_problems(old, sizes, growth)
+    if old.no_rope_freq and sizes.get("num_layers", 0) > old.num_layers and growth.placement != "end":
         problems.append(
             f"new layers among the old ones would move those without rotary embedding (--no-rope-freq "
             f"{old.no_rope_freq}), and the function would change: use --depth-placement end"
         )
-    problems += _fixed_sizes(old, sizes)
+    problems += _fixed_sizes(old, sizes, growth)
     problems += bound_problems(growth)
     if problems:
         raise ConfigError(problems)

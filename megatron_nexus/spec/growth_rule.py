@@ -17,7 +17,7 @@ axis that it leaves open has its zero elsewhere on the same path. Pure arithmeti
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import product
 from typing import Literal
@@ -32,6 +32,7 @@ class Fill(StrEnum):
     """What fills a box of a grown tensor."""
 
     KEPT = "kept"  # the old elements, bit for bit
+    COPIED = "copied"  # new elements that begin as old ones of another place
     ZERO = "zero"
     RANDOM = "random"  # drawn as the parameter's initial values
     NOISE = "noise"  # drawn with a share of the deviation of the old elements
@@ -52,11 +53,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class FilledBox:
-    """A box of a grown tensor, what fills it, and where its elements were if they are kept."""
+    """A box of a grown tensor, what fills it, and where its values are in the old tensor, if they are."""
 
     box: Box
     fill: Fill
     old: Box | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its elements are not those of the old model."""
+        return self.fill is not Fill.KEPT
 
 
 def segments(old: Axis, new: Axis) -> Iterator[Segment]:
@@ -120,12 +126,34 @@ def grown_boxes(old: ParamSpec, new: ParamSpec, init: Init) -> list[FilledBox]:
     return boxes
 
 
+def _whole(spec: ParamSpec) -> Box:
+    return Box((0,) * len(spec.shape), spec.shape)
+
+
+def _writes_residual(spec: ParamSpec) -> bool:
+    """Whether a parameter writes to the residual stream."""
+    return any(
+        axis.residual and flow is Flow.WRITES for axis, flow in zip(spec.axes, spec.growth_roles, strict=True)
+    )
+
+
+def copied_boxes(source: ParamSpec, new: ParamSpec, init: Init, keeps_function: bool) -> list[FilledBox]:
+    """Return the boxes of a tensor of a new layer that begins as a copy of an old layer's `source`.
+
+    With `keeps_function` it is zero where it writes to the residual stream. That is the one zero of every
+    path through the layer, so new units of it, where widths grow too, need no other. Without it the copy is
+    whole, and its new units are those of `init`, as in the layer that it is a copy of.
+    """
+    if keeps_function and _writes_residual(new) and not isinstance(new.init, Constant):
+        return [FilledBox(_whole(new), Fill.ZERO)]
+    closed_elsewhere = keeps_function and init in ("out_rand", "in_rand")
+    boxes = grown_boxes(source, new, "random" if closed_elsewhere else init)
+    return [replace(part, fill=Fill.COPIED) if part.fill is Fill.KEPT else part for part in boxes]
+
+
 def inserted_boxes(new: ParamSpec, init: Init) -> list[FilledBox]:
     """Return the one box of a tensor of a new layer: zero where it writes to the residual stream."""
-    whole = Box((0,) * len(new.shape), new.shape)
-    writes = any(
-        a.residual and flow is Flow.WRITES for a, flow in zip(new.axes, new.growth_roles, strict=True)
-    )
+    whole, writes = _whole(new), _writes_residual(new)
     if isinstance(new.init, Constant):
         fill = Fill.RANDOM
     elif init == "zero":

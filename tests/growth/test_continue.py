@@ -16,6 +16,7 @@ from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.config.command_line import build
+from megatron_nexus.growth.request import read_request
 from tests.support import checkpoints, reference
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
@@ -38,7 +39,7 @@ TOKENFORMER: dict[str, str | int] = {
     "normalization": "NonParametricLayerNorm",
 }
 COMMON = "vocab_size=41 num_layers=3 hidden_size=14 num_attention_heads=4 kv_channels=6"
-SLOTS = f"{COMMON} pattention_slots=30 ffn_hidden_size=33"
+SLOTS = f"{COMMON} pattention_slots=30 ffn_hidden_size=33 depth_init=stack moments=copied"
 TOPOLOGIES = {
     2: {
         "zero1": {},
@@ -83,8 +84,9 @@ def test_training_goes_on_as_plain_adamw_at_every_topology(
 ) -> None:
     config = checkpoints.configure(**OLD, **family)
     source = checkpoints.write_checkpoint(tmp_path / "source", config, tp=2)
-    sizes = {name: int(size) for name, size in (word.split("=") for word in growth.split())}
-    made, after = checkpoints.grow(source, tmp_path / "grown", config, sizes, tp=2)
+    request = read_request(growth)
+    sizes, settings = dict(request.sizes), vars(request.settings)
+    made, after = checkpoints.grow(source, tmp_path / "grown", config, sizes, tp=2, **settings)
     flags = {**vars(after.model), **OLD, **sizes, "micro_batch_size": 1, "global_batch_size": 4}
     cases = [
         {"name": name, "flags": {**flags, **topology}, **start}

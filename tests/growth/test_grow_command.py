@@ -73,10 +73,18 @@ def test_it_grows_verifies_and_says_how_to_go_on(run: Run, folder: Path) -> None
     assert manifest.progress.step == checkpoints.STEP
 
 
-def test_a_function_that_changed_is_not_called_verified(run: Run) -> None:
-    code, told = run("--load old --save new --nexus-m 20 --init noise --verify")
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--nexus-m 20 --init noise", "--init noise"),
+        ("--num-layers 4 --depth-init stack", "--depth-init stack"),
+    ],
+)
+def test_a_function_that_changed_is_not_called_verified(words: str, flag: str, run: Run) -> None:
+    code, told = run(f"--load old --save new {words} --verify")
     assert code == 0, told
-    assert "the function changed, as --init noise does: in float64 logits moved by at most" in told
+    assert f"{flag} changes the function" in told
+    assert f"the function changed, as {flag} does: in float64 logits moved by at most" in told
     assert "verified" not in told
 
 
@@ -124,6 +132,8 @@ def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
     [
         ("--nexus-m 14", ["--nexus-m 14 is below the checkpoint's 15", "never shrinks"]),
         ("--nexus-m 15", ["nexus_m 15: the checkpoint has these sizes already"]),
+        ("--nexus-m 20 --depth-init stack", ["--depth-init stack", "2: give a larger --num-layers"]),
+        ("--moments reset", ["--moments reset", "no size is given"]),
         ("--kv-channels 6 --num-attention-heads 1", ["--num-attention-heads 1 is below", "never shrinks"]),
         ("--num-attention-heads 3 --tp 2", ["--tp 2 does not divide --num-attention-heads 3: use 1, 3"]),
         ("--init in_rand --nexus-a 30", ["inner norm", "use --init out_rand"]),

@@ -21,7 +21,6 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
-from megatron_nexus.spec.growth_rule import Fill
 from tests.support import checkpoints, reference
 
 # Sums over longer rows in float64, of logits of size one.
@@ -55,11 +54,18 @@ OPTIONS = {
         "nexus_a": 0,
     },
 }
+RECIPES: dict[str, dict[str, str]] = {
+    **{init: {"init": init} for init in ("out_rand", "in_rand", "zero")},
+    "copy": {"depth_init": "copy"},
+}
 CASES = [
     # With all-zero blocks nothing can change: one family is enough by default.
-    pytest.param(init, axes, option, marks=pytest.mark.law if init == "zero" and option != "plain" else ())
-    for init in ("out_rand", "in_rand", "zero")
+    pytest.param(
+        recipe, axes, option, marks=pytest.mark.law if recipe == "zero" and option != "plain" else ()
+    )
+    for recipe in RECIPES
     for axes in checkpoints.AXES
+    if recipe != "copy" or "num_layers" in checkpoints.AXES[axes]
     # The options change what M and A, the attention's width and the hidden size lead to.
     for option in (
         OPTIONS if axes in ("M-A", "D", "heads-head-dim", "all") else ["plain", "tokenformer", "released"]
@@ -68,7 +74,7 @@ CASES = [
     if not (option == "tokenformer" and axes in ("M", "A", "heads", "head-dim", "vocabulary"))  # in "all"
     # Norms see new units that are active at once: refused.
     if not (
-        init == "in_rand"
+        recipe == "in_rand"
         and option in ("options", "released", "tokenformer")
         and axes in ("M", "A", "M-A", "FFN", "all")
     )
@@ -89,9 +95,9 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     return make
 
 
-@pytest.mark.parametrize(("init", "axes", "option"), CASES)
+@pytest.mark.parametrize(("recipe", "axes", "option"), CASES)
 def test_growth_keeps_the_function_and_every_new_weight_trains(
-    init: str,
+    recipe: str,
     axes: str,
     option: str,
     source_of: Callable[[str], tuple[RunConfig, Path, Tensor]],
@@ -100,7 +106,8 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
     """But for `zero`, where no gradient reaches a new block; of new tokens alone the weights are drawn."""
     config, source, before = source_of(option)
     sizes = checkpoints.sizes_for(config, axes)
-    made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, init=init)
+    settings = RECIPES[recipe]
+    made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, **settings)
     tokens = checkpoints.sample(config.model)
     w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
     with torch.no_grad():
@@ -119,16 +126,16 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
             for (name, t), gradient in zip(w.items(), gradients, strict=True):
                 reached[name] |= gradient != 0
                 t -= 0.1 * gradient
-    if init == "zero" and "vocab_size" in checkpoints.AXES[axes]:
+    if recipe == "zero" and "vocab_size" in checkpoints.AXES[axes]:
         return
-    plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(init=init)))
+    plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(**settings)))
     new = 0
     for name, tensor in plan.tensors.items():
         for block in tensor.boxes:
-            if block.fill is not Fill.KEPT:
+            if block.is_new:
                 there = reached[name][index_within(block.box, full_box(tensor.spec.shape))]
                 new += there.numel()
-                assert not there.any() if init == "zero" else there.all(), (name, block)
+                assert not there.any() if recipe == "zero" else there.all(), (name, block)
     assert new > 0
 
 
