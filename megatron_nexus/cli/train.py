@@ -140,6 +140,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
         import torch._dynamo  # which torch itself does at the first optimizer
 
         from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
+        from megatron_nexus.growth.generations import newest_regions
         from megatron_nexus.growth.grown_reader import GrownReader
         from megatron_nexus.growth.plan import plan_growth
         from megatron_nexus.growth.report import warnings
@@ -162,6 +163,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
                 _open_evaluator,
                 command.tokenizer_record,
                 run_data,
+                partial(newest_regions, command.config.model),
             )
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1

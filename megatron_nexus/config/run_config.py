@@ -328,6 +328,14 @@ class OptimizerConfig:
         0, "samples of linear warm-up; one of these has the schedule count samples"
     )
     lr_wsd_decay_samples: int = config_field(0, "samples of the final decay of WSD; 0: a tenth of the run")
+    new_lr_ratio: float = config_field(
+        1.0,
+        "learning rate of the weights of the run's last growth, as a multiple of the others'",
+        positive=True,
+    )
+    new_lr_warmup_iters: int = config_field(
+        0, "steps since its last growth over which a run's new weights warm up to that, from zero"
+    )
     weight_decay: float = config_field(0.1, "decoupled weight decay of matrices; norm gains have none")
     adam_beta1: float = config_field(0.9, "decay of the first moment", below=1)
     adam_beta2: float = config_field(0.95, "decay of the second moment", below=1)
@@ -337,6 +345,11 @@ class OptimizerConfig:
         "torch",
         "AdamW of torch (fused), of NVIDIA's apex (CUDA devices), or of DeepSpeed (compiled at first use)",
     )
+
+    @property
+    def has_new_lr(self) -> bool:
+        """Whether the weights of the last growth have a learning rate of their own."""
+        return self.new_lr_ratio != 1.0 or self.new_lr_warmup_iters > 0
 
     @property
     def counts_samples(self) -> bool:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_nexus.checkpoint.chunks import full_box, intersect
-from megatron_nexus.checkpoint.manifest import JsonObject
+from megatron_nexus.checkpoint.manifest import GrownRegion, JsonObject, Manifest
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.growth.plan import plan_tensors, translate
 from megatron_nexus.growth.request import GrowthConfig, recorded_settings
@@ -48,6 +48,23 @@ def boxes_by_growth(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[s
                         grown[name].append((translate(shared, filled.old, filled.box), added))
         boxes = grown
     return boxes
+
+
+def newest_regions(model: ModelConfig, manifest: Manifest) -> list[GrownRegion]:
+    """Return what the last growth of a checkpoint's `model` has added, with Adam's step count at that growth.
+
+    Of all that is new, however long ago, copies with the moments of their source too.
+    """
+    growths = growths_of(manifest.lineage)
+    if not growths:
+        return []
+    since = manifest.progress.step - growths[-1]["step"]
+    return [
+        GrownRegion(name, box, manifest.optimizer.step_count - since)
+        for name, parts in boxes_by_growth(model, manifest.lineage).items()
+        for box, number in parts
+        if number == len(growths)
+    ]
 
 
 def _before(model: ModelConfig, axes: Mapping[str, Sequence[int]]) -> ModelConfig:

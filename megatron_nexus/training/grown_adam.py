@@ -10,8 +10,9 @@ which is, up to rounding, Adam with a count for each element (Kingma and Ba, 201
 has cut the buffers, without memory for it. It ends when float32 no longer shows it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,49 @@ VISIBLE = 2.0**-25
 
 
 @dataclass(frozen=True)
-class _GrownView:
+class GrownView:
     """Views of the weights and moments that a growth added, and Adam's step count at that growth."""
 
     adam_step: int
     states: Mapping[str, Tensor]
+
+
+class GrownViews:
+    """The views of grown regions on this rank, by the buffer that they lie in."""
+
+    def __init__(self, of_buffer: Mapping[int, Sequence[GrownView]]) -> None:
+        self._of_buffer = of_buffer
+
+    def __bool__(self) -> bool:
+        return bool(self._of_buffer)
+
+    def stepping(self, adam: torch.optim.Optimizer) -> Iterator[tuple[GrownView, int, Mapping[str, Any]]]:
+        """Yield each view of the buffers that `adam` steps: DeepSpeed has it step a few at a time.
+
+        With Adam's step count and the parameter group of the buffer.
+        """
+        for group in adam.param_groups:
+            for flat in group["params"]:
+                if views := self._of_buffer.get(_buffer(flat)):
+                    count = int(adam.state[flat].get("step", group.get("step", 0)))  # apex: by group
+                    for view in views:
+                        yield view, count, group
+
+
+def grown_views(state: ZeroState, regions: Sequence[GrownRegion]) -> GrownViews:
+    """Return the views of this rank's parts of `regions`."""
+    of_tensor: dict[str, list[GrownRegion]] = {}
+    for region in regions:
+        of_tensor.setdefault(region.tensor, []).append(region)
+    of_buffer: dict[int, list[GrownView]] = {}
+    for view in state.views():
+        for region in of_tensor.get(view.spec.name, []):
+            overlap = intersect(region.box, view.box)
+            if overlap is not None:
+                within = index_within(overlap, view.box)
+                values = {name: held[within] for name, held in view.values.items()}
+                of_buffer.setdefault(_buffer(values["fp32"]), []).append(GrownView(region.adam_step, values))
+    return GrownViews(of_buffer)
 
 
 def needing_correction(
@@ -41,28 +80,15 @@ def needing_correction(
 
 def install_bias_correction(state: ZeroState, regions: Sequence[GrownRegion]) -> None:
     """Correct the bias correction of this rank's grown weights after every optimizer step."""
-    of_tensor: dict[str, list[GrownRegion]] = {}
-    for region in regions:
-        of_tensor.setdefault(region.tensor, []).append(region)
-    parts: dict[int, list[_GrownView]] = {}
-    for view in state.views():
-        for region in of_tensor.get(view.spec.name, []):
-            overlap = intersect(region.box, view.box)
-            if overlap is not None:
-                within = index_within(overlap, view.box)
-                values = {name: held[within] for name, held in view.values.items()}
-                parts.setdefault(_buffer(values["fp32"]), []).append(_GrownView(region.adam_step, values))
+    views = grown_views(state, regions)
 
     @torch.no_grad()
     def correct(adam: torch.optim.Optimizer, *_: object) -> None:
-        for group in adam.param_groups:
-            for flat in group["params"]:
-                for part in parts.get(_buffer(flat), ()):
-                    count = int(group.get("step") or adam.state[flat]["step"])
-                    _correct(part, count, group["lr"], group["betas"], group["eps"])
+        for view, count, group in views.stepping(adam):
+            _correct(view, count, group["lr"], group["betas"], group["eps"])
 
-    if parts:
-        state.after_each_step(correct)
+    if views:
+        state.around_each_step(after=correct)
 
 
 def _buffer(view: Tensor) -> int:
@@ -70,7 +96,7 @@ def _buffer(view: Tensor) -> int:
     return view.untyped_storage().data_ptr()
 
 
-def _correct(part: _GrownView, count: int, lr: float, betas: tuple[float, float], eps: float) -> None:
+def _correct(part: GrownView, count: int, lr: float, betas: tuple[float, float], eps: float) -> None:
     age = count - part.adam_step
     if max(betas) ** age <= VISIBLE:
         return

@@ -34,6 +34,7 @@ from megatron_nexus.training.metrics import (
     make_validation,
     utilization,
 )
+from megatron_nexus.training.new_lr import continue_new_lr
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.peak_flops import peak_flops_per_s
 from megatron_nexus.training.recorder import MetricsRecorder
@@ -101,19 +102,19 @@ class Trainer:
         )
 
     def resume(
-        self, checkpoint: Location, open_state: Callable[[Location], StateReader] = CheckpointReader
+        self,
+        checkpoint: Location,
+        open_state: Callable[[Location], StateReader] = CheckpointReader,
+        newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
     ) -> Manifest:
         """Continue from a checkpoint, which `open_state` reads; a collective call.
+
+        `newest_regions` says what the last growth of a checkpoint added.
 
         Raises:
             CheckpointError: it cannot be loaded, or was trained with another tokenizer.
         """
-        manifest = load_checkpoint(
-            checkpoint,
-            self.engine.state,
-            self.mesh,
-            open_state,
-        )
+        manifest = load_checkpoint(checkpoint, self.engine.state, self.mesh, open_state)
         tokenizer = self.corpus.tokenizer
         if tokenizer is not None and manifest.tokenizer_fingerprint not in ("", tokenizer.fingerprint):
             raise CheckpointError(
@@ -122,6 +123,9 @@ class Trainer:
             )
         configure_groups(self.engine.optimizer.param_groups, self.config.optimizer)
         self._continue_optimizer(manifest)
+        if self.config.optimizer.has_new_lr:
+            newest, count = newest_regions(manifest), manifest.optimizer.step_count
+            logger.info("%s", continue_new_lr(self.engine.state, newest, count, self.config.optimizer))
         self.lineage = manifest.lineage
         self.progress = manifest.progress
         if manifest.data.fingerprint in ("", self.data.fingerprint):

@@ -3,13 +3,14 @@
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from megatron_nexus.checkpoint.location import Location, location
+from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest
 from megatron_nexus.checkpoint.run_dir import check_writable
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
@@ -55,13 +56,14 @@ def run(
     open_evaluator: Callable[[RunConfig, Tokenizer], TaskEvaluator] | None = None,
     record: TokenizerRecord = NO_RECORD,
     run_data: RunData | None = None,
+    newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
     `argv` is the command line as the user typed it: the summary repeats it to resume. `open_state` reads the
     checkpoint, as a grown one where the run begins so. `open_evaluator` makes what evaluates --eval-tasks;
     only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer. `run_data` is what the run
-    reads, where it is open already.
+    reads, where it is open already. `newest_regions` says what the last growth of a checkpoint added.
     """
     # 1. The ranks, and what they agree on.
     mesh = _start_ranks(config, world, checkpoint)
@@ -87,7 +89,7 @@ def run(
         announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
             with Progress(f"loading {checkpoint}"):
-                manifest = trainer.resume(checkpoint, open_state)
+                manifest = trainer.resume(checkpoint, open_state, newest_regions)
             announce_resumed(config, checkpoint, manifest)
         if mesh.rank == 0:
             (run_dir / CONFIG_FILE).write_text(config_text(config))

@@ -239,9 +239,17 @@ class ZeroState(ABC):
                     buffer.zero_()
         self.step_count = 0
 
-    def after_each_step(self, hook: Callable[..., None]) -> None:
-        """Call `hook(optimizer, ...)` whenever Adam has stepped, before weights are cast for the model."""
-        self._adam.register_step_post_hook(hook)
+    def around_each_step(
+        self, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+    ) -> None:
+        """Call `before(optimizer, ...)` and `after(optimizer, ...)` whenever Adam steps.
+
+        `after` comes before weights are cast for the model, in the order in which hooks were given.
+        """
+        if before is not None:
+            self._adam.register_step_pre_hook(before)
+        if after is not None:
+            self._adam.register_step_post_hook(after)
 
     @property
     def step_count(self) -> int:

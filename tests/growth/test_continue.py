@@ -16,7 +16,9 @@ from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.config.command_line import build
-from megatron_nexus.growth.request import read_request
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.growth.plan import plan_growth
+from megatron_nexus.growth.request import GrowthRequest, read_request
 from tests.support import checkpoints, reference
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
@@ -40,6 +42,7 @@ TOKENFORMER: dict[str, str | int] = {
 }
 COMMON = "vocab_size=41 num_layers=3 hidden_size=14 num_attention_heads=4 kv_channels=6"
 SLOTS = f"{COMMON} pattention_slots=30 ffn_hidden_size=33 depth_init=stack moments=copied"
+NEW_LR = {"new_lr_ratio": 1.5, "new_lr_warmup_iters": 2}
 TOPOLOGIES = {
     2: {
         "zero1": {},
@@ -56,7 +59,7 @@ LOSS_TOLERANCE = 2e-6
 WEIGHT_TOLERANCE = 2e-4
 
 
-def expected(folder: Path, config: dict) -> dict:
+def expected(folder: Path, config: dict, source: RunConfig, request: GrowthRequest) -> dict:
     """What plain AdamW makes of the grown checkpoint, in float32."""
     w, first, second = (
         {n: torch.from_numpy(t) for n, t in checkpoints.tensors(folder, s).items()} for s in STATES
@@ -66,28 +69,40 @@ def expected(folder: Path, config: dict) -> dict:
         steps[region.tensor][index_within(region.box, full_box(tuple(w[region.tensor].shape)))] = 0.0
     state = {name: (first[name], second[name], steps[name]) for name in w}
     batches = global_batches(config["model"]["vocab_size"], 4, OLD["seq_length"])
-    return reference.train(w, batches, config, state=state)
+    plan, optimizer = plan_growth(source, request), config["optimizer"]
+
+    def lr_factors(step: int) -> dict[str, torch.Tensor]:
+        factors = {name: torch.ones_like(t) for name, t in w.items()}
+        for name, tensor in plan.tensors.items():
+            for part in tensor.boxes:
+                if part.is_new:
+                    within = index_within(part.box, full_box(tensor.spec.shape))
+                    warmed = min(1.0, step / max(1, optimizer["new_lr_warmup_iters"]))
+                    factors[name][within] = optimizer["new_lr_ratio"] * warmed
+        return factors
+
+    return reference.train(w, batches, config, state=state, lr_factors=lr_factors)
 
 
 @pytest.mark.law
 @pytest.mark.parametrize(
-    ("ranks", "family", "growth"),
+    ("ranks", "family", "growth", "new_lr"),
     [
-        (2, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30 attention_order=2"),
-        (4, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30"),
-        (2, TOKENFORMER, SLOTS),
+        (2, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30 attention_order=2", NEW_LR),
+        (4, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30", {}),
+        (2, TOKENFORMER, SLOTS, NEW_LR),
     ],
     ids=["nexusformer-2", "nexusformer-4", "tokenformer-2"],
 )
 def test_training_goes_on_as_plain_adamw_at_every_topology(
-    ranks: int, family: dict[str, str | int], growth: str, tmp_path: Path
+    ranks: int, family: dict[str, str | int], growth: str, new_lr: dict[str, float], tmp_path: Path
 ) -> None:
     config = checkpoints.configure(**OLD, **family)
     source = checkpoints.write_checkpoint(tmp_path / "source", config, tp=2)
     request = read_request(growth)
     sizes, settings = dict(request.sizes), vars(request.settings)
     made, after = checkpoints.grow(source, tmp_path / "grown", config, sizes, tp=2, **settings)
-    flags = {**vars(after.model), **OLD, **sizes, "micro_batch_size": 1, "global_batch_size": 4}
+    flags = {**vars(after.model), **OLD, **sizes, **new_lr, "micro_batch_size": 1, "global_batch_size": 4}
     cases = [
         {"name": name, "flags": {**flags, **topology}, **start}
         for i, (name, topology) in enumerate(TOPOLOGIES[ranks].items())
@@ -96,7 +111,7 @@ def test_training_goes_on_as_plain_adamw_at_every_topology(
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     run_ranks(ranks, TESTS / "support" / "train_worker.py", str(tmp_path / "cases.json"), str(tmp_path))
-    plain = expected(made, dataclasses.asdict(build(flags)))
+    plain = expected(made, dataclasses.asdict(build(flags)), config, request)
     tool = {state: checkpoints.tensors(made, state) for state in STATES}
     for case in cases:
         name, folder = case["name"], tmp_path / case["name"]

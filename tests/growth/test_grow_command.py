@@ -239,7 +239,8 @@ def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn
     config = checkpoints.configure(seq_length=12, precision="fp32", lr=1e-3)
     before = contents(checkpoints.write_checkpoint(tmp_path / "old", config))
     words = "--data-path corpus --split 8,2 --eval-iters 1 --train-iters 42 --load old --reset-optimizer"
-    pretrain = [*WARM, str(REPOSITORY / "pretrain_nexus.py"), *words.split()]
+    new_lr = "--lr-decay-iters 44 --new-lr-ratio 1.5 --new-lr-warmup-iters 8"
+    pretrain = [*WARM, str(REPOSITORY / "pretrain_nexus.py"), *words.split(), *new_lr.split()]
     grown = [*pretrain, "--grow", "nexus_m=20 num_layers=3 init=in_rand", "--save", "new"]
     training = spawn(grown, tmp_path)
     assert training.end() == 0, training.output()
@@ -255,6 +256,13 @@ def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn
     assert requeued.end() == 0, requeued.output()
     manifest = read_manifest(find_checkpoint(tmp_path / "new"))
     assert (manifest.progress.step, manifest.optimizer.step_count, len(manifest.lineage)) == (44, 4, 1)
+    said = "weights of the last growth, {} steps ago, train at 1.5 x the learning rate"
+    assert said.format(0) in training.output() and said.format(2) in requeued.output()
+    # What was stopped in the warm-up of the new weights ends as what was not.
+    whole = spawn([*grown, "--save", "whole", "--train-iters", "44"], tmp_path)
+    assert whole.end() == 0, whole.output()
+    ended, expected = (checkpoints.tensors(find_checkpoint(tmp_path / name)) for name in ("new", "whole"))
+    assert all(np.array_equal(ended[name], values) for name, values in expected.items())
     other = spawn([*pretrain, "--grow", "nexus_m=22", "--save", "new"], tmp_path)
     assert other.end() == 2 and "another --save" in other.output()
     assert contents(tmp_path / "old" / "iter_0000040") == before

@@ -202,10 +202,12 @@ def train(
     config: dict,
     positions: Tensor | None = None,
     state: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None,
+    lr_factors: Callable[[int], dict[str, Tensor]] | None = None,
 ) -> dict:
     """AdamW (Loshchilov and Hutter, algorithm 2) on whole global batches: losses, norms, first gradients.
 
     `state`: both moments and the steps taken so far of every element; none for a start from zero.
+    `lr_factors`: what the learning rate of every element is multiplied by at a step, counted from 1.
     """
     o = config["optimizer"]
     w = {name: t.clone().requires_grad_() for name, t in w.items()}
@@ -213,7 +215,8 @@ def train(
         name: (torch.zeros_like(t), torch.zeros_like(t), torch.zeros_like(t)) for name, t in w.items()
     }
     losses, norms, first = [], [], {}
-    for tokens, labels in batches:
+    for step, (tokens, labels) in enumerate(batches, start=1):
+        factors = lr_factors(step) if lr_factors else {}
         value = loss(w, tokens, labels, config["model"], positions)
         grads = dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))
         norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads.values()))
@@ -228,6 +231,7 @@ def train(
                 steps += 1
                 m.mul_(b1).add_((1 - b1) * g)
                 v.mul_(b2).add_((1 - b2) * g * g)
-                t.mul_(1 - o["lr"] * (o["weight_decay"] if t.dim() > 1 else 0.0))
-                t.sub_(o["lr"] * (m / (1 - b1**steps)) / ((v / (1 - b2**steps)).sqrt() + o["adam_eps"]))
+                lr = o["lr"] * factors.get(name, 1.0)
+                t.mul_(1 - lr * (o["weight_decay"] if t.dim() > 1 else 0.0))
+                t.sub_(lr * (m / (1 - b1**steps)) / ((v / (1 - b2**steps)).sqrt() + o["adam_eps"]))
     return {"losses": losses, "norms": norms, "first_gradients": first, "weights": w}

@@ -21,6 +21,7 @@ from megatron_nexus.checkpoint.writer import CheckpointWriter, SaveRequest
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.growth.generations import newest_regions
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import read_request
@@ -30,6 +31,7 @@ from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_adam import install_bias_correction
+from megatron_nexus.training.new_lr import install_new_lr
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
 from tests.support.waiting import TIMEOUT_S
 
@@ -100,6 +102,9 @@ def begin_from(case: dict, engine: Engine, mesh: Mesh, out: Path) -> None:
     manifest = load_checkpoint(folder, engine.state, mesh, open_state)
     grown_regions = manifest.optimizer.grown_regions
     install_bias_correction(engine.state, grown_regions)
+    config = build(case["flags"])
+    if config.optimizer.has_new_lr:
+        install_new_lr(engine.state, newest_regions(config.model, manifest), config.optimizer)
     start = RunProgress(0, 0, 0, 0)
     save(engine, mesh, out / case["name"], SaveRequest(start, {}, "", grown_regions=grown_regions))
 
