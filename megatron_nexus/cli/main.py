@@ -35,6 +35,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "count": Verb("count", "parameters, FLOPs and bytes per rank of a model"),
         "plot": Verb("plot", "draw the losses of several runs in one picture"),
         "analyze": Verb("analyze", "measure how a growth's new weights part from the older ones"),
+        "advise": Verb("advise", "say whether to grow a run now, later or never, and what that saves"),
     },
     "Data": {
         "train-tokenizer": Verb("train_tokenizer", "train a lossless SentencePiece tokenizer on text files"),

@@ -1,0 +1,129 @@
+"""The curve of a saved run, from its metrics, its configuration and its lineage. Reads no weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_nexus.advice.curve import Curve, GrownFrom, Point, Size
+from megatron_nexus.checkpoint.location import Location, location
+from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.errors import CheckpointError, ConfigError
+from megatron_nexus.growth.generations import growths_of
+from megatron_nexus.models.decoder import decoder_specs, training_flops_per_token
+from megatron_nexus.spec.cost import parameter_count
+from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, validation_curves
+
+BINS = 40
+"""Of training losses, where a run was not validated often enough."""
+LEAST_VALIDATIONS = 8
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A saved run with its curve; FLOP/s as its last steps had them, None without metrics of any."""
+
+    saved: SavedRun
+    root: Location
+    curve: Curve
+    flops_per_s: float | None
+
+
+def size_of(model: ModelConfig, seq_length: int, name: str) -> Size:
+    """Return what a model counts."""
+    parameters = parameter_count(decoder_specs(model).values())
+    return Size(name, parameters, training_flops_per_token(model, seq_length))
+
+
+def read_run(place: Location) -> RecordedRun:
+    """Read a run's folder, or its curve up to one of its checkpoints.
+
+    Raises CheckpointError, and ConfigError where the run has no metrics to read a curve from.
+    """
+    saved = open_saved_run(place)
+    root = saved.checkpoint.parent
+    records = _records(root)
+    steps = [r for r in records if _is_step(r)]
+    if not steps:
+        raise ConfigError(
+            f"{root} has no {METRICS_FILE} with steps, and advice is drawn from losses: give the folder "
+            "that the run was trained in"
+        )
+    model, length = saved.config.model, saved.config.training.seq_length
+    size = size_of(model, length, saved.config.preset)
+    growths = growths_of(saved.manifest.lineage)
+    start, grown = 0.0, None
+    if growths:
+        sizes: dict[str, Any] = {name: old for name, (old, _) in growths[-1]["axes"].items()}
+        base = size_of(replace(model, **sizes), length, "base")
+        start = _area_before(growths[-1])
+        grown = GrownFrom(float(growths[-1]["tokens"]), start, base)
+    points = _points(records, steps, saved.config.optimizer.lr, start, grown.tokens if grown else 0.0)
+    rates = [r["tokens_per_s"] for r in steps[-20:] if isinstance(r.get("tokens_per_s"), float)]
+    rate = float(np.median(rates)) * size.flops_per_token if rates else None
+    seen = tuple(point for point in points if point.tokens <= saved.manifest.progress.tokens)
+    return RecordedRun(saved, root, Curve(str(place), size, seen, grown), rate)
+
+
+def _records(root: Location) -> list[dict[str, Any]]:
+    return read_metrics(root / METRICS_FILE) if isinstance(root, Path) else []
+
+
+def _is_step(record: Mapping[str, Any]) -> bool:
+    return all(isinstance(record.get(name), int | float) for name in ("loss", "learning_rate", "tokens"))
+
+
+def _area_before(growth: Mapping[str, Any]) -> float:
+    """Return the area that a growth's parent had trained, or its tokens where its metrics are gone."""
+    tokens = float(growth["tokens"])
+    try:
+        parent = location(str(growth["parent"]))
+        records = [r for r in _records(parent.parent) if _is_step(r) and r["step"] <= growth["step"]]
+        peak = open_saved_run(parent).config.optimizer.lr
+    except (CheckpointError, OSError):
+        return tokens
+    areas = _areas(records, peak, 0.0, 0.0)
+    return float(areas[-1]) if len(areas) else tokens
+
+
+def _areas(
+    steps: Sequence[Mapping[str, Any]], peak: float, start: float, first_token: float
+) -> np.ndarray[Any, Any]:
+    """Return the area after each step."""
+    tokens = np.array([r["tokens"] for r in steps], float)
+    rates = np.array([r["learning_rate"] for r in steps], float) / peak
+    # A file that begins later, as of a resumed run whose first part is gone, goes on from the peak.
+    each = np.diff(tokens, prepend=first_token)
+    return start + np.cumsum(each * rates)
+
+
+def _points(
+    records: list[dict[str, Any]],
+    steps: Sequence[Mapping[str, Any]],
+    peak: float,
+    start: float,
+    first_token: float,
+) -> list[Point]:
+    """Return the points of the validation set, or of binned training losses where there are too few."""
+    areas = _areas(steps, peak, start, first_token)
+    rates = [r["learning_rate"] / peak for r in steps]
+    index = {r["step"]: i for i, r in enumerate(steps)}
+    held_out = {name: c for name, c in validation_curves(records).items() if name.startswith("validation")}
+    curve = next(iter(held_out.values()), [])
+    found = [
+        Point(float(steps[i]["tokens"]), float(areas[i]), rates[i], loss)
+        for step, loss in curve
+        if (i := index.get(step)) is not None
+    ]
+    if len(found) >= LEAST_VALIDATIONS:
+        return found
+    points = []
+    for part in np.array_split(np.arange(len(steps)), min(BINS, len(steps))):
+        last = int(part[-1])
+        loss = float(np.mean([steps[i]["loss"] for i in part]))
+        middle = int(part[len(part) // 2])
+        points.append(Point(float(steps[middle]["tokens"]), float(areas[middle]), rates[last], loss))
+    return points

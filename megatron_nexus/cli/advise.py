@@ -1,0 +1,337 @@
+"""The verb `advise`: grow a run now, later, never, or cannot tell; how far, and what it saves."""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_nexus import log
+from megatron_nexus.base.table import table
+from megatron_nexus.checkpoint.location import location
+from megatron_nexus.checkpoint.run_dir import complete_checkpoints
+from megatron_nexus.checkpoint.saved_run import SavedRun
+from megatron_nexus.cli.arguments import count, positive
+from megatron_nexus.cli.next_command import train_command
+from megatron_nexus.config.config_field import flag_of
+from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.growth.request import GrowthRequest, grown_config, read_request
+
+if TYPE_CHECKING:
+    from megatron_nexus.advice.forecast import Plan
+    from megatron_nexus.advice.phase import Position
+    from megatron_nexus.advice.run_curve import RecordedRun
+    from megatron_nexus.advice.target import TargetAdvice
+
+AXES = (
+    ("num_layers",),
+    ("hidden_size",),
+    ("nexus_m", "nexus_a"),
+    ("ffn_hidden_size",),
+    ("ffn_nexus_m",),
+    ("pattention_slots",),
+)
+"""What is considered without --target-sizes, each doubled: widths that belong together, together."""
+PILOT_SHARE = 0.5
+"""Of the tokens at which the growth would end, in a pilot: with less, recorded intervals held 0 too often."""
+
+
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
+    parser = FlagParser(
+        "advise",
+        "RUN [flags]",
+        description=(
+            "Say whether to grow a run now, later or never, or that this cannot be told, with the reasons, "
+            "and what would be saved, at equal FLOPs with those of the base included."
+        ),
+    )
+
+    def flag(name: str, text: str, **kwargs: Any) -> None:
+        parser.add_argument(name, help=text, **kwargs)
+
+    flag("run", "a run's folder, or one checkpoint in it", type=location, metavar="RUN")
+    text = 'targets, each as --grow has it, such as "nexus_m=1088 nexus_a=1228" (default: each axis, twice)'
+    flag("--target-sizes", text, nargs="+", metavar="SIZES", default=[])
+    text = "runs to learn from: targets from scratch, other sizes, growths of RUN, this size with a decay"
+    flag("--pilots", text, nargs="+", type=location, metavar="RUN", default=[])
+    budget = parser.add_mutually_exclusive_group()
+    text = "FLOPs of the whole run, what is spent included (default: those of the steps that RUN is to take)"
+    budget.add_argument("--budget-flops", help=text, type=positive(float), metavar="FLOPS")
+    text = "hours from now on, at the FLOP/s that RUN had"
+    budget.add_argument("--budget-hours", help=text, type=positive(float), metavar="HOURS")
+    flag("--seed", "of the bootstrap (default: 1234)", type=count, default=1234)
+    flag("--json", "print JSON", action="store_true")
+    return parser
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target as it was asked for."""
+
+    request: GrowthRequest
+    config: RunConfig
+
+
+def run(argv: list[str]) -> None:
+    """Run `nexus advise` with the flags `argv`."""
+    given = make_parser().parse_args(argv)
+    log.configure(is_main_rank=True)
+    from megatron_nexus.advice.phase import position, schedule_of
+    from megatron_nexus.advice.run_curve import read_run, size_of
+    from megatron_nexus.advice.target import advise
+
+    recorded = read_run(given.run)
+    saved = recorded.saved
+    targets = _targets(saved.config, given.target_sizes)
+    pilots = [read_run(place) for place in given.pilots]
+    _require_comparable(recorded, pilots)
+    plan = _plan(recorded, given, schedule_of(saved.config))
+    here = position(saved)
+    length = saved.config.training.seq_length
+    sizes = {name: size_of(target.config.model, length, name) for name, target in targets.items()}
+    curves = [pilot.curve for pilot in pilots]
+    advice = advise(recorded.curve, sizes, curves, plan, here, _elsewhere(recorded), given.seed)
+    if given.json:
+        log.logger.info("%s", json.dumps(_as_json(recorded, plan, here, advice), indent=1))
+        return
+    for line in _lines(recorded, plan, here, advice, targets):
+        log.logger.info("%s", line)
+
+
+def _targets(config: RunConfig, texts: Sequence[str]) -> dict[str, Target]:
+    """Return the targets by what was asked for. Raises ConfigError with every reason why one cannot be."""
+    if texts:
+        requests = {text: read_request(text) for text in texts}
+        return {text: Target(request, grown_config(config, request)) for text, request in requests.items()}
+    found = {}
+    for names in AXES:
+        sizes = {name: 2 * size for name in names if (size := getattr(config.model, name))}
+        if not sizes:
+            continue
+        request = GrowthRequest(sizes, read_request("num_layers=1").settings)
+        try:
+            found[_text(sizes)] = Target(request, grown_config(config, request))
+        except ConfigError:
+            continue  # not an axis of this model
+    if not found:
+        raise ConfigError("no axis of this model can be doubled: give --target-sizes")
+    return found
+
+
+def _text(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def _require_comparable(run: "RecordedRun", pilots: Sequence["RecordedRun"]) -> None:
+    """Raise ConfigError for curves that are too short, or whose losses are of other tokens."""
+    from megatron_nexus.advice.loss_law import LEAST_POINTS
+
+    problems = []
+    for one in (run, *pilots):
+        if len(one.curve.fitted) < LEAST_POINTS:
+            problems.append(
+                f"{one.root} has {len(one.curve.fitted)} losses after its first fifth, {LEAST_POINTS} are "
+                "needed: train it on, or validate more often (--eval-interval)"
+            )
+    model, length = run.saved.config.model, run.saved.config.training.seq_length
+    for pilot in pilots:
+        other = pilot.saved.config
+        facts = {
+            "--vocab-size": (other.model.vocab_size, model.vocab_size),
+            "--seq-length": (other.training.seq_length, length),
+            "tokenizer": (
+                pilot.saved.manifest.tokenizer_fingerprint[:12],
+                run.saved.manifest.tokenizer_fingerprint[:12],
+            ),
+        }
+        problems += [
+            f"--pilots {pilot.root} has {name} {its}, the run {ours}: losses of different tokens cannot be "
+            "compared; leave it out"
+            for name, (its, ours) in facts.items()
+            if its != ours
+        ]
+    roots = [str(one.root.resolve()) for one in (run, *pilots)]
+    twice = [root for root in dict.fromkeys(roots) if roots.count(root) > 1]
+    problems += [f"{root} is given twice: give each run once" for root in twice]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _plan(run: "RecordedRun", given: argparse.Namespace, schedule: Any) -> "Plan":
+    """Return the budget with where the run is. Raises ConfigError where nothing of it is left."""
+    from megatron_nexus.advice.forecast import Plan
+
+    cheap, now = run.curve.size.flops_per_token, run.curve.last
+    spent = float(run.saved.manifest.progress.flops) or cheap * now.tokens
+    if given.budget_hours is not None:
+        if run.flops_per_s is None:
+            raise ConfigError(f"--budget-hours: {run.root} does not say how fast it was: give --budget-flops")
+        flops = spent + 3600.0 * given.budget_hours * run.flops_per_s
+    elif given.budget_flops is not None:
+        flops = given.budget_flops
+        if flops <= spent:
+            raise ConfigError(
+                f"--budget-flops {flops:.3g} is of the whole run, which has spent {spent:.3g}: give more"
+            )
+    else:
+        training = run.saved.config.training
+        left = training.train_iters - run.saved.manifest.progress.step
+        more = left * training.global_batch_size * training.seq_length * cheap
+        flops = spent + more if more > 0 else 2.0 * spent  # a finished run has nothing left: as much again
+    return Plan(flops, schedule, now)
+
+
+def _elsewhere(run: "RecordedRun") -> str:
+    """Return from where to grow in place of a checkpoint whose learning rate has fallen."""
+    from megatron_nexus.advice.phase import Phase, position_of
+
+    per_step = run.saved.config.training.global_batch_size
+    stable = [
+        folder
+        for step, folder in complete_checkpoints(run.root).items()
+        if position_of(run.saved.config, step, step * per_step).phase is Phase.STABLE
+    ]
+    if stable:
+        return f"{stable[-1]} is the newest checkpoint of that phase"
+    return "no checkpoint of that phase is left; keep some of the next run (--save-interval)"
+
+
+def _lines(
+    run: "RecordedRun",
+    plan: "Plan",
+    here: "Position",
+    advice: Sequence["TargetAdvice"],
+    targets: Mapping[str, Target],
+) -> Iterator[str]:
+    """Yield the advice as text."""
+    from megatron_nexus.advice.verdict import Answer, overall
+
+    size, now, progress = run.curve.size, plan.now, run.saved.manifest.progress
+    yield (
+        f"{run.root}: {size.parameters:,} parameters, step {progress.step:,}, {now.tokens:,.0f} tokens "
+        f"({now.tokens / size.parameters:.1f} a parameter), loss {now.loss:.4f}; "
+        f"schedule {here.style}: {here.phase}"
+    )
+    spent = size.flops_per_token * now.tokens / plan.flops
+    yield (
+        f"budget {plan.flops:.3g} FLOPs, of which {100 * spent:.0f} % are spent; one decay over the last "
+        f"{100 * plan.schedule.decay:.0f} % to {plan.schedule.lowest:g} of the peak, whatever is chosen"
+    )
+    for one in advice:
+        yield ""
+        yield from _target_lines(run, plan, one, targets[one.name])
+    answer, name = overall(
+        {one.name: one.verdict for one in advice},
+        {one.name: one.forecast.gain.estimate for one in advice if one.forecast},
+    )
+    yield ""
+    of = f", {name}" if answer in (Answer.NOW, Answer.LATER) else ""
+    yield f"answer: {answer}{of}"
+    if answer is Answer.NOW:
+        yield f"  {_growth_command(run.saved, plan, targets[name])}"
+
+
+def _target_lines(run: "RecordedRun", plan: "Plan", one: "TargetAdvice", target: Target) -> Iterator[str]:
+    small = run.curve.size
+    yield (
+        f"{one.name}: {one.size.parameters:,} parameters ({one.size.parameters / small.parameters:.2f} x), "
+        f"{one.size.flops_per_token / small.flops_per_token:.2f} x the FLOPs of a token: {one.verdict.answer}"
+    )
+    for reason in one.verdict.reasons:
+        yield f"  {reason}"
+    if (found := one.forecast) is not None:
+        losses = {
+            "small, trained on": found.trained_on,
+            "grown now": found.grown,
+            "target from scratch": found.scratch,
+        }
+        rows = [("  at equal FLOPs", "loss", "95 %")]
+        rows += [
+            (f"  {name}", f"{i.estimate:.3f}", f"{i.low:.3f} to {i.high:.3f}") for name, i in losses.items()
+        ]
+        yield from table(rows, "<>")
+        for what, saved in (
+            ("the target from scratch", found.saved_against_scratch),
+            ("training the small one on", found.saved_against_training_on),
+        ):
+            yield f"  FLOPs saved against {what}: {_percent(saved)}, the base's cost included"
+        yield f"  from {one.evidence}"
+    for within, limits in ((False, "beyond what is published"), (True, "within what is published")):
+        if found_limits := "; ".join(str(limit) for limit in one.limits if limit.passed is not within):
+            yield f"  {limits}: {found_limits}"
+    if one.forecast is None:
+        yield f"  {_pilot_command(run, plan, one, target)}"
+
+
+def _percent(interval: Any) -> str:
+    values = (interval.estimate, interval.low, interval.high)
+    middle, low, high = ("never reaches it" if v >= 1.0 else f"{100 * v:.0f} %" for v in values)
+    return f"{middle} ({low} to {high})"
+
+
+def _steps(config: RunConfig, tokens: float) -> int:
+    return max(1, round(tokens / (config.training.global_batch_size * config.training.seq_length)))
+
+
+def _pilot_command(run: "RecordedRun", plan: "Plan", one: "TargetAdvice", target: Target) -> str:
+    """Return the command of a pilot that would tell what the target reaches, and its cost."""
+    small, now = run.curve.size, plan.now
+    end = now.tokens + (plan.flops - small.flops_per_token * now.tokens) / one.size.flops_per_token
+    steps = _steps(run.saved.config, PILOT_SHARE * end)
+    cost = steps * run.saved.config.training.global_batch_size * run.saved.config.training.seq_length
+    sizes = [word for name, size in target.request.sizes.items() for word in (flag_of(name), str(size))]
+    text = train_command(
+        "--config",
+        str(run.root / "config.yaml"),
+        *sizes,
+        *_wsd_flags(steps, 0.2),
+        *("--eval-interval", str(max(1, steps // 40))),
+        *("--save", f"runs/pilot-{one.name.replace(' ', '-').replace('=', '-')}"),
+    )
+    return f"pilot, {cost * one.size.flops_per_token:.2g} FLOPs; then give it as --pilots: {text}"
+
+
+def _wsd_flags(steps: int, decay: float) -> list[str]:
+    flags = ["--train-iters", str(steps), "--lr-decay-style", "WSD"]
+    return [*flags, "--lr-wsd-decay-iters", str(max(1, round(decay * steps)))]
+
+
+def _growth_command(saved: SavedRun, plan: "Plan", target: Target) -> str:
+    """Return the command that grows the run and trains it to the end of the budget."""
+    from megatron_nexus.advice.run_curve import size_of
+
+    config = saved.config
+    dear = size_of(target.config.model, config.training.seq_length, "target").flops_per_token
+    left = plan.flops - saved.manifest.progress.flops
+    steps = saved.manifest.progress.step + _steps(config, left / dear)
+    return train_command(
+        "--load",
+        str(saved.checkpoint),
+        "--grow",
+        _text(target.request.sizes),
+        *_wsd_flags(steps, plan.schedule.decay),
+        *("--save", f"{saved.checkpoint.parent}-grown"),
+    )
+
+
+def _as_json(
+    run: "RecordedRun", plan: "Plan", here: "Position", advice: Sequence["TargetAdvice"]
+) -> dict[str, object]:
+    from megatron_nexus.advice.verdict import overall
+
+    answer, name = overall(
+        {one.name: one.verdict for one in advice},
+        {one.name: one.forecast.gain.estimate for one in advice if one.forecast},
+    )
+    return {
+        "run": str(run.root),
+        "answer": answer,
+        "target": name,
+        "phase": here.phase,
+        "budget_flops": plan.flops,
+        "schedule": asdict(plan.schedule),
+        "targets": [asdict(one) for one in advice],
+    }
