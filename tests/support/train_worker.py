@@ -59,12 +59,16 @@ def document_positions(samples: int, seq_length: int) -> Tensor:
     return places - torch.where(begins, places, 0).cummax(dim=1).values
 
 
-def scoring_requests(vocab_size: int, seq_length: int) -> list[Request]:
-    """Texts of many lengths, of which a number of last tokens is scored; and one with every last token."""
+def scoring_requests(vocab_size: int, seq_length: int, every_last_token: bool) -> list[Request]:
+    """Texts of many lengths, of which a number of last tokens is scored; and one with every last token.
+
+    The latter are many: one case of each topology asks them.
+    """
     generator = torch.Generator().manual_seed(9)
     lengths = [(seq_length + 1, seq_length), (2, 1), (seq_length, 3), *((n, n // 2) for n in range(4, 11))]
     texts = [(torch.randint(0, vocab_size, (n,), generator=generator).tolist(), k) for n, k in lengths]
-    texts += [([*texts[0][0][:2], last], 1) for last in range(vocab_size)]
+    if every_last_token:
+        texts += [([*texts[0][0][:2], last], 1) for last in range(vocab_size)]
     return [Request(tuple(tokens[:-k]), tuple(tokens[-k:])) for tokens, k in texts]
 
 
@@ -133,7 +137,9 @@ def run_case(case: dict, out: Path, index: int) -> None:
     if config.data.reset_attention_mask:
         positions = document_positions(training.global_batch_size, training.seq_length)
     mine = my_batches(batches, training.micro_batch_size, mesh, positions)
-    requests = scoring_requests(config.model.vocab_size, training.seq_length)
+    requests = scoring_requests(
+        config.model.vocab_size, training.seq_length, case.get("every_last_token", False)
+    )
     losses, norms, padding, scores = [], [], 0.0, {}
     for step in range(1, STEPS + 1):
         result = engine.train_step(mine, config.optimizer.lr)
