@@ -46,7 +46,17 @@ class FlagParser(argparse.ArgumentParser):
         self._action_groups.append(self._action_groups.pop(self._action_groups.index(self._optionals)))
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        """Raise ConfigError; what is wrong with one flag is followed by what that flag takes."""
+        _, _, told = message.partition("argument ")
+        action = self._option_string_actions.get(told.split("/")[0].split(":")[0])
+        if action is None:
+            raise ConfigError(f"{message}; see {self.prog} --help")
+        if "choose from" in told:
+            raise ConfigError(told)
+        if "not allowed with" in told:
+            raise ConfigError(f"{told}: drop one of the two")
+        value = action.metavar or self._get_formatter()._get_default_metavar_for_optional(action)
+        raise ConfigError(f"{told}: give {action.option_strings[-1]} {value}; see {self.prog} --help")
 
     def parse_args(  # type: ignore[override]  # no namespace of the caller's
         self, args: Sequence[str] | None = None
