@@ -88,6 +88,7 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], output: Path)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))  # as Python does, and run_path does not
         runpy.run_path(words[0], run_name="__main__")
 
 

@@ -1,0 +1,248 @@
+"""What an experiment's losses say: frontier, ceilings, differences, saved compute, each with its interval.
+
+All comparisons are paired by seed: the runs of a seed read the same samples in the same order, and a grown
+run shares the first steps of its base. Intervals are Student's t over seeds.
+
+The frontier at a budget is the lowest mean loss of any shape from scratch, at its best learning rate of those
+tried. Compute saved by a run of C FLOPs is 1 - C / C', where C' is what the reference needs for the same
+loss: the mean curve of the reference, a parabola in log C through its budgets, is read at its own loss at C
+plus the run's paired difference to it.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+CONFIDENCE = 0.95
+REACH = 2.0
+"""How far beyond its budgets, as a factor of FLOPs, a reference curve is read."""
+SAME_BUDGET = 0.02
+"""Runs whose FLOPs differ by less than this share have one budget: a budget is rounded to whole steps."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One end of a schedule."""
+
+    schedule: str
+    seed: int
+    loss: float
+    """Validation loss, nats per token."""
+    flops: float
+    tokens: int
+    steps: int
+    growth_steps: tuple[int, ...]
+    stages: tuple[Mapping[str, Any], ...]
+
+    @property
+    def is_grown(self) -> bool:
+        """Whether the run has more than one shape."""
+        return len({stage["shape"] for stage in self.stages}) > 1
+
+    @property
+    def shape(self) -> str:
+        """The last one."""
+        return str(self.stages[-1]["shape"])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, half the width of its 95 % interval, and the p value of the mean being 0."""
+
+    mean: float
+    half: float
+    p: float
+    n: int
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return self.half / float(student.ppf(0.5 + CONFIDENCE / 2, self.n - 1)) if self.n > 1 else math.nan
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read results.jsonl."""
+    return [result_of(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def result_of(record: Mapping[str, Any]) -> Result:
+    """Return a line of results.jsonl as a result."""
+    return Result(
+        str(record["schedule"]),
+        int(record["seed"]),
+        float(record["loss"]),
+        float(record["flops"]),
+        int(record["tokens"]),
+        int(record["steps"]),
+        tuple(record["growth_steps"]),
+        tuple(record["stages"]),
+    )
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean of paired differences, with its interval where there are two or more."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, n)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    if error == 0.0:
+        return Estimate(mean, 0.0, 1.0 if mean == 0.0 else 0.0, n)
+    half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
+    return Estimate(mean, half, float(2 * student.sf(abs(mean) / error, n - 1)), n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number by Holm's method; NaN stays, and does not count."""
+    known = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    corrected, worst = [math.nan] * len(p_values), 0.0
+    for rank, (p, index) in enumerate(known):
+        worst = max(worst, min(1.0, p * (len(known) - rank)))
+        corrected[index] = worst
+    return corrected
+
+
+class Runs:
+    """The runs of one schedule, by budget and seed."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self.results = sorted(results, key=lambda result: result.flops)
+        self.name = self.results[0].schedule
+        self.first = self.results[0]
+
+    def at(self, flops: float) -> dict[int, Result]:
+        """Return the runs at a budget by seed."""
+        return {r.seed: r for r in self.results if abs(r.flops / flops - 1) < SAME_BUDGET}
+
+    def at_steps(self, steps: int) -> dict[int, Result]:
+        """Return the runs of so many steps by seed."""
+        return {r.seed: r for r in self.results if r.steps == steps}
+
+    @property
+    def budgets(self) -> list[float]:
+        """The FLOPs of its runs, each budget once."""
+        found: list[float] = []
+        for result in self.results:
+            if not found or result.flops / found[-1] - 1 > SAME_BUDGET:
+                found.append(result.flops)
+        return found
+
+
+class Curve:
+    """Mean loss as a parabola in the log of FLOPs or tokens; a line where there are two points."""
+
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+        """`points` are pairs of FLOPs or tokens, and loss."""
+        xs, ys = np.log([x for x, _ in points]), [y for _, y in points]
+        self._fit = np.polynomial.Polynomial.fit(xs, ys, deg=min(2, len(points) - 1))
+        self.low, self.high = float(np.exp(xs.min())), float(np.exp(xs.max()))
+
+    def loss(self, x: float) -> float:
+        """Return the loss at so many FLOPs or tokens."""
+        return float(self._fit(math.log(x)))
+
+    def needed(self, loss: float, start: float) -> float:
+        """Return the FLOPs that give a loss, sought from `start` on; NaN beyond the curve's reach."""
+        grid = np.linspace(math.log(self.low / REACH), math.log(self.high * REACH), 4001)
+        values = self._fit(grid)
+        falling = np.r_[np.diff(values) < 0, False]
+        crossings = [
+            float(grid[i] + (grid[i + 1] - grid[i]) * (values[i] - loss) / (values[i] - values[i + 1]))
+            for i in np.flatnonzero(falling)
+            if values[i] >= loss > values[i + 1]
+        ]
+        if not crossings:
+            return math.nan
+        return math.exp(min(crossings, key=lambda x: abs(x - math.log(start))))
+
+
+class Study:
+    """All results of an experiment, by schedule."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        names = list(dict.fromkeys(result.schedule for result in results))
+        self.runs = {name: Runs([r for r in results if r.schedule == name]) for name in names}
+        self.scratch = {name: runs for name, runs in self.runs.items() if len(runs.first.stages) == 1}
+        self.grown = {name: runs for name, runs in self.runs.items() if runs.first.is_grown}
+
+    @property
+    def budgets(self) -> list[float]:
+        """FLOPs at which two or more shapes from scratch end."""
+        every = sorted(b for runs in self.scratch.values() for b in runs.budgets)
+        found: list[float] = []
+        for budget in every:
+            shapes = {runs.first.shape for runs in self.scratch.values() if runs.at(budget)}
+            if len(shapes) > 1 and (not found or budget / found[-1] - 1 > 2 * SAME_BUDGET):
+                found.append(budget)
+        return found
+
+    def best(self, flops: float, seeds: Iterable[int], shape: str = "") -> Runs | None:
+        """Return the schedule from scratch with the lowest mean at a budget, among those with all seeds.
+
+        `shape` restricts it to a shape: its best learning rate.
+        """
+        wanted = set(seeds)
+        candidates = []
+        for runs in self.scratch.values():
+            found = runs.at(flops)
+            if found and wanted <= set(found) and shape in ("", runs.first.shape):
+                candidates.append((float(np.mean([found[seed].loss for seed in wanted])), runs.name))
+        return self.scratch[min(candidates)[1]] if candidates else None
+
+    def curve(self, seeds: Iterable[int], shape: str = "", by_tokens: bool = False) -> Curve | None:
+        """Return the mean curve of the frontier, or of a shape, through all budgets that have all seeds."""
+        wanted, points = list(seeds), []
+        for budget in self.budgets:
+            if runs := self.best(budget, wanted, shape):
+                found = [runs.at(budget)[seed] for seed in wanted]
+                x = float(np.mean([r.tokens if by_tokens else r.flops for r in found]))
+                points.append((x, float(np.mean([r.loss for r in found]))))
+        return Curve(points) if len(points) > 1 else None
+
+    def differences(self, runs: Runs, flops: float, shape: str = "") -> tuple[Runs, dict[int, float]] | None:
+        """Return the reference at a budget, and the paired difference to it of each seed.
+
+        The reference is the frontier, or a shape from scratch. What a budget's rounding to whole steps leaves
+        between the FLOPs of the two is corrected by the reference's curve.
+        """
+        mine = runs.at(flops)
+        seeds = sorted(mine)
+        while seeds and not self.best(flops, seeds, shape):
+            seeds = seeds[:-1]  # seeds that the reference does not have yet
+        if not seeds:
+            return None
+        reference = self.best(flops, seeds, shape)
+        curve = self.curve(seeds, shape)
+        assert reference is not None
+        theirs = reference.at(flops)
+        differences = {}
+        for seed in seeds:
+            rounding = curve.loss(mine[seed].flops) - curve.loss(theirs[seed].flops) if curve else 0.0
+            differences[seed] = mine[seed].loss - theirs[seed].loss - rounding
+        return reference, differences
+
+    def saved(self, runs: Runs, flops: float, shape: str = "") -> Estimate | None:
+        """Return the share of compute that a schedule saves at a budget against the frontier or a shape."""
+        found = self.differences(runs, flops, shape)
+        if found is None:
+            return None
+        _, differences = found
+        curve = self.curve(sorted(differences), shape)
+        if curve is None:
+            return None
+        shares = []
+        for seed, difference in differences.items():
+            spent = runs.at(flops)[seed].flops
+            shares.append(1 - spent / curve.needed(curve.loss(spent) + difference, spent))
+        return None if any(math.isnan(share) for share in shares) else estimate(shares)
+
+
+def paired(runs: Mapping[int, Result], others: Mapping[int, Result]) -> Estimate | None:
+    """Return the difference in loss of two schedules over the seeds that both have."""
+    seeds = sorted(set(runs) & set(others))
+    return estimate([runs[seed].loss - others[seed].loss for seed in seeds]) if seeds else None
