@@ -6,7 +6,7 @@ from enum import StrEnum
 from megatron_nexus.advice.curve import Schedule
 from megatron_nexus.checkpoint.saved_run import SavedRun
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.training.schedule import learning_rate
+from megatron_nexus.config.schedule import learning_rate
 
 RECOMMENDED = Schedule()
 

@@ -25,6 +25,7 @@ from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import ParallelConfig, RunConfig
+from megatron_nexus.config.schedule import next_length
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.request import GROWING, GrowthRequest, add_growth_flags
 
@@ -130,7 +131,7 @@ def write_grown(given: argparse.Namespace, saved: SavedRun, sizes: Mapping[str, 
     group = make_worker_group(given.workers)
     log.configure(is_main_rank=group.is_first)
     log.logger.info("%s %s", "growing" if plan.axes else "resharding", source)
-    for warning in warnings(plan):
+    for warning in warnings(plan, saved):
         log.logger.info("%s", warning)
     if given.dry_run:
         for line in plan_table(plan):
@@ -143,9 +144,9 @@ def write_grown(given: argparse.Namespace, saved: SavedRun, sizes: Mapping[str, 
     made = grow_checkpoint(plan, source, root, group, given.verify)
     log.logger.info("wrote %s", made)
     flags = ["--tp", str(given.tp), "--pp", str(given.pp), "--load", str(root)]
-    steps, done = plan.after.training.train_iters, saved.manifest.progress.step
-    if done >= steps:
-        flags += ["--train-iters", str(2 * max(steps, done))]
+    done = saved.manifest.progress.step
+    if done >= plan.after.training.train_iters:
+        flags += ["--train-iters", str(next_length(plan.after, done))]
     command = train_command(*flags, ranks=given.tp * given.pp)
     log_next_command(command, plan.after, bool(saved.manifest.tokenizer_fingerprint))
     return made

@@ -151,7 +151,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
         with path_errors():
             if command.start and command.start.growth:
                 plan = plan_growth(command.start.config, command.start.growth)
-                for warning in warnings(plan):
+                for warning in warnings(plan, command.start):
                     log.logger.info("%s", warning)
                 open_state = partial(GrownReader, plan=plan)
             train(

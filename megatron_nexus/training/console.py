@@ -12,6 +12,7 @@ from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.rules import config_warnings
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.config.schedule import learning_rate, next_length
 from megatron_nexus.log import logger
 from megatron_nexus.models.attention_backend import alignment_notes, attention_backend
 from megatron_nexus.models.decoder import decoder_specs
@@ -21,7 +22,6 @@ from megatron_nexus.training.corpus import Corpus
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import RunResult, Trainer
 from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
-from megatron_nexus.training.schedule import learning_rate
 
 
 def announce_resumed(config: RunConfig, checkpoint: Location, manifest: Manifest) -> None:
@@ -149,7 +149,7 @@ def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder
             kept.append(word)
     kept += ["--load", str(folder)]
     if finished:
-        kept += ["--train-iters", str(2 * max(config.training.train_iters, step))]
+        kept += ["--train-iters", str(next_length(config, step))]
     return shlex.join([*launch, *kept])
 
 

@@ -15,6 +15,7 @@ from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.writer import CheckpointWriter, Saved, SaveRequest
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches
 from megatron_nexus.errors import CheckpointError
@@ -38,7 +39,6 @@ from megatron_nexus.training.new_lr import continue_new_lr
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.peak_flops import peak_flops_per_s
 from megatron_nexus.training.recorder import MetricsRecorder
-from megatron_nexus.training.schedule import learning_rate
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
 from megatron_nexus.training.step_watch import StepWatch
 

@@ -7,7 +7,7 @@ from megatron_nexus.advice.curve import Curve, Point, Schedule, Size
 from megatron_nexus.advice.forecast import Interval
 from megatron_nexus.advice.loss_law import fit_laws, law_of_size
 from megatron_nexus.config.command_line import build
-from megatron_nexus.training.schedule import learning_rate
+from megatron_nexus.config.schedule import learning_rate
 
 E, B, BETA, G = 2.5, 160.0, 0.4, 0.16
 SIZES = {"small": (E, B), "large": (E - 0.4, 1.3 * B)}

@@ -18,6 +18,9 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.cli.main import main
+from megatron_nexus.cli.train_command import configure
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.growth.worker_group import os_error_message
 from tests.support import checkpoints
@@ -86,6 +89,65 @@ def test_a_function_that_changed_is_not_called_verified(words: str, flag: str, r
     assert f"{flag} changes the function" in told
     assert f"the function changed, as {flag} does: in float64 logits moved by at most" in told
     assert "verified" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "told"),
+    [
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20, "train_iters": 60}, (20, 40), None),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20, "train_iters": 59},
+            (20, 40),
+            "iter_0000020",
+        ),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_samples": 80, "train_iters": 59},
+            (40,),
+            "a run of --lr-decay-style WSD",
+        ),
+        ({"train_iters": 60}, (20, 40), "a run of --lr-decay-style WSD"),
+        ({"lr_decay_style": "constant"}, (40,), None),
+    ],
+)
+def test_growing_a_decayed_run_says_what_it_costs_and_what_to_grow(
+    options: dict, steps: tuple[int, ...], told: str | None, run: Run, folder: Path
+) -> None:
+    config = checkpoints.configure(**options)
+    for step in steps:
+        checkpoints.write_checkpoint(folder / "decayed", config, step=step)
+    code, output = run("--load decayed --nexus-m 20 --dry-run")
+    assert code == 0, output
+    assert ("13.7 % lost" in output) == (told is not None), output
+    assert told is None or f"lost: grow {told}" in output
+
+
+@pytest.mark.parametrize("unit", ["iters", "samples"])
+def test_a_growth_in_the_stable_phase_keeps_the_schedule_of_the_run(
+    unit: str, folder: Path, run: Run
+) -> None:
+    """With the flags of docs/growth.md: the base ends before its decay, the grown run goes on to its end."""
+    size = {"iters": 1, "samples": 4}[unit]
+    schedule = {f"lr_warmup_{unit}": 10, f"lr_decay_{unit}": 100, f"lr_wsd_decay_{unit}": 20}
+    flags = {"lr_decay_style": "WSD", **{name: size * n for name, n in schedule.items()}, "train_iters": 40}
+    base = checkpoints.configure(**flags)
+    checkpoints.write_checkpoint(folder / "base", base)
+
+    def rates(config: RunConfig, steps: range) -> list[float]:
+        return [learning_rate(config.optimizer, size * step, size * 100) for step in steps]
+
+    code, output = run("--load base --save grown --num-layers 4 --depth-init stack --moments copied")
+    assert code == 0 and "warning" not in output, output
+    assert "--load grown --train-iters 100" in output
+    for words in (
+        "--load grown --train-iters 100",
+        "--load base --train-iters 100 --save b --grow num_layers=4",
+        "--load base --train-samples 400 --save b --grow num_layers=4 --lr-decay-style WSD",
+    ):
+        config, _ = configure(words.split())
+        assert config.training.train_iters == 100 and config.model.num_layers == 4
+        assert rates(config, range(41, 101)) == rates(base, range(41, 101))
+    assert rates(base, range(41, 81)) == [base.optimizer.lr] * 40
+    assert rates(base, range(100, 101)) == [base.optimizer.min_lr]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.parallel.launch_command import typed_words
 from megatron_nexus.training.console import rate_note, resume_command
-from megatron_nexus.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_nexus.config.run_config import OptimizerConfig
+from megatron_nexus.config.run_config import OptimizerConfig, RunConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, last: int) -> float:
@@ -33,3 +33,25 @@ def learning_rate(optimizer: OptimizerConfig, step: int, last: int) -> float:
         case "WSD":
             length = wsd or max(1, end // 10)
             return low + (peak - low) * min(1.0, (end - step) / length)
+
+
+def decayed_rate(config: RunConfig, step: int) -> float | None:
+    """Return the learning rate of a run's optimizer step `step` where its decay has begun, else None."""
+    optimizer, batches, last = config.optimizer, config.batches, config.training.train_iters
+    if optimizer.counts_samples:
+        step, last = batches.samples(0, step), batches.samples(0, last)
+    if step <= optimizer.lr_start_iter + optimizer.lr_spans[0]:
+        return None
+    rate = learning_rate(optimizer, step, last)
+    return rate if rate < optimizer.lr * (1.0 - 1e-9) else None
+
+
+def next_length(config: RunConfig, step: int) -> int:
+    """Return how long to make a run that has ended at `step`: up to the end of its decay, else twice as long.
+
+    A run that is to be grown in the stable phase ends before --lr-decay-iters, or --lr-decay-samples.
+    """
+    _, end, _ = config.optimizer.lr_spans
+    if config.optimizer.counts_samples:
+        end = config.batches.steps(0, end)
+    return end if end > step else 2 * max(config.training.train_iters, step)

@@ -7,7 +7,7 @@ from math import cos, pi
 import pytest
 
 from megatron_nexus.config.run_config import DecayStyle, OptimizerConfig
-from megatron_nexus.training.schedule import learning_rate
+from megatron_nexus.config.schedule import learning_rate
 
 BASE = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=10)
 STYLES: list[DecayStyle] = ["cosine", "linear", "constant", "WSD"]
