@@ -22,7 +22,7 @@ import numpy as np
 from megatron_nexus.advice import loss_law
 from megatron_nexus.advice.curve import Curve, GrownFrom, Point, Schedule, Size
 from megatron_nexus.advice.forecast import Interval, Plan, measured_kept
-from megatron_nexus.advice.loss_law import LEAST_POINTS, fit_laws
+from megatron_nexus.advice.loss_law import LEAST_POINTS, fit_law
 from megatron_nexus.advice.phase import Phase, Position
 from megatron_nexus.advice.run_curve import read_run
 from megatron_nexus.advice.target import TargetAdvice, advise
@@ -136,7 +136,7 @@ def ends(runs: Sequence[Recorded]) -> Iterator[tuple[float, Forecasts]]:
         for curve in whole:
             seen = curve.until(share * curve.last.tokens)
             if len(seen.fitted) >= LEAST_POINTS:
-                law = fit_laws({"it": [seen]}, 1)["it"]
+                law = fit_law([seen], 1)
                 pairs.append((Interval.of(law.loss(curve.last.area, curve.last.rate)), curve.last.loss))
         yield share, Forecasts(pairs)
 
@@ -210,8 +210,7 @@ def kappas(found: Sequence[Case], runs: Sequence[Recorded]) -> Iterator[tuple[Ca
             if (r.experiment, r.seed) == (case.grown.experiment, case.grown.seed)
             if r.curve.grown is None and same(r.curve.size, start.base)
         ]
-        laws = fit_laws({"small": small, "target": [case.scratch]}, 1)
-        kept = measured_kept(case.grown.curve, laws["small"], laws["target"])
+        kept = measured_kept(case.grown.curve, fit_law(small, 1), fit_law([case.scratch], 2))
         assert kept is not None
         yield case, Interval.of(kept)
 
@@ -261,11 +260,7 @@ def main() -> None:
         ended = case.grown.curve.last.loss
         print(f"| {name} | {seed} | {case.trained_on:.3f} | {ended:.3f} | {case.gain:+.3f} | {kept} |")
     print(f"\nkappa: mean {statistics.mean(middle):.2f}, deviation {statistics.stdev(middle):.2f}")
-    gains = [
-        float(np.median(fit_laws({"it": [r.curve]}, 1)["it"].gain))
-        for r in runs
-        if r.is_decayed and not r.curve.grown
-    ]
+    gains = [float(np.median(fit_law([r.curve], 1).gain)) for r in runs if r.is_decayed and not r.curve.grown]
     print(
         f"G: mean {statistics.mean(gains):.3f}, deviation {statistics.stdev(gains):.3f} of {len(gains)} runs"
     )

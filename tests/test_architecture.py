@@ -50,7 +50,10 @@ SEALED = {
     "lm_eval": {"evaluation/harness.py", "evaluation/tasks.py"},
     "datasets": {"evaluation/tasks.py"},
     "tokenizers": {"data/huggingface_tokenizer.py"},
-    "scipy": {f"analysis/{name}.py" for name in ("components", "cycles", "scaling_law", "two_samples")},
+    "scipy": {
+        "advice/probe.py",
+        *(f"analysis/{name}.py" for name in ("components", "cycles", "scaling_law", "two_samples")),
+    },
     "safetensors": {"interchange/safetensors_folder.py"},
     "gguf": {"interchange/gguf_file.py"},
 }

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-FIRST_SHARE = 0.2
+FIRST_SHARE = 0.25
 """Of a curve's tokens: what comes before is the beginning of training, which no power law describes."""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_nexus.advice.curve import Array, Curve, Point, Schedule, Size
 from megatron_nexus.advice.loss_law import DRAWS, LossLaw
 
-KEPT = (0.93, 0.12)
+KEPT = (0.95, 0.2)
 """kappa: mean and deviation over the recorded growths."""
 TIMES = 9
 """Moments between now and the decay at which growth is tried."""
@@ -148,6 +148,6 @@ def measured_kept(grown: Curve, small: LossLaw, target: LossLaw) -> Array | None
     if grown.grown is None:
         return None
     last = grown.last
-    here = target.area(last.loss - target.seed_error, last.rate)
+    here = target.area(np.full(DRAWS, last.loss), last.rate)
     own = last.area - grown.grown.area
     return np.clip((here - own) / _transferred(small, target, grown.grown.area), 0.0, 4.0)

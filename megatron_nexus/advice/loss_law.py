@@ -1,13 +1,13 @@
-"""The law of a loss curve, L = E + B S^-beta + G eta, fitted to runs of several sizes, with its error.
+"""The law of the loss curve of a model size, L = E + B S^-beta + G eta, fitted to its runs, with its error.
 
     S      the area under the learning rate, in tokens at the peak (Tissue et al., 2408.11029)
     eta    the learning rate as a share of its peak: what a decay gains is G (1 - eta)
 
-E and B belong to a size; beta and G are shared. For a given beta the law is linear, so beta is searched on a
-grid (variable projection) and the rest solved exactly, G beside what recorded runs had: a curve without a
-decay says nothing about it. Errors: residuals are resampled in blocks (neighbours on a curve err together)
-and everything is fitted again; then each size errs by a share of the fall that it extrapolates, as recorded
-runs did (`benchmarks/advice.py`), because no curve follows a power law exactly.
+For a given beta the law is linear, so beta is searched on a grid (variable projection) and the rest solved
+exactly, G beside what recorded runs had: a curve without a decay says nothing about it. Errors: residuals
+are resampled in blocks (neighbours on a curve err together) and everything is fitted again; then the law errs
+by a share of the fall that it extrapolates, as on recorded runs (`benchmarks/advice.py`), because no curve
+follows a power law exactly. Sizes share nothing: with a common beta, forecasts of recorded runs were worse.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ BLOCK = 4
 LEAST_POINTS = 6
 DECAY_GAIN = (0.16, 0.05)
 """G in nats, mean and deviation over recorded runs."""
-LAW_ERROR = 0.25
+LAW_ERROR = 0.15
 """Deviation of the law's error, as a share of the fall that it predicts beyond the last point."""
 SEED_ERROR = 0.012
 """Deviation of a loss between seeds, nats."""
@@ -50,11 +50,10 @@ class LossLaw:
         return self._stable(area) + self.gain * rate + self.law_error * fall + self.seed_error
 
     def area(self, loss: Array, rate: float) -> Array:
-        """Return draws of the area at which the law reaches a loss, infinite where it never does.
-
-        Without the errors of the law, which are those of its extrapolation.
-        """
-        reducible = np.maximum(loss - self.e - self.gain * rate, 0.0)
+        """Return draws of the area at which `loss` is reached, infinite where it never is."""
+        stable, seen = loss - self.gain * rate - self.seed_error, self._stable(self.seen.area)
+        beyond = (stable - self.law_error * seen) / (1.0 - self.law_error)
+        reducible = np.maximum(np.where(stable < seen, beyond, stable) - self.e, 0.0)
         with np.errstate(divide="ignore"):
             return np.asarray((reducible / self.b) ** (-1.0 / self.beta), float)
 
@@ -62,63 +61,51 @@ class LossLaw:
         return np.asarray(self.e + self.b * np.asarray(area, float) ** -self.beta, float)
 
 
-def fit_laws(groups: Mapping[str, Sequence[Curve]], seed: int) -> dict[str, LossLaw]:
-    """Fit the law to the curves of each size, by name, each of at least `LEAST_POINTS` fitted points."""
-    names, rng = list(groups), np.random.default_rng(seed)
-    curves = [(i, *columns(curve.fitted)) for i, name in enumerate(names) for curve in groups[name]]
-    y = np.concatenate([losses for *_, losses in curves])
+def fit_law(curves: Sequence[Curve], seed: int, betas: Array = BETAS) -> LossLaw:
+    """Fit the law to the curves of one size, each of at least `LEAST_POINTS` fitted points."""
+    rng = np.random.default_rng(seed)
+    parts = [columns(curve.fitted) for curve in curves]
+    areas, rates, y = (np.concatenate(column) for column in zip(*parts, strict=True))
+    freedom = max(1, len(y) - 4)
     # A first fit without G tells the residuals' deviation, against which the row of G is weighed.
-    unknowns = 2 * len(names) + 1
-    bare = [_design(curves, len(names), beta)[:, :-1] for beta in BETAS]
-    least = min(float(np.linalg.lstsq(x, y, rcond=None)[1][:1].sum()) for x in bare)
-    weight = np.sqrt(least / max(1, len(y) - unknowns)) / DECAY_GAIN[1]
-    prior = np.zeros((1, unknowns))
-    prior[0, -1] = weight
-    designs = [np.concatenate([_design(curves, len(names), beta), prior]) for beta in BETAS]
+    bare = [np.column_stack([np.ones_like(y), areas**-beta]) for beta in betas]
+    least = min(float(np.square(y - x @ np.linalg.lstsq(x, y, rcond=None)[0]).sum()) for x in bare)
+    weight = np.sqrt(max(least, 1e-12) / freedom) / DECAY_GAIN[1]
+    row = np.array([[0.0, 0.0, weight]])
+    designs = [np.concatenate([np.column_stack([x, rates]), row]) for x in bare]
     solvers = [np.linalg.pinv(x) for x in designs]
 
     def solve(rows: Array) -> tuple[Array, Array]:
-        """Return beta [N] and the unknowns [N, U] of N rows of losses."""
+        """Return which beta [N] and E, B, G [N, 3] of N rows of losses."""
         found = np.stack([rows @ s.T for s in solvers])
         errors = [np.square(rows - f @ x.T).sum(1) for x, f in zip(designs, found, strict=True)]
-        negative = (found[:, :, : 2 * len(names)] < 0).any(
-            2
-        )  # no loss falls below 0, and none rises for ever
+        negative = (found[:, :, :2] < 0).any(2)  # no loss falls below 0, and none rises for ever
         best = (np.stack(errors) + 1e6 * negative).argmin(0)
-        return BETAS[best], found[best, np.arange(len(rows))]
+        return best, found[best, np.arange(len(rows))]
 
-    mean = np.append(y, weight * DECAY_GAIN[0])[None]
-    beta, unknown = solve(mean)
-    fitted = (designs[int(np.argmin(np.abs(BETAS - beta[0])))] @ unknown[0])[:-1]
-    residuals = (y - fitted) * np.sqrt(len(y) / max(1, len(y) - unknowns - 1))
-    parts = np.split(residuals, np.cumsum([len(losses) for *_, losses in curves])[:-1])
-    rows = fitted + np.concatenate([_blocks(part, rng) for part in parts], axis=1)
+    best, unknown = solve(np.append(y, weight * DECAY_GAIN[0])[None])
+    fitted = (designs[int(best[0])] @ unknown[0])[:-1]
+    residuals = (y - fitted) * np.sqrt(len(y) / freedom)
+    each = np.split(residuals, np.cumsum([len(losses) for *_, losses in parts])[:-1])
+    rows = fitted + np.concatenate([_blocks(part, rng) for part in each], axis=1)
     gains = weight * rng.normal(*DECAY_GAIN, (DRAWS, 1))
-    beta, unknown = solve(np.concatenate([rows, gains], axis=1))
-    laws = {}
-    for i, name in enumerate(names):
-        seen = max((p for curve in groups[name] for p in curve.fitted), key=lambda p: p.area)
-        law_error, seed_error = rng.standard_normal((2, DRAWS))
-        laws[name] = LossLaw(
-            e=unknown[:, i],
-            b=np.maximum(unknown[:, len(names) + i], 1e-9),
-            beta=beta,
-            gain=np.maximum(unknown[:, -1], 0.0),
-            law_error=LAW_ERROR * law_error,
-            seed_error=SEED_ERROR * seed_error,
-            seen=seen,
-        )
-    return laws
+    best, unknown = solve(np.concatenate([rows, gains], axis=1))
+    law_error, seed_error = _errors(rng)
+    return LossLaw(
+        e=unknown[:, 0],
+        b=np.maximum(unknown[:, 1], 1e-9),
+        beta=np.asarray(betas)[best],
+        gain=np.maximum(unknown[:, 2], 0.0),
+        law_error=law_error,
+        seed_error=seed_error,
+        seen=max((point for curve in curves for point in curve.fitted), key=lambda point: point.area),
+    )
 
 
-def _design(curves: Sequence[tuple[int, Array, Array, Array]], sizes: int, beta: float) -> Array:
-    """Return the columns of E of each size, of B of each size, and of G."""
-    rows = []
-    for size, areas, rates, _ in curves:
-        row = np.zeros((len(areas), 2 * sizes + 1))
-        row[:, size], row[:, sizes + size], row[:, -1] = 1.0, areas**-beta, rates
-        rows.append(row)
-    return np.concatenate(rows)
+def _errors(rng: np.random.Generator) -> Array:
+    """Return draws of the law's error, cut off before a fall would turn, and of the seed's."""
+    law_error, seed_error = rng.standard_normal((2, DRAWS))
+    return np.stack([np.clip(LAW_ERROR * law_error, -0.9, 0.9), SEED_ERROR * seed_error])
 
 
 def _blocks(residuals: Array, rng: np.random.Generator) -> Array:
@@ -130,7 +117,7 @@ def _blocks(residuals: Array, rng: np.random.Generator) -> Array:
 
 
 def law_of_size(laws: Mapping[str, LossLaw], sizes: Mapping[str, int], parameters: int, seed: int) -> LossLaw:
-    """Return the law of a size that no run had, from those of at least three: E and ln B linear in ln N.
+    """Return the law of a size that no run had, from laws of one beta: E and ln B linear in ln N.
 
     Each draw errs as its line misses the sizes that are known, with what extrapolation adds.
     """
@@ -149,13 +136,13 @@ def law_of_size(laws: Mapping[str, LossLaw], sizes: Mapping[str, int], parameter
         return np.asarray(found @ np.array([1.0, at - x.mean()]) + drawn * deviation * spread, float)
 
     first = laws[names[0]]
-    law_error, seed_error = rng.standard_normal((2, DRAWS))
+    law_error, seed_error = _errors(rng)
     return LossLaw(
         e=extrapolate(np.stack([law.e for law in laws.values()], axis=1)),
         b=np.exp(extrapolate(np.log(np.stack([law.b for law in laws.values()], axis=1)))),
         beta=first.beta,
-        gain=first.gain,
-        law_error=LAW_ERROR * law_error,
-        seed_error=SEED_ERROR * seed_error,
+        gain=np.mean([law.gain for law in laws.values()], axis=0),
+        law_error=law_error,
+        seed_error=seed_error,
         seen=min((law.seen for law in laws.values()), key=lambda point: point.area),
     )

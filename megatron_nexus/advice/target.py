@@ -8,7 +8,7 @@ import numpy as np
 from megatron_nexus.advice.curve import Array, Curve, Size
 from megatron_nexus.advice.forecast import Forecast, Interval, Plan, forecast, measured_kept, prior_kept
 from megatron_nexus.advice.limits import Limit, limits
-from megatron_nexus.advice.loss_law import LossLaw, fit_laws, law_of_size
+from megatron_nexus.advice.loss_law import LossLaw, fit_law, law_of_size
 from megatron_nexus.advice.phase import Position
 from megatron_nexus.advice.verdict import Verdict, judge
 
@@ -49,11 +49,11 @@ def advise(
     for pilot in pilots:
         if pilot.grown is None:
             groups.setdefault(_key(pilot.size), []).append(pilot)
-    laws = fit_laws(groups, seed)
+    laws = {key: fit_law(curves, seed + i) for i, (key, curves) in enumerate(groups.items())}
     parameters = {_key(curve.size): curve.size.parameters for curve in (run, *pilots)}
     made = []
     for name, size in targets.items():
-        law, evidence = _law(size, laws, parameters, seed)
+        law, evidence = _law(size, laws, groups, parameters, seed)
         kept, found = None, None
         if law is not None:
             kept, measured = _kept(run.size, size, pilots, laws[_key(run.size)], law, seed)
@@ -73,7 +73,11 @@ def _end_tokens(small: Size, target: Size, plan: Plan) -> float:
 
 
 def _law(
-    size: Size, laws: Mapping[str, LossLaw], parameters: Mapping[str, int], seed: int
+    size: Size,
+    laws: Mapping[str, LossLaw],
+    groups: Mapping[str, Sequence[Curve]],
+    parameters: Mapping[str, int],
+    seed: int,
 ) -> tuple[LossLaw | None, str]:
     """Return the law of a target, and where it comes from."""
     if (law := laws.get(_key(size))) is not None:
@@ -83,7 +87,9 @@ def _law(
         return None, "no run of the target"
     if size.parameters > FARTHEST * largest:
         return None, f"no run of the target, and more than {FARTHEST} times the largest that is known"
-    law = law_of_size(laws, parameters, size.parameters, seed)
+    beta = np.array([np.median([np.median(law.beta) for law in laws.values()])])
+    alike = {key: fit_law(curves, seed + i, beta) for i, (key, curves) in enumerate(groups.items())}
+    law = law_of_size(alike, parameters, size.parameters, seed)
     return law, f"a law through {len(laws)} sizes, none of them the target"
 
 

@@ -1,27 +1,33 @@
 """The verb `advise`: grow a run now, later, never, or cannot tell; how far, and what it saves."""
 
 import argparse
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nexus import log
-from megatron_nexus.base.table import table
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.run_dir import complete_checkpoints
 from megatron_nexus.checkpoint.saved_run import SavedRun
 from megatron_nexus.cli.arguments import count, positive
+from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.cli.next_command import train_command
+from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.extras import install_command
 from megatron_nexus.growth.request import GrowthRequest, grown_config, read_request
 
 if TYPE_CHECKING:
     from megatron_nexus.advice.forecast import Plan
-    from megatron_nexus.advice.phase import Position
+    from megatron_nexus.advice.probe import Probed
     from megatron_nexus.advice.run_curve import RecordedRun
     from megatron_nexus.advice.target import TargetAdvice
 
@@ -62,6 +68,11 @@ def make_parser() -> FlagParser:
     budget.add_argument("--budget-flops", help=text, type=positive(float), metavar="FLOPS")
     text = "hours from now on, at the FLOP/s that RUN had"
     budget.add_argument("--budget-hours", help=text, type=positive(float), metavar="HOURS")
+    text = "try every recipe of each target on this checkpoint for K steps, 16 to 100 (needs scipy)"
+    flag("--probe", text, type=positive(int), metavar="K", default=0)
+    flag("--probe-seeds", "growths of each recipe (default: 3)", type=positive(int), metavar="N", default=3)
+    text = "where they are trained, one at a time, and removed (default: a temporary folder)"
+    flag("--probe-folder", text, type=Path, metavar="FOLDER")
     flag("--seed", "of the bootstrap (default: 1234)", type=count, default=1234)
     flag("--json", "print JSON", action="store_true")
     return parser
@@ -77,11 +88,16 @@ class Target:
 
 def run(argv: list[str]) -> None:
     """Run `nexus advise` with the flags `argv`."""
+    end_on_sigterm()
     given = make_parser().parse_args(argv)
-    log.configure(is_main_rank=True)
+    log.configure(is_main_rank=True, stream=sys.stderr if given.json else None)
+    if given.probe and importlib.util.find_spec("scipy") is None:
+        raise ConfigError(f"--probe needs scipy, not installed here: {install_command('analysis')}")
     from megatron_nexus.advice.phase import position, schedule_of
+    from megatron_nexus.advice.report import Advice, report_lines
     from megatron_nexus.advice.run_curve import read_run, size_of
     from megatron_nexus.advice.target import advise
+    from megatron_nexus.advice.verdict import Answer
 
     recorded = read_run(given.run)
     saved = recorded.saved
@@ -94,11 +110,53 @@ def run(argv: list[str]) -> None:
     sizes = {name: size_of(target.config.model, length, name) for name, target in targets.items()}
     curves = [pilot.curve for pilot in pilots]
     advice = advise(recorded.curve, sizes, curves, plan, here, _elsewhere(recorded), given.seed)
+    probed = _probe(saved, targets, given) if given.probe else []
+    found = Advice(str(recorded.root), recorded.curve.size, plan, here, tuple(advice), tuple(probed))
     if given.json:
-        log.logger.info("%s", json.dumps(_as_json(recorded, plan, here, advice), indent=1))
+        sys.stdout.write(json.dumps(found.as_json(), indent=1) + "\n")
         return
-    for line in _lines(recorded, plan, here, advice, targets):
+    pilots_to_run = {
+        one.name: _pilot_command(recorded, plan, one, targets[one.name])
+        for one in advice
+        if one.forecast is None
+    }
+    answer, name = found.answer
+    after = _growth_command(saved, plan, targets[name], found.growth(name)) if answer is Answer.NOW else None
+    for line in report_lines(found, pilots_to_run, after):
         log.logger.info("%s", line)
+
+
+def _probe(saved: SavedRun, targets: Mapping[str, Target], given: argparse.Namespace) -> list["Probed"]:
+    """Probe the recipes of all targets. Raises what `nexus train` raises."""
+    from megatron_nexus import api
+    from megatron_nexus.advice.probe import probe
+    from megatron_nexus.advice.recipes import recipes
+    from megatron_nexus.advice.run_curve import size_of
+
+    wanted = {name: (one.request, recipes(saved, one.request)) for name, one in targets.items()}
+    training = saved.config.training
+    tokens = given.probe * training.global_batch_size * training.seq_length
+    flops = sum(
+        given.probe_seeds
+        * len(wanted[name][1])
+        * size_of(one.config.model, training.seq_length, "").flops_per_token
+        for name, one in targets.items()
+    )
+    runs = 1 + given.probe_seeds * sum(len(found) for _, found in wanted.values())
+    log.logger.info("the probe is %d runs of %d steps, %.2g FLOPs", runs, given.probe, flops * tokens)
+    parent = given.probe_folder
+    if parent is not None and not parent.is_dir():
+        raise ConfigError(f"--probe-folder {parent} is not a folder: make it, or give another")
+    with tempfile.TemporaryDirectory(prefix="advise-", dir=parent) as folder:
+        return probe(
+            saved,
+            tokenizer_record(saved.manifest),
+            wanted,
+            given.probe,
+            given.probe_seeds,
+            Path(folder),
+            lambda save, settings: api.train(save, echo=False, **settings),
+        )
 
 
 def _targets(config: RunConfig, texts: Sequence[str]) -> dict[str, Target]:
@@ -199,79 +257,6 @@ def _elsewhere(run: "RecordedRun") -> str:
     return "no checkpoint of that phase is left; keep some of the next run (--save-interval)"
 
 
-def _lines(
-    run: "RecordedRun",
-    plan: "Plan",
-    here: "Position",
-    advice: Sequence["TargetAdvice"],
-    targets: Mapping[str, Target],
-) -> Iterator[str]:
-    """Yield the advice as text."""
-    from megatron_nexus.advice.verdict import Answer, overall
-
-    size, now, progress = run.curve.size, plan.now, run.saved.manifest.progress
-    yield (
-        f"{run.root}: {size.parameters:,} parameters, step {progress.step:,}, {now.tokens:,.0f} tokens "
-        f"({now.tokens / size.parameters:.1f} a parameter), loss {now.loss:.4f}; "
-        f"schedule {here.style}: {here.phase}"
-    )
-    spent = size.flops_per_token * now.tokens / plan.flops
-    yield (
-        f"budget {plan.flops:.3g} FLOPs, of which {100 * spent:.0f} % are spent; one decay over the last "
-        f"{100 * plan.schedule.decay:.0f} % to {plan.schedule.lowest:g} of the peak, whatever is chosen"
-    )
-    for one in advice:
-        yield ""
-        yield from _target_lines(run, plan, one, targets[one.name])
-    answer, name = overall(
-        {one.name: one.verdict for one in advice},
-        {one.name: one.forecast.gain.estimate for one in advice if one.forecast},
-    )
-    yield ""
-    of = f", {name}" if answer in (Answer.NOW, Answer.LATER) else ""
-    yield f"answer: {answer}{of}"
-    if answer is Answer.NOW:
-        yield f"  {_growth_command(run.saved, plan, targets[name])}"
-
-
-def _target_lines(run: "RecordedRun", plan: "Plan", one: "TargetAdvice", target: Target) -> Iterator[str]:
-    small = run.curve.size
-    yield (
-        f"{one.name}: {one.size.parameters:,} parameters ({one.size.parameters / small.parameters:.2f} x), "
-        f"{one.size.flops_per_token / small.flops_per_token:.2f} x the FLOPs of a token: {one.verdict.answer}"
-    )
-    for reason in one.verdict.reasons:
-        yield f"  {reason}"
-    if (found := one.forecast) is not None:
-        losses = {
-            "small, trained on": found.trained_on,
-            "grown now": found.grown,
-            "target from scratch": found.scratch,
-        }
-        rows = [("  at equal FLOPs", "loss", "95 %")]
-        rows += [
-            (f"  {name}", f"{i.estimate:.3f}", f"{i.low:.3f} to {i.high:.3f}") for name, i in losses.items()
-        ]
-        yield from table(rows, "<>")
-        for what, saved in (
-            ("the target from scratch", found.saved_against_scratch),
-            ("training the small one on", found.saved_against_training_on),
-        ):
-            yield f"  FLOPs saved against {what}: {_percent(saved)}, the base's cost included"
-        yield f"  from {one.evidence}"
-    for within, limits in ((False, "beyond what is published"), (True, "within what is published")):
-        if found_limits := "; ".join(str(limit) for limit in one.limits if limit.passed is not within):
-            yield f"  {limits}: {found_limits}"
-    if one.forecast is None:
-        yield f"  {_pilot_command(run, plan, one, target)}"
-
-
-def _percent(interval: Any) -> str:
-    values = (interval.estimate, interval.low, interval.high)
-    middle, low, high = ("never reaches it" if v >= 1.0 else f"{100 * v:.0f} %" for v in values)
-    return f"{middle} ({low} to {high})"
-
-
 def _steps(config: RunConfig, tokens: float) -> int:
     return max(1, round(tokens / (config.training.global_batch_size * config.training.seq_length)))
 
@@ -299,7 +284,7 @@ def _wsd_flags(steps: int, decay: float) -> list[str]:
     return [*flags, "--lr-wsd-decay-iters", str(max(1, round(decay * steps)))]
 
 
-def _growth_command(saved: SavedRun, plan: "Plan", target: Target) -> str:
+def _growth_command(saved: SavedRun, plan: "Plan", target: Target, growth: str | None) -> str:
     """Return the command that grows the run and trains it to the end of the budget."""
     from megatron_nexus.advice.run_curve import size_of
 
@@ -311,27 +296,7 @@ def _growth_command(saved: SavedRun, plan: "Plan", target: Target) -> str:
         "--load",
         str(saved.checkpoint),
         "--grow",
-        _text(target.request.sizes),
+        growth or _text(target.request.sizes),
         *_wsd_flags(steps, plan.schedule.decay),
         *("--save", f"{saved.checkpoint.parent}-grown"),
     )
-
-
-def _as_json(
-    run: "RecordedRun", plan: "Plan", here: "Position", advice: Sequence["TargetAdvice"]
-) -> dict[str, object]:
-    from megatron_nexus.advice.verdict import overall
-
-    answer, name = overall(
-        {one.name: one.verdict for one in advice},
-        {one.name: one.forecast.gain.estimate for one in advice if one.forecast},
-    )
-    return {
-        "run": str(run.root),
-        "answer": answer,
-        "target": name,
-        "phase": here.phase,
-        "budget_flops": plan.flops,
-        "schedule": asdict(plan.schedule),
-        "targets": [asdict(one) for one in advice],
-    }

@@ -53,21 +53,28 @@ def compare(plan: GrowthPlan, source: Location, made: Path, seed: int = 0) -> Co
         Progress("comparing logits before and after in float64", layers, "layers") as progress,
         torch.no_grad(),
     ):
-        before = _logits(old, CheckpointReader(source), tokens, progress)
-        after = _logits(new, CheckpointReader(made), tokens, progress)
+        before = layerwise_logits(old, CheckpointReader(source), tokens, torch.float64, progress)
+        after = layerwise_logits(new, CheckpointReader(made), tokens, torch.float64, progress)
     error = (after[..., : old.vocab_size] - before).abs().max()
     shift = (after.logsumexp(-1) - before.logsumexp(-1)).mean()
     return Comparison(float(error), float(before.abs().max()), float(shift))
 
 
-def _logits(model: ModelConfig, reader: CheckpointReader, tokens: Tensor, progress: Progress) -> Tensor:
-    """Return the logits [T, B, vocabulary] in float64."""
+def layerwise_logits(
+    model: ModelConfig,
+    reader: CheckpointReader,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return a checkpoint's logits [T, B, vocabulary] for tokens [B, T], one layer in memory at a time."""
     x = tokens
-    context = LayerContext(TensorParallel(None), Shard(0, 1), seed=None, dtype=torch.float64)
+    context = LayerContext(TensorParallel(None), Shard(0, 1), seed=None, dtype=dtype)
     for index in range(model.num_layers + 2):
         stage = DecoderStage(model, range(index, index + 1), context)  # one layer, without values
         for name, (_, parameter) in logical_parameters(stage).items():
             read_full_tensor(reader, name, parameter)
         x = stage(x)
-        progress.advance(1)
+        if progress is not None:
+            progress.advance(1)
     return x

@@ -66,14 +66,14 @@ def test_a_checkpoint_is_advised_on_as_if_its_future_were_not_known(
     budget = str(10 * read_manifest(Path("small/iter_0000200")).progress.flops * 10)
     words = ["--target-sizes", SIZES, "--budget-flops", budget]
     now = advise(console, "small/iter_0000200", *words, "--pilots", "better")
-    assert (now["answer"], now["phase"]) == ("grow now", "stable")
+    assert (now["answer"], now["position"]["phase"]) == ("grow now", "stable")
     target = now["targets"][0]["forecast"]
     assert target["gain"]["low"] > 0 and target["ceiling"]["high"] < 0
     other = advise(console, "two/iter_0000200", *words, "--pilots", "better")
     other["run"] = now["run"]
     assert other == now  # whatever topology wrote it
     end = advise(console, "small", *words, "--pilots", "better")
-    assert (end["answer"], end["phase"]) == ("grow later", "after the decay")
+    assert (end["answer"], end["position"]["phase"]) == ("grow later", "after the decay")
     assert "small/iter_0000200 is the newest checkpoint" in end["targets"][0]["verdict"]["reasons"][0]
     useless = advise(console, "small", *words[:2], "--pilots", "worse")
     assert useless["answer"] == "never"
