@@ -22,6 +22,7 @@ from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.default_corpus import cache_folder, prepare_default_corpus
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
@@ -30,7 +31,6 @@ from megatron_nexus.growth.request import GrowthRequest
 from megatron_nexus.growth.verify import layerwise_logits
 from megatron_nexus.log import Progress
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, training_curve, validation_curves
-from megatron_nexus.training.schedule import learning_rate
 
 KL_TOKENS = 2048
 """At most so many tokens' predictions are compared: two tensors of them times the vocabulary."""
