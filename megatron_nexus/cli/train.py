@@ -140,7 +140,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
         import torch._dynamo  # which torch itself does at the first optimizer
 
         from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
-        from megatron_nexus.growth.generations import newest_regions
+        from megatron_nexus.growth.generations import boxes_by_growth, newest_regions
         from megatron_nexus.growth.grown_reader import GrownReader
         from megatron_nexus.growth.plan import plan_growth
         from megatron_nexus.growth.report import warnings
@@ -164,6 +164,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
                 command.tokenizer_record,
                 run_data,
                 partial(newest_regions, command.config.model),
+                boxes_by_growth,
             )
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1

@@ -84,6 +84,11 @@ class LoggingConfig:
         "", "folder of the tasks' records, such as piqa.jsonl; empty: the published ones are fetched"
     )
     eval_tasks_limit: int = config_field(0, "items of each task, the first ones; 0: all")
+    growth_metrics_interval: int = config_field(
+        0,
+        "steps between growth metrics: gradients, updates, activations and ranks of new weights beside old "
+        "ones; 0: none",
+    )
     tensorboard_dir: str = config_field("", "folder of TensorBoard event files; empty: none are written")
 
     @property

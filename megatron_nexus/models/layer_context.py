@@ -1,7 +1,7 @@
 """LayerContext: what every layer is built with besides its own sizes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_nexus.config.run_config import NormImpl, Recompute, RunConfig
 from megatron_nexus.kernels.grouped_linear import grouped_linear
+from megatron_nexus.models.activation_observer import ActivationObserver
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
 
@@ -42,12 +43,14 @@ class LayerContext:
     reset_attention_mask: bool = False
     group_projections: bool = False
     flex_attention: bool = False
+    observer: ActivationObserver = field(default_factory=ActivationObserver)
 
     def linear_after(self, activation: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
         """linear(activation(*inputs), weight), which keeps only `inputs` under selective recompute.
 
         The checkpoint ends early, before the product: backward repeats the activation alone.
         """
+        activation = self.observer.around(activation, [weight])
         return self._after(activation, lambda x: F.linear(x, weight), *inputs)
 
     def grouped_linear_after(
@@ -55,6 +58,7 @@ class LayerContext:
     ) -> Tensor:
         """`linear_after` of several maps at once, as `grouped_linear` has them."""
         checkpointed = self.recompute == "selective"
+        activation = self.observer.around(activation, weights)
         return self._after(activation, lambda x: grouped_linear(x, weights, checkpointed), inputs)
 
     def _after(

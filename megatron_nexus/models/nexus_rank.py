@@ -149,10 +149,14 @@ class NexusRank(SpecModule):
             return self._grouped(x)
         scale_m, scale_a = self.norm_scales
         after = partial(self.context.linear_after, partial(self._activation, scale_a))
+        w_a = self._weights("w_a")
         h_m = self.context.tp.gather_features(
-            *(self._activation(scale_m, F.linear(x, w_m)) for w_m in self._weights("w_m"))
+            *(
+                self.context.observer.around(partial(self._activation, scale_m), [reader])(F.linear(x, w_m))
+                for w_m, reader in zip(self._weights("w_m"), w_a, strict=True)
+            )
         )
-        h_a = [F.linear(h, w_a) for h, w_a in zip(h_m, self._weights("w_a"), strict=True)]
+        h_a = [F.linear(h, w) for h, w in zip(h_m, w_a, strict=True)]
         return tuple(after(w_d, h) for h, w_d in zip(h_a, self._weights("w_d"), strict=True))
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -164,8 +168,10 @@ class NexusRank(SpecModule):
         activate = partial(self._activation, scale_a)
         w_m = self._weights("w_m")
         pre_m = concatenated_linear(x, w_m).unflatten(-1, (len(w_m), len(w_m[0])))
-        h_m = self.context.tp.gather_grouped_features(self._activation(scale_m, pre_m))
-        pre_a = grouped_linear(h_m, self._weights("w_a"))
+        after_m, w_a = self._activation(scale_m, pre_m), self._weights("w_a")
+        self.context.observer.report(w_a, pre_m.movedim(-2, 0), after_m.movedim(-2, 0))
+        h_m = self.context.tp.gather_grouped_features(after_m)
+        pre_a = grouped_linear(h_m, w_a)
         w_d = self._weights("w_d")
         if len({w.shape for w in w_d}) == 1:
             return self.context.grouped_linear_after(activate, w_d, pre_a).unbind()

@@ -30,6 +30,7 @@ from megatron_nexus.config.deepspeed_config import (
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
+from megatron_nexus.models.activation_observer import Seen
 from megatron_nexus.models.attention_backend import uses_flex_attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, stage_layers
 from megatron_nexus.models.layer_context import DTYPES, LayerContext, padding_multiple
@@ -238,6 +239,16 @@ class Engine:
         self.deepspeed.eval()
         losses = [self.deepspeed(*self._to_device(next(batches))) for _ in range(count)]
         return self._reduce(torch.stack(losses).mean())[0]
+
+    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # observers read values
+    def observe_activations(self, batches: Iterator[Batch], count: int, seen: Seen) -> None:
+        """Run `count` micro-batches of each rank forward, and have `seen` called with each activation."""
+        observer = self._stage().context.observer
+        observer.callback = seen
+        try:
+            self.evaluate(batches, count)
+        finally:
+            observer.callback = None
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # texts have many lengths

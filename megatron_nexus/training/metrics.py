@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megatron_nexus.base.json_text import fits, parse_record
@@ -60,6 +62,32 @@ class TaskScores:
     step: int
     tasks: Mapping[str, Mapping[str, float]]
     seconds: float
+
+
+@dataclass(frozen=True)
+class GrowthMetrics:
+    """Numbers of each tensor at a step, old elements beside new: `training.growth_metrics` says which."""
+
+    step: int
+    seconds: float
+    growth_metrics: Mapping[str, Mapping[str, float]]
+
+
+def kind_of(tensor: str) -> str:
+    """Return the name of a tensor without its layer: "attention.q.w_m" of "layers.3.attention.q.w_m"."""
+    return re.sub(r"^layers\.\d+\.", "", tensor)
+
+
+def means_by_kind(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the mean over layers of each number, by kind of tensor."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for tensor, numbers in metrics.items():
+        for name, value in numbers.items():
+            found.setdefault(kind_of(tensor), {}).setdefault(name, []).append(value)
+    return {
+        kind: {name: sum(values) / len(values) for name, values in numbers.items()}
+        for kind, numbers in found.items()
+    }
 
 
 def utilization(gemm_fraction: float, mfu: float | None) -> str:
@@ -141,6 +169,14 @@ class MetricsWriter:
         self._scalars(scores.step, named)
         logger.info("tasks at %d | %s | %.1f s", scores.step, describe_tasks(scores), scores.seconds)
 
+    def growth_metrics(self, found: GrowthMetrics) -> None:
+        """Record growth metrics; TensorBoard gets the means over layers."""
+        self._write(asdict(found))
+        means = means_by_kind(found.growth_metrics)
+        tags = {f"growth/{name}/{kind}": v for kind, values in means.items() for name, v in values.items()}
+        self._scalars(found.step, tags)
+        logger.info("growth metrics at %d | %s | %.1f s", found.step, describe_growth(means), found.seconds)
+
     def _write(self, record: dict[str, Any]) -> None:
         """Append a record. Raise TrainingError where the disk does not take it."""
         try:
@@ -176,6 +212,18 @@ def describe_tasks(scores: TaskScores) -> str:
         f"{task} " + ", ".join(f"{metric} {value:.4f}" for metric, value in of_task.items())
         for task, of_task in scores.tasks.items()
     )
+
+
+def describe_growth(means: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the medians over kinds of tensors, in words."""
+    titles = {
+        "grad_ratio": "gradient new / old",
+        "update_ratio_old": "update / weight old",
+        "update_ratio_new": "new",
+        "dead_share_new": "dead new units",
+    }
+    found = {name: [v[name] for v in means.values() if name in v] for name in titles}
+    return " | ".join(f"{titles[name]} {median(v):.2g}" for name, v in found.items() if v)
 
 
 def make_validation(name: str, step: int, loss: float, targets: int, target_bytes: int | None) -> Validation:

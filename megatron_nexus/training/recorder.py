@@ -6,7 +6,13 @@ from pathlib import Path
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import TrainingError
 from megatron_nexus.training.hooks import Hook
-from megatron_nexus.training.metrics import MetricsWriter, StepMetrics, TaskScores, Validation
+from megatron_nexus.training.metrics import (
+    GrowthMetrics,
+    MetricsWriter,
+    StepMetrics,
+    TaskScores,
+    Validation,
+)
 
 SILENCE_S = 5.0
 """The console shows a step at least so often, whatever --log-interval says."""
@@ -33,12 +39,14 @@ class MetricsRecorder(Hook):
         if to_console:
             self._last_log_s = time.monotonic()
 
-    def after_evaluation(self, found: Validation | TaskScores) -> None:
-        """Write a validation, or the scores of tasks."""
+    def after_evaluation(self, found: Validation | TaskScores | GrowthMetrics) -> None:
+        """Write a validation, the scores of tasks, or growth metrics."""
         if self._writer is not None and isinstance(found, Validation):
             self._writer.validation(found)
         elif self._writer is not None and isinstance(found, TaskScores):
             self._writer.task_scores(found)
+        elif self._writer is not None and isinstance(found, GrowthMetrics):
+            self._writer.growth_metrics(found)
 
     def on_failure(self, error: TrainingError) -> None:
         """Close the files."""

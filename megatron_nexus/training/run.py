@@ -33,6 +33,8 @@ from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.faults import StopRequest
+from megatron_nexus.training.grown_elements import BoxesByGrowth, grown_elements
+from megatron_nexus.training.growth_metrics import GrowthMetricsHook
 from megatron_nexus.training.loop import Trainer
 from megatron_nexus.training.machine import (
     compile_problem,
@@ -57,6 +59,7 @@ def run(
     record: TokenizerRecord = NO_RECORD,
     run_data: RunData | None = None,
     newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
+    boxes_by_growth: BoxesByGrowth | None = None,
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
@@ -64,6 +67,7 @@ def run(
     checkpoint, as a grown one where the run begins so. `open_evaluator` makes what evaluates --eval-tasks;
     only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer. `run_data` is what the run
     reads, where it is open already. `newest_regions` says what the last growth of a checkpoint added.
+    `boxes_by_growth` says it of every growth of a lineage, for --growth-metrics-interval.
     """
     # 1. The ranks, and what they agree on.
     mesh = _start_ranks(config, world, checkpoint)
@@ -93,6 +97,13 @@ def run(
             announce_resumed(config, checkpoint, manifest)
         if mesh.rank == 0:
             (run_dir / CONFIG_FILE).write_text(config_text(config))
+        if config.logging.growth_metrics_interval:
+            assert boxes_by_growth is not None, "the verb `train` passes it"
+            elements = grown_elements(config.model, trainer.lineage, boxes_by_growth)
+            hook = GrowthMetricsHook(
+                config, mesh, engine, corpus.training, elements, trainer.hooks, trainer.progress.step
+            )
+            trainer.hooks.append(hook)
         # 4. The training.
         stop = StopRequest(parse_exit_signals(config.checkpoint.exit_signal))
         mesh.control.barrier()  # from here on a signal is heeded by all ranks or by none

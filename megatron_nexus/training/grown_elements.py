@@ -1,0 +1,56 @@
+"""Which elements of each tensor the latest growth has added, and which units of its axes.
+
+A matrix [out, in] has rows that are new (units that it writes) and columns that are new (units that it
+reads). Elements are new where either is; `boxes` say so exactly, for tensors of any number of axes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from megatron_nexus.checkpoint.chunks import full_box
+from megatron_nexus.checkpoint.manifest import JsonObject
+from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.spec.shard import Box
+
+BoxesByGrowth: TypeAlias = Callable[
+    [ModelConfig, Sequence[JsonObject]], Mapping[str, Sequence[tuple[Box, int]]]
+]
+"""Returns the parts of each tensor of a model and lineage, with the number of the growth that added each."""
+
+
+@dataclass(frozen=True)
+class GrownElements:
+    """The parts of a tensor; each is old (False) or of the latest growth (True)."""
+
+    spec: ParamSpec
+    boxes: tuple[tuple[Box, bool], ...]
+
+    def new_units(self, axis: int) -> Tensor:
+        """Return which units of an axis are new [size]: those whose every element is."""
+        new = torch.zeros(self.spec.shape[axis], dtype=torch.bool)
+        for box, is_new in self.boxes:
+            others = [offset for i, offset in enumerate(box.offsets) if i != axis]
+            # Growth appends, so an old unit has old elements at the first place of all other axes.
+            if is_new and not any(others):
+                new[box.offsets[axis] : box.offsets[axis] + box.sizes[axis]] = True
+        return new
+
+
+def grown_elements(
+    model: ModelConfig, lineage: Sequence[JsonObject], boxes_by_growth: BoxesByGrowth
+) -> dict[str, GrownElements]:
+    """Return the elements of every tensor of a model with this lineage; all old where nothing has grown."""
+    specs = decoder_specs(model)
+    parts = boxes_by_growth(model, lineage)
+    latest = max((number for boxes in parts.values() for _, number in boxes), default=0)
+    found = {}
+    for name, spec in specs.items():
+        boxes = parts.get(name, [(full_box(spec.shape), 0)] if spec.numel else [])
+        found[name] = GrownElements(spec, tuple((box, 0 < number == latest) for box, number in boxes))
+    return found
