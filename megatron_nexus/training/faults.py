@@ -12,7 +12,7 @@ from megatron_nexus.errors import TrainingError
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.engine import StepResult
 from megatron_nexus.training.hooks import Hook
-from megatron_nexus.training.metrics import StepMetrics, TaskScores, Validation
+from megatron_nexus.training.metrics import Evaluation, StepMetrics, Validation
 
 GRACE_PERIOD_S = 1.0
 
@@ -75,7 +75,7 @@ class FiniteCheckpoints(Hook):
         """Note the step: its loss is that of the weights before it."""
         self._finite_step = metrics.step - 1
 
-    def after_evaluation(self, found: Validation | TaskScores) -> None:
+    def after_evaluation(self, found: Evaluation) -> None:
         """Note a finite validation, which is one of the weights as they are."""
         if isinstance(found, Validation) and math.isfinite(found.validation_loss):
             self._finite_step = found.step

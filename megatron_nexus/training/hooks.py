@@ -6,7 +6,7 @@ collective must do so on all ranks.
 
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.errors import TrainingError
-from megatron_nexus.training.metrics import GrowthMetrics, StepMetrics, TaskScores, Validation
+from megatron_nexus.training.metrics import Evaluation, StepMetrics
 
 
 class Hook:
@@ -15,7 +15,7 @@ class Hook:
     def after_step(self, metrics: StepMetrics) -> None:
         """Run after an optimizer step whose loss is finite."""
 
-    def after_evaluation(self, found: Validation | TaskScores | GrowthMetrics) -> None:
+    def after_evaluation(self, found: Evaluation) -> None:
         """Run after each validation or test set and growth metrics, and on rank 0 after the tasks."""
 
     def after_save(self, step: int, folder: Location) -> None:

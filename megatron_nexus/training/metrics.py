@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 from megatron_nexus.base.json_text import fits, parse_record
 from megatron_nexus.errors import ConfigError, TrainingError
@@ -71,6 +71,10 @@ class GrowthMetrics:
     step: int
     seconds: float
     growth_metrics: Mapping[str, Mapping[str, float]]
+
+
+Evaluation: TypeAlias = Validation | TaskScores | GrowthMetrics
+"""What is measured between two steps."""
 
 
 def kind_of(tensor: str) -> str:

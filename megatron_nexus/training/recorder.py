@@ -7,6 +7,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import TrainingError
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import (
+    Evaluation,
     GrowthMetrics,
     MetricsWriter,
     StepMetrics,
@@ -39,7 +40,7 @@ class MetricsRecorder(Hook):
         if to_console:
             self._last_log_s = time.monotonic()
 
-    def after_evaluation(self, found: Validation | TaskScores | GrowthMetrics) -> None:
+    def after_evaluation(self, found: Evaluation) -> None:
         """Write a validation, the scores of tasks, or growth metrics."""
         if self._writer is not None and isinstance(found, Validation):
             self._writer.validation(found)
