@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_CODE_USER_ERROR = 2
+EXIT_CODE_RESTART = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, the same one continues the run."""
 SHOWN_CHARACTERS = 100
 _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name, of at most 255 bytes between two slashes",
@@ -29,6 +31,8 @@ _REMEDIES = {
 
 class NexusError(Exception):
     """Base of every error that the user can fix."""
+
+    exit_code = EXIT_CODE_USER_ERROR
 
 
 class ConfigError(NexusError):
@@ -53,8 +57,18 @@ class CheckpointError(NexusError):
     """A checkpoint is missing, incomplete, damaged or of another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing or not as it was written: another checkpoint of the run may be."""
+
+
 class TrainingError(NexusError):
     """Training cannot go on: a loss or a gradient is no longer finite, or another rank has failed."""
+
+
+class RestartError(NexusError):
+    """A rank, a machine or the network has failed: the same command continues from the last checkpoint."""
+
+    exit_code = EXIT_CODE_RESTART
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A JSON file with a checksum, written last: a folder that has one is complete. Ne
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 from megatron_nexus.base.json_text import parse_json, record_of, with_types
@@ -44,6 +44,17 @@ class DataRecord:
     fingerprint: str = ""
     description: str = ""
     first_sample: int = 0
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Parts of the data that --spike-policy rewind leaves out: first sample of the data, and how many."""
+
+    def past_left_out(self, samples: int) -> "DataRecord":
+        """Return the record by which the sample after `samples` of the run is none that is left out."""
+        moved = self
+        for first, count in sorted(self.left_out):
+            within = samples - moved.first_sample - first
+            if 0 <= within < count:
+                moved = replace(moved, first_sample=moved.first_sample - (count - within))
+        return moved
 
 
 UNKNOWN_DATA = DataRecord()

@@ -6,7 +6,8 @@ is the same bit for bit.
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -18,7 +19,7 @@ from megatron_nexus.checkpoint.manifest import (
 )
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.train_state import TrainState, restore_random_states, topology_of
-from megatron_nexus.errors import CheckpointError
+from megatron_nexus.errors import CheckpointError, DamagedCheckpointError
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import ParamSpec
 
@@ -38,15 +39,17 @@ def load_checkpoint(
     may read the checkpoint as another one, grown.
 
     Raises CheckpointError: on every rank, if one finds the checkpoint missing, damaged, incomplete or of
-    another model. If only the tensors' contents are at fault, the state is left half loaded.
+    another model. If only the tensors' contents are at fault, the state is left half loaded, and the error
+    is a DamagedCheckpointError.
     """
     purpose = f"{folder}: cannot load the checkpoint"
-    with raise_on_all_ranks(mesh.control, purpose):
+    with _as_damage(), raise_on_all_ranks(mesh.control, purpose):
         reader = open_state(folder)
-        _check_specs(reader, state)
         identity = zlib.crc32((folder / MANIFEST_FILE).read_bytes())
-    _check_agreement(reader, identity, state, mesh)
     with raise_on_all_ranks(mesh.control, purpose):
+        _check_specs(reader, state)
+    _check_agreement(reader, identity, state, mesh)
+    with _as_damage(), raise_on_all_ranks(mesh.control, purpose):
         state.restore_groups(reader.manifest.optimizer.groups)
         state.clear()
         for view in state.views():
@@ -59,6 +62,15 @@ def load_checkpoint(
     state.counters = reader.manifest.engine
     restore_random_states(random_states, mesh)
     return reader.manifest
+
+
+@contextmanager
+def _as_damage() -> Iterator[None]:
+    """Raise DamagedCheckpointError for a CheckpointError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise DamagedCheckpointError(str(error)) from error
 
 
 def _check_specs(reader: StateReader, state: TrainState) -> None:

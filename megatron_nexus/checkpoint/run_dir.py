@@ -30,9 +30,9 @@ def checkpoint_name(step: int) -> str:
 
 
 def _defects(folder: Location) -> list[str]:
-    """List what a checkpoint lacks: files, or the ends of files. Does not verify the bytes.
+    """List what a checkpoint lacks: files, or the ends of files. Verifies the bytes of the manifest alone.
 
-    Raises CheckpointError: the manifest has its end, and is damaged or of another format.
+    Raises CheckpointError: the manifest is of another format.
     """
     try:
         held = folder_of(folder).sizes()
@@ -41,7 +41,12 @@ def _defects(folder: Location) -> list[str]:
         contents = (folder / MANIFEST_FILE).read_bytes()
         if is_truncated(contents) and not is_of_another_format(contents):
             return [f"{MANIFEST_FILE} is cut short"]
-        manifest = parse_manifest(contents, folder / MANIFEST_FILE)
+        try:
+            manifest = parse_manifest(contents, folder / MANIFEST_FILE)
+        except CheckpointError:
+            if is_of_another_format(contents):
+                raise
+            return [f"{MANIFEST_FILE} is damaged"]
         if not manifest.files:
             ranks = range(manifest.topology.world_size)
             return [defect for rank in ranks if (defect := rank_defect(folder, rank, held))]
@@ -85,12 +90,20 @@ def complete_checkpoints(root: Location) -> dict[int, Location]:
     return found
 
 
+def checkpoint_before(checkpoint: Location) -> Location | None:
+    """Return the newest complete checkpoint of the same run from an earlier step."""
+    steps = complete_checkpoints(checkpoint.parent)
+    own = next((step for step, folder in steps.items() if folder == checkpoint), None)
+    earlier = [step for step in steps if own is not None and step < own]
+    return steps[max(earlier)] if earlier else None
+
+
 def newest_checkpoint(root: Location) -> Location | None:
     """Return the checkpoint that `latest` names or, if that is incomplete, the newest complete one.
 
     None where the folder has no checkpoint, or does not exist.
 
-    Raises CheckpointError: a manifest is damaged or of a newer format, or no checkpoint here is whole.
+    Raises CheckpointError: a manifest is of another format, or no checkpoint here is whole.
     """
     checkpoints = _checkpoints(root)
     step = latest_step(root)

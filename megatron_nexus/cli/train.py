@@ -22,6 +22,7 @@ from megatron_nexus.checkpoint.run_dir import check_save_folder
 from megatron_nexus.cli.train_command import TrainCommand, read_train_command
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
+from megatron_nexus.config.injection import check_ranks
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
@@ -56,6 +57,7 @@ def run(argv: list[str]) -> NoReturn:
             needed = command.config.model_parallel_size
             starts_ranks = missing_ranks(world, needed)
             check(command.config, needed if starts_ranks else world.size)
+            check_ranks(command.faults, needed if starts_ranks else world.size)
             run_data = _open_files(command, world)
         exit_signals = parse_exit_signals(command.config.checkpoint.exit_signal)
         if world.launcher != "local":  # those have a parent that passes signals on
@@ -119,7 +121,8 @@ def _open_files(command: TrainCommand, world: World) -> RunData | None:
             "something else to its model: give the tokenizer that it was trained with as --tokenizer-model, "
             "or token files of that as --data-path"
         )
-    if world.rank == 0 and config.checkpoint.save:
+    # On each machine: launchers of other machines would wait for a rank 0 that was refused.
+    if world.local_rank == 0 and config.checkpoint.save:
         # A grown model is another run than the checkpoint's.
         save, grow = location(config.checkpoint.save), config.checkpoint.grow
         if grow and command.checkpoint and save.resolve() == command.checkpoint.parent.resolve():
@@ -144,7 +147,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
         from megatron_nexus.growth.grown_reader import GrownReader
         from megatron_nexus.growth.plan import plan_growth
         from megatron_nexus.growth.report import warnings
-        from megatron_nexus.parallel.mesh import is_first_failure
+        from megatron_nexus.parallel.mesh import first_failure
         from megatron_nexus.training.run import run as train
     open_state: Callable[[Location], StateReader] = CheckpointReader
     try:
@@ -165,11 +168,12 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
                 run_data,
                 partial(newest_regions, command.config.model),
                 boxes_by_growth,
+                command.faults,
             )
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
-        code = EXIT_CODE_USER_ERROR if isinstance(error, NexusError) else 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if is_first_failure():
+        is_first, code = first_failure(error.exit_code if isinstance(error, NexusError) else 1)
+        if is_first:
             _report(error, world.rank)
         else:
             # The launcher is about to end this rank; leaving first would hide the exit code that matters.

@@ -16,6 +16,7 @@ from megatron_nexus.config.command_line import Consumed, build, given_flags, mer
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.config_file import read_config_file
 from megatron_nexus.config.devices import Device, parse_device
+from megatron_nexus.config.injection import InjectedFault, parse_faults
 from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
@@ -44,6 +45,8 @@ class TrainCommand:
     device: Device | None
     """The device that --dry-run plans for; None: this machine."""
     search: bool
+    faults: tuple[InjectedFault, ...] = ()
+    """What --inject asks for."""
 
     @property
     def checkpoint(self) -> Location | None:
@@ -93,7 +96,8 @@ def read_train_command(argv: list[str]) -> TrainCommand:
         saved = grown_config(start.config, start.growth) if start.growth else start.config
         config = build(given, saved, Consumed(done.step, done.samples, done.tokens))
     world_size = size if isinstance(size, int) else None
-    return TrainCommand(argv, config, start, dry_run, world_size, device, "search" in given)
+    faults = parse_faults(words if isinstance(words := given.get("inject", ()), tuple) else ())
+    return TrainCommand(argv, config, start, dry_run, world_size, device, "search" in given, faults)
 
 
 def _beside_growth(given: Mapping[str, Value], start: Start) -> dict[str, Value]:

@@ -15,6 +15,7 @@ from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.data_path import token_count
 from megatron_nexus.config.devices import DEVICES
 from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.config.injection import KINDS
 from megatron_nexus.config.megatron_flags import family_hint, replacement_hint
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
 from megatron_nexus.config.run_config import SECTIONS, RunConfig, TrainingConfig
@@ -66,6 +67,12 @@ def make_parser() -> FlagParser:
         "--search",
         action="store_true",
         help="have --dry-run --device find the fastest layouts that fit on --world-size devices",
+    )
+    parser.add_argument(
+        "--inject",
+        nargs="+",
+        metavar="FAULT@STEP[,rank=R]",
+        help=f"rehearse a fault, once in a run's folder: {', '.join(KINDS)}; such as rank_hung@12,rank=1",
     )
     # The deepspeed launcher appends --local_rank; the environment says the same and is what is read.
     # DeepSpeed's own scripts take --deepspeed.

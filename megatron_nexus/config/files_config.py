@@ -63,6 +63,9 @@ class CheckpointConfig:
     exit_signal: tuple[str, ...] = config_field(
         DEFAULT_EXIT_SIGNALS, "signals at which the run saves a checkpoint and exits"
     )
+    exit_duration_in_mins: float = config_field(
+        0.0, "minutes after its start at which the run saves a checkpoint and exits; 0: never"
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ MatmulPrecision = Literal["highest", "high"]
 AttentionBackend = Literal["auto", "sdpa", "flex"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
+SpikePolicy = Literal["none", "stop", "skip", "rewind"]
 
 MOST_MINUTES = 31 * 24 * 60
 """That one rank waits for another, at most: a month."""
@@ -251,6 +252,12 @@ class ParallelConfig:
         "seconds that a rank waits for others within a step, after the first; 0: as in the first",
         maximum=60 * MOST_MINUTES,
     )
+    rank_heartbeat_timeout: int = config_field(
+        60,
+        "seconds without progress in a step, after the first, at which the run names the rank that hangs and "
+        "exits with code 75; three times the longest step where that is more; 0: never",
+        maximum=60 * MOST_MINUTES,
+    )
 
 
 @dataclass(frozen=True)
@@ -298,6 +305,21 @@ class TrainingConfig:
         "auto: flex where it can be used",
     )
     norm_impl: NormImpl = config_field("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
+    spike_policy: SpikePolicy = config_field(
+        "none",
+        "at a spike of loss or gradient norm that a second computation confirms: stop, skip the update, or "
+        "rewind to the last good checkpoint and leave out the samples; none: spikes are not looked for",
+    )
+    spike_sigma_factor: float = config_field(
+        6.0, "standard deviations above the mean of recent steps from which a value is a spike", positive=True
+    )
+    spike_rolling_interval: int = config_field(
+        128, "recent steps of that mean; spikes are looked for once there are half as many", positive=True
+    )
+    check_weight_hash_across_dp_replicas_interval: int = config_field(
+        0,
+        "steps between comparisons of the weights that several ranks hold alike; 0: never",
+    )
     seed: int = config_field(1234, "seed of the initial weights and of the order of samples")
 
     @property

@@ -9,6 +9,7 @@ would train on, and nothing that the user knows of could stop them.
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,7 +51,7 @@ class Process:
     @property
     def is_alive(self) -> bool:
         """Whether it has not ended. A zombie, which waits for its parent to look at it, has."""
-        found = _stat(self.pid)
+        found = process_stat(self.pid)
         return found is not None and found[0] not in "ZX" and found[2] == self.start_ticks
 
 
@@ -65,7 +66,7 @@ def ancestors() -> Iterator[Process]:
     """Yield the parent of this process, its parent, and so on, as far as they can be read."""
     pid = os.getppid()
     while pid > 1:
-        found = _stat(pid)
+        found = process_stat(pid)
         try:
             words = tuple(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0"))
         except OSError:
@@ -76,13 +77,20 @@ def ancestors() -> Iterator[Process]:
         pid = int(found[1])
 
 
-def _stat(pid: int) -> tuple[str, str, str] | None:
-    """State, parent and start of a process; None where there is none."""
+def process_stat(pid: int) -> tuple[str, str, str] | None:
+    """Return state, parent and start of a process; None where there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return fields[0], fields[1], fields[19]
+
+
+def process_age_s() -> float:
+    """Return the seconds since this process was started."""
+    found = process_stat(os.getpid())
+    assert found is not None, "this process is there"
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(found[2]) / os.sysconf("SC_CLK_TCK")
 
 
 def stop_without_launcher(number: signal.Signals) -> None:

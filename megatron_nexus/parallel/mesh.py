@@ -169,13 +169,17 @@ def _connected_group(ranks: Sequence[int], device: torch.device, timeout: timede
     return group
 
 
+def store_prefix() -> str:
+    """Return what names in the store begin with: that of torchrun outlives a restart."""
+    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
 def _connect(world: World, timeout: timedelta) -> PrefixStore:
     """The key-value store through which the ranks find each other, served by rank 0.
 
     Under torchrun the launcher serves it already.
     """
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store = TCPStore(
             world.master_addr,
@@ -185,8 +189,7 @@ def _connect(world: World, timeout: timedelta) -> PrefixStore:
             timeout,
             master_listen_fd=world.listener,
         )
-        # torchrun's store outlives a restart: each attempt has its own names in it.
-        return PrefixStore(f"attempt_{attempt}", store)
+        return PrefixStore(store_prefix(), store)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         remedy = (
             "choose another port (deepspeed --master_port, or MASTER_PORT)" if serves else "is rank 0 up?"
@@ -197,23 +200,23 @@ def _connect(world: World, timeout: timedelta) -> PrefixStore:
         ) from error
 
 
-def is_first_failure() -> bool:
-    """Return whether this rank is the first to fail: only that one reports its error.
+def first_failure(exit_code: int) -> tuple[bool, int]:
+    """Return whether this rank is the first to fail, and the exit code of the first.
 
-    The others fail because of it: their connections break when it leaves.
+    Only that one reports its error. The others fail because of it: their connections break when it leaves.
     """
     if not dist.is_initialized():
-        return True
+        return True, exit_code
     try:
-        dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=2))
-        return is_first("failed")
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=2))
+        is_first = int(store.add("megatron_nexus/failed", 1)) == 1
+        if is_first:
+            store.set("megatron_nexus/exit_code", str(exit_code))
+        return is_first, int(store.get("megatron_nexus/exit_code"))
     except RuntimeError:
-        return False  # rank 0, which serves the store, has left: it failed first
-
-
-def is_first(event: str) -> bool:
-    """Return whether this rank is the first to ask this of `event`. Raises RuntimeError without a store."""
-    return int(dist.distributed_c10d._get_default_store().add(f"megatron_nexus/{event}", 1)) == 1
+        # Rank 0, which serves the store, has left: it failed first, and its code is the one that counts.
+        return False, 1
 
 
 def close_mesh() -> None:

@@ -137,9 +137,12 @@ def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder
     """Return the command that continues a run: as typed, with --load, and more steps if it is finished."""
     finished = step >= config.training.train_iters
     kept: list[str] = []
-    words = iter(argv)
+    words, in_faults = iter(argv), False
     for word in words:
         name = word.split("=")[0]
+        in_faults = name == "--inject" or (in_faults and not name.startswith("--"))
+        if in_faults:
+            continue
         if name in ("--load", "--save", "--grow") or (
             finished and name in ("--train-iters", "--train-tokens", "--train-samples")
         ):

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from megatron_nexus.checkpoint.manifest import EngineRecord
 from megatron_nexus.config.deepspeed_config import (
     Json,
     bucket_elements,
@@ -36,6 +37,7 @@ from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, st
 from megatron_nexus.models.layer_context import DTYPES, LayerContext, padding_multiple
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
+from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.grid import Grid
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
@@ -43,6 +45,7 @@ from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
 from megatron_nexus.training.gradient_reducer import reduce_gradients
 from megatron_nexus.training.optimizer import make_optimizer
+from megatron_nexus.training.update_gate import Admits, UpdateGate
 from megatron_nexus.training.zero_state import ZeroState, zero_state
 
 Batch = tuple[Stream, Tensor]
@@ -57,6 +60,8 @@ class StepResult:
     grad_norm: float
     flags: tuple[bool, ...] = ()
     """Which of the flags given to the step are set on any rank."""
+    was_made: bool = True
+    """Whether the weights were updated: not where `admits` said no, or gradients are not finite."""
 
 
 class _WholeModel(nn.Module):
@@ -120,15 +125,19 @@ def _deepspeed_errors_as_config_errors(file: str) -> Iterator[None]:
 class Engine:
     """The model of a run, its optimizer state and its steps."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, init_weights: bool = True) -> None:
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, init_weights: bool = True, beacon: Beacon | None = None
+    ) -> None:
         """Build the stage of this rank and hand it to DeepSpeed; a collective call.
 
         With `init_weights=False` weights are zero, for a checkpoint to fill: drawing 7B takes two minutes.
+        `beacon` shows where in a step this rank is.
         """
         # On a CPU DeepSpeed would build a shared-memory collective that leaves 67 MB per rank in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._mesh = mesh
+        self._beacon = beacon or Beacon()
         self.shard = Shard(mesh.tp_rank, mesh.tp_size, padding_multiple(config, mesh.device))
         tp = TensorParallel(mesh.tp_group, config.parallel.sequence_parallel)
         context = LayerContext(
@@ -207,34 +216,58 @@ class Engine:
         batches: Iterator[Batch],
         learning_rate: float,
         flags: Callable[[], Sequence[bool]] = tuple,
+        admits: Admits | None = None,
     ) -> StepResult:
         """Take one optimizer step over the next micro-batches.
 
         The ranks agree on `flags`, asked for at the end of the step, in the reduction of the loss. A step
-        whose gradients are not finite leaves the weights as they were, and its norm is not finite.
+        whose gradients are not finite leaves the weights as they were, and its norm is not finite. So does
+        one that `admits` refuses, which is asked once the norm is known; a pipeline then has no loss yet.
         """
+        if admits is not None:
+            self._gate.begin(admits)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._mesh.pp_size > 1:
             loss = self.deepspeed.train_batch(data_iter=self._on_device(batches)).item()
+            self._beacon.mark(Phase.LOSS)
             _, agreed = self._reduce(torch.zeros((), device=self._mesh.device), flags())
         else:
             self.deepspeed.train()
             losses = []
             for _ in range(self.deepspeed.gradient_accumulation_steps()):
-                loss_tensor = self.deepspeed(*self._to_device(next(batches)))
-                self.deepspeed.backward(loss_tensor)
-                self.deepspeed.step()
+                batch = self._next(batches)
+                loss_tensor = self.deepspeed(*batch)
                 losses.append(loss_tensor.detach())
+                self._beacon.mark(Phase.BACKWARD)
+                self.deepspeed.backward(loss_tensor)
+                if admits is not None and len(losses) == self.deepspeed.gradient_accumulation_steps():
+                    self._gate.set_loss(self._reduce(torch.stack(losses).mean())[0])
+                self._beacon.mark(Phase.OPTIMIZER)
+                self.deepspeed.step()
+            self._beacon.mark(Phase.LOSS)
             loss, agreed = self._reduce(torch.stack(losses).mean(), flags())
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(loss, float("inf") if self.optimizer.overflow else float(norm), agreed)
+        norm = float("inf") if self.optimizer.overflow else float(self.deepspeed.get_global_grad_norm())
+        return StepResult(loss, norm, agreed, admits is None or self._gate.was_made)
+
+    @cached_property
+    def _gate(self) -> UpdateGate:
+        """What asks whether an update is to be made; not there until a step is given something to ask."""
+        return UpdateGate(self.deepspeed)
+
+    def undo_counters(self, before: EngineRecord) -> None:
+        """Make the engine ready to compute a step again that was not made; a collective call.
+
+        The model's weights are cast from the master weights anew: its own may be what was wrong.
+        """
+        self.state.counters = before
+        self.state.refresh_model()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], count: int) -> float:
         """Return mean loss in nats per token over `count` micro-batches of each rank."""
         if self._mesh.pp_size > 1:
-            loss = self.deepspeed.eval_batch(self._on_device(batches), num_micro_batches=count)
+            loss = self.deepspeed.eval_batch(map(self._to_device, batches), num_micro_batches=count)
             return float(loss.item())
         self.deepspeed.eval()
         losses = [self.deepspeed(*self._to_device(next(batches))) for _ in range(count)]
@@ -265,7 +298,7 @@ class Engine:
         module.loss_fn = self._loss.token_scores
         try:
             scores = self.deepspeed.eval_batch(
-                self._on_device(iter(batches)),
+                map(self._to_device, batches),
                 reduce_output=None,
                 bcast_loss=False,
                 num_micro_batches=len(batches),
@@ -329,5 +362,13 @@ class Engine:
             return x.pin_memory().to(self._mesh.device, non_blocking=True)
         return x
 
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next micro-batch on the device."""
+        self._beacon.mark(Phase.DATA)
+        batch = self._to_device(next(batches))
+        self._beacon.mark(Phase.FORWARD)
+        return batch
+
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        return map(self._to_device, batches)
+        while True:
+            yield self._next(batches)

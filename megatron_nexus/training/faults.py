@@ -1,33 +1,44 @@
-"""Faults: signals that ask a run to save and exit, and steps that are not finite."""
+"""Faults: what asks a run to save and exit, and steps that are not finite."""
 
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.config.exit_signals import handle
 from megatron_nexus.errors import TrainingError
+from megatron_nexus.parallel.launcher_watch import process_age_s
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.engine import StepResult
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import Evaluation, StepMetrics, Validation
 
 GRACE_PERIOD_S = 1.0
+STOP_FILE = "stop"
+"""In a run's folder: whoever creates it asks the run to save and exit."""
 
 
 class StopRequest:
-    """Remembers that a signal came to this rank; the ranks agree at the end of each step.
+    """Whether this rank was asked to stop: by a signal, by a file, or because its time is up.
 
-    Ctrl-C in a terminal reaches every process of the run, a launcher's SIGTERM may reach some first, and
-    SLURM's `--signal=USR1@120` comes before the time limit. A second Ctrl-C ends the process at once: what
-    was being saved is not a checkpoint then, and the one before it still is.
+    The ranks agree at the end of each step. Ctrl-C in a terminal reaches every process of the run, a
+    launcher's SIGTERM may reach some first, and SLURM's `--signal=USR1@120` comes before the time limit. A
+    second Ctrl-C ends the process at once: what was being saved is not a checkpoint then, and the one before
+    it still is.
     """
 
-    def __init__(self, exit_signals: Sequence[signal.Signals]) -> None:
+    def __init__(
+        self, exit_signals: Sequence[signal.Signals], minutes: float = 0.0, file: Path | None = None
+    ) -> None:
+        """`minutes` after the start of this process its time is up, if above 0; `file` is looked for."""
         self.signal_name = ""
-        self._asked = 0.0
+        self._asked = self._looked = 0.0
+        self._minutes, self._file = minutes, file
+        self._deadline = time.monotonic() + 60.0 * minutes - process_age_s() if minutes else math.inf
+        self._found_file = False
         handle(exit_signals, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -40,8 +51,22 @@ class StopRequest:
 
     @property
     def is_asked(self) -> bool:
-        """Whether this rank was asked to stop."""
-        return bool(self.signal_name)
+        """Whether this rank was asked to stop. Looks for the file once a second."""
+        now = time.monotonic()
+        if self._file is not None and now - self._looked > 1.0:
+            self._looked, self._found_file = now, self._file.exists()
+        return bool(self.signal_name) or self._found_file or now > self._deadline
+
+    def acknowledge(self) -> str:
+        """Return why the run stops. Deletes the file: the next start of the run is not to stop again."""
+        if self.signal_name:
+            return f"received {self.signal_name}"
+        if self._found_file and self._file is not None:
+            self._file.unlink(missing_ok=True)
+            return f"found {self._file}"
+        if time.monotonic() > self._deadline:
+            return f"--exit-duration-in-mins {self._minutes:g} is over"
+        return "another rank was asked to stop"
 
 
 def is_finite(result: StepResult) -> bool:
@@ -84,15 +109,19 @@ class FiniteCheckpoints(Hook):
         """Note a checkpoint that was saved, or loaded."""
         self._checkpoints[step] = folder
 
+    def last_good(self) -> Location | None:
+        """Return the last checkpoint whose weights have given a finite loss, and which is still there."""
+        steps = sorted((step for step in self._checkpoints if step <= self._finite_step), reverse=True)
+        return next((folder for step in steps if (folder := self._checkpoints[step]).exists()), None)
+
+    def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
+        """Forget the steps after the one that the run has gone back to."""
+        self._finite_step = min(self._finite_step, step)
+
     def way_back(self) -> str:
         """Return where to resume after a step that is not finite."""
-        good = [
-            folder
-            for step, folder in sorted(self._checkpoints.items())
-            if step <= self._finite_step and folder.exists()
-        ]
-        if good:
-            return f"resume with --load {good[-1]}, the last checkpoint whose weights gave a finite loss"
+        if good := self.last_good():
+            return f"resume with --load {good}, the last checkpoint whose weights gave a finite loss"
         if self._checkpoints:
             held = self._checkpoints[max(self._checkpoints)]
             return f"start again: {held} holds weights that never gave a finite loss"

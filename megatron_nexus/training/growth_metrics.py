@@ -74,6 +74,10 @@ class GrowthMetricsHook(Hook):
                 hook.after_evaluation(found)
         self._expect(metrics.step + 1)
 
+    def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
+        """Go on after the step that the run has gone back to."""
+        self._expect(step + 1)
+
     def _batches(self) -> Iterator[Batch]:
         """Yield this rank's part of the first global batch of the samples."""
         training, data = self._config.training, self._config.data

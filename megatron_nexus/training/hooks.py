@@ -1,11 +1,13 @@
-"""Hooks: what runs at four moments of the training loop, on every rank, in the order of the list.
+"""Hooks: what runs at five moments of the training loop, on every rank, in the order of the list.
 
 The loop's own metrics and its memory of good checkpoints are hooks (`metrics`, `faults`). A hook that calls a
 collective must do so on all ranks.
 """
 
+from collections.abc import Mapping
+
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.errors import TrainingError
+from megatron_nexus.errors import NexusError
 from megatron_nexus.training.metrics import Evaluation, StepMetrics
 
 
@@ -21,5 +23,8 @@ class Hook:
     def after_save(self, step: int, folder: Location) -> None:
         """Run when a checkpoint is complete, also when the run has loaded it."""
 
-    def on_failure(self, error: TrainingError) -> None:
-        """Run when a step is not finite, before the run ends with `error`."""
+    def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
+        """Run when the run has gone back to the checkpoint of a step; `record` says why."""
+
+    def on_failure(self, error: NexusError) -> None:
+        """Run when a step is not finite or a rank's weights differ, before the run ends with `error`."""

@@ -18,12 +18,14 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches
-from megatron_nexus.errors import CheckpointError
+from megatron_nexus.errors import CheckpointError, RestartError, TrainingError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
-from megatron_nexus.parallel.mesh import Mesh, is_first
+from megatron_nexus.parallel.beacon import Beacon, Phase
+from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.corpus import Corpus, data_changes
 from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.fault_injection import FaultInjector
 from megatron_nexus.training.faults import FiniteCheckpoints, StopRequest, is_finite, non_finite_error
 from megatron_nexus.training.grown_adam import install_bias_correction, needing_correction
 from megatron_nexus.training.hooks import Hook
@@ -39,8 +41,9 @@ from megatron_nexus.training.new_lr import continue_new_lr
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.peak_flops import peak_flops_per_s
 from megatron_nexus.training.recorder import MetricsRecorder
+from megatron_nexus.training.replica_check import diverged_error, diverged_ranks
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
-from megatron_nexus.training.step_watch import StepWatch
+from megatron_nexus.training.spike_policy import SpikePolicy, rewind, spike_error
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ class Trainer:
         run_dir: Path,
         gemm_flops_per_s: float,
         evaluator: TaskEvaluator | None = None,
+        beacon: Beacon | None = None,
     ) -> None:
-        """`evaluator`, on rank 0 and where there are tasks to evaluate, asks for their scores."""
+        """`evaluator`, on rank 0 where there are tasks, asks for scores; `beacon` shows where a rank is."""
         self.config = config
         self.mesh = mesh
         self.engine = engine
@@ -90,9 +94,12 @@ class Trainer:
         self.grown_regions: Sequence[GrownRegion] = ()
         self.last_checkpoint: Location | None = None
         self._finite = FiniteCheckpoints()
-        # gloo raises an exception in the rank that waits.
-        watched_s = 60.0 * config.parallel.distributed_timeout_minutes if mesh.device.type == "cuda" else 0.0
-        self._watch = StepWatch(watched_s, lambda: is_first("hang"))
+        policy = config.training.spike_policy
+        self._spikes = SpikePolicy(config.training, engine, mesh) if policy != "none" else None
+        self._rewinds = 0
+        self._open_state: tuple[Location | None, Callable[[Location], StateReader]] = (None, CheckpointReader)
+        self._beacon = beacon or Beacon()
+        self.injector: FaultInjector | None = None
         self.hooks: list[Hook] = [self._finite]
         self._writer = CheckpointWriter(
             save,
@@ -141,7 +148,9 @@ class Trainer:
                 "; ".join(changes),
                 f"{self.progress.tokens:,}",
             )
-        self.data = dataclasses.replace(self.data, first_sample=first_sample)
+        left_out = manifest.data.left_out if manifest.data.fingerprint == self.data.fingerprint else ()
+        self.data = dataclasses.replace(self.data, first_sample=first_sample, left_out=left_out)
+        self._open_state = checkpoint, open_state
         self._complete(self.progress.step, checkpoint)
         return manifest
 
@@ -170,7 +179,9 @@ class Trainer:
         recorder = MetricsRecorder(config, self.mesh.rank == 0, self.run_dir, started.step)
         self.hooks.append(recorder)
         self._announce_epochs(last_sample)
-        batches = self._training_batches()
+        self._batches_left = self._training_batches()
+        if self._spikes:
+            self._spikes.remember(self.run_dir, started.step)
         trained_s = 0.0
         evaluations: list[Validation] = []
         task_scores: TaskScores | None = None
@@ -182,9 +193,11 @@ class Trainer:
             if config.training.manual_gc and step % config.training.manual_gc_interval == 0:
                 gc.collect()
             step_s, (stopping, saving) = self._train_step(
-                step, batches, last_sample, lambda: (stop.is_asked, self._writer.is_writing)
+                step, last_sample, lambda: (stop.is_asked, self._writer.is_writing)
             )
             trained_s += step_s
+            if self.progress.step < step:  # rewound
+                continue
             if step == started.step + 1:
                 self._wait_for_steps()
             evaluations = []
@@ -198,12 +211,12 @@ class Trainer:
                 self._wait_for_steps()
                 stopping = self.mesh.control.any(stop.is_asked)
             if self._writer.is_busy and not saving:
+                self._beacon.mark(Phase.CHECKPOINT)
                 self._saved(self._writer.settle())
             if interval and step % interval == 0 and step != last and not stopping:
                 self.save(async_save=config.checkpoint.async_save)
         if stopping:
-            received = stop.signal_name or "a signal on another rank"
-            logger.info("received %s: saving a checkpoint and exiting", received)
+            logger.info("%s: saving a checkpoint and exiting", stop.acknowledge())
         self._finish_saving()
         if self.last_checkpoint is None or self.last_checkpoint.parent != self.save_folder or trained_s:
             self.save()
@@ -228,10 +241,10 @@ class Trainer:
         """From here on a rank waits for others as long as a step may take; a collective call."""
         if timeout_s := self.config.parallel.distributed_timeout_seconds_after_init:
             self.mesh.set_timeout(timeout_s)
-            self._watch.timeout_s = timeout_s if self.mesh.device.type == "cuda" else 0.0
 
     def _wait_for_evaluations(self) -> None:
         """Wait for others as long as at the start: evaluations compile too, and ranks meet late in them."""
+        self._beacon.mark(Phase.EVALUATION)
         parallel = self.config.parallel
         if parallel.distributed_timeout_seconds_after_init:
             self.mesh.set_timeout(60.0 * parallel.distributed_timeout_minutes)
@@ -239,7 +252,6 @@ class Trainer:
     def _train_step(
         self,
         step: int,
-        batches: Iterator[Batch],
         last_sample: int,
         flags: Callable[[], Sequence[bool]],
     ) -> tuple[float, tuple[bool, ...]]:
@@ -251,15 +263,22 @@ class Trainer:
         batch = self._batch_schedule.size(done.samples)
         tokens = batch * self.config.training.seq_length
         self.engine.set_batch_size(batch)
+        if (past := self.data.past_left_out(done.samples)) != self.data:
+            self.data = past
+            self._batches_left = self._training_batches()
         last = self.config.training.train_iters
         when = (done.samples + batch, last_sample) if optimizer.counts_samples else (step, last)
         rate = learning_rate(optimizer, *when)
         began = time.perf_counter()
-        with self._watch.step(step):
-            result = self.engine.train_step(batches, rate, flags)
+        with self._beacon.in_step(step):
+            if self.injector:
+                self.injector.before_step(step)
+            self._check_replicas(step)
+            result = self._update(step, rate, flags)
         step_s = time.perf_counter() - began
-        if not is_finite(result):
-            self._fail(step, result)
+        if not result.was_made and self.config.training.spike_policy == "rewind":
+            self._rewind(step, batch, result)
+            return step_s, result.flags
         self.progress = RunProgress(
             step, done.samples + batch, done.tokens + tokens, done.flops + tokens * self.flops_per_token
         )
@@ -268,15 +287,66 @@ class Trainer:
             hook.after_step(metrics)
         return step_s, result.flags
 
+    def _update(self, step: int, rate: float, flags: Callable[[], Sequence[bool]]) -> StepResult:
+        """Compute gradients and update the weights, or not, as --spike-policy says. Raises TrainingError."""
+        if self._spikes is None:
+            result = self.engine.train_step(self._batches_left, rate, flags)
+            ends = not is_finite(result)
+        else:
+            result = self._spikes.take(step, self._batches_left, self._training_batches, rate, flags)
+            ends = not result.was_made and self._spikes.ends(self._rewinds)
+        if ends and not is_finite(result):
+            self._fail(step, result)
+        if ends and self._spikes:
+            self._end(spike_error(step, self._spikes.describe(result), self._finite.way_back()))
+        return result
+
+    def _rewind(self, step: int, batch: int, result: StepResult) -> None:
+        """Go back to the last good checkpoint and leave out the samples of a step; a collective call.
+
+        Raises TrainingError where there is no such checkpoint.
+        """
+        assert self._spikes is not None, "only its policy rewinds"
+        self._finish_saving()
+        good, (opened, open_state) = self._finite.last_good(), self._open_state
+        if good is None:
+            self._end(spike_error(step, self._spikes.describe(result), self._finite.way_back()))
+        left_out = (self.progress.samples - self.data.first_sample, batch)
+        reader = open_state if good == opened else CheckpointReader
+        self.progress, self.data = rewind(
+            good, reader, self.config, self.engine, self.mesh, self.data, left_out
+        )
+        self._rewinds += 1
+        self._batches_left = self._training_batches()
+        logger.warning("rewound from step %d to %s: %d samples of that step are left out", step, good, batch)
+        record = {
+            "rewound_from": step,
+            "left_out_samples": left_out,
+            "spike": [result.loss, result.grad_norm],
+        }
+        for hook in self.hooks:
+            hook.after_rewind(self.progress.step, record)
+        self._spikes.remember(self.run_dir, self.progress.step)
+
+    def _check_replicas(self, step: int) -> None:
+        """Compare what ranks hold alike, every so often; a collective call. Raises RestartError."""
+        interval = self.config.training.check_weight_hash_across_dp_replicas_interval
+        if interval and step % interval == 0 and (found := diverged_ranks(self.engine, self.mesh)):
+            self._end(diverged_error(step, found))
+
+    def _end(self, error: TrainingError | RestartError) -> NoReturn:
+        """End the run, after the save that is under way; a collective call. Raises `error`."""
+        self._finish_saving()
+        for hook in self.hooks:
+            hook.on_failure(error)
+        raise error
+
     def _fail(self, step: int, result: StepResult) -> NoReturn:
         """End the run after a step that is not finite; a collective call. Raises TrainingError."""
         self._finish_saving()
         # The weights are still those before this step, so the same samples show where it broke.
         found = self.engine.diagnose(self._training_batches())
-        error = non_finite_error(self.mesh, step, result, found, self._finite.way_back())
-        for hook in self.hooks:
-            hook.on_failure(error)
-        raise error
+        self._end(non_finite_error(self.mesh, step, result, found, self._finite.way_back()))
 
     def save(self, async_save: bool = False) -> None:
         """Write a checkpoint, in the background with `async_save`; a collective call.
@@ -300,6 +370,7 @@ class Trainer:
 
     def _finish_saving(self) -> None:
         """Wait for the save that is under way, if one is; a collective call."""
+        self._beacon.mark(Phase.CHECKPOINT)
         self._saved(self._writer.finish())
 
     def _saved(self, saved: Saved | None) -> None:
@@ -354,6 +425,7 @@ class Trainer:
             if self.peak_flops_per_s
             else None,
             memory_bytes=peak_memory_bytes(self.mesh),
+            skipped=None if result.was_made else True,
         )
 
     def utilization(self, tokens_per_s: float) -> str:

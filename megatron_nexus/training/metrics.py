@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from megatron_nexus.base.json_text import fits, parse_record
 from megatron_nexus.errors import ConfigError, TrainingError
@@ -39,6 +39,8 @@ class StepMetrics:
     gemm_fraction: float
     mfu: float | None
     memory_bytes: int
+    skipped: bool | None = None
+    """True where the update was left out, by --spike-policy; else None."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, resumed_step: int, tensorboard_dir: str) -> None:
         """Raises ConfigError where TensorBoard is asked for and not installed."""
         self.path = folder / METRICS_FILE
-        kept = [record for record in read_metrics(self.path) if record["step"] <= resumed_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.path)
-        self._file = self.path.open("a", buffering=1)
+        self._file = self._reopened(resumed_step)
         self._board = None
         if tensorboard_dir:
             try:
@@ -125,6 +123,20 @@ class MetricsWriter:
                 raise ConfigError(
                     [f"--tensorboard-dir {tensorboard_dir}: {error.strerror}: give a writable folder"]
                 ) from error
+
+    def _reopened(self, last_step: int) -> TextIO:
+        """Drop the records of later steps and return the file to append to."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= last_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self.path)
+        return self.path.open("a", buffering=1)
+
+    def rewind(self, step: int, record: Mapping[str, object]) -> None:
+        """Drop the records of later steps and write why the run has gone back to this one."""
+        self._file.close()
+        self._file = self._reopened(step)
+        self._write({"step": step, **record})
 
     def step(self, metrics: StepMetrics, train_iters: int, speak: bool) -> None:
         """Record a step, and show it on the console where `speak`."""

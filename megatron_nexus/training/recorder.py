@@ -1,10 +1,11 @@
 """MetricsRecorder: the hook that writes a run's metrics, and every so often a line on the console."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import TrainingError
+from megatron_nexus.errors import NexusError
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import (
     Evaluation,
@@ -49,7 +50,12 @@ class MetricsRecorder(Hook):
         elif self._writer is not None and isinstance(found, GrowthMetrics):
             self._writer.growth_metrics(found)
 
-    def on_failure(self, error: TrainingError) -> None:
+    def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
+        """Drop the steps after the one that the run has gone back to, and write why."""
+        if self._writer is not None:
+            self._writer.rewind(step, record)
+
+    def on_failure(self, error: NexusError) -> None:
         """Close the files."""
         self.close()
 

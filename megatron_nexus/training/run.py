@@ -5,34 +5,39 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest
-from megatron_nexus.checkpoint.run_dir import check_writable
+from megatron_nexus.checkpoint.run_dir import check_writable, checkpoint_before
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
+from megatron_nexus.config.injection import InjectedFault
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
-from megatron_nexus.errors import CheckpointError, ConfigError
+from megatron_nexus.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.attention_backend import flex_problem
 from megatron_nexus.models.nvidia_apex import require_apex
+from megatron_nexus.parallel.beacon import Beacon
 from megatron_nexus.parallel.launch_command import launch_words
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
+from megatron_nexus.parallel.rank_watch import RankWatch
 from megatron_nexus.parallel.world import World
 from megatron_nexus.training.console import announce, announce_resumed, summarise
 from megatron_nexus.training.corpus import open_corpus
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
-from megatron_nexus.training.faults import StopRequest
+from megatron_nexus.training.fault_injection import FaultInjector
+from megatron_nexus.training.faults import STOP_FILE, StopRequest
 from megatron_nexus.training.grown_elements import BoxesByGrowth, grown_elements
 from megatron_nexus.training.growth_metrics import GrowthMetricsHook
 from megatron_nexus.training.loop import Trainer
@@ -47,6 +52,8 @@ from megatron_nexus.training.machine import (
 from megatron_nexus.training.scoring import TaskEvaluator
 
 CONFIG_FILE = "config.yaml"
+_BEFORE_TIMEOUT = 0.95
+"""Of a time-out of torch, after which ranks that hang are named: it counts from a collective's own start."""
 
 
 def run(
@@ -60,14 +67,16 @@ def run(
     run_data: RunData | None = None,
     newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
     boxes_by_growth: BoxesByGrowth | None = None,
+    faults: Sequence[InjectedFault] = (),
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
     `argv` is the command line as the user typed it: the summary repeats it to resume. `open_state` reads the
     checkpoint, as a grown one where the run begins so. `open_evaluator` makes what evaluates --eval-tasks;
     only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer. `run_data` is what the run
-    reads, where it is open already. `newest_regions` says what the last growth of a checkpoint added.
-    `boxes_by_growth` says it of every growth of a lineage, for --growth-metrics-interval.
+    reads, where it is open already. `newest_regions` says what the last growth of a checkpoint added,
+    `boxes_by_growth` says it of every growth of a lineage, for --growth-metrics-interval. `faults` are those
+    of --inject.
     """
     # 1. The ranks, and what they agree on.
     mesh = _start_ranks(config, world, checkpoint)
@@ -80,7 +89,9 @@ def run(
     if config.logging.eval_tasks and mesh.rank == 0:
         assert open_evaluator is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
         evaluator = open_evaluator(config, corpus.tokenizer)
-    with run_dir_lock(run_dir) if mesh.rank == 0 else nullcontext():
+    beacon = Beacon()
+    watch = _start_watch(config, world, mesh, beacon, run_dir)
+    with run_dir_lock(run_dir) if mesh.rank == 0 else nullcontext(), watch.naming_lost_ranks():
         # 3. The model and its optimizer, new or from the checkpoint.
         if mesh.rank == 0:
             # A grown model is another run than the checkpoint's.
@@ -88,12 +99,12 @@ def run(
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             import_muon_uncompiled()
-            engine = Engine(config, mesh, init_weights=checkpoint is None)
-        trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator)
+            engine = Engine(config, mesh, checkpoint is None, beacon)
+        trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator, beacon)
         announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
-            with Progress(f"loading {checkpoint}"):
-                manifest = trainer.resume(checkpoint, open_state, newest_regions)
+            resume = partial(trainer.resume, open_state=open_state, newest_regions=newest_regions)
+            manifest, checkpoint = _resume(trainer, checkpoint, resume)
             announce_resumed(config, checkpoint, manifest)
         if mesh.rank == 0:
             (run_dir / CONFIG_FILE).write_text(config_text(config))
@@ -104,14 +115,59 @@ def run(
                 config, mesh, engine, corpus.training, elements, trainer.hooks, trainer.progress.step
             )
             trainer.hooks.append(hook)
+        trainer.injector = FaultInjector(faults, mesh.rank, run_dir, engine.parameters)
         # 4. The training.
-        stop = StopRequest(parse_exit_signals(config.checkpoint.exit_signal))
+        stop = StopRequest(
+            parse_exit_signals(config.checkpoint.exit_signal),
+            config.checkpoint.exit_duration_in_mins,
+            run_dir / STOP_FILE if mesh.rank == 0 else None,
+        )
         mesh.control.barrier()  # from here on a signal is heeded by all ranks or by none
         result = trainer.fit(stop)
         if mesh.rank == 0:
             summarise(config, trainer, result, corpus, launch_words(world, argv), argv)
-    mesh.control.barrier()
+        mesh.control.barrier()
+        watch.end()
+        mesh.control.barrier()  # nobody watches, and ranks may leave
     close_mesh()
+
+
+def _resume(
+    trainer: Trainer, checkpoint: Location, resume: Callable[[Location], Manifest]
+) -> tuple[Manifest, Location]:
+    """Continue from a checkpoint or, where a byte of it is wrong, from the one before; a collective call.
+
+    Where the user has named a checkpoint, not a run, that one alone counts. Raises CheckpointError.
+    """
+    config = trainer.config.checkpoint
+    may_go_back = not config.grow and (config.load == "auto" or location(config.load) != checkpoint)
+    while True:
+        try:
+            with Progress(f"loading {checkpoint}"):
+                return resume(checkpoint), checkpoint
+        except DamagedCheckpointError as error:
+            before = checkpoint_before(checkpoint) if may_go_back else None
+            if before is None:
+                raise
+            if trainer.mesh.rank == 0:
+                logger.warning("WARNING: going back to %s, the checkpoint before: %s", before, error)
+            checkpoint = before
+
+
+def _start_watch(config: RunConfig, world: World, mesh: Mesh, beacon: Beacon, run_dir: Path) -> RankWatch:
+    """Watch for ranks that hang, before NCCL's own time-out ends their processes; a collective call."""
+    parallel = config.parallel
+    longest_s = 60.0 * parallel.distributed_timeout_minutes
+    step_s = parallel.distributed_timeout_seconds_after_init or longest_s
+    return RankWatch(
+        world,
+        mesh.control,
+        beacon,
+        min(parallel.rank_heartbeat_timeout, _BEFORE_TIMEOUT * step_s),
+        _BEFORE_TIMEOUT * longest_s,
+        run_dir,
+        by_phase=mesh.pp_size > 1,
+    )
 
 
 def _start_ranks(config: RunConfig, world: World, checkpoint: Location | None) -> Mesh:

@@ -1,0 +1,60 @@
+"""Injected faults: what `--inject FAULT@STEP[,rank=R]` asks for: a rehearsal, and no setting of a run.
+
+`training/fault_injection.py` makes them happen.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron_nexus.errors import ConfigError
+
+Kind = Literal["rank_hung", "rank_killed", "slow_rank", "nan", "spike", "bit_flip", "disk_full"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_WORD = re.compile(r"(\w+)@(\d{1,12})(?:,rank=(\d{1,12}))?")
+
+
+@dataclass(frozen=True)
+class InjectedFault:
+    """A fault of one rank at the beginning of an optimizer step, counted from 1 over the whole run."""
+
+    kind: Kind
+    step: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.step},rank={self.rank}"
+
+
+def parse_faults(words: Sequence[str]) -> tuple[InjectedFault, ...]:
+    """Return the faults of `--inject`; without a rank they are rank 0's.
+
+    Raises ConfigError with every word that is not a fault.
+    """
+    problems, found = [], []
+    for word in words:
+        match = _WORD.fullmatch(word)
+        kind = next((kind for kind in KINDS if match and match[1] == kind), None)
+        if match is None or kind is None or int(match[2]) < 1:
+            problems.append(
+                f"--inject {word} is not a fault: write such as {KINDS[0]}@12 or {KINDS[1]}@12,rank=1, with "
+                f"{', '.join(KINDS)} and a step from 1"
+            )
+        else:
+            found.append(InjectedFault(kind, int(match[2]), int(match[3] or 0)))
+    if problems:
+        raise ConfigError(problems)
+    return tuple(found)
+
+
+def check_ranks(faults: Sequence[InjectedFault], world_size: int) -> None:
+    """Raise ConfigError where a fault is of a rank that is not in the world."""
+    problems = [
+        f"--inject {fault}: the world has {world_size} rank{'s' if world_size > 1 else ''}: give a rank from "
+        f"0 to {world_size - 1}"
+        for fault in faults
+        if fault.rank >= world_size
+    ]
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,120 @@
+"""Spike policy: what is done about a step whose loss or gradient norm is a spike, or is not finite.
+
+Its update is withheld and the step computed again from the master weights. Where the spike is gone it was a
+transient fault of a machine, and the update is made: the run is what it would have been. A spike that comes
+again is left to --spike-policy.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_nexus.base.json_text import parse_json
+from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.manifest import DataRecord, RunProgress
+from megatron_nexus.checkpoint.resume import load_checkpoint
+from megatron_nexus.checkpoint.store import StateReader
+from megatron_nexus.config.run_config import RunConfig, TrainingConfig
+from megatron_nexus.errors import TrainingError
+from megatron_nexus.log import logger
+from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
+from megatron_nexus.training.optimizer import configure_groups
+from megatron_nexus.training.spikes import SpikeDetector
+
+MOST = 10
+"""Updates left out one after the other, or rewinds: more are no accident, and the run ends."""
+
+
+class SpikePolicy:
+    """Takes the steps of a run with --spike-policy."""
+
+    def __init__(self, training: TrainingConfig, engine: Engine, mesh: Mesh) -> None:
+        self._policy = training.spike_policy
+        self._detector = SpikeDetector(training.spike_rolling_interval, training.spike_sigma_factor)
+        self._engine, self._mesh = engine, mesh
+        self._in_a_row = 0
+
+    def remember(self, run_dir: Path, last_step: int) -> None:
+        """Know a run's steps up to `last_step`, as if it had never stopped; a collective call."""
+        recent = []
+        if self._mesh.rank == 0:
+            recent = [
+                (record["loss"], record["grad_norm"])
+                for record in read_metrics(run_dir / METRICS_FILE)
+                if "loss" in record and record["step"] <= last_step
+            ][-self._detector.length :]
+        self._detector.set(parse_json(self._mesh.control.broadcast_str(json.dumps(recent)).encode()))
+
+    def take(
+        self,
+        step: int,
+        batches: Iterator[Batch],
+        again: Callable[[], Iterator[Batch]],
+        rate: float,
+        flags: Callable[[], Sequence[bool]],
+    ) -> StepResult:
+        """Take an optimizer step; `again` returns its micro-batches once more. A collective call.
+
+        A result that was not made is a spike that came again, to be left out or rewound; the caller ends the
+        run where `ends`.
+        """
+        before = self._engine.state.counters
+        first = result = self._engine.train_step(batches, rate, flags, self._detector.admits)
+        if not first.was_made:
+            self._engine.undo_counters(before)
+            result = self._engine.train_step(again(), rate, lambda: first.flags, self._detector.admits)
+        if result.was_made and not first.was_made:
+            logger.warning(
+                "step %d: loss %s, gradient norm %s; computed again %s and %s: a transient fault of a machine"
+                ", of which nothing is kept",
+                *(step, first.loss, first.grad_norm, result.loss, result.grad_norm),
+            )
+        self._in_a_row = 0 if result.was_made else self._in_a_row + 1
+        if not result.was_made:
+            logger.warning("step %d: %s: --spike-policy %s", step, self.describe(result), self._policy)
+        self._detector.add(result.loss, result.grad_norm)
+        return result
+
+    def ends(self, rewinds: int) -> bool:
+        """Return whether the run is to end after a spike."""
+        return self._policy == "stop" or max(self._in_a_row, rewinds) >= MOST
+
+    def describe(self, result: StepResult) -> str:
+        """Return what a spike is."""
+        score = self._detector.score(result.loss, result.grad_norm)
+        far = (
+            f"{score:.1f} standard deviations above the last steps" if math.isfinite(score) else "not finite"
+        )
+        return f"loss {result.loss}, gradient norm {result.grad_norm}, twice: a spike, {far}"
+
+
+def spike_error(step: int, described: str, way_back: str) -> TrainingError:
+    """Return the error of a spike that ends a run; `way_back` says where to resume."""
+    return TrainingError(
+        f"step {step}: {described}: it comes from the data or the learning rate; lower --lr, or use "
+        f"--spike-policy skip or rewind, and {way_back}"
+    )
+
+
+def rewind(
+    checkpoint: Location,
+    open_state: Callable[[Location], StateReader],
+    config: RunConfig,
+    engine: Engine,
+    mesh: Mesh,
+    data: DataRecord,
+    left_out: tuple[int, int],
+) -> tuple[RunProgress, DataRecord]:
+    """Load a checkpoint of the run into its engine; return its progress, and `data` without `left_out`.
+
+    A collective call.
+    """
+    manifest = load_checkpoint(checkpoint, engine.state, mesh, open_state)
+    configure_groups(engine.optimizer.param_groups, config.optimizer)
+    same = manifest.data.fingerprint in ("", data.fingerprint)
+    first_sample = manifest.data.first_sample if same else manifest.progress.samples
+    parts = (*data.left_out, left_out)
+    return manifest.progress, DataRecord(data.fingerprint, data.description, first_sample, parts)
