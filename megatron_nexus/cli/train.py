@@ -22,7 +22,7 @@ from megatron_nexus.checkpoint.run_dir import check_save_folder
 from megatron_nexus.cli.train_command import TrainCommand, read_train_command
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
-from megatron_nexus.config.injection import check_ranks
+from megatron_nexus.config.injection import check_faults
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
@@ -57,7 +57,8 @@ def run(argv: list[str]) -> NoReturn:
             needed = command.config.model_parallel_size
             starts_ranks = missing_ranks(world, needed)
             check(command.config, needed if starts_ranks else world.size)
-            check_ranks(command.faults, needed if starts_ranks else world.size)
+            ranks = needed if starts_ranks else world.size
+            check_faults(command.faults, ranks, command.config.parallel.zero_stage)
             run_data = _open_files(command, world)
         exit_signals = parse_exit_signals(command.config.checkpoint.exit_signal)
         if world.launcher != "local":  # those have a parent that passes signals on

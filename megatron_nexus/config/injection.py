@@ -48,13 +48,18 @@ def parse_faults(words: Sequence[str]) -> tuple[InjectedFault, ...]:
     return tuple(found)
 
 
-def check_ranks(faults: Sequence[InjectedFault], world_size: int) -> None:
-    """Raise ConfigError where a fault is of a rank that is not in the world."""
+def check_faults(faults: Sequence[InjectedFault], world_size: int, zero_stage: int) -> None:
+    """Raise ConfigError for each fault that cannot happen in a run."""
     problems = [
         f"--inject {fault}: the world has {world_size} rank{'s' if world_size > 1 else ''}: give a rank from "
         f"0 to {world_size - 1}"
         for fault in faults
         if fault.rank >= world_size
+    ]
+    problems += [
+        f"--inject {fault}: at --zero-stage 3 no rank holds a whole weight: use --zero-stage 0 to 2"
+        for fault in faults
+        if fault.kind == "bit_flip" and zero_stage == 3
     ]
     if problems:
         raise ConfigError(problems)

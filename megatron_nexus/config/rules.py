@@ -259,6 +259,12 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             "--compile needs the weights of a whole block at once, and --zero-stage 3 gathers them module by "
             "module: drop --compile, or use --zero-stage 1 or 2"
         )
+    hashes = config.training.check_weight_hash_across_dp_replicas_interval
+    if parallel.zero_stage == 3 and hashes > 0:
+        yield (
+            f"--check-weight-hash-across-dp-replicas-interval {hashes} compares copies of weights, and at "
+            "--zero-stage 3 there are none: drop it, or use --zero-stage 0 to 2"
+        )
     if parallel.zero_stage == 3 and config.optimizer.optimizer_impl == "apex":
         yield (
             "--optimizer-impl apex counts its steps by parameter group, and --zero-stage 3 cuts groups up: "

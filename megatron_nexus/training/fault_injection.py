@@ -97,7 +97,9 @@ class FaultInjector:
 
     def _flip_bit(self) -> None:
         """Flip the exponent's highest bit in one weight of this rank's copy, not in the master weights."""
-        name, (_, parameter) = max(self._parameters.items(), key=lambda item: item[1][1].numel())
+        # The last matrix: every token meets it, not only its own row as in the embedding.
+        matrices = [(name, p) for name, (spec, p) in self._parameters.items() if len(spec.shape) == 2]
+        name, parameter = matrices[-1]
         flat = parameter.detach().view(-1)
         kind, bit = (torch.int16, 14) if flat.element_size() == 2 else (torch.int32, 30)
         word = flat.view(kind)[flat.numel() // 2]

@@ -298,7 +298,7 @@ class Trainer:
         if ends and not is_finite(result):
             self._fail(step, result)
         if ends and self._spikes:
-            self._end(spike_error(step, self._spikes.describe(result), self._finite.way_back()))
+            self._end(spike_error(step, self._spikes.described, self._finite.way_back()))
         return result
 
     def _rewind(self, step: int, batch: int, result: StepResult) -> None:
@@ -310,7 +310,7 @@ class Trainer:
         self._finish_saving()
         good, (opened, open_state) = self._finite.last_good(), self._open_state
         if good is None:
-            self._end(spike_error(step, self._spikes.describe(result), self._finite.way_back()))
+            self._end(spike_error(step, self._spikes.described, self._finite.way_back()))
         left_out = (self.progress.samples - self.data.first_sample, batch)
         reader = open_state if good == opened else CheckpointReader
         self.progress, self.data = rewind(
@@ -318,7 +318,7 @@ class Trainer:
         )
         self._rewinds += 1
         self._batches_left = self._training_batches()
-        logger.warning("rewound from step %d to %s: %d samples of that step are left out", step, good, batch)
+        logger.info("rewound from step %d to %s: %d samples of that step are left out", step, good, batch)
         record = {
             "rewound_from": step,
             "left_out_samples": left_out,

@@ -36,6 +36,8 @@ class SpikePolicy:
         self._detector = SpikeDetector(training.spike_rolling_interval, training.spike_sigma_factor)
         self._engine, self._mesh = engine, mesh
         self._in_a_row = 0
+        self.described = ""
+        """What the last spike was."""
 
     def remember(self, run_dir: Path, last_step: int) -> None:
         """Know a run's steps up to `last_step`, as if it had never stopped; a collective call."""
@@ -66,7 +68,7 @@ class SpikePolicy:
         if not first.was_made:
             self._engine.undo_counters(before)
             result = self._engine.train_step(again(), rate, lambda: first.flags, self._detector.admits)
-        if result.was_made and not first.was_made:
+        if result.was_made and not first.was_made and self._mesh.rank == 0:
             logger.warning(
                 "step %d: loss %s, gradient norm %s; computed again %s and %s: a transient fault of a machine"
                 ", of which nothing is kept",
@@ -74,7 +76,9 @@ class SpikePolicy:
             )
         self._in_a_row = 0 if result.was_made else self._in_a_row + 1
         if not result.was_made:
-            logger.warning("step %d: %s: --spike-policy %s", step, self.describe(result), self._policy)
+            self.described = self._describe(result)
+            if self._mesh.rank == 0:
+                logger.warning("step %d: %s: --spike-policy %s", step, self.described, self._policy)
         self._detector.add(result.loss, result.grad_norm)
         return result
 
@@ -82,7 +86,7 @@ class SpikePolicy:
         """Return whether the run is to end after a spike."""
         return self._policy == "stop" or max(self._in_a_row, rewinds) >= MOST
 
-    def describe(self, result: StepResult) -> str:
+    def _describe(self, result: StepResult) -> str:
         """Return what a spike is."""
         score = self._detector.score(result.loss, result.grad_norm)
         far = (
