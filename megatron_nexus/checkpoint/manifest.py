@@ -156,6 +156,11 @@ def _optimizer_from_json(raw: Mapping[str, Any]) -> OptimizerRecord:
     return OptimizerRecord(raw["step_count"], raw["groups"], grown_regions)
 
 
+def _data_from_json(raw: object) -> DataRecord:
+    record = record_of(DataRecord, raw)
+    return replace(record, left_out=tuple((first, count) for first, count in record.left_out))
+
+
 def manifest_to_json(manifest: Manifest) -> str:
     """Return the text of the manifest's file."""
     record = {
@@ -224,7 +229,7 @@ def parse_manifest(contents: bytes, path: Location) -> Manifest:
             config=raw["config"],
             tokenizer_fingerprint=raw["tokenizer_fingerprint"],
             lineage=raw["lineage"],
-            data=record_of(DataRecord, raw.get("data", {})),
+            data=_data_from_json(raw.get("data", {})),
             # Before this was recorded, all runs trained without BOS.
             prepend_bos=raw.get("prepend_bos", False if raw["progress"]["step"] else None),
             files=raw["files"] if version > 2 else {},
