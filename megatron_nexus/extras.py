@@ -7,6 +7,8 @@ import shlex
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard>=2.18",),
+    "wandb": ("wandb>=0.19",),
+    "mlflow": ("mlflow>=3",),
     "s3": ("s3fs>=2025.1",),
     "analysis": ("scipy>=1.13",),
     "eval": ("lm-eval>=0.4.13,<0.5", "datasets>=4"),

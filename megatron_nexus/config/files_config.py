@@ -93,6 +93,15 @@ class LoggingConfig:
         "ones; 0: none",
     )
     tensorboard_dir: str = config_field("", "folder of TensorBoard event files; empty: none are written")
+    wandb_project: str = config_field("", "project of Weights & Biases to log to; empty: none")
+    wandb_exp_name: str = config_field("", "name of the run there; empty: Weights & Biases makes one up")
+    wandb_entity: str = config_field("", "user or team that owns the project; empty: your default")
+    wandb_save_dir: str = config_field("", "folder of what is kept here of it; empty: the run's")
+    mlflow_experiment: str = config_field("", "experiment of MLflow to log to; empty: none")
+    mlflow_run_name: str = config_field("", "name of the run there; empty: MLflow makes one up")
+    mlflow_tracking_uri: str = config_field(
+        "", "address of MLflow's server, or sqlite:///FILE; empty: MLFLOW_TRACKING_URI of the environment"
+    )
 
     @property
     def task_names(self) -> tuple[str, ...]:

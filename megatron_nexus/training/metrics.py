@@ -1,18 +1,18 @@
-"""Metrics of a run: lines on the console, metrics.jsonl, TensorBoard, loss.png. Written by rank 0."""
+"""Metrics of a run: lines on the console, metrics.jsonl, loggers, loss.png. Written by rank 0."""
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO, TypeAlias
 
 from megatron_nexus.base.json_text import fits, parse_record
-from megatron_nexus.errors import ConfigError, TrainingError
-from megatron_nexus.extras import install_command
+from megatron_nexus.errors import TrainingError
 from megatron_nexus.log import logger
+from megatron_nexus.training.loggers import Logger
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
@@ -104,25 +104,10 @@ def utilization(gemm_fraction: float, mfu: float | None) -> str:
 class MetricsWriter:
     """Appends to a run's metrics. On resume, records of later steps than the checkpoint's are dropped."""
 
-    def __init__(self, folder: Path, resumed_step: int, tensorboard_dir: str) -> None:
-        """Raises ConfigError where TensorBoard is asked for and not installed."""
+    def __init__(self, folder: Path, resumed_step: int, loggers: Sequence[Logger] = ()) -> None:
         self.path = folder / METRICS_FILE
         self._file = self._reopened(resumed_step)
-        self._board = None
-        if tensorboard_dir:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # optional: an extra of the package
-            except ImportError as error:
-                needed = install_command("tensorboard")
-                raise ConfigError(
-                    [f"--tensorboard-dir {tensorboard_dir} needs tensorboard: {needed}"]
-                ) from error
-            try:
-                self._board = SummaryWriter(tensorboard_dir, purge_step=resumed_step + 1)
-            except OSError as error:
-                raise ConfigError(
-                    [f"--tensorboard-dir {tensorboard_dir}: {error.strerror}: give a writable folder"]
-                ) from error
+        self._loggers = loggers
 
     def _reopened(self, last_step: int) -> TextIO:
         """Drop the records of later steps and return the file to append to."""
@@ -203,15 +188,14 @@ class MetricsWriter:
             ) from error
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
-        if self._board is not None:
-            for tag, value in values.items():
-                self._board.add_scalar(tag, value, step)
+        for each in self._loggers:
+            each.log(step, values)
 
-    def close(self) -> None:
-        """Finish the files."""
+    def close(self, failed: bool = False) -> None:
+        """Finish the files and the loggers."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for each in self._loggers:
+            each.finish(failed)
 
 
 def describe(validation: Validation) -> str:

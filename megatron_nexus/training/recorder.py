@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import NexusError
 from megatron_nexus.training.hooks import Hook
+from megatron_nexus.training.loggers import open_loggers
 from megatron_nexus.training.metrics import (
     Evaluation,
     GrowthMetrics,
@@ -21,12 +22,13 @@ SILENCE_S = 5.0
 
 
 class MetricsRecorder(Hook):
-    """Writes to metrics.jsonl, TensorBoard and the console, on the rank that `writes`."""
+    """Writes to metrics.jsonl, the loggers and the console, on the rank that `writes`."""
 
     def __init__(self, config: RunConfig, writes: bool, run_dir: Path, resumed_step: int) -> None:
-        """Raises ConfigError where TensorBoard is asked for and not installed."""
-        board = config.logging.tensorboard_dir
-        self._writer = MetricsWriter(run_dir, resumed_step, board) if writes else None
+        """Raises ConfigError where a logger cannot begin."""
+        self._writer = None
+        if writes:
+            self._writer = MetricsWriter(run_dir, resumed_step, open_loggers(config, run_dir, resumed_step))
         self._interval = config.logging.log_interval
         self._train_iters = config.training.train_iters
         self._last_log_s = 0.0
@@ -56,10 +58,10 @@ class MetricsRecorder(Hook):
             self._writer.rewind(step, record)
 
     def on_failure(self, error: NexusError) -> None:
-        """Close the files."""
-        self.close()
+        """Close the files, and mark the run as failed where loggers have such a mark."""
+        self.close(failed=True)
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, failed: bool = False) -> None:
+        """Close the files and finish the loggers."""
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close(failed)
