@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_nexus.advice import loss_law
 from megatron_nexus.advice.curve import Curve, GrownFrom, Point, Schedule, Size
 from megatron_nexus.advice.forecast import Interval, Plan, measured_kept
 from megatron_nexus.advice.loss_law import LEAST_POINTS, fit_law
 from megatron_nexus.advice.phase import Phase, Position
+from megatron_nexus.advice.report import Advice, report_lines
 from megatron_nexus.advice.run_curve import read_run
 from megatron_nexus.advice.target import TargetAdvice, advise
 from megatron_nexus.advice.verdict import Answer
@@ -31,8 +31,9 @@ from megatron_nexus.checkpoint.location import location
 from megatron_nexus.errors import NexusError
 
 RECORDED = Path(__file__).with_name("advice_runs.json")
-SHARES = (0.25, 0.5, 1.0)
-"""Of the target's run from scratch that is known."""
+SHARES = {"25 %": 0.25, "50 %": 0.5, "100 %": 1.0, "pilots": 0.0}
+"""Of the target's run from scratch that is known; or all that was run with half of the FLOPs."""
+SHOWN = (("long/long1-g2000-tD", "50 %"), ("tiny/s1-g500-tMA", "100 %"), ("depth/s1-g713-2076", "pilots"))
 STABLE = Position(Phase.STABLE, "WSD", 1.0)
 NEAR = 0.03
 """Two budgets that differ by less are one."""
@@ -136,7 +137,7 @@ def ends(runs: Sequence[Recorded]) -> Iterator[tuple[float, Forecasts]]:
         for curve in whole:
             seen = curve.until(share * curve.last.tokens)
             if len(seen.fitted) >= LEAST_POINTS:
-                law = fit_law([seen], 1)
+                law = fit_law([seen], 1, 0)
                 pairs.append((Interval.of(law.loss(curve.last.area, curve.last.rate)), curve.last.loss))
         yield share, Forecasts(pairs)
 
@@ -191,12 +192,41 @@ def cases(runs: Sequence[Recorded]) -> list[Case]:
     return found
 
 
-def advice_on(case: Case, share: float, more: Sequence[Curve] = ()) -> TargetAdvice:
-    """The advice at the moment of the growth, with `share` of the target's run from scratch."""
-    grown = case.grown.curve
-    plan = Plan(case.grown.flops, Schedule(0.2, 0.1), case.base.last)  # the schedule that all runs had
-    pilot = case.scratch.until(share * case.scratch.last.tokens)
-    return advise(case.base, {"target": grown.size}, [pilot, *more], plan, STABLE, "", 1)[0]
+def half_known(case: Case, runs: Sequence[Recorded]) -> list[Curve]:
+    """What was run to the end with at most half of the growth's FLOPs, growths among it."""
+    return [
+        run.curve
+        for run in runs
+        if (run.experiment, run.seed) == (case.grown.experiment, case.grown.seed)
+        if run.is_decayed and run.flops <= (0.5 + NEAR) * case.grown.flops
+    ]
+
+
+def advice_by_pilots(case: Case, pilots: Sequence[Curve]) -> TargetAdvice:
+    """The advice at the moment of the growth, with other runs to learn from."""
+    plan = Plan(case.grown.flops, Schedule(0.2, 0.1), case.base.last)
+    return advise(case.base, {"target": case.grown.curve.size}, pilots, plan, STABLE, "", 1)[0]
+
+
+def known(case: Case, what: str, runs: Sequence[Recorded]) -> list[Curve]:
+    """What is known beside the small model's curve up to the growth."""
+    if what == "pilots":
+        return half_known(case, runs)
+    return [case.scratch.until(SHARES[what] * case.scratch.last.tokens)]
+
+
+def show(case: Case, advice: TargetAdvice) -> None:
+    """The advice as `nexus advise` words it, and what came out."""
+    plan = Plan(case.grown.flops, Schedule(0.2, 0.1), case.base.last)
+    told = Advice(case.grown.curve.name, case.base.size, plan, STABLE, (advice,), ())
+    print("\n```text")
+    for line in report_lines(told, {}, None):
+        print(line)
+    print(
+        f"came out: small trained on {case.trained_on:.3f}, grown {case.grown.curve.last.loss:.3f}, "
+        f"which is {case.gain:+.3f} below"
+    )
+    print("```")
 
 
 def kappas(found: Sequence[Case], runs: Sequence[Recorded]) -> Iterator[tuple[Case, Interval]]:
@@ -210,9 +240,51 @@ def kappas(found: Sequence[Case], runs: Sequence[Recorded]) -> Iterator[tuple[Ca
             if (r.experiment, r.seed) == (case.grown.experiment, case.grown.seed)
             if r.curve.grown is None and same(r.curve.size, start.base)
         ]
-        kept = measured_kept(case.grown.curve, fit_law(small, 1), fit_law([case.scratch], 2))
+        kept = measured_kept(case.grown.curve, fit_law(small, 1, 0), fit_law([case.scratch], 1, 1))
         assert kept is not None
         yield case, Interval.of(kept)
+
+
+HEAD = "n | inside the 95 % interval | half width | mean error | r.m.s. error |"
+
+
+def tell_forecasts(found: Sequence[Case], runs: Sequence[Recorded]) -> None:
+    """What was forecast of each growth beside what came out, and how the answers did."""
+    print(f"\n| growths; what is known of the target | {HEAD}\n|---|---:|---:|---:|---:|---:|")
+    answers: dict[tuple[str, Answer], list[Case]] = {}
+    for share in SHARES:
+        rows: dict[str, list[tuple[Interval, float]]] = {}
+        for case in found:
+            advice = advice_by_pilots(case, known(case, share, runs))
+            if (f := advice.forecast) is None:
+                continue
+            rows.setdefault("loss of the small one trained on", []).append((f.trained_on, case.trained_on))
+            rows.setdefault("loss of the grown one", []).append((f.grown, case.grown.curve.last.loss))
+            rows.setdefault("difference, what growth gains", []).append((f.gain, case.gain))
+            if case.scratch_at is not None:
+                rows.setdefault("loss of the target from scratch", []).append((f.scratch, case.scratch_at))
+            answers.setdefault((share, advice.verdict.answer), []).append(case)
+        for what, pairs in rows.items():
+            print(f"| {share}: {what} | {Forecasts(pairs).row()} |")
+    print("\n| known of the target | answer | growths | gained | lost |\n|---|---|---:|---:|---:|")
+    for (share, answer), judged in answers.items():
+        better = sum(case.gain > 0 for case in judged)
+        print(f"| {share} | {answer} | {len(judged)} | {better} | {len(judged) - better} |")
+
+
+def tell_growths(found: Sequence[Case], runs: Sequence[Recorded]) -> None:
+    """What each growth gained, and the constants that follow from all runs."""
+    print("\n| growth | seed | small trained on | grown | gain | kappa |\n|---|---:|---:|---:|---:|---:|")
+    middle = []
+    for case, kept in kappas(found, runs):
+        middle.append(kept.estimate)
+        ended, name = case.grown.curve.last.loss, case.grown.curve.name
+        row = f"{case.grown.seed} | {case.trained_on:.3f} | {ended:.3f} | {case.gain:+.3f} | {kept}"
+        print(f"| {name} | {row} |")
+    print(f"\nkappa: mean {statistics.mean(middle):.2f}, deviation {statistics.stdev(middle):.2f}")
+    whole = [r.curve for r in runs if r.is_decayed and not r.curve.grown]
+    gains = [float(np.median(fit_law([curve], 1, 0).gain)) for curve in whole]
+    print(f"G: mean {statistics.mean(gains):.3f}, deviation {statistics.stdev(gains):.3f}, {len(gains)} runs")
 
 
 def main() -> None:
@@ -224,47 +296,16 @@ def main() -> None:
         record(given.record, given.experiment)
         return
     runs = load()
+    found = cases(runs)
     print(f"{len(runs)} recorded runs, {sum(len(r.curve.points) for r in runs):,} losses\n")
-    head = "n | inside the 95 % interval | half width | mean error | r.m.s. error |"
-    print(f"| last loss of a run, known | {head}\n|---|---:|---:|---:|---:|---:|")
+    print(f"| last loss of a run, known | {HEAD}\n|---|---:|---:|---:|---:|---:|")
     for share, forecasts in ends(runs):
         print(f"| {100 * share:.0f} % of it | {forecasts.row()} |")
-    found = cases(runs)
-    print(f"\n| growths, of the target's run known | {head}\n|---|---:|---:|---:|---:|---:|")
-    answers: dict[tuple[float, Answer], list[Case]] = {}
-    for share in SHARES:
-        made = [(case, advice_on(case, share)) for case in found]
-        rows: dict[str, list[tuple[Interval, float]]] = {}
-        for case, advice in made:
-            f = advice.forecast
-            assert f is not None
-            rows.setdefault("loss of the small one trained on", []).append((f.trained_on, case.trained_on))
-            rows.setdefault("loss of the grown one", []).append((f.grown, case.grown.curve.last.loss))
-            rows.setdefault("difference, what growth gains", []).append((f.gain, case.gain))
-            if case.scratch_at is not None:
-                rows.setdefault("loss of the target from scratch", []).append((f.scratch, case.scratch_at))
-            answers.setdefault((share, advice.verdict.answer), []).append(case)
-        for what, pairs in rows.items():
-            print(f"| {100 * share:.0f} %: {what} | {Forecasts(pairs).row()} |")
-    print(
-        "\n| known of the target | answer | growths | growth gained | growth lost |\n|---|---|---:|---:|---:|"
-    )
-    for (share, answer), judged in sorted(answers.items()):
-        better = sum(case.gain > 0 for case in judged)
-        print(f"| {100 * share:.0f} % | {answer} | {len(judged)} | {better} | {len(judged) - better} |")
-    print("\n| growth | seed | small trained on | grown | gain | kappa |\n|---|---:|---:|---:|---:|---:|")
-    middle = []
-    for case, kept in kappas(found, runs):
-        middle.append(kept.estimate)
-        name, seed = case.grown.curve.name, case.grown.seed
-        ended = case.grown.curve.last.loss
-        print(f"| {name} | {seed} | {case.trained_on:.3f} | {ended:.3f} | {case.gain:+.3f} | {kept} |")
-    print(f"\nkappa: mean {statistics.mean(middle):.2f}, deviation {statistics.stdev(middle):.2f}")
-    gains = [float(np.median(fit_law([r.curve], 1).gain)) for r in runs if r.is_decayed and not r.curve.grown]
-    print(
-        f"G: mean {statistics.mean(gains):.3f}, deviation {statistics.stdev(gains):.3f} of {len(gains)} runs"
-    )
-    print(f"law's error taken: {loss_law.LAW_ERROR}")
+    tell_forecasts(found, runs)
+    tell_growths(found, runs)
+    for name, what in SHOWN:
+        case = next(case for case in found if case.grown.curve.name == name)
+        show(case, advice_by_pilots(case, known(case, what, runs)))
 
 
 if __name__ == "__main__":

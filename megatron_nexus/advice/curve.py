@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-FIRST_SHARE = 0.25
+FIRST_SHARE = 0.35
 """Of a curve's tokens: what comes before is the beginning of training, which no power law describes."""
 
 
@@ -60,9 +60,12 @@ class Curve:
 
     @property
     def fitted(self) -> tuple[Point, ...]:
-        """The points that a law is fitted to."""
-        first = FIRST_SHARE * self.last.tokens
-        return tuple(point for point in self.points if point.tokens >= first)
+        """The points that a law is fitted to, where no run of its size is longer."""
+        return self.after(FIRST_SHARE * self.last.tokens)
+
+    def after(self, tokens: float) -> tuple[Point, ...]:
+        """Return the points from `tokens` on."""
+        return tuple(point for point in self.points if point.tokens >= tokens)
 
     def until(self, tokens: float) -> "Curve":
         """Return the curve with everything after `tokens` hidden."""

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_nexus.advice.curve import Array, Curve, Point, Schedule, Size
 from megatron_nexus.advice.loss_law import DRAWS, LossLaw
 
-KEPT = (0.95, 0.2)
+KEPT = (1.0, 0.25)
 """kappa: mean and deviation over the recorded growths."""
 TIMES = 9
 """Moments between now and the decay at which growth is tried."""
@@ -59,7 +59,8 @@ class Plan:
 class Forecast:
     """The alternatives for one target at equal FLOPs. Losses in nats per token, savings as shares of FLOPs.
 
-    `ceiling`: target minus small, both from scratch, at the tokens at which the growth would end. `gain`:
+    `ceiling`: target minus small, both from scratch, at the tokens at which the growth would end. `scratch`:
+    the target with all FLOPs, as if the small model had never been; `restarted`: with what is left. `gain`:
     small trained on minus grown now, `best_gain` minus grown at the best time; `later` the gain of that time
     over now, `best_tokens` the tokens at it. Savings are of what the other would need for the grown model's
     loss.
@@ -68,12 +69,13 @@ class Forecast:
     ceiling: Interval
     trained_on: Interval
     scratch: Interval
+    restarted: Interval
     grown: Interval
     gain: Interval
     best_gain: Interval
     later: Interval
     best_tokens: float
-    scratch_minus_grown: Interval
+    restarted_minus_grown: Interval
     saved_against_scratch: Interval
     saved_against_training_on: Interval
     end_tokens: float
@@ -87,6 +89,8 @@ def forecast(small: LossLaw, target: LossLaw, sizes: tuple[Size, Size], plan: Pl
     more = schedule.area_after(all_small - plan.now.tokens, all_small)
     trained_on = small.loss(plan.now.area + more, low)
     scratch = target.loss(schedule.area(all_target), low)
+    left = all_target - plan.now.tokens * cheap / dear
+    restarted = target.loss(max(1.0, schedule.area(left)), low)
 
     def grown_at(tokens: float) -> tuple[Array, Array, float]:
         """Return losses and areas at the end of a growth at `tokens`, and the tokens there."""
@@ -109,12 +113,13 @@ def forecast(small: LossLaw, target: LossLaw, sizes: tuple[Size, Size], plan: Pl
         ceiling=Interval.of(target.loss(at_end, low) - small.loss(at_end, low)),
         trained_on=Interval.of(trained_on),
         scratch=Interval.of(scratch),
+        restarted=Interval.of(restarted),
         grown=Interval.of(grown),
         gain=Interval.of(trained_on - grown),
         best_gain=Interval.of(trained_on - outcomes[best][0]),
         later=Interval.of(grown - outcomes[best][0]),
         best_tokens=float(times[best]),
-        scratch_minus_grown=Interval.of(scratch - grown),
+        restarted_minus_grown=Interval.of(restarted - grown),
         saved_against_scratch=Interval.of(1.0 - plan.flops / from_scratch),
         saved_against_training_on=Interval.of(1.0 - plan.flops / training_on),
         end_tokens=end_tokens,

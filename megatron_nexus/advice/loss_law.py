@@ -16,7 +16,7 @@ from math import ceil
 
 import numpy as np
 
-from megatron_nexus.advice.curve import Array, Curve, Point, columns
+from megatron_nexus.advice.curve import FIRST_SHARE, Array, Curve, Point, columns
 
 BETAS = np.linspace(0.25, 0.65, 17)
 """Exponents of published laws: 0.28 (Chinchilla) to 0.6."""
@@ -28,6 +28,8 @@ DECAY_GAIN = (0.16, 0.05)
 """G in nats, mean and deviation over recorded runs."""
 LAW_ERROR = 0.15
 """Deviation of the law's error, as a share of the fall that it predicts beyond the last point."""
+COMMON = 0.5
+"""Of the variance of that error, the part that all sizes have in common: curves of one kind bend alike."""
 SEED_ERROR = 0.012
 """Deviation of a loss between seeds, nats."""
 
@@ -61,10 +63,14 @@ class LossLaw:
         return np.asarray(self.e + self.b * np.asarray(area, float) ** -self.beta, float)
 
 
-def fit_law(curves: Sequence[Curve], seed: int, betas: Array = BETAS) -> LossLaw:
-    """Fit the law to the curves of one size, each of at least `LEAST_POINTS` fitted points."""
-    rng = np.random.default_rng(seed)
-    parts = [columns(curve.fitted) for curve in curves]
+def fit_law(curves: Sequence[Curve], seed: int, number: int, betas: Array = BETAS) -> LossLaw:
+    """Fit the law to the curves of one size, each of at least `LEAST_POINTS` fitted points.
+
+    Sizes of one `seed` have a part of their draws in common; `number` tells them apart.
+    """
+    rng = np.random.default_rng([seed, number])
+    farthest = max(curve.last.tokens for curve in curves)
+    parts = [columns(points) for curve in curves if (points := curve.after(FIRST_SHARE * farthest))]
     areas, rates, y = (np.concatenate(column) for column in zip(*parts, strict=True))
     freedom = max(1, len(y) - 4)
     # A first fit without G tells the residuals' deviation, against which the row of G is weighed.
@@ -88,9 +94,9 @@ def fit_law(curves: Sequence[Curve], seed: int, betas: Array = BETAS) -> LossLaw
     residuals = (y - fitted) * np.sqrt(len(y) / freedom)
     each = np.split(residuals, np.cumsum([len(losses) for *_, losses in parts])[:-1])
     rows = fitted + np.concatenate([_blocks(part, rng) for part in each], axis=1)
-    gains = weight * rng.normal(*DECAY_GAIN, (DRAWS, 1))
+    gains = weight * np.random.default_rng(seed).normal(*DECAY_GAIN, (DRAWS, 1))
     best, unknown = solve(np.concatenate([rows, gains], axis=1))
-    law_error, seed_error = _errors(rng)
+    law_error, seed_error = _errors(seed, number)
     return LossLaw(
         e=unknown[:, 0],
         b=np.maximum(unknown[:, 1], 1e-9),
@@ -98,14 +104,16 @@ def fit_law(curves: Sequence[Curve], seed: int, betas: Array = BETAS) -> LossLaw
         gain=np.maximum(unknown[:, 2], 0.0),
         law_error=law_error,
         seed_error=seed_error,
-        seen=max((point for curve in curves for point in curve.fitted), key=lambda point: point.area),
+        seen=max((point for curve in curves for point in curve.points), key=lambda point: point.area),
     )
 
 
-def _errors(rng: np.random.Generator) -> Array:
+def _errors(seed: int, number: int) -> Array:
     """Return draws of the law's error, cut off before a fall would turn, and of the seed's."""
-    law_error, seed_error = rng.standard_normal((2, DRAWS))
-    return np.stack([np.clip(LAW_ERROR * law_error, -0.9, 0.9), SEED_ERROR * seed_error])
+    common = np.random.default_rng([seed, 2**32 - 1]).standard_normal(DRAWS)
+    own, seed_error = np.random.default_rng([seed, number, 1]).standard_normal((2, DRAWS))
+    law_error = LAW_ERROR * (np.sqrt(COMMON) * common + np.sqrt(1.0 - COMMON) * own)
+    return np.stack([np.clip(law_error, -0.9, 0.9), SEED_ERROR * seed_error])
 
 
 def _blocks(residuals: Array, rng: np.random.Generator) -> Array:
@@ -136,7 +144,7 @@ def law_of_size(laws: Mapping[str, LossLaw], sizes: Mapping[str, int], parameter
         return np.asarray(found @ np.array([1.0, at - x.mean()]) + drawn * deviation * spread, float)
 
     first = laws[names[0]]
-    law_error, seed_error = _errors(rng)
+    law_error, seed_error = _errors(seed, parameters)
     return LossLaw(
         e=extrapolate(np.stack([law.e for law in laws.values()], axis=1)),
         b=np.exp(extrapolate(np.log(np.stack([law.b for law in laws.values()], axis=1)))),

@@ -83,6 +83,7 @@ def _target_lines(small: Size, one: TargetAdvice) -> Iterator[str]:
             "small, trained on": found.trained_on,
             "grown now": found.grown,
             "target from scratch": found.scratch,
+            "the same with what is left": found.restarted,
         }
         rows = [("  at equal FLOPs", "loss", "95 %")]
         rows += [

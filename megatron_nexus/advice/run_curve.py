@@ -122,8 +122,7 @@ def _points(
         return found
     points = []
     for part in np.array_split(np.arange(len(steps)), min(BINS, len(steps))):
-        last = int(part[-1])
-        loss = float(np.mean([steps[i]["loss"] for i in part]))
+        loss, rate = (float(np.mean([of[i] for i in part])) for of in ([r["loss"] for r in steps], rates))
         middle = int(part[len(part) // 2])
-        points.append(Point(float(steps[middle]["tokens"]), float(areas[middle]), rates[last], loss))
+        points.append(Point(float(steps[middle]["tokens"]), float(areas[middle]), rate, loss))
     return points

@@ -49,7 +49,7 @@ def advise(
     for pilot in pilots:
         if pilot.grown is None:
             groups.setdefault(_key(pilot.size), []).append(pilot)
-    laws = {key: fit_law(curves, seed + i) for i, (key, curves) in enumerate(groups.items())}
+    laws = {key: fit_law(curves, seed, i) for i, (key, curves) in enumerate(groups.items())}
     parameters = {_key(curve.size): curve.size.parameters for curve in (run, *pilots)}
     made = []
     for name, size in targets.items():
@@ -88,7 +88,7 @@ def _law(
     if size.parameters > FARTHEST * largest:
         return None, f"no run of the target, and more than {FARTHEST} times the largest that is known"
     beta = np.array([np.median([np.median(law.beta) for law in laws.values()])])
-    alike = {key: fit_law(curves, seed + i, beta) for i, (key, curves) in enumerate(groups.items())}
+    alike = {key: fit_law(curves, seed, i, beta) for i, (key, curves) in enumerate(groups.items())}
     law = law_of_size(alike, parameters, size.parameters, seed)
     return law, f"a law through {len(laws)} sizes, none of them the target"
 

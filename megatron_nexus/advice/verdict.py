@@ -56,6 +56,9 @@ def _by_losses(found: Forecast) -> tuple[Answer, tuple[str, ...]]:
     if best.high < 0.0:
         why = "at equal FLOPs no growth within this budget catches up with the small model trained on"
         return Answer.NEVER, (f"{why}: best {_nats(best)} (+: growth is better)", size)
+    if found.restarted_minus_grown.high < 0.0 and found.restarted.high < found.trained_on.low:
+        why = "the target from scratch with the FLOPs that are left ends below it grown"
+        return Answer.NEVER, (f"{why}: {_nats(found.restarted_minus_grown)}", _equal_flops(gain), size)
     if gain.low > 0.0 and found.later.low > 0.0:
         why = f"growth pays, and at {found.best_tokens:,.0f} tokens {_nats(found.later)} more than now"
         return Answer.LATER, (why, _equal_flops(gain), size)

@@ -191,7 +191,7 @@ def _require_comparable(run: "RecordedRun", pilots: Sequence["RecordedRun"]) -> 
     for one in (run, *pilots):
         if len(one.curve.fitted) < LEAST_POINTS:
             problems.append(
-                f"{one.root} has {len(one.curve.fitted)} losses after its first fifth, {LEAST_POINTS} are "
+                f"{one.root} has {len(one.curve.fitted)} losses after its first third, {LEAST_POINTS} are "
                 "needed: train it on, or validate more often (--eval-interval)"
             )
     model, length = run.saved.config.model, run.saved.config.training.seq_length

@@ -66,7 +66,8 @@ FOUND = Forecast(
     best_gain=WORTH,
     later=interval(0, 0),
     best_tokens=1e6,
-    scratch_minus_grown=WORTH,
+    restarted=interval(3.2, 3.3),
+    restarted_minus_grown=WORTH,
     saved_against_scratch=WORTH,
     saved_against_training_on=WORTH,
     end_tokens=2e6,
@@ -82,6 +83,11 @@ FOUND = Forecast(
         ({"gain": interval(-0.1, 0.1), "best_gain": interval(-0.1, 0.1)}, Answer.UNKNOWN, "holds 0"),
         ({"gain": interval(-0.2, -0.1), "best_gain": interval(-0.1, -0.01)}, Answer.NEVER, "no growth"),
         ({"ceiling": interval(-0.01, 0.05)}, Answer.NEVER, "size is not what limits"),
+        (
+            {"restarted_minus_grown": interval(-0.2, -0.1), "restarted": interval(2.7, 2.8)},
+            Answer.NEVER,
+            "the target from scratch with the FLOPs that are left",
+        ),
     ],
 )
 def test_answers_follow_from_the_intervals(changes: dict[str, Interval], answer: Answer, said: str) -> None:

@@ -28,7 +28,7 @@ def curve_of(name: str, tokens: int, seed: int = 0, noise: float = 0.0, decays: 
 def test_a_law_that_holds_is_found_again() -> None:
     whole = {name: curve_of(name, 1_000_000) for name in SIZES}
     for name, curve in whole.items():
-        law = fit_law([curve], seed=1)
+        law = fit_law([curve], 1, 0)
         assert np.allclose(law.area(law.loss(5e7, 0.1), 0.1), 5e7, rtol=1e-5)  # errors and all, draw by draw
         assert np.median(law.beta) == pytest.approx(BETA, abs=0.03)
         assert np.median(law.gain) == pytest.approx(G, abs=0.02)
@@ -42,22 +42,22 @@ def test_the_end_of_a_curve_is_in_its_interval_as_often_as_it_says() -> None:
     inside = 0
     for seed in range(20):
         curve = curve_of("small", 1_000_000, seed, noise=0.01)
-        law = fit_law([curve.until(500_000)], seed)
+        law = fit_law([curve.until(500_000)], seed, 0)
         found = Interval.of(law.loss(curve.last.area, curve.last.rate))
         inside += found.low <= curve.last.loss <= found.high
     assert inside >= 18  # 95 % of 20 is 19
 
 
 def test_without_a_decay_what_a_decay_gains_is_only_known_from_elsewhere() -> None:
-    flat = fit_law([curve_of("small", 1_000_000, noise=0.003, decays=False)], 1)
-    seen = fit_law([curve_of("small", 1_000_000, noise=0.003)], 1)
+    flat = fit_law([curve_of("small", 1_000_000, noise=0.003, decays=False)], 1, 0)
+    seen = fit_law([curve_of("small", 1_000_000, noise=0.003)], 1, 0)
     assert np.std(flat.gain) > 2 * np.std(seen.gain)
 
 
 def test_a_size_between_others_is_between_them_and_less_certain_beyond() -> None:
     names = ("small", "large")
     beta = np.array([BETA])
-    laws = {name: fit_law([curve_of(name, 1_000_000)], 1, beta) for name in (*names, "small")}
+    laws = {name: fit_law([curve_of(name, 1_000_000)], 1, 0, beta) for name in (*names, "small")}
     laws["middle"] = laws["small"]
     sizes = {"small": 1000, "middle": 1100, "large": 4000}
     inside = law_of_size(laws, sizes, 2000, 1).loss(1e6, 0.1)

@@ -113,7 +113,7 @@ def test_the_command_of_a_growth_that_pays_can_be_started(
     ("words", "kind", "told"),
     [
         ("nowhere", CheckpointError, "nowhere: no such folder"),
-        ("short", ConfigError, "short has 4 losses after its first fifth, 6 are needed: train it on"),
+        ("short", ConfigError, "short has 3 losses after its first third, 6 are needed: train it on"),
         (
             "small --budget-flops 1",
             ConfigError,
