@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "presets": Verb("presets", "list the named models with their true sizes"),
         "count": Verb("count", "parameters, FLOPs and bytes per rank of a model"),
         "plot": Verb("plot", "draw the losses of several runs in one picture"),
+        "report": Verb("report", "write an HTML page of runs and growths: curves, metrics, lineage"),
         "analyze": Verb("analyze", "measure how a growth's new weights part from the older ones"),
         "advise": Verb("advise", "say whether to grow a run now, later or never, and what that saves"),
     },

@@ -21,6 +21,9 @@ from megatron_nexus.config.presets import PRESETS, Value
 from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
+CONFIG_FILE = "config.yaml"
+"""In the folder of a run: what it was configured as."""
+
 # What the file that a run wrote says of its model, whatever version wrote it.
 ALWAYS_WRITTEN = {
     *("vocab_size", "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size"),

@@ -34,7 +34,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunCurves]:
     Raises ConfigError: a folder has no metrics, or none of a step.
     """
     runs, problems = [], []
-    for folder, name in zip(folders, _names(folders), strict=True):
+    for folder, name in zip(folders, run_names(folders), strict=True):
         records = read_metrics(folder / METRICS_FILE)
         if not (folder / METRICS_FILE).is_file():
             problems.append(f"{folder} has no {METRICS_FILE}: give the folder of a run")
@@ -46,7 +46,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunCurves]:
     return runs
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Return the last parts of each path that tell it apart. Raises ConfigError: one is given twice."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise ConfigError(["a run is given twice: give each folder once"])

@@ -15,7 +15,7 @@ from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest
 from megatron_nexus.checkpoint.run_dir import check_writable, checkpoint_before
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
-from megatron_nexus.config.config_file import config_text
+from megatron_nexus.config.config_file import CONFIG_FILE, config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.injection import InjectedFault
 from megatron_nexus.config.run_config import RunConfig
@@ -31,6 +31,7 @@ from megatron_nexus.parallel.launch_command import launch_words
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.rank_watch import RankWatch
 from megatron_nexus.parallel.world import World
+from megatron_nexus.training.command_log import log_command
 from megatron_nexus.training.console import announce, announce_resumed, summarise
 from megatron_nexus.training.corpus import open_corpus
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
@@ -51,7 +52,6 @@ from megatron_nexus.training.machine import (
 )
 from megatron_nexus.training.scoring import TaskEvaluator
 
-CONFIG_FILE = "config.yaml"
 _BEFORE_TIMEOUT = 0.95
 """Of a time-out of torch, after which ranks that hang are named: it counts from a collective's own start."""
 
@@ -108,6 +108,7 @@ def run(
             announce_resumed(config, checkpoint, manifest)
         if mesh.rank == 0:
             (run_dir / CONFIG_FILE).write_text(config_text(config))
+            log_command(run_dir, [*launch_words(world, argv), *argv], trainer.progress.step)
         if config.logging.growth_metrics_interval:
             assert boxes_by_growth is not None, "the verb `train` passes it"
             elements = grown_elements(config.model, trainer.lineage, boxes_by_growth)

@@ -1,0 +1,80 @@
+"""The verb `report`: runs, growths and experiments as one HTML page that needs no network."""
+
+from pathlib import Path
+
+from megatron_nexus import log
+from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.errors import ConfigError
+
+
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's flags."""
+    parser = FlagParser(
+        "report",
+        "RUN... [flags]",
+        description="Write one HTML page of runs: losses, growth metrics, lineage, settings, commands.",
+    )
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="folders of runs, or folders that hold runs, in order",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
+    parser.add_argument("--title", default="", help="of the page (default: the runs' names)")
+    parser.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="FILE",
+        help="text on which grown models are compared with their parents (KL divergence and loss), from "
+        "checkpoints",
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        metavar="FILE",
+        help="where the tokenizer of --held-out is now (default: where the training run had it)",
+    )
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Run `nexus report` with the flags `argv`."""
+    given = make_parser().parse_args(argv)
+    if given.tokenizer_model is not None and given.held_out is None:
+        raise ConfigError(
+            [f"--tokenizer-model {given.tokenizer_model} belongs to --held-out: give both, or drop it"]
+        )
+    text = _read(given.held_out) if given.held_out is not None else ""
+    with log.importing("torch"):
+        from megatron_nexus.reports.divergence import measure_divergences
+        from megatron_nexus.reports.family import seams
+        from megatron_nexus.reports.page import check_output, make_page, write_page
+        from megatron_nexus.reports.recorded_run import find_runs, read_run
+        from megatron_nexus.training.comparison import run_names
+    check_output(given.output)
+    folders = find_runs(given.runs)
+    runs = [read_run(folder, name) for folder, name in zip(folders, run_names(folders), strict=True)]
+    divergences = measure_divergences(seams(runs), text, given.tokenizer_model) if text else []
+    for one in runs:
+        for note in one.notes:
+            log.logger.info("note: %s: %s", one.name, note)
+    title = given.title or ", ".join(one.name for one in runs[:4]) + (" ..." if len(runs) > 4 else "")
+    write_page(make_page(runs, title, given.output, divergences), given.output)
+    log.logger.info("%d runs: %s", len(runs), given.output)
+
+
+def _read(path: Path) -> str:
+    """Return a held-out text. Raises ConfigError where there is none to read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"--held-out {path}: {error.strerror}: give a text file"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"--held-out {path} is not UTF-8 text: give a text file"]) from error
+    if not text:
+        raise ConfigError([f"--held-out {path} is empty: give a file with text"])
+    return text

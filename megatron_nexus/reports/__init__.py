@@ -1,0 +1,1 @@
+"""Reports: one HTML page of runs and their growths, which needs no network to be viewed."""

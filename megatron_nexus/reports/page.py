@@ -1,0 +1,60 @@
+"""The page: its sections in order, in one HTML document that loads nothing."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from megatron_nexus import __version__
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.reports.curves import loss_curves, overview
+from megatron_nexus.reports.divergence import Divergence, divergence_section
+from megatron_nexus.reports.family import seams
+from megatron_nexus.reports.growths import gap_section, metrics_section, seam_section
+from megatron_nexus.reports.html_parts import notes, paragraph
+from megatron_nexus.reports.origins import commands_section, differences_section, lineage_section
+from megatron_nexus.reports.recorded_run import RecordedRun
+from megatron_nexus.reports.style import STYLE
+
+
+def make_page(
+    runs: Sequence[RecordedRun], title: str, output: Path, divergences: Sequence[Divergence] = ()
+) -> str:
+    """Return the document of `runs`; `divergences` are those of grown models from their parents."""
+    grown = seams(runs)
+    said = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    sections = [
+        overview(runs),
+        loss_curves(runs),
+        seam_section(grown) if grown else "",
+        gap_section(grown),
+        divergence_section(divergences),
+        *(metrics_section(run) for run in runs),
+        lineage_section(runs),
+        differences_section(runs),
+        commands_section(runs, output),
+    ]
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{escape(title)}</h1>"
+        f'<div class="soft">{paragraph(f"Made by megatron_nexus {__version__}.")}</div>'
+        f"{notes(said)}{''.join(sections)}</body></html>\n"
+    )
+
+
+def check_output(output: Path) -> None:
+    """Raise ConfigError where `output` is not a name for the page."""
+    if output.is_dir() or output.suffix not in (".html", ".htm"):
+        raise ConfigError([f"--output {output} is not a name of an HTML file: give one such as report.html"])
+
+
+def write_page(page: str, output: Path) -> None:
+    """Write the document. Raises ConfigError where that cannot be."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            [f"--output {output}: {error.strerror}: give a file that can be written"]
+        ) from error

@@ -1,0 +1,225 @@
+"""A run as its folder records it: configuration, metrics, lineage, commands; and what of these is missing."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nexus.base.json_text import fits, parse_record
+from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
+from megatron_nexus.checkpoint.run_dir import newest_checkpoint
+from megatron_nexus.config.command_line import build
+from megatron_nexus.config.config_file import CONFIG_FILE, read_config_file
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import CheckpointError, ConfigError
+from megatron_nexus.growth.generations import growths_of
+from megatron_nexus.models.decoder import decoder_specs, training_flops_per_token
+from megatron_nexus.spec.cost import parameter_count
+from megatron_nexus.training.command_log import COMMANDS_FILE
+from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, training_curve, validation_curves
+
+
+@dataclass(frozen=True)
+class Growth:
+    """An entry of a lineage: the checkpoint that was grown, the sizes, and the progress at that moment."""
+
+    parent: Path
+    axes: Mapping[str, Sequence[int]]
+    settings: Mapping[str, Any]
+    step: int
+    tokens: int
+    flops: int
+
+    @property
+    def parent_run(self) -> Path:
+        """The folder of the run that was grown."""
+        return self.parent.parent
+
+    def __str__(self) -> str:
+        """Return the sizes, as "nexus_m 112 to 224"."""
+        return ", ".join(f"{name} {old:,} to {new:,}" for name, (old, new) in self.axes.items())
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run's folder says; `notes` are sentences about what it lacks."""
+
+    folder: Path
+    name: str
+    config: RunConfig | None
+    records: Sequence[Mapping[str, Any]]
+    growths: Sequence[Growth]
+    commands: Sequence[Mapping[str, Any]]
+    notes: Sequence[str]
+
+    @property
+    def steps(self) -> list[Mapping[str, Any]]:
+        """The records of optimizer steps."""
+        return [record for record in self.records if "loss" in record]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Training loss by step."""
+        return dict(training_curve([*map(dict, self.records)]))
+
+    @property
+    def validations(self) -> dict[str, dict[int, float]]:
+        """Validation loss by step, of each set."""
+        curves = validation_curves([*map(dict, self.records)])
+        return {name: dict(curve) for name, curve in curves.items()}
+
+    @property
+    def growth_metrics(self) -> dict[int, Mapping[str, Mapping[str, float]]]:
+        """Growth metrics by step: numbers by tensor."""
+        kind = Mapping[str, Mapping[str, float]]
+        return {
+            record["step"]: metrics
+            for record in self.records
+            if (metrics := record.get("growth_metrics")) and fits(metrics, kind)
+        }
+
+    @property
+    def parameters(self) -> int | None:
+        """The parameters of its model."""
+        return parameter_count(decoder_specs(self.config.model).values()) if self.config else None
+
+    @property
+    def flops_per_token(self) -> int | None:
+        """FLOPs per token of training, forward and backward."""
+        if self.config is None:
+            return None
+        return training_flops_per_token(self.config.model, self.config.training.seq_length)
+
+    def tokens(self) -> dict[int, float]:
+        """Return the tokens that were read up to each step, those of its parents included."""
+        return {
+            record["step"]: float(record["tokens"]) for record in self.steps if _is_number(record, "tokens")
+        }
+
+    def flops(self) -> dict[int, float]:
+        """Return the FLOPs up to each step, those of its parents included; none without a configuration."""
+        per_token = self.flops_per_token
+        if per_token is None:
+            return {}
+        last = self.growths[-1] if self.growths else None
+        spent, read = (last.flops, last.tokens) if last else (0, 0)
+        return {step: spent + per_token * (tokens - read) for step, tokens in self.tokens().items()}
+
+    def hours(self) -> dict[int, float]:
+        """Return the hours that its own steps took, up to each."""
+        total, found = 0.0, {}
+        for record in self.steps:
+            total += record["step_s"] / 3600 if _is_number(record, "step_s") else 0.0
+            found[record["step"]] = total
+        return found
+
+
+def _is_number(record: Mapping[str, Any], name: str) -> bool:
+    return fits(record.get(name), float)
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Return the folders of runs among `folders` and below them, in order.
+
+    Raises ConfigError: one is not a run and holds none, or a run is given twice.
+    """
+    found: list[Path] = []
+    problems = []
+    for folder in folders:
+        runs = [folder] if (folder / METRICS_FILE).is_file() else []
+        runs += sorted(path.parent for path in folder.glob(f"*/**/{METRICS_FILE}")) if folder.is_dir() else []
+        if not runs:
+            what = "has no" if folder.is_dir() else "is not a folder and has no"
+            problems.append(
+                f"{folder} {what} {METRICS_FILE}, and no folder below it has one: give a run's folder (what "
+                "--save named), or a folder of runs"
+            )
+        found += runs
+    if problems:
+        raise ConfigError(problems)
+    resolved = [run.resolve() for run in found]
+    if twice := sorted({str(run) for run in found if resolved.count(run.resolve()) > 1}):
+        raise ConfigError(f"{', '.join(twice)}: given twice, or with a folder around it: give each run once")
+    return found
+
+
+def read_run(folder: Path, name: str) -> RecordedRun:
+    """Return what a run's folder records; what cannot be read is a note."""
+    notes: list[str] = []
+    records = read_metrics(folder / METRICS_FILE)
+    lines = [line for line in (folder / METRICS_FILE).read_bytes().splitlines() if line.strip()]
+    if len(records) < len(lines):
+        notes.append(
+            f"{len(lines) - len(records)} of {len(lines)} lines of {METRICS_FILE} are cut short, or are not "
+            "records of a step: they are left out"
+        )
+    config = _config(folder, notes)
+    manifest = _manifest(folder, notes)
+    growths = [_growth(entry) for entry in growths_of(manifest.lineage)] if manifest else []
+    run = RecordedRun(folder, name, config, records, growths, _commands(folder), ())
+    notes += _progress_notes(run, manifest)
+    return RecordedRun(folder, name, config, records, growths, run.commands, tuple(notes))
+
+
+def _progress_notes(run: RecordedRun, manifest: Manifest | None) -> Iterator[str]:
+    steps = [*run.losses]
+    if not steps:
+        yield "no step is recorded: the run has not trained yet"
+        return
+    if run.config is not None and steps[-1] < run.config.training.train_iters:
+        yield f"unfinished: step {steps[-1]:,} of {run.config.training.train_iters:,}"
+    begun = run.growths[-1].step if run.growths else 0
+    if steps[0] > begun + 1:
+        yield (
+            f"its metrics begin at step {steps[0]:,}: it continues a run of another folder, whose hours and "
+            "losses are not counted here"
+        )
+    if manifest is None and run.config is not None:
+        yield "no checkpoint here: whether the model has grown is not known"
+
+
+def _config(folder: Path, notes: list[str]) -> RunConfig | None:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        notes.append(f"no {CONFIG_FILE}: parameters, FLOPs and settings are not known")
+        return None
+    try:
+        return build(read_config_file(path))
+    except ConfigError as error:
+        notes.append(
+            f"{CONFIG_FILE} cannot be read, so parameters, FLOPs and settings are not known: {error}"
+        )
+        return None
+
+
+def _manifest(folder: Path, notes: list[str]) -> Manifest | None:
+    try:
+        newest = newest_checkpoint(folder)
+        return read_manifest(newest) if newest is not None else None
+    except CheckpointError as error:
+        notes.append(f"its checkpoints cannot be read, so its lineage is not known: {error}")
+        return None
+
+
+def _growth(entry: Mapping[str, Any]) -> Growth:
+    return Growth(
+        Path(entry["parent"]),
+        entry["axes"],
+        entry.get("settings", {}),
+        entry["step"],
+        entry["tokens"],
+        entry["flops"],
+    )
+
+
+def _commands(folder: Path) -> list[Mapping[str, Any]]:
+    """Return the records of the commands that trained a run."""
+    path = folder / COMMANDS_FILE
+    found: list[Mapping[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            record = parse_record(line)
+            if isinstance(record, dict) and isinstance(record.get("command"), str):
+                found.append(record)
+    return found
