@@ -23,6 +23,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_nexus.growth.worker_group import os_error_message
+from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 from tests.support import checkpoints
 from tests.support.cli import WARM
 from tests.support.paths import REPOSITORY
@@ -320,9 +321,14 @@ def test_training_can_begin_grown_and_with_a_new_optimizer(tmp_path: Path, spawn
     assert (manifest.progress.step, manifest.optimizer.step_count, len(manifest.lineage)) == (44, 4, 1)
     said = "weights of the last growth, {} steps ago, train at 1.5 x the learning rate"
     assert said.format(0) in training.output() and said.format(2) in requeued.output()
-    # What was stopped in the warm-up of the new weights ends as what was not.
-    whole = spawn([*grown, "--save", "whole", "--train-iters", "44"], tmp_path)
+    # What was stopped in the warm-up of the new weights ends as what was not, and as what was measured.
+    measured = ["--growth-metrics-interval", "2"]
+    whole = spawn([*grown, "--save", "whole", "--train-iters", "44", *measured], tmp_path)
     assert whole.end() == 0, whole.output()
+    records = read_metrics(tmp_path / "whole" / METRICS_FILE)
+    found = {record["step"]: record["growth_metrics"] for record in records if "growth_metrics" in record}
+    assert [*found] == [42, 44] and found[44]["layers.0.attention.q.w_m"]["elements_new"] == 5 * 12
+    assert "elements_old" not in found[44]["layers.2.attention.q.w_m"]
     ended, expected = (checkpoints.tensors(find_checkpoint(tmp_path / name)) for name in ("new", "whole"))
     assert all(np.array_equal(ended[name], values) for name, values in expected.items())
     other = spawn([*pretrain, "--grow", "nexus_m=22", "--save", "new"], tmp_path)
