@@ -41,21 +41,21 @@ Train = Callable[[Path, Mapping[str, int | float | str]], object]
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of the seeds and half its 95 % interval (Student's t); of one seed the half is infinite."""
+    """Mean of the seeds and half its 95 % interval (Student's t); of one seed there is none."""
 
     value: float
-    half: float
+    half: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
         """Return the mean of values and its interval."""
         n, mean = len(values), float(np.mean(values))
         if n < 2:
-            return cls(mean, float("inf"))
+            return cls(mean, None)
         return cls(mean, float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)))
 
     def __str__(self) -> str:
-        return f"{self.value:+.4f} +- {self.half:.4f}"
+        return f"{self.value:+.4f}" + (" (one seed)" if self.half is None else f" +- {self.half:.4f}")
 
 
 @dataclass(frozen=True)
