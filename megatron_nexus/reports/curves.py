@@ -23,7 +23,15 @@ HOURS = ((1 / 3600, "seconds"), (1 / 60, "minutes"), (1.0, "hours"))
 
 def overview(runs: Sequence[RecordedRun]) -> str:
     """Return the table of runs."""
-    head = ("run", "parameters", "steps", "tokens", "FLOPs", "hours", f"training loss, last {LAST_STEPS}")
+    head = (
+        "run",
+        "parameters",
+        "steps",
+        "tokens",
+        "FLOPs",
+        "hours, own",
+        f"training loss, last {LAST_STEPS}",
+    )
     sets = list(dict.fromkeys(name for run in runs for name in run.validations))
     return section(
         "Runs", table((*head, *(f"{name} loss" for name in sets), "state"), (_row(run, sets) for run in runs))

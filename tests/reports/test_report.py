@@ -129,7 +129,7 @@ def test_the_numbers_are_those_of_the_metrics(folder: Path, tmp_path: Path) -> N
     assert grown["steps"] == steps[-1]["step"] == 70
     assert grown["tokens"] == steps[-1]["tokens"]
     assert grown["training loss, last 20"] == pytest.approx(mean(r["loss"] for r in steps[-20:]), rel=1e-12)
-    assert grown["hours"] == pytest.approx(sum(r["step_s"] for r in steps) / 3600, rel=1e-12)
+    assert grown["hours, own"] == pytest.approx(sum(r["step_s"] for r in steps) / 3600, rel=1e-12)
     validations = {r["step"]: r["validation_loss"] for r in written if "validation_loss" in r}
     assert grown["validation loss"] == validations[60]
     manifest = read_manifest(next((folder / "grown").glob("iter_*")))
