@@ -35,7 +35,8 @@ def boxes_by_growth(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[s
     boxes = {name: [(full_box(spec.shape), 0)] for name, spec in first.items() if spec.numel}
     for number, (entry, (old, new)) in enumerate(zip(growths, pairwise(models), strict=True), start=1):
         # Which parts are new does not depend on what fills them, but for the place of a stack.
-        settings = GrowthConfig(**{"depth_placement": "interleaved", **recorded_settings(entry)})
+        recorded = {"depth_placement": "interleaved", **recorded_settings(entry)}
+        settings = GrowthConfig(**{**recorded, "init": "zero"})
         grown: dict[str, list[AddedBox]] = {}
         for name, tensor in plan_tensors(old, new, settings).items():
             grown[name] = []

@@ -61,10 +61,21 @@ class GrownReader(StateReader):
             if filled.old is not None and (state == "fp32" or takes_moments(filled, self._plan.settings)):
                 assert plan.old is not None, f"{tensor} keeps elements of nothing"
                 self._source.read_into(part, plan.old.name, state, translate(overlap, filled.box, filled.old))
+                self._divide(part, filled, state)
             elif filled.fill is Fill.ZERO or state != "fp32":
                 part[...] = 0.0  # moments begin at zero
             else:
                 part[...] = self._drawn(plan, filled, overlap)
+
+    def _divide(self, values: Array, filled: FilledBox, state: str) -> None:
+        """Leave of old values the part that a box has of them; moments follow where copies have theirs."""
+        if state == "fp32":
+            if filled.part == "first":
+                values *= np.float32(filled.share)
+            elif filled.part == "rest":
+                values -= np.float32(filled.share) * values  # with the first part the old value exactly
+        elif self._plan.settings.moments == "copied":
+            values *= np.float32(filled.gradient ** (2 if state == "exp_avg_sq" else 1))
 
     def _drawn(self, plan: TensorPlan, filled: FilledBox, box: Box) -> Array:
         """Draw new values as a function of (growth seed, generation, parameter name, box, element).
@@ -72,13 +83,15 @@ class GrownReader(StateReader):
         A box is drawn as a tensor of its own, so that nothing is drawn for the old elements between. Its
         name keeps its values apart from those drawn at initialization and by other growths.
         """
-        spec, start = plan.spec, filled.box.offsets
+        spec, first = plan.spec, filled.box.offsets
+        start = filled.drawn.offsets if filled.drawn else first
         init = Normal(self._deviation(plan, filled)) if isinstance(spec.init, Normal) else spec.init
         name = f"growth {self._generation} of {spec.name} at {start}"
         axes = tuple(Axis(axis.name, size) for axis, size in zip(spec.axes, filled.box.sizes, strict=True))
         drawn = ParamSpec(name, axes, init, spec.role, spec.growth_roles)
-        within = Box(tuple(o - first for o, first in zip(box.offsets, start, strict=True)), box.sizes)
-        return logical_values(drawn, self._plan.settings.growth_seed, within)
+        within = Box(tuple(o - begin for o, begin in zip(box.offsets, first, strict=True)), box.sizes)
+        values = logical_values(drawn, self._plan.settings.growth_seed, within)
+        return -values if filled.part == "rest" else values
 
     def _deviation(self, plan: TensorPlan, filled: FilledBox) -> float:
         settings, init = self._plan.settings, plan.spec.init

@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from megatron_nexus.checkpoint.chunks import intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest, OptimizerRecord
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.growth.layer_origins import LayerOrigin, layer_origins
 from megatron_nexus.growth.request import (
     GROWING,
     GrowthConfig,
     GrowthRequest,
-    LayerOrigin,
     changes_of_function,
     grown_config,
-    layer_origins,
 )
 from megatron_nexus.models.decoder import decoder_specs, layer_parts
 from megatron_nexus.spec.growth_rule import FilledBox, copied_boxes, grown_boxes, inserted_boxes
@@ -94,8 +93,8 @@ def _boxes(
         return tuple(inserted_boxes(spec, settings.init))
     if is_copy:
         keeps_function = settings.depth_init != "stack"
-        return tuple(copied_boxes(before, spec, settings.init, keeps_function))
-    return tuple(grown_boxes(before, spec, settings.init))
+        return tuple(copied_boxes(before, spec, settings.init, settings.split_share, keeps_function))
+    return tuple(grown_boxes(before, spec, settings.init, settings.split_share))
 
 
 def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:

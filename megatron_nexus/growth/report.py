@@ -68,6 +68,12 @@ def warnings(plan: GrowthPlan, saved: SavedRun) -> Iterator[str]:
     """Yield what a user should know of the growth of a saved run: what it changes, what it may cost."""
     if plan.axes and plan.settings.init == "zero":
         yield ZERO_WARNING
+    settings = plan.settings
+    if settings.init == "split" and plan.axes and settings.split_share < 1.0:
+        yield (
+            f"--split-share {settings.split_share:g} gives copies outgoing weights of one sign: Adam divides "
+            "the size of gradients away, and they hardly part; above 1, as 1.5, they do"
+        )
     for flag in plan.changes:
         yield f"{flag} changes the function: the loss jumps at the growth, and --verify only says how far"
     if plan.axes and (warning := _decay_warning(saved)):

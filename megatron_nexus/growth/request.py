@@ -12,7 +12,8 @@ from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.run_config import InnerAttention, ModelConfig, RunConfig
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.spec.growth_rule import Init
+from megatron_nexus.growth.division import division_problems
+from megatron_nexus.spec.growth_rule import DIVIDING, SPLIT_SHARE, Init
 
 Placement = Literal["interleaved", "end"]
 DepthInit = Literal["random", "copy", "stack"]
@@ -34,9 +35,17 @@ class GrowthConfig:
     init: Init = config_field(
         "out_rand",
         "which factor of each new path is zero. out_rand: the one that writes new units; in_rand: the one "
-        "that reads them; zero: both, which never trains. noise and random: none, so the function changes "
+        "that reads them; zero: both, which never trains. split: new units are copies of old ones, which "
+        "share their outgoing weights; pairs: new units in pairs of equal incoming and opposite outgoing "
+        "weights; the function stays too. noise and random: none, so the function changes "
         "(random: new initial values, and the scale of the new slots of Pattention, as Tokenformer's code "
         "grows)",
+    )
+    split_share: float = config_field(
+        SPLIT_SHARE,
+        "with --init split: the old unit's share of its outgoing weights, the copy has the rest; 0.5 to 2. "
+        "Below 1 both have the same sign, and Adam hardly moves them apart",
+        positive=True,
     )
     init_std: float = config_field(
         0.0, "deviation of random new weights; 0: --init-method-std of the checkpoint's model"
@@ -71,36 +80,6 @@ class GrowthConfig:
         return "end" if self.depth_init == "stack" else self.depth_placement
 
 
-@dataclass(frozen=True)
-class LayerOrigin:
-    """An old layer, and whether a layer is a copy of it or the layer itself."""
-
-    index: int
-    copied: bool = False
-
-
-def layer_origins(old: int, new: int, settings: GrowthConfig) -> list[LayerOrigin | None]:
-    """Return, for each of `new` layers, the old layer that it was or begins as; None if it is drawn.
-
-    Interleaved layers follow equal groups of old ones, the last at the end (LLaMA Pro, Wu et al., 2024), and
-    are copies of the old one before them. Stacked ones repeat the old ones in their order (G_stack, Du et
-    al., 2024); the last repetition may be cut off.
-    """
-    origins: list[LayerOrigin | None] = [None] * new
-    for i in range(old):
-        origins[i + (i * (new - old) // old if settings.placement == "interleaved" else 0)] = LayerOrigin(i)
-    match settings.depth_init:
-        case "copy":
-            for i, origin in enumerate(origins):
-                if origin is None and (before := origins[i - 1]):
-                    origins[i] = LayerOrigin(before.index, copied=True)
-        case "stack":
-            origins[old:] = [LayerOrigin(i % old, copied=True) for i in range(old, new)]
-        case "random":
-            pass
-    return origins
-
-
 CHANGING: tuple[Init, ...] = ("noise", "random")
 """What leaves no zero factor on new paths, and so changes the function by intent."""
 
@@ -113,7 +92,11 @@ def changes_of_function(settings: GrowthConfig, axes: Collection[str]) -> list[s
     return flags
 
 
-UNRECORDED: Mapping[str, object] = {"depth_init": "random", "moments": "kept"}
+UNRECORDED: Mapping[str, object] = {
+    "depth_init": "random",
+    "moments": "kept",
+    "split_share": SPLIT_SHARE,
+}
 """What versions did that knew no such settings, and so recorded none."""
 
 
@@ -148,8 +131,8 @@ def _nexus_widths(model: ModelConfig) -> list[str]:
     return [*names, "ffn_nexus_m", "ffn_hidden_size"] if model.feed_forward == "nexus" else names
 
 
-def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
-    """List why `in_rand` would change the function: norms over units that become active at once."""
+def _active_at_once(old: ModelConfig, sizes: Mapping[str, int], init: Init) -> list[str]:
+    """List why `init` would change the function: norms over units that become active at once."""
     problems = []
 
     def grows(*names: str) -> bool:
@@ -157,7 +140,7 @@ def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
 
     if old.nexus_inner_norm and grows(*_nexus_widths(old)):
         problems.append(
-            "--init in_rand makes new units of M and A active at once, which this model's inner norm "
+            f"--init {init} makes new units of M and A active at once, which this model's inner norm "
             "sees, so the function would change: use --init out_rand"
         )
     slots = [
@@ -165,9 +148,9 @@ def _active_at_once(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
         for name, kind in (("pattention_slots", old.projection), ("ffn_hidden_size", old.feed_forward))
         if kind == "pattention" and grows(name)
     ]
-    if slots:
+    if slots and init != "split":
         problems.append(
-            f"--init in_rand gives new slots ({', '.join(slots)}) random keys, which the norm over all slots "
+            f"--init {init} gives new slots ({', '.join(slots)}) random keys, which the norm over all slots "
             "sees at once, so the function would change: use --init out_rand, which begins with keys of zero"
         )
     return problems
@@ -241,8 +224,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
                 f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
             )
     problems += _foreign_sizes(old, sizes) + _order_problems(old, sizes, growth)
-    if growth.init == "in_rand":
-        problems += _active_at_once(old, sizes)
+    if growth.init in ("in_rand", *DIVIDING):
+        problems += _active_at_once(old, sizes, growth.init)
+    problems += division_problems(old, sizes, growth.init, growth.split_share)
     problems += _depth_problems(old, sizes, growth)
     if old.no_rope_freq and sizes.get("num_layers", 0) > old.num_layers and growth.placement != "end":
         problems.append(
@@ -261,8 +245,10 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             f"group of keys and values serves {share} of {old.num_attention_heads} heads, and old heads "
             f"keep theirs: give --num-attention-heads as {share} times --num-query-groups"
         )
+    copies = growth.init == "split"
     if new.hidden_size > old.hidden_size:
-        new = replace(new, base_hidden_size=old.norm_size)
+        # A stream that is there twice has twice the sum of squares.
+        new = replace(new, base_hidden_size=old.norm_size * (2 if copies else 1))
     if new.kv_channels > old.kv_channels:
         new = replace(new, base_kv_channels=old.rotary_channels)
     if new.attention_order > old.attention_order:
@@ -271,9 +257,11 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     # The scale of a Pattention stays that of its birth, or is the root of its slots as it is.
     keeps = growth.init != "random"
     if new.pattention_slots > old.pattention_slots:
-        new = replace(new, base_pattention_slots=old.attention_scale_slots if keeps else 0)
+        slots = old.attention_scale_slots * (2 if copies else 1)
+        new = replace(new, base_pattention_slots=slots if keeps else 0)
     if new.feed_forward == "pattention" and new.ffn_hidden_size > old.ffn_hidden_size:
-        new = replace(new, base_ffn_hidden_size=old.feed_forward_scale_slots if keeps else 0)
+        slots = old.feed_forward_scale_slots * (2 if copies else 1)
+        new = replace(new, base_ffn_hidden_size=slots if keeps else 0)
     if new.nexus_inner_norm and new.nexus_inner_norm_scale == "width":
         # Scales stay those of the widths that the old model was created with.
         grown = [name for name in _nexus_widths(old) if getattr(new, name) > getattr(old, name)]

@@ -45,7 +45,7 @@ def attention_specs(model: ModelConfig, prefix: str) -> dict[str, tuple[ParamSpe
         parts[name] = projection_specs(model, f"{prefix}.{name}", hidden, axis, flow)
     if model.qk_layernorm:
         for name, axis in (("q_norm", width), ("k_norm", keys)):
-            channels = Axis("channels", model.kv_channels)
+            channels = Axis("channels", model.kv_channels, group=model.kv_channels)
             if model.qk_layernorm_all_heads:
                 channels = replace(axis, layout=Layout.SHARDED)
             parts[name] = (rms_norm_spec(f"{prefix}.{name}.gain", channels),)

@@ -8,12 +8,22 @@ never train, none changes the function. So each axis is closed on one side of it
     in_rand    random where they are written, zero where they are read
     zero       zero everywhere: no gradient ever reaches them, because gelu(0) = 0 and silu(0) = 0
 
+Or new units cancel, with no zero at all. What writes a unit is copied, what reads it divided:
+
+    split      a new unit is a copy of an old one, and both share its outgoing weights w: s w and w - s w. In
+               float32 fl(s w) + (w - fl(s w)) = w exactly for 1/2 <= s <= 2 (Sterbenz)
+    pairs      new units come in pairs: equal random incoming weights, random outgoing ones of opposite sign
+
+Adam divides the scale of a gradient away but not its sign: copies part at full rate only where their outgoing
+weights have opposite signs, as with s = 1.5, and of three copies two have the same.
+
 Or on neither side, and the function changes: `noise` draws a share of the old deviation, `random` the initial
 values, as the released code of Tokenformer does.
 
 The residual stream is read through norms and so is closed where it is written, whatever the choice.
 A box that is new along several axes is zero only where all of them are closed by this parameter: an
-axis that it leaves open has its zero elsewhere on the same path. Pure arithmetic; needs no torch.
+axis that it leaves open has its zero elsewhere on the same path. New channels of a head do not rotate, so
+they cannot be copies: under split and pairs they begin as under out_rand. Pure arithmetic; needs no torch.
 """
 
 from collections.abc import Iterator
@@ -25,14 +35,20 @@ from typing import Literal
 from megatron_nexus.spec.param import Axis, Constant, Flow, ParamSpec
 from megatron_nexus.spec.shard import Box
 
-Init = Literal["out_rand", "in_rand", "zero", "noise", "random"]
+Init = Literal["out_rand", "in_rand", "split", "pairs", "zero", "noise", "random"]
+DIVIDING: tuple[Init, ...] = ("split", "pairs")
+"""What divides outgoing weights, with no zero on new paths."""
+Part = Literal["whole", "first", "rest"]
+"""Of what is divided: all of it, the share of the first unit, or what is left for the other."""
+SPLIT_SHARE = 1.5
 
 
 class Fill(StrEnum):
     """What fills a box of a grown tensor."""
 
     KEPT = "kept"  # the old elements, bit for bit
-    COPIED = "copied"  # new elements that begin as old ones of another place
+    SCALED = "scaled"  # the old elements, divided with copies of their units
+    COPIED = "copied"  # new elements that begin as old ones of another place, or as what they leave
     ZERO = "zero"
     RANDOM = "random"  # drawn as the parameter's initial values
     NOISE = "noise"  # drawn with a share of the deviation of the old elements
@@ -42,13 +58,14 @@ class Fill(StrEnum):
 class Segment:
     """A run of indices [start, stop) of a grown axis; `old` is the old index of the first, None where new.
 
-    `inner`: new members of old groups.
+    `inner`: new members of old groups. `part`: first and other units of those that divide outgoing weights.
     """
 
     start: int
     stop: int
     old: int | None
     inner: bool = False
+    part: Part = "whole"
 
 
 @dataclass(frozen=True)
@@ -58,11 +75,19 @@ class FilledBox:
     box: Box
     fill: Fill
     old: Box | None = None
+    part: Part = "whole"
+    """Which part of the outgoing weights it holds; of drawn ones the rest is the first, negated."""
+    share: float = 1.0
+    """That of the first part."""
+    gradient: float = 1.0
+    """The gradient of its elements, as a multiple of that of the elements they come from."""
+    drawn: Box | None = None
+    """The box that is drawn in its place, where that is another."""
 
     @property
     def is_new(self) -> bool:
         """Whether its elements are not those of the old model."""
-        return self.fill is not Fill.KEPT
+        return self.fill not in (Fill.KEPT, Fill.SCALED)
 
 
 def segments(old: Axis, new: Axis) -> Iterator[Segment]:
@@ -81,11 +106,51 @@ def segments(old: Axis, new: Axis) -> Iterator[Segment]:
         yield Segment(groups * new.group, new.size, None)
 
 
+def _divided(old: Axis, new: Axis, init: Init) -> Iterator[Segment]:
+    """Yield the runs of an axis whose new units are copies of old ones, or pairs."""
+    groups = old.size // old.group
+    added = new.size // new.group - groups
+    if init == "pairs":
+        *kept, last = segments(old, new)
+        if not added:
+            yield from (*kept, last)
+            return
+        middle = (last.start + last.stop) // 2
+        assert added % 2 == 0, f"{old} to {new} are no pairs"
+        yield from kept
+        yield replace(last, stop=middle, part="first")
+        yield replace(last, start=middle, part="rest")
+        return
+    assert added <= groups, f"{old} to {new} is more than a copy of each unit"
+    runs: list[tuple[int, int, int, Part]] = [
+        (0, added, 0, "first"),
+        (added, groups - added, added, "whole"),
+        (groups, added, 0, "rest"),
+    ]
+    for first, count, source, part in runs:
+        if old.group == new.group and count:
+            size = new.group
+            yield Segment(first * size, (first + count) * size, source * size, part=part)
+            continue
+        for i in range(count):
+            start = (first + i) * new.group
+            yield Segment(start, start + old.group, (source + i) * old.group, part=part)
+            yield Segment(start + old.group, start + new.group, None, inner=True)
+
+
+def _runs(old: Axis, new: Axis, flow: Flow, init: Init) -> Iterator[Segment]:
+    """Yield the runs of an axis as `init` divides them."""
+    # New units of the residual stream cannot be pairs: the norms that read it see them at once.
+    if init in DIVIDING and flow is not Flow.BOUNDARY and not (init == "pairs" and new.residual):
+        return _divided(old, new, init)
+    return segments(old, new)
+
+
 def _closes(axis: Axis, flow: Flow, segment: Segment, init: Init) -> bool:
     """Whether a parameter holds the zero of the paths through these new units of one of its axes."""
     match flow:
         case Flow.WRITES:
-            return axis.residual or init == "out_rand"
+            return axis.residual or init == "out_rand" or (init in DIVIDING and segment.inner)
         case Flow.READS:
             return not axis.residual and init == "in_rand"
         case Flow.SCORES:
@@ -111,18 +176,51 @@ def _fill(spec: ParamSpec, parts: tuple[Segment, ...], init: Init) -> Fill:
     return Fill.ZERO if closed else Fill.RANDOM
 
 
-def grown_boxes(old: ParamSpec, new: ParamSpec, init: Init) -> list[FilledBox]:
-    """Return the boxes that make up the tensor `new`, which was `old`."""
-    rows = (segments(*axes) for axes in zip(old.axes, new.axes, strict=True))
+def _copied(spec: ParamSpec, parts: tuple[Segment, ...], box: Box, share: float) -> FilledBox:
+    """Return a box of which every unit is an old one or a copy."""
+    old = Box(tuple(part.old or 0 for part in parts), box.sizes)
+    divided: Part = "whole"
+    gradient = 1.0
+    for part, flow in zip(parts, spec.growth_roles, strict=True):
+        if flow is Flow.READS:
+            divided = part.part if part.part != "whole" else divided
+        else:
+            gradient *= {"whole": 1.0, "first": share, "rest": 1.0 - share}[part.part]
+    is_copy = any(part.part == "rest" for part in parts)
+    fill = Fill.COPIED if is_copy else Fill.SCALED if divided == "first" else Fill.KEPT
+    return FilledBox(box, fill, old, divided, share, gradient)
+
+
+def _paired(spec: ParamSpec, parts: tuple[Segment, ...], filled: FilledBox) -> FilledBox:
+    """Return a drawn box as the second unit of its pairs has it: as the first, what it sends changes sign."""
+    rests = [part.part == "rest" for part in parts]
+    if filled.fill is not Fill.RANDOM or not any(rests):
+        return filled
+    sizes = filled.box.sizes
+    moved = tuple(part.start - size * rest for part, size, rest in zip(parts, sizes, rests, strict=True))
+    reads = any(rest for rest, flow in zip(rests, spec.growth_roles, strict=True) if flow is Flow.READS)
+    return replace(filled, drawn=Box(moved, sizes), part="rest" if reads else "whole")
+
+
+def grown_boxes(
+    old: ParamSpec, new: ParamSpec, init: Init, split_share: float = SPLIT_SHARE
+) -> list[FilledBox]:
+    """Return the boxes that make up the tensor `new`, which was `old`.
+
+    `split_share`: of the outgoing weights of an old unit, beside a copy of it.
+    """
+    axes = zip(old.axes, new.axes, new.growth_roles, strict=True)
+    rows = [_runs(before, after, flow, init) for before, after, flow in axes]
     boxes = []
     for parts in product(*rows):
         sizes = tuple(part.stop - part.start for part in parts)
         box = Box(tuple(part.start for part in parts), sizes)
         if not box.numel:
             continue
-        offsets = tuple(part.old for part in parts if part.old is not None)
-        kept = Box(offsets, sizes) if len(offsets) == len(parts) else None
-        boxes.append(FilledBox(box, _fill(new, parts, init), kept))
+        if all(part.old is not None for part in parts):
+            boxes.append(_copied(new, parts, box, split_share))
+        else:
+            boxes.append(_paired(new, parts, FilledBox(box, _fill(new, parts, init))))
     return boxes
 
 
@@ -137,7 +235,9 @@ def _writes_residual(spec: ParamSpec) -> bool:
     )
 
 
-def copied_boxes(source: ParamSpec, new: ParamSpec, init: Init, keeps_function: bool) -> list[FilledBox]:
+def copied_boxes(
+    source: ParamSpec, new: ParamSpec, init: Init, split_share: float, keeps_function: bool
+) -> list[FilledBox]:
     """Return the boxes of a tensor of a new layer that begins as a copy of an old layer's `source`.
 
     With `keeps_function` it is zero where it writes to the residual stream. That is the one zero of every
@@ -146,9 +246,9 @@ def copied_boxes(source: ParamSpec, new: ParamSpec, init: Init, keeps_function: 
     """
     if keeps_function and _writes_residual(new) and not isinstance(new.init, Constant):
         return [FilledBox(_whole(new), Fill.ZERO)]
-    closed_elsewhere = keeps_function and init in ("out_rand", "in_rand")
-    boxes = grown_boxes(source, new, "random" if closed_elsewhere else init)
-    return [replace(part, fill=Fill.COPIED) if part.fill is Fill.KEPT else part for part in boxes]
+    closed_elsewhere = keeps_function and init in ("out_rand", "in_rand", "pairs")
+    boxes = grown_boxes(source, new, "random" if closed_elsewhere else init, split_share)
+    return [part if part.is_new else replace(part, fill=Fill.COPIED) for part in boxes]
 
 
 def inserted_boxes(new: ParamSpec, init: Init) -> list[FilledBox]:

@@ -41,6 +41,9 @@ TOKENFORMER: dict[str, str | int] = {
     "normalization": "NonParametricLayerNorm",
 }
 COMMON = "vocab_size=41 num_layers=3 hidden_size=14 num_attention_heads=4 kv_channels=6"
+SPLIT = f"{COMMON} nexus_m=21 nexus_a=30 attention_order=2 init=split moments=copied".replace(
+    "hidden_size=14", "hidden_size=24"
+)
 SLOTS = f"{COMMON} pattention_slots=30 ffn_hidden_size=33 depth_init=stack moments=copied"
 NEW_LR = {"new_lr_ratio": 1.5, "new_lr_warmup_iters": 2}
 TOPOLOGIES = {
@@ -88,7 +91,7 @@ def expected(folder: Path, config: dict, source: RunConfig, request: GrowthReque
 @pytest.mark.parametrize(
     ("ranks", "family", "growth", "new_lr"),
     [
-        (2, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30 attention_order=2", NEW_LR),
+        (2, NEXUSFORMER, SPLIT, NEW_LR),
         (4, NEXUSFORMER, f"{COMMON} nexus_m=21 nexus_a=30", {}),
         (2, TOKENFORMER, SLOTS, NEW_LR),
     ],

@@ -1,16 +1,29 @@
 """What each recipe of growth makes of weights, moments and step counts, tensor by tensor."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.generations import boxes_by_growth
-from tests.support import checkpoints
+from megatron_nexus.growth.plan import plan_growth
+from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from tests.support import checkpoints, reference
 
+TOKENFORMER = {
+    "projection": "pattention",
+    "pattention_slots": 26,
+    "feed_forward": "pattention",
+    "nexus_m": 0,
+    "nexus_a": 0,
+}
 WRITERS = ("attention.output.weight", "feed_forward.down")
 """What writes to the residual stream."""
 
@@ -89,3 +102,101 @@ def test_moments_and_step_counts_follow_their_setting(moments: str, tmp_path: Pa
                 # Old M of the first layer, its copies where moments are copied too: all of their steps.
                 assert counts[name][:19][old_m].all() == (has and source_layer == 0)
                 assert not counts[name][:19, 15:].any() and not counts[name][new_a].any()
+
+
+def gradients(folder: Path, config: RunConfig) -> dict[str, torch.Tensor]:
+    w = {name: t.requires_grad_() for name, t in checkpoints.weights(folder).items()}
+    tokens = checkpoints.sample(config.model)
+    loss = reference.loss(w, tokens, tokens.roll(-1, 1), dataclasses.asdict(config.model))
+    return dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+
+
+@pytest.mark.parametrize("axes", ["M-A", "FFN", "heads"])
+def test_copied_moments_are_scaled_as_the_gradients_of_copies_are(axes: str, tmp_path: Path) -> None:
+    """At the growth the gradient of every old or copied element is a known multiple of its source's."""
+    config = checkpoints.configure()
+    source = checkpoints.write_checkpoint(tmp_path / "old", config)
+    sizes, settings = checkpoints.AXES[axes], {"init": "split", "moments": "copied"}
+    made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, **settings)
+    assert read_manifest(made).optimizer.grown_regions == ()
+    before, now = gradients(source, config), gradients(made, after)
+    moments = {s: (checkpoints.tensors(source, s), checkpoints.tensors(made, s)) for s in STATES[1:]}
+    plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(**settings)))
+    factors = set()
+    for name, tensor in plan.tensors.items():
+        for box in tensor.boxes:
+            there = index_within(box.box, full_box(tensor.spec.shape))
+            here = index_within(box.old, full_box(tensor.old.shape))
+            # Shares are rounded to float32: 6e-8 of each term of a sum.
+            expected = box.gradient * before[name][here]
+            assert (now[name][there] - expected).abs().max() <= 1e-6 * before[name].abs().max(), name
+            factors.add((box.fill, box.gradient))
+            for power, (old, new) in enumerate(moments.values(), start=1):
+                scaled = old[name][here] * np.float32(box.gradient**power)
+                assert np.array_equal(new[name][there], scaled)
+    assert {("kept", 1.0), ("kept", 1.5), ("copied", -0.5), ("scaled", 1.0)} <= factors
+
+
+@pytest.mark.parametrize(
+    ("init", "share", "moments", "parts"),
+    [
+        ("split", 1.5, "copied", True),
+        ("split", 1.5, "kept", True),
+        ("split", 0.5, "copied", False),
+        ("pairs", 1.5, "kept", True),
+    ],
+)
+def test_adam_parts_units_whose_outgoing_weights_have_opposite_signs_and_no_others(
+    init: str, share: float, moments: str, parts: bool, tmp_path: Path
+) -> None:
+    """Relative distance of the incoming weights of W_M and gate after 20 steps of AdamW, in float64."""
+    config = checkpoints.configure(lr=1e-2)
+    source = checkpoints.write_checkpoint(tmp_path / "old", config)
+    sizes = (
+        {"nexus_m": 30, "ffn_hidden_size": 34} if init == "split" else {"nexus_m": 21, "ffn_hidden_size": 23}
+    )
+    settings = {"init": init, "split_share": share, "moments": moments}
+    made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, **settings)
+    w, first, second = (
+        {name: torch.from_numpy(t).double() for name, t in checkpoints.tensors(made, s).items()}
+        for s in STATES
+    )
+    steps = {name: torch.full_like(t, checkpoints.STEP) for name, t in w.items()}
+    for region in read_manifest(made).optimizer.grown_regions:
+        steps[region.tensor][index_within(region.box, full_box(tuple(w[region.tensor].shape)))] = 0.0
+    tokens = checkpoints.sample(config.model)
+    state = {name: (first[name], second[name], steps[name]) for name in w}
+    ended = reference.train(w, [(tokens, tokens.roll(-1, 1))] * 20, dataclasses.asdict(after), state=state)
+    for name, old in (("layers.0.attention.v.w_m", 15), ("layers.0.feed_forward.gate", 17)):
+        weights = ended["weights"][name].detach()
+        half = (len(weights) - old) // 2
+        one, two = (weights[:old], weights[old:]) if init == "split" else weights[old:].split(half)
+        distance = float((one - two).norm() / one.norm())
+        # Identical sums may differ in rounding by their place in a matrix.
+        assert distance > 0.02 if parts else distance < 1e-9, (name, distance)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes", "settings", "told"),
+    [
+        ({}, {"nexus_m": 31}, {"init": "split"}, ["--nexus-m 15", "up to 30"]),
+        ({}, {"hidden_size": 20}, {"init": "split"}, ["--hidden-size 20", "give 24"]),
+        ({}, {"nexus_m": 20}, {"init": "split", "split_share": 0.4}, ["--split-share 0.4", "[0.5, 2]"]),
+        ({}, {"nexus_m": 20}, {"init": "pairs"}, ["--nexus-m 20 adds 5", "give 21"]),
+        ({"nexus_inner_norm": True}, {"nexus_m": 20}, {"init": "split"}, ["inner norm", "--init out_rand"]),
+        (
+            {"nexus_inner_norm": True},
+            {"hidden_size": 24},
+            {"init": "split"},
+            ["inner norm", "--init out_rand"],
+        ),
+        (TOKENFORMER, {"pattention_slots": 30}, {"init": "split"}, ["30 is not twice 26", "give 52"]),
+        (TOKENFORMER, {"pattention_slots": 30}, {"init": "pairs"}, ["random keys", "--init out_rand"]),
+    ],
+)
+def test_what_a_division_cannot_keep_is_refused(
+    options: dict, sizes: dict[str, int], settings: dict, told: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_growth(checkpoints.configure(**options), GrowthRequest(sizes, GrowthConfig(**settings)))
+    assert all(part in str(caught.value) for part in told), caught.value

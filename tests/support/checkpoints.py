@@ -25,6 +25,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.growth.apply import grow_checkpoint
+from megatron_nexus.growth.division import UNITS
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
 from megatron_nexus.growth.worker_group import WorkerGroup
@@ -83,6 +84,22 @@ def sizes_for(config: RunConfig, axes: str) -> dict[str, int]:
     if config.model.num_query_groups and "num_attention_heads" in sizes:
         share = config.model.num_attention_heads // config.model.num_query_groups
         sizes |= {"num_attention_heads": 4, "num_query_groups": 4 // share}
+    return sizes
+
+
+def sizes_of_recipe(config: RunConfig, axes: str, init: str) -> dict[str, int]:
+    """`sizes_for`, as a recipe that divides outgoing weights takes them: twice the old, or an even number."""
+    sizes, model = sizes_for(config, axes), config.model
+    for name, size in sizes.items():
+        old = model.query_groups if name == "num_query_groups" else getattr(model, name)
+        slots = name == "pattention_slots" or (name, model.feed_forward) == ("ffn_hidden_size", "pattention")
+        if init == "split" and (slots or name == "hidden_size"):
+            sizes[name] = 2 * old
+        elif init == "pairs" and name in UNITS:
+            sizes[name] = size + (size - old) % 2
+    if "num_query_groups" in sizes:
+        share = model.num_attention_heads // model.query_groups
+        sizes["num_attention_heads"] = share * sizes["num_query_groups"]
     return sizes
 
 
