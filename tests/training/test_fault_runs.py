@@ -14,7 +14,7 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.errors import EXIT_CODE_RESTART
 from megatron_nexus.training.fault_injection import RECORD_FILE
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
-from tests.support.cli import Command, assert_refused, commands, warm_ranks
+from tests.support.cli import PYTHON, Command, assert_refused, commands, warm_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +92,13 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(command: Comman
     path.write_bytes(contents)
     code, output = command.run(f"--load {path.parent} --save other --train-iters 15", warm_ranks(2))
     assert_refused(code, output, "CheckpointError", "its CRC-32 differs")
+
+
+def test_what_refuses_rank_0_refuses_the_first_rank_of_every_machine(command: Command, whole: str) -> None:
+    # Nobody is at this address: a rank that asked for rank 0 there would wait for half an hour.
+    world = "RANK=1 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=192.0.2.1 MASTER_PORT=29999"
+    code, output = command.run(f"--save {whole}", ["env", *world.split(), *PYTHON])
+    assert_refused(code, output, "ConfigError", f"--save {whole} holds iter_0000014", f"--load {whole}")
 
 
 def test_diverged_weights_name_the_rank(command: Command) -> None:
