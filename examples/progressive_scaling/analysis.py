@@ -3,10 +3,11 @@
 All comparisons are paired by seed: the runs of a seed read the same samples in the same order, and a grown
 run shares the first steps of its base. Intervals are Student's t over seeds.
 
-The frontier at a budget is the lowest mean loss of any shape from scratch, at its best learning rate of those
-tried. Compute saved by a run of C FLOPs is 1 - C / C', where C' is what the reference needs for the same
-loss: the mean curve of the reference, a parabola in log C through its budgets, is read at its own loss at C
-plus the run's paired difference to it.
+The frontier at a budget is the lowest mean loss of any schedule from scratch, over shapes and learning rates.
+Compute saved by a run of C FLOPs is 1 - C / C', where C' is what the reference needs for the same loss: the
+mean curve of a schedule from scratch, a parabola in log C through its budgets, is read at its own loss at C
+plus the run's paired difference to it. Against the frontier it is the least of the savings against all
+schedules from scratch.
 """
 
 import json
@@ -107,32 +108,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-class Runs:
-    """The runs of one schedule, by budget and seed."""
-
-    def __init__(self, results: Iterable[Result]) -> None:
-        self.results = sorted(results, key=lambda result: result.flops)
-        self.name = self.results[0].schedule
-        self.first = self.results[0]
-
-    def at(self, flops: float) -> dict[int, Result]:
-        """Return the runs at a budget by seed."""
-        return {r.seed: r for r in self.results if abs(r.flops / flops - 1) < SAME_BUDGET}
-
-    def at_steps(self, steps: int) -> dict[int, Result]:
-        """Return the runs of so many steps by seed."""
-        return {r.seed: r for r in self.results if r.steps == steps}
-
-    @property
-    def budgets(self) -> list[float]:
-        """The FLOPs of its runs, each budget once."""
-        found: list[float] = []
-        for result in self.results:
-            if not found or result.flops / found[-1] - 1 > SAME_BUDGET:
-                found.append(result.flops)
-        return found
-
-
 class Curve:
     """Mean loss as a parabola in the log of FLOPs or tokens; a line where there are two points."""
 
@@ -159,6 +134,43 @@ class Curve:
         if not crossings:
             return math.nan
         return math.exp(min(crossings, key=lambda x: abs(x - math.log(start))))
+
+
+class Runs:
+    """The runs of one schedule, by budget and seed."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self.results = sorted(results, key=lambda result: result.flops)
+        self.name = self.results[0].schedule
+        self.first = self.results[0]
+
+    def at(self, flops: float) -> dict[int, Result]:
+        """Return the runs at a budget by seed."""
+        return {r.seed: r for r in self.results if abs(r.flops / flops - 1) < SAME_BUDGET}
+
+    def at_steps(self, steps: int) -> dict[int, Result]:
+        """Return the runs of so many steps by seed."""
+        return {r.seed: r for r in self.results if r.steps == steps}
+
+    @property
+    def budgets(self) -> list[float]:
+        """The FLOPs of its runs, each budget once."""
+        found: list[float] = []
+        for result in self.results:
+            if not found or result.flops / found[-1] - 1 > SAME_BUDGET:
+                found.append(result.flops)
+        return found
+
+    def curve(self, seeds: Sequence[int]) -> Curve | None:
+        """Return the mean loss of some seeds by FLOPs; None where fewer than two budgets have them all."""
+        points = []
+        for budget in self.budgets:
+            runs = self.at(budget)
+            if set(seeds) <= set(runs):
+                found = [runs[seed] for seed in seeds]
+                flops, losses = [r.flops for r in found], [r.loss for r in found]
+                points.append((float(np.mean(flops)), float(np.mean(losses))))
+        return Curve(points) if len(points) > 1 else None
 
 
 class Study:
@@ -194,52 +206,57 @@ class Study:
                 candidates.append((float(np.mean([found[seed].loss for seed in wanted])), runs.name))
         return self.scratch[min(candidates)[1]] if candidates else None
 
-    def curve(self, seeds: Iterable[int], shape: str = "", by_tokens: bool = False) -> Curve | None:
-        """Return the mean curve of the frontier, or of a shape, through all budgets that have all seeds."""
-        wanted, points = list(seeds), []
-        for budget in self.budgets:
-            if runs := self.best(budget, wanted, shape):
-                found = [runs.at(budget)[seed] for seed in wanted]
-                x = float(np.mean([r.tokens if by_tokens else r.flops for r in found]))
-                points.append((x, float(np.mean([r.loss for r in found]))))
-        return Curve(points) if len(points) > 1 else None
-
     def differences(self, runs: Runs, flops: float, shape: str = "") -> tuple[Runs, dict[int, float]] | None:
         """Return the reference at a budget, and the paired difference to it of each seed.
 
-        The reference is the frontier, or a shape from scratch. What a budget's rounding to whole steps leaves
-        between the FLOPs of the two is corrected by the reference's curve.
+        The reference is the best schedule from scratch, or that of a shape, over the most seeds that one of
+        them shares with `runs`.
         """
         mine = runs.at(flops)
-        seeds = sorted(mine)
-        while seeds and not self.best(flops, seeds, shape):
-            seeds = seeds[:-1]  # seeds that the reference does not have yet
-        if not seeds:
-            return None
-        reference = self.best(flops, seeds, shape)
-        curve = self.curve(seeds, shape)
-        assert reference is not None
-        theirs = reference.at(flops)
-        differences = {}
-        for seed in seeds:
-            rounding = curve.loss(mine[seed].flops) - curve.loss(theirs[seed].flops) if curve else 0.0
-            differences[seed] = mine[seed].loss - theirs[seed].loss - rounding
-        return reference, differences
+        shared = [
+            set(mine) & set(other.at(flops))
+            for other in self.scratch.values()
+            if shape in ("", other.first.shape)
+        ]
+        seeds = sorted(max(shared, key=lambda found: len(found), default=set()))
+        reference = self.best(flops, seeds, shape) if seeds else None
+        return (reference, _differences(runs, reference, flops, seeds)) if reference else None
 
     def saved(self, runs: Runs, flops: float, shape: str = "") -> Estimate | None:
         """Return the share of compute that a schedule saves at a budget against the frontier or a shape."""
         found = self.differences(runs, flops, shape)
         if found is None:
             return None
-        _, differences = found
-        curve = self.curve(sorted(differences), shape)
-        if curve is None:
-            return None
-        shares = []
-        for seed, difference in differences.items():
-            spent = runs.at(flops)[seed].flops
-            shares.append(1 - spent / curve.needed(curve.loss(spent) + difference, spent))
-        return None if any(math.isnan(share) for share in shares) else estimate(shares)
+        seeds = sorted(found[1])
+        estimates = []
+        for other in self.scratch.values():
+            curve = other.curve(seeds)
+            if (
+                shape not in ("", other.first.shape)
+                or curve is None
+                or not set(seeds) <= set(other.at(flops))
+            ):
+                continue
+            shares = []
+            for seed, difference in _differences(runs, other, flops, seeds).items():
+                spent = runs.at(flops)[seed].flops
+                shares.append(1 - spent / curve.needed(curve.loss(spent) + difference, spent))
+            if not any(math.isnan(share) for share in shares):
+                estimates.append(estimate(shares))
+        return min(estimates, key=lambda found: found.mean, default=None)
+
+
+def _differences(runs: Runs, reference: Runs, flops: float, seeds: Sequence[int]) -> dict[int, float]:
+    """Return the paired differences of two schedules at a budget.
+
+    What a budget's rounding to whole steps leaves between their FLOPs is corrected by the reference's curve.
+    """
+    mine, theirs, curve = runs.at(flops), reference.at(flops), reference.curve(seeds)
+    found = {}
+    for seed in seeds:
+        rounding = curve.loss(mine[seed].flops) - curve.loss(theirs[seed].flops) if curve else 0.0
+        found[seed] = mine[seed].loss - theirs[seed].loss - rounding
+    return found
 
 
 def paired(runs: Mapping[int, Result], others: Mapping[int, Result]) -> Estimate | None:
