@@ -213,12 +213,11 @@ class Study:
         them shares with `runs`.
         """
         mine = runs.at(flops)
-        shared = [
-            set(mine) & set(other.at(flops))
-            for other in self.scratch.values()
-            if shape in ("", other.first.shape)
-        ]
-        seeds = sorted(max(shared, key=lambda found: len(found), default=set()))
+        shared: set[int] = set()
+        for other in self.scratch.values():
+            if shape in ("", other.first.shape):
+                shared = max(shared, set(mine) & set(other.at(flops)), key=len)
+        seeds = sorted(shared)
         reference = self.best(flops, seeds, shape) if seeds else None
         return (reference, _differences(runs, reference, flops, seeds)) if reference else None
 

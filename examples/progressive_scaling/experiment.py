@@ -103,7 +103,12 @@ def words(flags: Flags) -> list[str]:
 
 def read_experiment(path: Path) -> Experiment:
     """Read a configuration file. Raises ConfigError with all problems of its entries."""
-    given: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        given: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML ({error}): compare it with laptop.yaml") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path} has no entries: compare it with laptop.yaml")
     known = {*Experiment.__dataclass_fields__}
     problems = [
         f"{path}: {name} is not known: remove it, or write one of {sorted(known)}"
@@ -160,9 +165,10 @@ def _schedules(entry: Mapping[str, Any]) -> list[Schedule]:
 
 def _check(experiment: Experiment, path: Path) -> None:
     problems = []
-    names = [schedule.name for schedule in experiment.schedules]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"two schedules have the name {name!r}: rename one")
+    stages: dict[str, tuple[Stage, ...]] = {}
+    for schedule in experiment.schedules:
+        if stages.setdefault(schedule.name, schedule.stages) != schedule.stages:
+            problems.append(f"two schedules of different stages are named {schedule.name!r}: rename one")
     for schedule in experiment.schedules:
         for stage in schedule.stages:
             if stage.shape not in experiment.shapes:

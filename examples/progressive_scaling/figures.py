@@ -22,23 +22,19 @@ def draw_frontier(study: Study, path: Path) -> Path | None:
     if not study.budgets:
         return None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), dpi=DPI, layout="constrained")
+    ends = []
     for runs in study.scratch.values():
         shape = runs.first.shape
         points = [b for b in runs.budgets if study.best(b, runs.at(b), shape) is runs]
         means = [estimate([r.loss for r in runs.at(b).values()]).mean for b in points]
         left.plot([b / TERA for b in points], means, ".-", color="0.75", linewidth=0.8, zorder=1)
         if points:
-            left.annotate(
-                shape,
-                (points[-1] / TERA, means[-1]),
-                fontsize=6,
-                color="0.5",
-                xytext=(3, 0),
-                textcoords="offset points",
-            )
+            ends.append((points[-1] / TERA, means[-1], shape))
     best = [(b, study.best(b, _most_seeds(study, b))) for b in study.budgets]
     frontier = [(b, estimate([r.loss for r in runs.at(b).values()])) for b, runs in best if runs]
     xs = [b / TERA for b, _ in frontier]
+    top = max(e.mean for _, e in frontier) + 0.15
+    _name_ends(left, [end for end in ends if end[1] < top], top)
     left.plot(
         xs,
         [e.mean for _, e in frontier],
@@ -83,6 +79,7 @@ def draw_frontier(study: Study, path: Path) -> Path | None:
         axes.set_xticks(xs, [f"{x:.2g}" for x in xs])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+    left.set_ylim(top=top)
     left.set_ylabel("validation loss, nats per token")
     right.set_ylabel("minus the best shape from scratch, paired, 95 %")
     left.legend(fontsize=7)
@@ -132,6 +129,17 @@ def draw_ceilings(found: Sequence[tuple[str, Estimate]], path: Path) -> Path | N
     axes.set_xlabel("large minus small from scratch at equal tokens, nats per token, 95 % (seeds)")
     axes.grid(alpha=0.3, axis="x")
     return _save(figure, path)
+
+
+def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]], top: float) -> None:
+    """Write a shape's name beside the end of each curve, no two of one budget on each other."""
+    bottom = min(loss for _, loss, _ in ends)
+    used: dict[float, float] = {}
+    for x, loss, shape in sorted(ends, key=lambda end: (round(end[0], 1), end[1])):
+        column = round(x, 1)
+        y = max(loss, used.get(column, -math.inf) + (top - bottom) / 35)
+        used[column] = y
+        axes.annotate(shape, (x, y), fontsize=6, color="0.4", xytext=(4, -2), textcoords="offset points")
 
 
 def _bars(axes: Axes, found: Sequence[Estimate | None], shift: float, colour: str, label: str) -> None:

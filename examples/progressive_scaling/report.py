@@ -19,7 +19,7 @@ from analysis import Estimate, Result, Study, estimate, holm, paired, read_resul
 from experiment import TERA, Ceiling, read_experiment
 from run import RESULT_FILE
 
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, NexusError
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, NexusError, path_errors
 
 RESULTS_FILE = "results.jsonl"
 
@@ -204,8 +204,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of the tables and figures")
     given = parser.parse_args()
     try:
-        experiment = read_experiment(given.config)
-        results = collect(given.results) if given.results.is_dir() else read_results(given.results)
+        with path_errors():
+            experiment = read_experiment(given.config)
+            results = collect(given.results) if given.results.is_dir() else read_results(given.results)
     except NexusError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(EXIT_CODE_USER_ERROR)

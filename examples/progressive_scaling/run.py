@@ -25,7 +25,7 @@ from warm_runs import train_warm
 
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE
 from megatron_nexus.checkpoint.saved_run import open_saved_run
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, NexusError
+from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, NexusError, path_errors
 from megatron_nexus.parallel.devices import device_files
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, validation_curves
 
@@ -158,6 +158,27 @@ def print_list(found: Sequence[Leaf]) -> None:
     print(f"{len(found)} ends of schedules, {len(trunks(found))} runs")
 
 
+def _run(given: argparse.Namespace, began: float) -> None:
+    experiment = read_experiment(given.config)
+    found = part_of(all_leaves(experiment, given.folder.resolve(), given.only), given.part)
+    if given.list:
+        print_list(found)
+        return
+    for number, leaf in enumerate(found, 1):
+        if given.minutes and time.monotonic() - began > 60 * given.minutes:
+            print(f"--minutes {given.minutes:g} are over: the same command goes on")
+            return
+        known = (leaf.cell.folder / RESULT_FILE).exists()
+        record = measure(leaf)
+        if not known:
+            print(
+                f"{number}/{len(found)} seed {leaf.seed} {leaf.schedule.name}: {record['loss']:.4f} "
+                f"nats/token at {leaf.flops / TERA:.3f} TFLOP, step {leaf.cell.last_step}, "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -172,24 +193,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as from SLURM: the run saves
     os.environ.setdefault("OMP_NUM_THREADS", "1" if not device_files() else "8")
     try:
-        experiment = read_experiment(given.config)
-        found = part_of(all_leaves(experiment, given.folder.resolve(), given.only), given.part)
-        if given.list:
-            print_list(found)
-            return
-        for number, leaf in enumerate(found, 1):
-            if given.minutes and time.monotonic() - began > 60 * given.minutes:
-                print(f"--minutes {given.minutes:g} are over: the same command goes on")
-                return
-            known = (leaf.cell.folder / RESULT_FILE).exists()
-            record = measure(leaf)
-            if not known:
-                print(
-                    f"{number}/{len(found)} seed {leaf.seed} {leaf.schedule.name}: {record['loss']:.4f} "
-                    f"nats/token at {leaf.flops / TERA:.3f} TFLOP, step {leaf.cell.last_step}, "
-                    f"{time.monotonic() - began:.0f} s",
-                    flush=True,
-                )
+        with path_errors():
+            _run(given, began)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on")
     except NexusError as error:
