@@ -22,6 +22,8 @@ from run import RESULT_FILE
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, NexusError, path_errors
 
 RESULTS_FILE = "results.jsonl"
+BEGIN, END = "<!-- tables: report.py -->\n", "<!-- end of tables -->\n"
+"""What stands around the tables in a page that --page rewrites."""
 
 
 def collect(folder: Path) -> list[Result]:
@@ -202,11 +204,19 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="the experiment's YAML file, which names the ceilings")
     parser.add_argument("results", type=Path, help="folder of runs, or a results.jsonl")
     parser.add_argument("--output", type=Path, help="folder of the tables and figures")
+    parser.add_argument(
+        "--page", type=Path, help="Markdown page whose tables, between its markers, are replaced"
+    )
     given = parser.parse_args()
     try:
         with path_errors():
             experiment = read_experiment(given.config)
             results = collect(given.results) if given.results.is_dir() else read_results(given.results)
+            page = given.page.read_text(encoding="utf-8") if given.page else BEGIN + END
+            if BEGIN not in page or END not in page:
+                raise ConfigError(
+                    f"--page {given.page} has no {BEGIN.strip()} and {END.strip()}: add both lines"
+                )
     except NexusError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(EXIT_CODE_USER_ERROR)
@@ -224,6 +234,9 @@ def main() -> None:
     )
     (output / "tables.md").write_text(text, encoding="utf-8")
     print(text)
+    if given.page:
+        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+        given.page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
     drawn = [
         figures.draw_frontier(study, output / "frontier.png"),
         figures.draw_savings(study, output / "recipes.png"),
