@@ -5,8 +5,8 @@ run shares the first steps of its base. Intervals are Student's t over seeds.
 
 The frontier at a budget is the lowest mean loss of any schedule from scratch, over shapes and learning rates.
 Compute saved by a run of C FLOPs is 1 - C / C', where C' is what the reference needs for the same loss: the
-mean curve of a schedule from scratch, a parabola in log C through its budgets, is read at its own loss at C
-plus the run's paired difference to it. Against the frontier it is the least of the savings against all
+mean curve of a schedule from scratch, E + A C^-a through its budgets, is read at its own loss at C plus the
+run's paired difference to it. Against the frontier it is the least of the savings against all
 schedules from scratch.
 """
 
@@ -23,6 +23,8 @@ from scipy.stats import t as student
 CONFIDENCE = 0.95
 REACH = 2.0
 """How far beyond its budgets, as a factor of FLOPs, a reference curve is read."""
+EXPONENTS = np.geomspace(0.001, 3.0, 400)
+"""Of a curve; the least is as good as a logarithm."""
 SAME_BUDGET = 0.02
 """Runs whose FLOPs differ by less than this share have one budget: a budget is rounded to whole steps."""
 
@@ -109,31 +111,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class Curve:
-    """Mean loss as a parabola in the log of FLOPs or tokens; a line where there are two points."""
+    """Mean loss by FLOPs: E + A C^-a by least squares; through two budgets A - a log C."""
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
-        """`points` are pairs of FLOPs or tokens, and loss."""
-        xs, ys = np.log([x for x, _ in points]), [y for _, y in points]
-        self._fit = np.polynomial.Polynomial.fit(xs, ys, deg=min(2, len(points) - 1))
-        self.low, self.high = float(np.exp(xs.min())), float(np.exp(xs.max()))
+        """`points` are pairs of FLOPs and loss."""
+        flops, losses = np.array([x for x, _ in points]), np.array([y for _, y in points])
+        self.low, self.high = float(flops.min()), float(flops.max())
+        exponents = EXPONENTS if len(points) > 2 else EXPONENTS[:1]
+        powers = (flops / self.high) ** -exponents[:, None]  # a line for each exponent: losses over powers
+        centred, away = powers - powers.mean(axis=1, keepdims=True), losses - losses.mean()
+        scales = centred @ away / (centred**2).sum(axis=1)
+        misses = ((centred * scales[:, None] - away) ** 2).sum(axis=1)
+        best = int(misses.argmin())
+        self._exponent, self._scale = float(exponents[best]), float(scales[best])
+        self._least = float(losses.mean() - self._scale * powers[best].mean())
 
-    def loss(self, x: float) -> float:
-        """Return the loss at so many FLOPs or tokens."""
-        return float(self._fit(math.log(x)))
+    def loss(self, flops: float) -> float:
+        """Return the loss at so many FLOPs."""
+        return self._least + self._scale * math.pow(flops / self.high, -self._exponent)
 
-    def needed(self, loss: float, start: float) -> float:
-        """Return the FLOPs that give a loss, sought from `start` on; NaN beyond the curve's reach."""
-        grid = np.linspace(math.log(self.low / REACH), math.log(self.high * REACH), 4001)
-        values = self._fit(grid)
-        falling = np.r_[np.diff(values) < 0, False]
-        crossings = [
-            float(grid[i] + (grid[i + 1] - grid[i]) * (values[i] - loss) / (values[i] - values[i + 1]))
-            for i in np.flatnonzero(falling)
-            if values[i] >= loss > values[i + 1]
-        ]
-        if not crossings:
+    def needed(self, loss: float) -> float:
+        """Return the FLOPs that give a loss; NaN where no more FLOPs help, or beyond the curve's reach."""
+        if self._scale <= 0 or loss <= self._least:
             return math.nan
-        return math.exp(min(crossings, key=lambda x: abs(x - math.log(start))))
+        log_flops = math.log(self.high) - math.log((loss - self._least) / self._scale) / self._exponent
+        within = math.log(self.low / REACH) <= log_flops <= math.log(self.high * REACH)
+        return math.exp(log_flops) if within else math.nan
 
 
 class Runs:
@@ -239,7 +242,7 @@ class Study:
             shares = []
             for seed, difference in _differences(runs, other, flops, seeds).items():
                 spent = runs.at(flops)[seed].flops
-                shares.append(1 - spent / curve.needed(curve.loss(spent) + difference, spent))
+                shares.append(1 - spent / curve.needed(curve.loss(spent) + difference))
             if not any(math.isnan(share) for share in shares):
                 estimates.append(estimate(shares))
         return min(estimates, key=lambda found: found.mean, default=None)

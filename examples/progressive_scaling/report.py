@@ -177,23 +177,24 @@ def recipe_tables(study: Study) -> list[str]:
         if len(names) < 2:
             continue
         budget = min(study.grown[name].budgets[-1] for name in names)
-        seeds = set.intersection(*(set(study.grown[name].at(budget)) for name in names))
-        if not seeds:
-            continue
         found = {name: study.grown[name].at(budget) for name in names}
-        means = {name: sum(found[name][seed].loss for seed in seeds) / len(seeds) for name in names}
-        order = sorted(names, key=lambda name: means[name])
+        means = {name: estimate([r.loss for r in runs.values()]).mean for name, runs in found.items()}
+        first = min(names, key=lambda name: (-len(found[name]), means[name]))
+        pairs = {name: paired(found[name], found[first]) for name in names}
         lines += [
             f"### {path}, {budget / TERA:.3g} TFLOP",
             "",
-            "| recipe | loss, same seeds | minus the first | p |",
+            "| recipe | loss (seeds) | minus the first, same seeds | p |",
             "|---|---:|---:|---:|",
         ]
-        for name in order:
-            difference = paired(found[name], found[order[0]]) if name != order[0] else None
-            p = p_value(difference.p) if difference else ""
-            n = f" ({difference.n})" if difference else ""
-            lines.append(f"| {name} | {means[name]:.4f} ({len(seeds)}) | {interval(difference)}{n} | {p} |")
+        for name, difference in sorted(
+            pairs.items(), key=lambda pair: (pair[0] != first, pair[1].mean if pair[1] else 0.0)
+        ):
+            cells = f"| {name} | {means[name]:.4f} ({len(found[name])}) |"
+            if name == first or difference is None:
+                lines.append(f"{cells} | |")
+            else:
+                lines.append(f"{cells} {interval(difference)} ({difference.n}) | {p_value(difference.p)} |")
         lines.append("")
     return lines
 
