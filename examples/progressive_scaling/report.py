@@ -3,8 +3,8 @@
     python examples/progressive_scaling/report.py CONFIG.yaml runs/scaling
     python examples/progressive_scaling/report.py CONFIG.yaml results.jsonl --output docs/assets/scaling
 
-Writes tables.md, frontier.png, recipes.png and ceilings.png into the folder, or into --output; from a folder
-of runs also results.jsonl, one line for each end of a schedule.
+Writes tables.md (or the tables of --page), frontier.png, recipes.png and ceilings.png into the folder, or
+into --output; from a folder of runs also results.jsonl, one line for each end of a schedule.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def p_value(p: float) -> str:
 def frontier_table(study: Study) -> list[str]:
     """Return losses from scratch by schedule and budget; the frontier is in bold."""
     budgets = study.budgets
-    lines = ["| from scratch | " + " | ".join(f"{budget / TERA:.3g} TFLOP" for budget in budgets) + " |"]
+    lines = ["| from scratch | " + " | ".join(f"{budget / TERA:.2g} TFLOP" for budget in budgets) + " |"]
     lines.append("|---|" + "---:|" * len(budgets))
     for name, runs in study.scratch.items():
         cells = []
@@ -124,7 +124,7 @@ def equal_flops(study: Study, ceiling: Ceiling) -> tuple[Estimate | None, str]:
         seeds = set(small.at(budget)) & set(large.at(budget))
         small, large = (study.best(budget, seeds, shape) for shape in (ceiling.small, ceiling.large))
         if small and large and seeds:
-            return paired(large.at(budget), small.at(budget)), f"{budget / TERA:.3g}"
+            return paired(large.at(budget), small.at(budget)), f"{budget / TERA:.2g}"
     return None, ""
 
 
@@ -147,13 +147,13 @@ def growth_table(study: Study) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for (runs, budget, reference, gap, target, saved), p in sorted(
-        zip(rows, corrected, strict=True), key=lambda row: (row[0][1], row[0][3].mean)
+        zip(rows, corrected, strict=True), key=lambda row: (f"{row[0][1] / TERA:.2g}", row[0][3].mean)
     ):
         losses = [r.loss for r in runs.at(budget).values()]
         grown = ", ".join(f"{step / runs.results[-1].steps:.0%}" for step in runs.results[-1].growth_steps)
         against = interval(estimate(list(target[1].values()))) if target else ""
         lines.append(
-            f"| {runs.name} | {grown} | {budget / TERA:.3g} | {sum(losses) / len(losses):.4f} "
+            f"| {runs.name} | {grown} | {budget / TERA:.2g} | {sum(losses) / len(losses):.4f} "
             f"({len(losses)}) | {against} | {interval(saved, 100, 1)} | {interval(gap)} | {p_value(gap.p)} | "
             f"{p_value(p)} | {interval(study.saved(runs, budget), 100, 1)} | {reference.name} |"
         )
@@ -182,7 +182,7 @@ def recipe_tables(study: Study) -> list[str]:
         first = min(names, key=lambda name: (-len(found[name]), means[name]))
         pairs = {name: paired(found[name], found[first]) for name in names}
         lines += [
-            f"### {path}, {budget / TERA:.3g} TFLOP",
+            f"### {path}, {budget / TERA:.2g} TFLOP",
             "",
             "| recipe | loss (seeds) | minus the first, same seeds | p |",
             "|---|---:|---:|---:|",
@@ -233,11 +233,12 @@ def main() -> None:
     text = "".join(
         f"## {title}\n\n" + "\n".join(lines) + "\n\n" for title, lines in sections.items() if lines
     )
-    (output / "tables.md").write_text(text, encoding="utf-8")
     print(text)
     if given.page:
         before, after = page.partition(BEGIN)[0], page.partition(END)[2]
         given.page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+    else:
+        (output / "tables.md").write_text(text, encoding="utf-8")
     drawn = [
         figures.draw_frontier(study, output / "frontier.png"),
         figures.draw_savings(study, output / "recipes.png"),
