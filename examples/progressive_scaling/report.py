@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import figures
@@ -74,25 +74,45 @@ def frontier_table(study: Study) -> list[str]:
 
 def ceiling_at_equal_tokens(study: Study, ceiling: Ceiling) -> tuple[int, str, str, Estimate] | None:
     """Return steps, both schedules at their best rate, and large minus small, at the most common steps."""
-    small = [runs for runs in study.scratch.values() if runs.first.shape == ceiling.small]
-    large = [runs for runs in study.scratch.values() if runs.first.shape == ceiling.large]
-    steps = {r.steps for runs in small for r in runs.results} & {
-        r.steps for runs in large for r in runs.results
-    }
-    best = None
+    steps: set[int] = set.intersection(
+        *(
+            {r.steps for runs in study.scratch.values() if runs.first.shape == shape for r in runs.results}
+            for shape in (ceiling.small, ceiling.large)
+        )
+    )
+    found = None
     for count in sorted(steps):
-        seeds = [set(runs.at_steps(count)) for runs in (*small, *large) if runs.at_steps(count)]
-        common = max(seeds, key=len) & max((set(r.at_steps(count)) for r in large), key=len, default=set())
-        chosen = []
-        for group in (small, large):
-            able = [runs for runs in group if common and common <= set(runs.at_steps(count))]
-            if able:
-                chosen.append(min(able, key=lambda runs: sum(runs.at_steps(count)[s].loss for s in common)))
-        if len(chosen) == 2:
-            difference = paired(chosen[1].at_steps(count), chosen[0].at_steps(count))
+        at = {name: runs.at_steps(count) for name, runs in study.scratch.items()}
+        if chosen := _best_pair(study, ceiling, at):
+            small, large = chosen
+            difference = paired(at[large], at[small])
             assert difference is not None
-            best = (count, chosen[0].name, chosen[1].name, difference)
-    return best
+            found = (count, small, large, difference)
+    return found
+
+
+def _best_pair(
+    study: Study, ceiling: Ceiling, at: Mapping[str, Mapping[int, Result]]
+) -> tuple[str, str] | None:
+    """Return the best schedules of both shapes over the most seeds that they share."""
+    groups = [
+        [name for name, runs in study.scratch.items() if runs.first.shape == shape and at[name]]
+        for shape in (ceiling.small, ceiling.large)
+    ]
+    shared: set[int] = set()
+    for small in groups[0]:
+        for large in groups[1]:
+            shared = max(shared, set(at[small]) & set(at[large]), key=len)
+    if not shared:
+        return None
+    best = [
+        min(
+            (name for name in group if shared <= set(at[name])),
+            key=lambda name: sum(at[name][seed].loss for seed in shared),
+        )
+        for group in groups
+    ]
+    return best[0], best[1]
 
 
 def ceiling_table(study: Study, ceilings: Sequence[Ceiling]) -> list[str]:
@@ -118,13 +138,10 @@ def ceiling_table(study: Study, ceilings: Sequence[Ceiling]) -> list[str]:
 def equal_flops(study: Study, ceiling: Ceiling) -> tuple[Estimate | None, str]:
     """Return large minus small at the largest budget that both have."""
     for budget in reversed(study.budgets):
-        small, large = (study.best(budget, [], shape) for shape in (ceiling.small, ceiling.large))
-        if small is None or large is None:
-            continue
-        seeds = set(small.at(budget)) & set(large.at(budget))
-        small, large = (study.best(budget, seeds, shape) for shape in (ceiling.small, ceiling.large))
-        if small and large and seeds:
-            return paired(large.at(budget), small.at(budget)), f"{budget / TERA:.2g}"
+        at = {name: runs.at(budget) for name, runs in study.scratch.items()}
+        if chosen := _best_pair(study, ceiling, at):
+            small, large = chosen
+            return paired(at[large], at[small]), f"{budget / TERA:.2g}"
     return None, ""
 
 
