@@ -187,12 +187,13 @@ class Study:
 
     @property
     def budgets(self) -> list[float]:
-        """FLOPs at which two or more shapes from scratch end."""
+        """FLOPs at which three or more shapes from scratch end, or all of them."""
+        wanted = min(3, len({runs.first.shape for runs in self.scratch.values()}))
         every = sorted(b for runs in self.scratch.values() for b in runs.budgets)
         found: list[float] = []
         for budget in every:
             shapes = {runs.first.shape for runs in self.scratch.values() if runs.at(budget)}
-            if len(shapes) > 1 and (not found or budget / found[-1] - 1 > 2 * SAME_BUDGET):
+            if len(shapes) >= wanted and (not found or budget / found[-1] - 1 > 2 * SAME_BUDGET):
                 found.append(budget)
         return found
 
