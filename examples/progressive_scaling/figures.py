@@ -112,7 +112,7 @@ def draw_savings(study: Study, path: Path) -> Path | None:
     axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
     axes.set_xlabel("FLOPs saved at equal loss, %, with 95 % intervals (seeds)")
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper left")
     low = min(100 * row[1].mean for row in rows)
     axes.set_xlim(left=max(axes.get_xlim()[0], low - 40))
     return _save(figure, path)
