@@ -10,7 +10,6 @@ import torch
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.torch_versions
 # All is float64: what remains is the order of summation, about 1e-15 for each of a few dozen products.
 TOLERANCE = 1e-12
 
@@ -114,6 +113,7 @@ def _compiled_cases(ranks: int) -> list[dict]:
 
 
 @pytest.mark.law
+@pytest.mark.torch_versions
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_blocks_equal_eager_ones_to_the_bit(ranks: int, tmp_path: Path) -> None:
     """By aot_eager, which traces forward and backward as every backend does and leaves the kernels alone."""
@@ -128,7 +128,10 @@ def test_compiled_blocks_equal_eager_ones_to_the_bit(ranks: int, tmp_path: Path)
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "ranks",
+    [pytest.param(1, marks=pytest.mark.torch_versions), pytest.param(2, marks=pytest.mark.torch_versions), 4],
+)
 def test_layers_equal_their_equations_at_any_tensor_parallel_size(ranks: int, tmp_path: Path) -> None:
     (tmp_path / "cases.json").write_text(json.dumps(_cases(ranks)))
     run_ranks(ranks, TESTS / "parallel" / "layer_worker.py", str(tmp_path / "cases.json"), str(tmp_path))

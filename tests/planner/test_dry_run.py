@@ -17,7 +17,6 @@ from tests.support.ranks import run_ranks
 from tests.support.subprocesses import LAUNCHER_VARIABLES
 from tests.support.waiting import TIMEOUT_S
 
-pytestmark = pytest.mark.torch_versions
 WORKER = Path(__file__).with_name("memory_worker.py")
 SMALL_BUCKETS = Path(__file__).with_name("small_buckets.json")  # DeepSpeed's are 2 GB and never filled here
 CASES: list[tuple[int, dict[str, Value]]] = [
@@ -128,6 +127,7 @@ def test_every_problem_at_once(words: str, told: list[str]) -> None:
 
 @pytest.mark.parametrize(("ranks", "flags"), CASES, ids=lambda value: str(value))
 @pytest.mark.law
+@pytest.mark.torch_versions
 def test_the_plan_is_what_the_engine_holds(ranks: int, flags: dict[str, Value], tmp_path: Path) -> None:
     """Weights and optimizer exactly; the peak of a step within 2 %: scalars are not planned.
 
