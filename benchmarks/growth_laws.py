@@ -15,7 +15,8 @@ import torch
 
 from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.growth.plan import plan_growth
-from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from megatron_nexus.growth.request import GrowthRequest
+from megatron_nexus.growth.settings import GrowthConfig
 from megatron_nexus.spec.growth_rule import Fill, Init
 from tests.support import checkpoints, reference
 
@@ -34,8 +35,9 @@ def row(folder: Path, model: str, axes: str, init: Init) -> str:
     """A line of the table: grow, compare logits, take a few steps, and grow after and before resharding."""
     config = checkpoints.configure(**MODELS[model])
     sizes = checkpoints.sizes_for(config, axes)
+    settings = {"init": init} | ({"depth_init": "random"} if "num_layers" in sizes else {})
     source = checkpoints.write_checkpoint(folder / "old", config)
-    made, after = checkpoints.grow(source, folder / "new", config, sizes, init=init)
+    made, after = checkpoints.grow(source, folder / "new", config, sizes, **settings)
     tokens = checkpoints.sample(config.model)
     before = reference.logits(checkpoints.weights(source), tokens, dataclasses.asdict(config.model))
     w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
@@ -53,7 +55,7 @@ def row(folder: Path, model: str, axes: str, init: Init) -> str:
                 reached[name] |= gradient != 0
                 t -= RATE * gradient
     new = trained = 0
-    plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(init=init)))
+    plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(**settings)))
     for name, tensor in plan.tensors.items():
         for block in tensor.boxes:
             if block.fill is not Fill.KEPT:
@@ -62,7 +64,7 @@ def row(folder: Path, model: str, axes: str, init: Init) -> str:
                 trained += int(reached[name][part].sum())
 
     split, _ = checkpoints.grow(source, folder / "split", config, {}, pp=2)
-    first, _ = checkpoints.grow(split, folder / "first", config, sizes, init=init, pp=2)
+    first, _ = checkpoints.grow(split, folder / "first", config, sizes, **settings, pp=2)
     second, _ = checkpoints.grow(made, folder / "second", after, {}, pp=2)
     same = all(
         np.array_equal(values, checkpoints.tensors(second, state)[name])

@@ -10,11 +10,12 @@ shift $(($# < 1 ? $# : 1))
 # Optimizer steps before growth and after it.
 steps=${STEPS:-100}
 sizes=${SIZES:---nexus-m 224 --nexus-a 288}
-# A warm-up and a decay of its own, counted from the growth.
-go_on=(--train-iters "$((2 * steps))" --lr-start-iter "$steps" --load auto)
+# One schedule over all of it: the base ends in its stable phase, and the rate decays once, over the last fifth.
+schedule=(--lr-decay-style WSD --lr-decay-iters "$((2 * steps))" --lr-wsd-decay-iters "$(((2 * steps + 4) / 5))")
+go_on=(--train-iters "$((2 * steps))" --load auto)
 
 # All four ranks of one copy of the model.
-nexus train --tp 2 --pp 2 --train-iters "$steps" --save "$out/base" --load auto "$@"
+nexus train --tp 2 --pp 2 "${schedule[@]}" --train-iters "$steps" --save "$out/base" --load auto "$@"
 # shellcheck disable=SC2086  # sizes holds several words
 { # without sizes the tool reshards
     [ -e "$out/ungrown" ] || nexus grow --load "$out/base" --save "$out/ungrown" --tp 2 --pp 2

@@ -12,10 +12,11 @@ from megatron_nexus.checkpoint.saved_run import SavedRun
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import TensorPlan, grown_manifest, plan_growth
-from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from megatron_nexus.growth.request import GrowthRequest
+from megatron_nexus.growth.settings import GrowthConfig
 
-NEVER_TRAINS = ("init", "zero")
-"""The paper's choice: tests/growth/test_laws.py shows that its new weights stay zero."""
+NOT_TRIED = (("init", "zero"), ("init", "auto"))
+"""The paper's choice, whose new weights stay zero (tests/growth/test_laws.py), and what is another's name."""
 
 _Effect = tuple[ModelConfig, list[tuple[str, TensorPlan]], OptimizerRecord]
 
@@ -61,7 +62,7 @@ def _variations(asked: Recipe) -> list[Recipe]:
     for field, kind in get_type_hints(GrowthConfig).items():
         values = get_args(kind) if get_origin(kind) is Literal else ()
         for value in values:
-            if value != getattr(asked.settings, field) and (field, value) != NEVER_TRAINS:
+            if value != getattr(asked.settings, field) and (field, value) not in NOT_TRIED:
                 made.append(_changed(asked, ((field, value),)))
     return made
 

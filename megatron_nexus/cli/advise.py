@@ -24,6 +24,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.extras import install_command
 from megatron_nexus.growth.request import GrowthRequest, grown_config, read_request
+from megatron_nexus.growth.settings import GrowthConfig
 
 if TYPE_CHECKING:
     from megatron_nexus.advice.forecast import Plan
@@ -169,7 +170,7 @@ def _targets(config: RunConfig, texts: Sequence[str]) -> dict[str, Target]:
         sizes = {name: 2 * size for name in names if (size := getattr(config.model, name))}
         if not sizes:
             continue
-        request = GrowthRequest(sizes, read_request("num_layers=1").settings)
+        request = GrowthRequest(sizes, GrowthConfig())
         try:
             found[_text(sizes)] = Target(request, grown_config(config, request))
         except ConfigError:

@@ -20,7 +20,7 @@ from megatron_nexus.cli.arguments import count, positive
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.extras import install_command
-from megatron_nexus.growth.request import CHANGING
+from megatron_nexus.growth.settings import CHANGING
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, task_averages, validation_curves
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
     nexus grow --load runs/240m --save runs/300m --nexus-m 1088 --tp 4
 
-Weights, moments and counters are carried over, the function stays, and gradients reach every new weight.
+Weights, moments and counters are carried over, and gradients reach every new weight. The function stays,
+unless new layers are stacked, as they are by default.
 Without a size to grow it reshards. No process group, no accelerator, no model: pieces of tensors are read,
 filled and written, by one process, by --workers of them or by the ranks of mpirun, in bounded memory.
 """
@@ -36,8 +37,9 @@ def make_parser() -> FlagParser:
         "grow",
         "--load RUN --save FOLDER [flags]",
         description=(
-            "Make a checkpoint a larger model without changing its function, or, without a larger size, "
-            "write it for another topology. The source is never touched."
+            "Make a checkpoint a larger model, or, without a larger size, write it for another topology. The "
+            "function stays, but for new layers: they are stacked (--depth-init copy keeps it). The source "
+            "is never touched."
         ),
         argument_default=argparse.SUPPRESS,
     )

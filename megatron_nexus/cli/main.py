@@ -45,7 +45,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
     },
     "Checkpoints": {
         "inspect": Verb("inspect_checkpoint", "show what a checkpoint holds, and check its bytes"),
-        "grow": Verb("grow", "enlarge a trained model without changing its function, or reshard it"),
+        "grow": Verb("grow", "enlarge a trained model with its optimizer state, or reshard it"),
         "upcycle": Verb("upcycle", "add Nexus-Ranks or higher-order attention to a trained model"),
         "convert": Verb("convert", "write one plain safetensors file, or DeepSpeed's universal checkpoint"),
         "export": Verb("export_hf", "write a folder that Hugging Face's transformers loads"),
@@ -88,7 +88,7 @@ def overview() -> str:
     lines = [
         f"usage: {COMMAND} VERB [flags]",
         "",
-        "Pretrain a Nexusformer on a cluster, grow it without losing its function, and go on training.",
+        "Pretrain a Nexusformer on a cluster, grow it when it has run out of capacity, and go on training.",
     ]
     for group, verbs in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {name:16} {verb.summary}" for name, verb in verbs.items())]

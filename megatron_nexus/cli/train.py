@@ -147,7 +147,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
         from megatron_nexus.growth.generations import boxes_by_growth, newest_regions
         from megatron_nexus.growth.grown_reader import GrownReader
         from megatron_nexus.growth.plan import plan_growth
-        from megatron_nexus.growth.report import warnings
+        from megatron_nexus.growth.report import recipe_lines, warnings
         from megatron_nexus.parallel.mesh import first_failure
         from megatron_nexus.training.run import run as train
     open_state: Callable[[Location], StateReader] = CheckpointReader
@@ -155,8 +155,8 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
         with path_errors():
             if command.start and command.start.growth:
                 plan = plan_growth(command.start.config, command.start.growth)
-                for warning in warnings(plan, command.start):
-                    log.logger.info("%s", warning)
+                for line in (*warnings(plan, command.start), *recipe_lines(plan)):
+                    log.logger.info("%s", line)
                 open_state = partial(GrownReader, plan=plan)
             train(
                 command.config,

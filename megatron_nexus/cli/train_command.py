@@ -21,7 +21,8 @@ from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.growth.request import GrowthRequest, grown_config, read_request, recorded_settings
+from megatron_nexus.growth.request import GrowthRequest, grown_config, model_before, read_request
+from megatron_nexus.growth.settings import recorded_settings
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,11 @@ def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRe
     if newest is None:
         return None
     saved = open_saved_run(newest)
-    growths = [entry for entry in saved.manifest.lineage if "axes" in entry]
-    if not growths or recorded_settings(growths[-1]) != vars(growth.settings):
+    growths: list[Mapping[str, Any]] = [entry for entry in saved.manifest.lineage if "axes" in entry]
+    if not growths:
+        return None
+    before = model_before(saved.config.model, growths[-1]["axes"])
+    if not growth.made(before, recorded_settings(growths[-1])):
         return None
     same_sizes = all(getattr(saved.config.model, name) == size for name, size in growth.sizes.items())
     parent, named = str(growths[-1]["parent"]), str(source.resolve())

@@ -41,6 +41,7 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import GrowthPlan
 from megatron_nexus.growth.report import checkpoint_bytes
+from megatron_nexus.growth.settings import STACKING
 from megatron_nexus.growth.verify import compare
 from megatron_nexus.growth.worker_group import Advance, WorkerGroup, os_error_message
 from megatron_nexus.log import logger
@@ -226,7 +227,8 @@ def _verified(plan: GrowthPlan, source: Location, folder: Path, manifest: Manife
         logger.info("verified in float64: %s", message)
     else:
         flags = " and ".join(plan.changes)
-        logger.info("the function changed, as %s does: in float64 %s", flags, message)
+        remedy = "; --depth-init copy keeps it" if plan.changes == [STACKING] else ""
+        logger.info("the function changed, as %s does: in float64 %s%s", flags, message, remedy)
     if plan.after.model.vocab_size > plan.before.model.vocab_size:
         logger.info("new tokens raise the loss by %.4f nats/token until they are learnt", found.loss_shift)
     if not plan.axes:

@@ -4,7 +4,6 @@ The manifest's `grown_regions` end when Adam's correction is no longer visible; 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,8 @@ from megatron_nexus.checkpoint.chunks import full_box, intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion, JsonObject, Manifest
 from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.growth.plan import plan_tensors, translate
-from megatron_nexus.growth.request import GrowthConfig, recorded_settings
+from megatron_nexus.growth.request import model_before
+from megatron_nexus.growth.settings import GrowthConfig, recorded_settings
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.shard import Box
 
@@ -30,7 +30,7 @@ def boxes_by_growth(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[s
     growths = growths_of(lineage)
     models = [model]
     for entry in reversed(growths):
-        models.insert(0, _before(models[0], entry["axes"]))
+        models.insert(0, model_before(models[0], entry["axes"]))
     first = decoder_specs(models[0])
     boxes = {name: [(full_box(spec.shape), 0)] for name, spec in first.items() if spec.numel}
     for number, (entry, (old, new)) in enumerate(zip(growths, pairwise(models), strict=True), start=1):
@@ -66,10 +66,3 @@ def newest_regions(model: ModelConfig, manifest: Manifest) -> list[GrownRegion]:
         for box, number in parts
         if number == len(growths)
     ]
-
-
-def _before(model: ModelConfig, axes: Mapping[str, Sequence[int]]) -> ModelConfig:
-    """Return a model of the tensors that `model` had before it grew along `axes`."""
-    sizes: dict[str, Any] = {name: old for name, (old, _) in axes.items()}
-    gate = model.attention_gate and "attention_order" not in axes
-    return replace(model, **sizes, attention_gate=gate)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_nexus.growth.request import GrowthConfig
+from megatron_nexus.growth.settings import GrowthConfig
 
 
 @dataclass(frozen=True)

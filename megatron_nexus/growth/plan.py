@@ -10,13 +10,8 @@ from megatron_nexus.checkpoint.chunks import intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest, OptimizerRecord
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.growth.layer_origins import LayerOrigin, layer_origins
-from megatron_nexus.growth.request import (
-    GROWING,
-    GrowthConfig,
-    GrowthRequest,
-    changes_of_function,
-    grown_config,
-)
+from megatron_nexus.growth.request import GROWING, GrowthRequest, grown_config
+from megatron_nexus.growth.settings import GrowthConfig, changes_of_function
 from megatron_nexus.models.decoder import decoder_specs, layer_parts
 from megatron_nexus.spec.growth_rule import FilledBox, copied_boxes, grown_boxes, inserted_boxes
 from megatron_nexus.spec.param import ParamSpec
@@ -61,10 +56,9 @@ def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:
 
     Raises ConfigError where the model cannot grow so.
     """
+    settings = request.resolved(saved.model).settings
     after = grown_config(saved, request)
-    return GrowthPlan(
-        saved, after, request.settings, plan_tensors(saved.model, after.model, request.settings)
-    )
+    return GrowthPlan(saved, after, settings, plan_tensors(saved.model, after.model, settings))
 
 
 def plan_tensors(old: ModelConfig, new: ModelConfig, settings: GrowthConfig) -> dict[str, TensorPlan]:
@@ -90,11 +84,11 @@ def _boxes(
 ) -> tuple[FilledBox, ...]:
     """Return the boxes of a tensor that was `before`, or is a copy of it, or is drawn."""
     if before is None:
-        return tuple(inserted_boxes(spec, settings.init))
+        return tuple(inserted_boxes(spec, settings.fill_rule))
     if is_copy:
         keeps_function = settings.depth_init != "stack"
-        return tuple(copied_boxes(before, spec, settings.init, settings.split_share, keeps_function))
-    return tuple(grown_boxes(before, spec, settings.init, settings.split_share))
+        return tuple(copied_boxes(before, spec, settings.fill_rule, settings.split_share, keeps_function))
+    return tuple(grown_boxes(before, spec, settings.fill_rule, settings.split_share))
 
 
 def grown_manifest(source: Manifest, plan: GrowthPlan, parent: str) -> Manifest:

@@ -11,7 +11,7 @@ from megatron_nexus.checkpoint.saved_run import SavedRun
 from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.config.schedule import decayed_rate
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan
-from megatron_nexus.growth.request import ZERO_WARNING
+from megatron_nexus.growth.settings import STACKING, ZERO_WARNING
 from megatron_nexus.models.decoder import decoder_specs, layer_specs, training_flops_per_token
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.spec.param import Constant, Layout
@@ -76,6 +76,11 @@ def warnings(plan: GrowthPlan, saved: SavedRun) -> Iterator[str]:
         )
     for flag in plan.changes:
         yield f"{flag} changes the function: the loss jumps at the growth, and --verify only says how far"
+        if flag == STACKING:
+            yield (
+                "it ended lowest where it was measured (docs/progressive_scaling.md); --depth-init copy "
+                "keeps the function"
+            )
     if plan.axes and (warning := _decay_warning(saved)):
         yield warning
 
@@ -113,6 +118,7 @@ def size_lines(plan: GrowthPlan) -> Iterator[str]:
     """Yield parameters, FLOPs and bytes before and after, and which widths are padded in memory."""
     for name, (old, new) in plan.axes.items():
         yield f"  {name:<24} {old:,} -> {new:,}"
+    yield from recipe_lines(plan)
     before, after = plan.before, plan.after
     counts = [parameter_count(decoder_specs(config.model).values()) for config in (before, after)]
     length = after.training.seq_length
@@ -121,6 +127,18 @@ def size_lines(plan: GrowthPlan) -> Iterator[str]:
     yield f"  {'training FLOPs per token':<24} {flops[0]:,} -> {flops[1]:,}"
     yield f"  {'bytes of the checkpoint':<24} {checkpoint_bytes(after.model):,}"
     yield from _padding_lines(after)
+
+
+def recipe_lines(plan: GrowthPlan) -> Iterator[str]:
+    """Yield how new units and new layers begin, with which moments; nothing where nothing grows."""
+    settings = plan.settings
+    if {*plan.axes} - {"num_layers", "vocab_size", "attention_order"}:
+        yield f"  {'new units':<24} {settings.init}"
+    if "num_layers" in plan.axes:
+        place = "at the end" if settings.placement == "end" else settings.placement
+        yield f"  {'new layers':<24} {settings.depth_init}, {place}"
+    if plan.axes:
+        yield f"  {'moments':<24} {settings.moments}"
 
 
 def _padding_lines(config: RunConfig) -> Iterator[str]:

@@ -1,108 +1,30 @@
 """Growth as a user asks for it: the sizes of the larger model, and how its new weights begin."""
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from megatron_nexus.base.invocation import command
 from megatron_nexus.config.command_line import add_field_flag
-from megatron_nexus.config.config_field import bound_problems, config_field, flag_of, growing_fields
+from megatron_nexus.config.config_field import bound_problems, flag_of, growing_fields
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
-from megatron_nexus.config.run_config import InnerAttention, ModelConfig, RunConfig
+from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.division import division_problems
-from megatron_nexus.spec.growth_rule import DIVIDING, SPLIT_SHARE, Init
-
-Placement = Literal["interleaved", "end"]
-DepthInit = Literal["random", "copy", "stack"]
-Moments = Literal["kept", "copied", "reset"]
+from megatron_nexus.growth.settings import EARLIER, GrowthConfig
+from megatron_nexus.spec.growth_rule import DIVIDING, Init
 
 GROWING = growing_fields(ModelConfig)
 """The fields of a model that growth can raise; all others stay."""
 
-ZERO_WARNING = (
-    "--init zero is the paper's choice, and no gradient will ever reach the new blocks: gelu(0) = 0.\n"
-    "The grown model computes and trains exactly as the old one; use out_rand to put the new weights to use."
-)
 
-
-@dataclass(frozen=True)
-class GrowthConfig:
-    """How new weights begin."""
-
-    init: Init = config_field(
-        "out_rand",
-        "which factor of each new path is zero. out_rand: the one that writes new units; in_rand: the one "
-        "that reads them; zero: both, which never trains. split: new units are copies of old ones, which "
-        "share their outgoing weights; pairs: new units in pairs of equal incoming and opposite outgoing "
-        "weights; the function stays too. noise and random: none, so the function changes "
-        "(random: new initial values, and the scale of the new slots of Pattention, as Tokenformer's code "
-        "grows)",
-    )
-    split_share: float = config_field(
-        SPLIT_SHARE,
-        "with --init split: the old unit's share of its outgoing weights, the copy has the rest; 0.5 to 2. "
-        "Below 1 both have the same sign, and Adam hardly moves them apart",
-        positive=True,
-    )
-    init_std: float = config_field(
-        0.0, "deviation of random new weights; 0: --init-method-std of the checkpoint's model"
-    )
-    noise_share: float = config_field(
-        0.1, "deviation of --init noise, as a share of each old tensor's", positive=True
-    )
-    growth_seed: int = config_field(1234, "seed of the new weights")
-    depth_placement: Placement = config_field(
-        "interleaved", "new layers: interleaved with the old ones, or all at the end"
-    )
-    depth_init: DepthInit = config_field(
-        "random",
-        "what new layers begin as. random: initial values; copy: the old layer before each; both with zeros "
-        "where they write to the residual stream, so the function stays. stack: the old layers again, whole "
-        "and in their order, 0 1 0 1, at the end (G_stack), so the function changes",
-    )
-    moments: Moments = config_field(
-        "kept",
-        "Adam's moments. kept: the old ones stay, new weights begin with zeros and a step count of their "
-        "own; copied: besides, copied weights begin with the moments and step count of their source; reset: "
-        "all are zero",
-    )
-    attention_inner: InnerAttention = config_field(
-        "self",
-        "with --attention-order: scores of the inner attentions that the model is given, self or cross",
-    )
-
-    @property
-    def placement(self) -> Placement:
-        """Where new layers go: a stack is always at the end."""
-        return "end" if self.depth_init == "stack" else self.depth_placement
-
-
-CHANGING: tuple[Init, ...] = ("noise", "random")
-"""What leaves no zero factor on new paths, and so changes the function by intent."""
-
-
-def changes_of_function(settings: GrowthConfig, axes: Collection[str]) -> list[str]:
-    """Return the flags by which a growth of the sizes `axes` changes the function by intent."""
-    flags = [f"--init {settings.init}"] if settings.init in CHANGING and axes else []
-    if settings.depth_init == "stack" and "num_layers" in axes:
-        flags.append("--depth-init stack")
-    return flags
-
-
-UNRECORDED: Mapping[str, object] = {
-    "depth_init": "random",
-    "moments": "kept",
-    "split_share": SPLIT_SHARE,
-}
-"""What versions did that knew no such settings, and so recorded none."""
-
-
-def recorded_settings(growth: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a growth in a lineage, those included that were not recorded then."""
-    return {**UNRECORDED, **growth["settings"]}
+def model_before(model: ModelConfig, axes: Mapping[str, Sequence[int]]) -> ModelConfig:
+    """Return a model of the tensors that `model` had before it grew along `axes`."""
+    sizes: dict[str, Any] = {name: old for name, (old, _) in axes.items()}
+    gate = model.attention_gate and "attention_order" not in axes
+    return replace(model, **sizes, attention_gate=gate)
 
 
 def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
@@ -177,12 +99,12 @@ def _order_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthCo
 def _depth_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> list[str]:
     """List what is asked of new layers or of moments where nothing is new."""
     problems = []
-    if growth.depth_init != "random" and sizes.get("num_layers", 0) <= old.num_layers:
+    if growth.depth_init != GrowthConfig.depth_init and sizes.get("num_layers", 0) <= old.num_layers:
         problems.append(
             f"--depth-init {growth.depth_init} is about new layers, and none are asked for beside the "
             f"checkpoint's {old.num_layers}: give a larger --num-layers, or drop the flag"
         )
-    if growth.moments != "kept" and not sizes:
+    if growth.moments != GrowthConfig.moments and not sizes:
         problems.append(
             f"--moments {growth.moments} belongs to a growth, and no size is given: give one, or "
             "drop the flag"
@@ -194,15 +116,18 @@ def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     """List the sizes that cannot grow in this model without changing its function or first steps."""
     reasons: dict[str, str] = {}
     if old.qk_layernorm_all_heads:
-        why = "the norm over the channels of all heads (--qk-layernorm-all-heads) would see new ones"
+        why = (
+            "the norm over the channels of all heads (--qk-layernorm-all-heads) would see new ones; grow "
+            "other sizes of this model"
+        )
         reasons |= dict.fromkeys(("num_attention_heads", "num_query_groups", "kv_channels"), why)
     if old.post_norm and growth.depth_init != "stack":
         reasons["num_layers"] = (
-            "norms of what new layers give (--post-norm) would begin with zeros and blow up their gradients "
-            "(those of --depth-init stack do not)"
+            "norms of what new layers give (--post-norm) would begin with zeros and blow up their "
+            "gradients; use --depth-init stack"
         )
     return [
-        f"{flag_of(name)} {sizes[name]}: {why}; grow other sizes of this model"
+        f"{flag_of(name)} {sizes[name]}: {why}"
         for name, why in reasons.items()
         if sizes.get(name, 0) > getattr(old, name)
     ]
@@ -224,9 +149,9 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
                 f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
             )
     problems += _foreign_sizes(old, sizes) + _order_problems(old, sizes, growth)
-    if growth.init in ("in_rand", *DIVIDING):
-        problems += _active_at_once(old, sizes, growth.init)
-    problems += division_problems(old, sizes, growth.init, growth.split_share)
+    if growth.fill_rule in ("in_rand", *DIVIDING):
+        problems += _active_at_once(old, sizes, growth.fill_rule)
+    problems += division_problems(old, sizes, growth.fill_rule, growth.split_share)
     problems += _depth_problems(old, sizes, growth)
     if old.no_rope_freq and sizes.get("num_layers", 0) > old.num_layers and growth.placement != "end":
         problems.append(
@@ -302,13 +227,36 @@ class GrowthRequest:
         sizes = {name: int(given[name]) for name in GROWING if name in given}
         return cls(sizes, GrowthConfig(**settings))
 
+    def resolved(self, old: ModelConfig) -> "GrowthRequest":
+        """Return the request with the `init` that "auto" means for the model `old`."""
+        if self.settings.init != "auto":
+            return self
+        init: Init = "out_rand" if _active_at_once(old, self.sizes, "in_rand") else "in_rand"
+        return replace(self, settings=replace(self.settings, init=init))
+
+    def made(self, old: ModelConfig, recorded: Mapping[str, Any]) -> bool:
+        """Return whether a growth of the model `old`, with the settings recorded of it, is the one asked for.
+
+        What is not said may have been the default of an earlier version.
+        """
+        default = GrowthConfig()
+        return all(
+            recorded.get(name) == value
+            or (
+                getattr(self.settings, name) == getattr(default, name)
+                and recorded.get(name) == EARLIER.get(name, value)
+            )
+            for name, value in vars(self.resolved(old).settings).items()
+        )
+
 
 def grown_config(saved: RunConfig, request: GrowthRequest) -> RunConfig:
     """Return the configuration of a checkpoint after the growth.
 
     Raises ConfigError with every reason why it cannot.
     """
-    old, new = saved.model, _grown_model(saved.model, request.sizes, request.settings)
+    settings = request.resolved(saved.model).settings
+    old, new = saved.model, _grown_model(saved.model, request.sizes, settings)
     if new == old and request.sizes:
         asked = ", ".join(f"{name} {size}" for name, size in request.sizes.items())
         raise ConfigError(

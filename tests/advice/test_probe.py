@@ -13,7 +13,7 @@ from megatron_nexus import api
 from megatron_nexus.advice.recipes import recipes
 from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.cli.advise import run
-from megatron_nexus.growth.request import GrowthConfig, read_request
+from megatron_nexus.growth.request import read_request
 from megatron_nexus.spec.growth_rule import Init
 from tests.support import checkpoints
 from tests.support.cli import Command, commands
@@ -28,15 +28,15 @@ def test_recipes_are_all_choices_of_the_code_that_make_a_difference(tmp_path: Pa
     checkpoints.write_checkpoint(tmp_path, checkpoints.configure())
     saved = open_saved_run(tmp_path)
     widths = {r.name for r in recipes(saved, read_request("nexus_m=30 nexus_a=38"))}
-    inits = {f"init={init}" for init in get_args(Init) if init not in ("zero", GrowthConfig().init)}
-    assert inits | {"as asked for", "moments=reset"} <= widths
+    inits = {f"init={init}" for init in get_args(Init) if init not in ("zero", "in_rand")}
+    assert inits | {"as asked for", "moments=reset"} <= widths  # in_rand is what was asked for
     assert not any("depth" in name for name in widths)  # which no width depends on
     depth = {r.name for r in recipes(saved, read_request("num_layers=4"))}
-    # What does nothing alone is tried beside what it needs: copied moments beside copied layers.
-    assert {"depth_init=stack", "depth_init=stack moments=copied", "depth_placement=end"} <= depth
-    assert "moments=copied" not in depth
-    asked = recipes(saved, read_request("num_layers=4 depth_init=stack"))[0]
-    assert (asked.name, asked.settings.depth_init) == ("as asked for", "stack")
+    # What does nothing alone is tried beside what it needs: another place beside layers that are not stacked.
+    assert {"depth_init=copy", "depth_init=copy depth_placement=end", "moments=kept"} <= depth
+    assert "depth_placement=end" not in depth
+    asked = recipes(saved, read_request("num_layers=4 depth_init=copy"))[0]
+    assert (asked.name, asked.settings.depth_init) == ("as asked for", "copy")
     # With an inner norm in_rand is refused, and so not tried.
     config = checkpoints.configure(nexus_inner_norm=True)
     checkpoints.write_checkpoint(tmp_path / "norm", config)
@@ -70,7 +70,7 @@ def test_a_probe_trains_each_recipe_on_the_batches_that_the_run_reads_next(
     assert control == {step: losses[step] for step in range(33, 37)}  # to the bit: nothing decays before 37
     probed = {one["recipe"]: one for one in found["probe"]}
     assert len(seen) == 1 + len(probed) == 1 + len({json.dumps(s["growth"]) for s in probed.values()})
-    for name in ("as asked for", "init=in_rand", "moments=reset"):  # which keep the function
+    for name in ("as asked for", "init=out_rand", "moments=reset"):  # which keep the function
         assert abs(probed[name]["at_once"]["value"]) < 1e-5
     assert abs(probed["init=random"]["at_once"]["value"]) > 1e-4
     assert all(one["loss"]["half"] is None for one in probed.values())  # one seed has no interval

@@ -35,9 +35,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root, config = tmp_path_factory.mktemp("chain"), checkpoints.configure()
     folders = [checkpoints.write_checkpoint(root / "0", config)]
     for number, sizes in enumerate(GROWTHS, start=1):
-        made, config = checkpoints.grow(
-            folders[-1], root / str(number), config, sizes, init="noise", depth_placement="interleaved"
-        )
+        depth = {"depth_init": "random"} if "num_layers" in sizes else {}
+        made, config = checkpoints.grow(folders[-1], root / str(number), config, sizes, init="noise", **depth)
         folders.append(made)
     return folders
 

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loss = {"name": "validation", "step": checkpoints.STEP, "validation_loss": 2.7}
     (root / "base" / METRICS_FILE).write_text(json.dumps(loss) + "\n")
     for name, tp, pp in (("one", 1, 1), ("four", 2, 2)):
-        made, after = checkpoints.grow(base, root / name, config, SIZES, tp, pp)
+        made, after = checkpoints.grow(base, root / name, config, SIZES, tp, pp, init="out_rand")
         write_run(root / name, made, after, tp)
     return root
 

@@ -37,7 +37,13 @@ def test_a_command_that_grows_while_loading_goes_on_when_it_is_started_again(tmp
     assert again.start is not None and again.start.has_grown
     # Not where another growth is asked for, or another run's checkpoint was grown.
     assert _start(*command, "--grow", "nexus_m=22") == (old, True, True)
-    assert _start(*command, "--grow", "nexus_m=20 init=in_rand") == (old, True, True)
+    assert _start(*command, "--grow", "nexus_m=20 init=out_rand") == (old, True, True)
+    # What the default stands for may be said, and what an earlier version did by default may go on.
+    assert _start(*command, "--grow", "nexus_m=20 init=in_rand") == (new, False, False)
+    earlier = {"init": "out_rand", "moments": "kept"}
+    begun = [*command[:-1], str(tmp_path / "begun")]
+    checkpoints.grow(old, tmp_path / "begun", config, {"nexus_m": 20}, **earlier)
+    assert _start(*begun) == (newest_checkpoint(tmp_path / "begun"), False, False)
     with pytest.raises(ConfigError, match="has these sizes already"):
         _start("--load", str(tmp_path / "new"), *GROW, "--save", str(tmp_path / "new"))
     # Sizes of the smaller run may stay on the command line, its preset too, before and after.

@@ -64,8 +64,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_it_grows_verifies_and_says_how_to_go_on(run: Run, folder: Path) -> None:
     before = contents(folder / "old")
-    code, told = run("--load old --save new --nexus-m 20 --num-layers 3 --vocab-size 40 --pp 2 --verify")
+    code, told = run(
+        "--load old --save new --nexus-m 20 --num-layers 3 --depth-init copy --vocab-size 40 --pp 2 --verify"
+    )
     assert code == 0, told
+    # The inner norm would see what `in_rand` makes.
+    assert "new units                out_rand" in told
+    assert "new layers               copy, interleaved" in told
     assert "nexus_m                  15 -> 20" in told
     assert "verified in float64: logits moved by at most" in told
     assert "new tokens raise the loss by" in told
@@ -81,7 +86,7 @@ def test_it_grows_verifies_and_says_how_to_go_on(run: Run, folder: Path) -> None
     ("words", "flag"),
     [
         ("--nexus-m 20 --init noise", "--init noise"),
-        ("--num-layers 4 --depth-init stack", "--depth-init stack"),
+        ("--num-layers 4", "--depth-init stack"),
     ],
 )
 def test_a_function_that_changed_is_not_called_verified(words: str, flag: str, run: Run) -> None:
@@ -90,6 +95,7 @@ def test_a_function_that_changed_is_not_called_verified(words: str, flag: str, r
     assert f"{flag} changes the function" in told
     assert f"the function changed, as {flag} does: in float64 logits moved by at most" in told
     assert "verified" not in told
+    assert ("--depth-init copy keeps it" in told) == (flag == "--depth-init stack")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +142,7 @@ def test_a_growth_in_the_stable_phase_keeps_the_schedule_of_the_run(
     def rates(config: RunConfig, steps: range) -> list[float]:
         return [learning_rate(config.optimizer, size * step, size * 100) for step in steps]
 
-    code, output = run("--load base --save grown --num-layers 4 --depth-init stack --moments copied")
+    code, output = run("--load base --save grown --num-layers 4")
     assert code == 0 and "warning" not in output, output
     assert "--load grown --train-iters 100" in output
     for words in (
@@ -195,7 +201,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
     [
         ("--nexus-m 14", ["--nexus-m 14 is below the checkpoint's 15", "never shrinks"]),
         ("--nexus-m 15", ["nexus_m 15: the checkpoint has these sizes already"]),
-        ("--nexus-m 20 --depth-init stack", ["--depth-init stack", "2: give a larger --num-layers"]),
+        ("--nexus-m 20 --depth-init copy", ["--depth-init copy", "2: give a larger --num-layers"]),
         ("--moments reset", ["--moments reset", "no size is given"]),
         ("--kv-channels 6 --num-attention-heads 1", ["--num-attention-heads 1 is below", "never shrinks"]),
         ("--num-attention-heads 3 --tp 2", ["--tp 2 does not divide --num-attention-heads 3: use 1, 3"]),

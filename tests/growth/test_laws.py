@@ -20,7 +20,8 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import plan_growth
-from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from megatron_nexus.growth.request import GrowthRequest
+from megatron_nexus.growth.settings import GrowthConfig
 from tests.support import checkpoints, reference
 
 # Sums over longer rows in float64, of logits of size one.
@@ -63,7 +64,7 @@ DIVIDED = {
 }
 RECIPES: dict[str, dict[str, str]] = {
     **{init: {"init": init} for init in ("out_rand", "in_rand", "zero")},
-    "copy": {"depth_init": "copy"},
+    "copy": {"init": "out_rand", "depth_init": "copy"},
     "split": {"init": "split"},
     "pairs": {"init": "pairs"},
 }
@@ -120,6 +121,8 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
     config, source, before = source_of(option)
     sizes = checkpoints.sizes_of_recipe(config, axes, recipe)
     settings = RECIPES[recipe]
+    if "num_layers" in sizes:
+        settings = {"depth_init": "random", **settings}
     made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, **settings)
     tokens = checkpoints.sample(config.model)
     w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
@@ -156,10 +159,9 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
 def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Path) -> None:
     config = checkpoints.configure()
     source = checkpoints.write_checkpoint(tmp_path / "old", config)
-    made, _ = checkpoints.grow(
-        source, tmp_path / "new", config, checkpoints.AXES["all"], depth_placement="end"
-    )
-    plan = plan_growth(config, GrowthRequest(checkpoints.AXES["all"], GrowthConfig(depth_placement="end")))
+    settings = {"depth_init": "random", "depth_placement": "end"}
+    made, _ = checkpoints.grow(source, tmp_path / "new", config, checkpoints.AXES["all"], **settings)
+    plan = plan_growth(config, GrowthRequest(checkpoints.AXES["all"], GrowthConfig(**settings)))
     for state in STATES:
         old, new = checkpoints.tensors(source, state), checkpoints.tensors(made, state)
         for name, tensor in plan.tensors.items():
@@ -177,6 +179,7 @@ def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Pat
     ("axes", "option", "settings"),
     [
         ("M-A", "plain", {"init": "pairs"}),
+        ("all", "released", {}),
         ("all", "plain", {"init": "split", "moments": "copied"}),
         ("all", "tokenformer", {"depth_init": "copy"}),
     ],
@@ -210,9 +213,8 @@ def test_a_growth_of_a_growth_keeps_its_function_and_its_lineage(tmp_path: Path)
         sizes = {**checkpoints.AXES["all"]}
         if axes == "larger":
             sizes = {name: size + 2 for name, size in sizes.items()}
-        folder, config = checkpoints.grow(
-            folder, tmp_path / str(generation), config, sizes, depth_placement=placement
-        )
+        settings = {"depth_init": "random", "depth_placement": placement}
+        folder, config = checkpoints.grow(folder, tmp_path / str(generation), config, sizes, **settings)
         logits = reference.logits(checkpoints.weights(folder), tokens, dataclasses.asdict(config.model))
         assert (logits[..., :37] - expected).abs().max() <= TOLERANCE
     manifest = read_manifest(folder)
@@ -241,6 +243,46 @@ def test_a_pattention_keeps_the_scale_of_its_birth_over_growths(tmp_path: Path) 
     assert (logits - expected).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("axes", ["M-A", "D", "all"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_default_is_the_best_rule_that_keeps_the_function_of_the_model(
+    option: str, axes: str, source_of: Callable[[str], tuple[RunConfig, Path, Tensor]], tmp_path: Path
+) -> None:
+    """Resolved once, in the lineage too; what is not a copy has zero moments and a step count of its own."""
+    config, source, before = source_of(option)
+    sizes = checkpoints.sizes_of_recipe(config, axes, "")
+    if not sizes:
+        pytest.skip(f"{option} has no {axes}")
+    depth = {"num_layers"} & set(sizes)
+    settings = {"depth_init": "copy"} if depth else {}
+    made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, **settings)
+    tokens = checkpoints.sample(config.model)
+    logits = reference.logits(checkpoints.weights(made), tokens, dataclasses.asdict(after.model))
+    assert (logits[..., : config.model.vocab_size] - before).abs().max() <= TOLERANCE
+
+    manifest = read_manifest(made)
+    recorded = manifest.lineage[-1]["settings"]
+    sees_new = option in ("options", "released", "tokenformer") and axes != "D"
+    assert recorded["init"] == ("out_rand" if sees_new else "in_rand")
+    assert recorded["moments"] == "copied"
+    if sees_new:
+        with pytest.raises(ConfigError, match=r"--init in_rand .* use --init out_rand"):
+            plan_growth(config, GrowthRequest(sizes, GrowthConfig(init="in_rand", **settings)))
+    regions = {(region.tensor, region.box) for region in manifest.optimizer.grown_regions}
+    moments = {state: checkpoints.tensors(made, state) for state in STATES[1:]}
+    plan = plan_growth(config, GrowthRequest(sizes, GrowthConfig(**settings)))
+    assert plan.settings.init == recorded["init"]
+    for name, tensor in plan.tensors.items():
+        for block in tensor.boxes:
+            assert (block.old is None) == ((name, block.box) in regions)
+            if block.old is None:
+                there = index_within(block.box, full_box(tensor.spec.shape))
+                assert not any(values[name][there].any() for values in moments.values())
+    # New layers are stacked, unless it is said otherwise.
+    stacked = plan_growth(config, GrowthRequest({"num_layers": 3}, GrowthConfig()))
+    assert (stacked.changes, stacked.settings.placement) == (["--depth-init stack"], "end")
+
+
 @pytest.mark.parametrize("name", ["pattention_slots", "ffn_hidden_size"])
 def test_active_new_slots_are_refused(name: str) -> None:
     """Random keys enter the norm over all slots at once."""
@@ -253,9 +295,10 @@ def test_active_new_slots_are_refused(name: str) -> None:
 def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
     config = checkpoints.configure()
     source = checkpoints.write_checkpoint(tmp_path / "0", config)
-    once, middle = checkpoints.grow(source, tmp_path / "1", config, checkpoints.AXES["all"])
+    settings = {"depth_init": "random"}
+    once, middle = checkpoints.grow(source, tmp_path / "1", config, checkpoints.AXES["all"], **settings)
     larger = {name: size + 2 for name, size in checkpoints.AXES["all"].items()}
-    twice, _ = checkpoints.grow(once, tmp_path / "2", middle, larger)
+    twice, _ = checkpoints.grow(once, tmp_path / "2", middle, larger, **settings)
     manifest = read_manifest(twice)
     old = read_manifest(source).specs
     born = {name: np.zeros(spec.shape, int) for name, spec in manifest.specs.items()}
@@ -270,7 +313,8 @@ def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
 def test_new_weights_are_drawn_as_a_new_model_of_the_new_widths_draws_them(tmp_path: Path) -> None:
     config = checkpoints.configure(nexus_m=400, nexus_a=500)
     source = checkpoints.write_checkpoint(tmp_path / "0", config, chunk_elements=1 << 24)
-    made, _ = checkpoints.grow(source, tmp_path / "1", config, {"nexus_m": 600, "nexus_a": 800})
+    sizes = {"nexus_m": 600, "nexus_a": 800}
+    made, _ = checkpoints.grow(source, tmp_path / "1", config, sizes, init="out_rand")
     new, q = checkpoints.tensors(made), "layers.0.attention.q"
     gelu = 0.6521  # sqrt(E[gelu(z)^2]), from tables of the normal distribution
     # A deviation of n values is known to 1 / sqrt(2 n).

@@ -14,7 +14,8 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.generations import boxes_by_growth
 from megatron_nexus.growth.plan import plan_growth
-from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from megatron_nexus.growth.request import GrowthRequest
+from megatron_nexus.growth.settings import GrowthConfig
 from tests.support import checkpoints, reference
 
 TOKENFORMER = {
@@ -77,7 +78,10 @@ def test_moments_and_step_counts_follow_their_setting(moments: str, tmp_path: Pa
     """Of a growth of a growth: copies of weights that have a count of their own."""
     config = checkpoints.configure(num_layers=1)
     source = checkpoints.write_checkpoint(tmp_path / "0", config)
-    once, middle = checkpoints.grow(source, tmp_path / "1", config, {"num_layers": 2, "nexus_m": 18})
+    first = {"num_layers": 2, "nexus_m": 18}
+    once, middle = checkpoints.grow(
+        source, tmp_path / "1", config, first, init="out_rand", depth_init="random", moments="kept"
+    )
     sizes = {"num_layers": 4, "nexus_a": 25}
     settings = {"depth_init": "stack", "moments": moments}
     twice, _ = checkpoints.grow(once, tmp_path / "2", middle, sizes, **settings)

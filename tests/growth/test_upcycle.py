@@ -15,6 +15,7 @@ from megatron_nexus.growth.request import with_empty_branch
 from tests.support import checkpoints, reference
 
 QWEN3 = {"projection": "linear", "nexus_m": 0, "nexus_a": 0, "num_query_groups": 1, "qk_layernorm": True}
+DEPTH = {"depth_init": "random"}
 WIDTHS = {"nexus_m": 15, "nexus_a": 19}
 TOLERANCE = 1e-12  # float64: sums that end in exact zeros
 
@@ -75,7 +76,7 @@ def test_a_trained_model_gains_an_order_whose_gates_train_at_once_and_grows_on(
     more |= {"num_query_groups": 2} if kind == "qwen3" else {}
     sizes = {"attention_order": 2, **more}
     made, after = checkpoints.grow(
-        source, tmp_path / "order2", saved, sizes, attention_inner=inner, workers=2
+        source, tmp_path / "order2", saved, sizes, attention_inner=inner, workers=2, **(DEPTH if more else {})
     )
     assert (after.model.attention_order, after.model.attention_inner) == (2, inner)
     w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
@@ -95,7 +96,7 @@ def test_a_trained_model_gains_an_order_whose_gates_train_at_once_and_grows_on(
     assert moved > 1e-3
 
     larger = {"hidden_size": 14, "kv_channels": 6, "num_layers": 4}
-    again, last = checkpoints.grow(made, tmp_path / "larger", after, larger)
+    again, last = checkpoints.grow(made, tmp_path / "larger", after, larger, **DEPTH)
     logits = reference.logits(checkpoints.weights(again), tokens, dataclasses.asdict(last.model))
     assert (logits - before).abs().max() <= TOLERANCE
 

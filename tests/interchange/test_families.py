@@ -113,12 +113,14 @@ def test_it_is_imported_upcycled_grown_and_exported_as_it_computes(
     heads = config.model.num_attention_heads + config.model.num_attention_heads // 2
     larger |= {"num_attention_heads": heads, "num_query_groups": config.model.query_groups * 3 // 2}
     if kind.startswith("olmo2"):  # its norms hold these sizes
-        for name in ("kv_channels", "num_layers", "num_attention_heads", "num_query_groups"):
+        for name in ("kv_channels", "num_attention_heads", "num_query_groups"):
             with pytest.raises(ConfigError, match="grow other sizes of this model"):
                 checkpoints.grow(upcycled, tmp_path / "no", after_config, {name: larger.pop(name)})
-    last, last_config = checkpoints.grow(
-        upcycled, tmp_path / "last", after_config, larger, depth_placement="end"
-    )
+        with pytest.raises(ConfigError, match="use --depth-init stack"):
+            checkpoints.grow(upcycled, tmp_path / "no", after_config, {"num_layers": 6}, depth_init="copy")
+        del larger["num_layers"]
+    settings = {"depth_init": "random", "depth_placement": "end"} if "num_layers" in larger else {}
+    last, last_config = checkpoints.grow(upcycled, tmp_path / "last", after_config, larger, **settings)
     assert (logits(last, last_config, TOKENS) - expected).abs().max() < EXACT
     own = export_checkpoint(last, tmp_path / "own", last_config, None, "fp32", 10**9)
     assert own.architecture.files
@@ -164,4 +166,4 @@ def test_layers_without_rotary_embedding_keep_their_places(
     random_model("smollm3").save_pretrained(tmp_path / "hf")
     checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
     with pytest.raises(ConfigError, match="use --depth-placement end"):
-        checkpoints.grow(checkpoint, tmp_path / "grown", config, {"num_layers": 6})
+        checkpoints.grow(checkpoint, tmp_path / "grown", config, {"num_layers": 6}, depth_init="copy")

@@ -187,7 +187,7 @@ def test_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_model("qwen3").save_pretrained(tmp_path / "hf")
     checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
     sizes = {"ffn_hidden_size": 50, "num_layers": 3, "hidden_size": 30}
-    larger, after = checkpoints.grow(checkpoint, tmp_path / "grown", config, sizes)
+    larger, after = checkpoints.grow(checkpoint, tmp_path / "grown", config, sizes, depth_init="copy")
     assert (logits(larger, after, TOKENS) - logits(checkpoint, config, TOKENS)).abs().max() < EXACT
 
 

@@ -176,7 +176,7 @@ def test_a_job_pretrains_grows_and_goes_on_and_a_requeue_repeats_nothing(
             BASE_STEPS="4",
             TOTAL_STEPS=str(ENDLESS),
             GROWTH="--nexus-m 24 --nexus-a 30 --verify",
-            CONTINUE_FLAGS="--lr-start-iter 4 --log-interval 1 --eval-interval 0 --eval-iters 1",
+            CONTINUE_FLAGS="--log-interval 1 --eval-interval 0 --eval-iters 1",
             SAVE="phases",
         ),
     ).strip()

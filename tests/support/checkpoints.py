@@ -27,7 +27,8 @@ from megatron_nexus.config.run_config import ModelConfig, RunConfig
 from megatron_nexus.growth.apply import grow_checkpoint
 from megatron_nexus.growth.division import UNITS
 from megatron_nexus.growth.plan import plan_growth
-from megatron_nexus.growth.request import GrowthConfig, GrowthRequest
+from megatron_nexus.growth.request import GrowthRequest
+from megatron_nexus.growth.settings import GrowthConfig
 from megatron_nexus.growth.worker_group import WorkerGroup
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.initialise import logical_values

@@ -79,7 +79,9 @@ def runs(ranks: int) -> tuple[dict[str, list[dict]], dict[str, dict[str, float]]
         root = Path(folder)
         config = checkpoints.configure(seq_length=12)
         source = checkpoints.write_checkpoint(root / "source", config)
-        made, after = checkpoints.grow(source, root / "grown", config, SIZES, init="in_rand")
+        made, after = checkpoints.grow(
+            source, root / "grown", config, SIZES, init="in_rand", depth_init="random"
+        )
         flags = {**vars(after.model), **TRAINING, "micro_batch_size": 1, "global_batch_size": 4}
         cases = [
             {"name": f"{name}{suffix}", "flags": {**flags, **topology, **more}, "load": str(made)}
