@@ -236,8 +236,8 @@ def grow(load: str | Path, save: str | Path, **settings: Setting) -> Path:
 
     The settings are those of `nexus grow`: sizes (`nexus_m`, `nexus_a`, `hidden_size`, `num_layers`, ...) or
     a `preset`, `tp` and `pp` of the files, `init`, `verify=True`. It computes the same function, but for new
-    layers, which are stacked unless `depth_init` says otherwise. Without a size it reshards. The source is not
-    touched, and a growth that fails leaves nothing.
+    layers, which are stacked unless `depth_init` says otherwise. Without a size it reshards. The source is
+    not touched, and a growth that fails leaves nothing.
 
     Raises:
         ConfigError: a size that cannot grow, or a `save` that holds checkpoints.

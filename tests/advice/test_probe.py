@@ -27,7 +27,7 @@ def command(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_recipes_are_all_choices_of_the_code_that_make_a_difference(tmp_path: Path) -> None:
     checkpoints.write_checkpoint(tmp_path, checkpoints.configure())
     saved = open_saved_run(tmp_path)
-    widths = {r.name for r in recipes(saved, read_request("nexus_m=30 nexus_a=38"))}
+    widths = {r.name for r in recipes(saved, read_request("nexus_m=29 nexus_a=37"))}
     inits = {f"init={init}" for init in get_args(Init) if init not in ("zero", "in_rand")}
     assert inits | {"as asked for", "moments=reset"} <= widths  # in_rand is what was asked for
     assert not any("depth" in name for name in widths)  # which no width depends on
