@@ -9,6 +9,7 @@ Checkpoints with random weights and moments are grown by the library and judged 
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,9 @@ def row(folder: Path, model: str, axes: str, init: Init) -> str:
     """A line of the table: grow, compare logits, take a few steps, and grow after and before resharding."""
     config = checkpoints.configure(**MODELS[model])
     sizes = checkpoints.sizes_for(config, axes)
-    settings = {"init": init} | ({"depth_init": "random"} if "num_layers" in sizes else {})
+    settings: dict[str, Any] = {"init": init}
+    if "num_layers" in sizes:
+        settings["depth_init"] = "random"
     source = checkpoints.write_checkpoint(folder / "old", config)
     made, after = checkpoints.grow(source, folder / "new", config, sizes, **settings)
     tokens = checkpoints.sample(config.model)
