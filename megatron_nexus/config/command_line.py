@@ -71,6 +71,7 @@ def make_parser() -> FlagParser:
     parser.add_argument(
         "--inject",
         nargs="+",
+        action="extend",
         metavar="FAULT@STEP[,rank=R]",
         help=f"rehearse a fault, once in a run's folder: {', '.join(KINDS)}; such as rank_hung@12,rank=1",
     )

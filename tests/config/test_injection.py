@@ -14,6 +14,11 @@ def test_a_fault_is_a_kind_a_step_and_a_rank() -> None:
     assert list(map(str, faults)) == ["rank_hung@12,rank=0", "bit_flip@3,rank=1"]
 
 
+def test_a_second_flag_adds_its_faults() -> None:
+    words = given_flags(["--inject", "nan@3", "--inject", "spike@4", "nan@5"])["inject"]
+    assert words == ("nan@3", "spike@4", "nan@5")
+
+
 @pytest.mark.parametrize("word", ["rank_hung", "rank_hung@0", "hang@3", "nan@3,rank=-1", "nan@3,1", "nan@x"])
 def test_another_word_is_refused_with_one_that_is_right(word: str) -> None:
     with pytest.raises(ConfigError, match=rf"--inject {word} is not a fault: write such as rank_hung@12 or"):
