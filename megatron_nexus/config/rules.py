@@ -265,6 +265,11 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             f"--check-weight-hash-across-dp-replicas-interval {hashes} compares copies of weights, and at "
             "--zero-stage 3 there are none: drop it, or use --zero-stage 0 to 2"
         )
+    if config.training.spike_policy != "none" and config.training.spike_rolling_interval < 2:
+        yield (
+            f"--spike-rolling-interval {config.training.spike_rolling_interval} has no standard deviation: "
+            "give 2 or more, such as 128"
+        )
     if parallel.zero_stage == 3 and config.optimizer.optimizer_impl == "apex":
         yield (
             "--optimizer-impl apex counts its steps by parameter group, and --zero-stage 3 cuts groups up: "

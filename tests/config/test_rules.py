@@ -100,6 +100,7 @@ REFUSED = [
     ("--eval-tasks-limit 9", 1, ["--eval-tasks-limit 9", "belongs to --eval-tasks"]),
     ("--eval-tasks ,", 1, ["--eval-tasks ','", "names no task"]),
     ("--eval-tasks piqa --data-path a", 1, ["--eval-tasks piqa", "as --tokenizer-model"]),
+    ("--spike-policy skip --spike-rolling-interval 1", 1, ["--spike-rolling-interval 1", "give 2 or more"]),
     ("--keep-every 100", 1, ["--keep-every 100", "give --keep-latest too"]),
 ]
 
