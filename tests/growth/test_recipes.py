@@ -14,7 +14,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.generations import boxes_by_growth
 from megatron_nexus.growth.plan import plan_growth
-from megatron_nexus.growth.request import GrowthRequest
+from megatron_nexus.growth.request import GrowthRequest, read_request
 from megatron_nexus.growth.settings import GrowthConfig
 from tests.support import checkpoints, reference
 
@@ -204,3 +204,8 @@ def test_what_a_division_cannot_keep_is_refused(
     with pytest.raises(ConfigError) as caught:
         plan_growth(checkpoints.configure(**options), GrowthRequest(sizes, GrowthConfig(**settings)))
     assert all(part in str(caught.value) for part in told), caught.value
+
+
+def test_a_size_that_is_no_number_is_told_without_a_command_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match=r"'abc': give --num-layers INT$"):
+        read_request("num_layers=abc")
