@@ -64,7 +64,7 @@ def run(argv: list[str]) -> None:
             log.logger.info("note: %s: %s", one.name, note)
     title = given.title or ", ".join(one.name for one in runs[:4]) + (" ..." if len(runs) > 4 else "")
     write_page(make_page(runs, title, given.output, divergences), given.output)
-    log.logger.info("%d runs: %s", len(runs), given.output)
+    log.logger.info("%d run%s: %s", len(runs), "s" * (len(runs) != 1), given.output)
 
 
 def _read(path: Path) -> str:
