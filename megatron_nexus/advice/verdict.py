@@ -76,6 +76,11 @@ def _equal_flops(gain: Interval) -> str:
 
 def _schedule_reason(position: Position, elsewhere: str) -> str:
     match position.phase:
+        case Phase.WARMUP if position.style in ("cosine", "linear"):
+            return (
+                f"schedule: the run is in its warm-up, and its {position.style} decay follows at once: train "
+                "with --lr-decay-style WSD, whose stable phase is where to grow"
+            )
         case Phase.WARMUP:
             return "schedule: the run is in its warm-up: wait for the stable phase"
         case Phase.DECAYED:
@@ -83,7 +88,7 @@ def _schedule_reason(position: Position, elsewhere: str) -> str:
         case _:
             where = f"it is in its {position.style} decay"
     return (
-        f"schedule: not from here, {where}, and a second decay after a growth cost 0.05 to 0.09 nats where "
+        f"schedule: not from here, {where}, and a second decay after a growth cost up to 0.08 nats where "
         f"measured; grow in the stable phase of WSD and decay once, after it: {elsewhere}"
     )
 

@@ -98,6 +98,8 @@ def test_answers_follow_from_the_intervals(changes: dict[str, Interval], answer:
 def test_a_decay_makes_now_later_and_names_a_checkpoint_and_nothing_known_cannot_tell() -> None:
     verdict = judge(FOUND, Position(Phase.DECAY, "cosine", 0), "runs/a/iter_5")
     assert verdict.answer is Answer.LATER and "runs/a/iter_5" in verdict.reasons[0]
+    early = judge(FOUND, Position(Phase.WARMUP, "cosine", 0), "")
+    assert "--lr-decay-style WSD" in early.reasons[0] and "wait" not in early.reasons[0]
     assert judge(None, STABLE, "").answer is Answer.UNKNOWN
     verdicts = {"a": judge(None, STABLE, ""), "b": judge(FOUND, STABLE, ""), "c": judge(FOUND, STABLE, "")}
     assert overall(verdicts, {"b": 0.1, "c": 0.2}) == (Answer.NOW, "c")
