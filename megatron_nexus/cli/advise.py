@@ -163,7 +163,7 @@ def _probe(saved: SavedRun, targets: Mapping[str, Target], given: argparse.Names
 def _targets(config: RunConfig, texts: Sequence[str]) -> dict[str, Target]:
     """Return the targets by what was asked for. Raises ConfigError with every reason why one cannot be."""
     if texts:
-        requests = {text: read_request(text) for text in texts}
+        requests = {text: read_request(text, "--target-sizes") for text in texts}
         return {text: Target(request, grown_config(config, request)) for text, request in requests.items()}
     found = {}
     for names in AXES:

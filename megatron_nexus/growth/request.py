@@ -277,8 +277,8 @@ def _name(old_name: str, old: ModelConfig, new: ModelConfig) -> str:
     return old_name if old_name.endswith("-grown") else f"{old_name}-grown"
 
 
-def read_request(text: str) -> GrowthRequest:
-    """Parse a request such as "nexus_m=1088 nexus_a=1228 init=in_rand": flags without their dashes.
+def read_request(text: str, flag: str = "--grow") -> GrowthRequest:
+    """Parse the value of `flag`, such as "nexus_m=1088 nexus_a=1228 init=in_rand": flags without dashes.
 
     Raises ConfigError: it asks for nothing, or for what does not exist.
     """
@@ -287,16 +287,16 @@ def read_request(text: str) -> GrowthRequest:
     words = [word.lstrip("-").partition("=") for word in text.split()]
     if strays := [name for name, separator, _ in words if not separator or not name]:
         raise ConfigError(
-            [f"--grow {text!r}: {name!r} is not NAME=VALUE: write such as nexus_m=1088" for name in strays]
+            [f"{flag} {text!r}: {name!r} is not NAME=VALUE: write such as nexus_m=1088" for name in strays]
         )
     names = [name for name, _, _ in words]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ConfigError([f"--grow {text!r} says {name} twice: keep one" for name in twice])
+        raise ConfigError([f"{flag} {text!r} says {name} twice: keep one" for name in twice])
     given = parser.parse_args([f"{flag_of(name)}={value}" for name, _, value in words])
     request = GrowthRequest.from_flags(vars(given))
     if not request.sizes:
         raise ConfigError(
-            f"--grow {text!r} names no size: write such as nexus_m=1088, of {', '.join(GROWING)}"
+            f"{flag} {text!r} names no size: write such as nexus_m=1088, of {', '.join(GROWING)}"
         )
     return request
 

@@ -209,3 +209,10 @@ def test_what_a_division_cannot_keep_is_refused(
 def test_a_size_that_is_no_number_is_told_without_a_command_that_does_not_exist() -> None:
     with pytest.raises(ConfigError, match=r"'abc': give --num-layers INT$"):
         read_request("num_layers=abc")
+
+
+def test_a_request_without_a_size_names_the_flag_that_it_was_given_to() -> None:
+    with pytest.raises(
+        ConfigError, match="--target-sizes 'init=split' names no size: write such as nexus_m="
+    ):
+        read_request("init=split", "--target-sizes")
