@@ -69,7 +69,7 @@ def make_parser() -> FlagParser:
     budget.add_argument("--budget-flops", help=text, type=positive(float), metavar="FLOPS")
     text = "hours from now on, at the FLOP/s that RUN had"
     budget.add_argument("--budget-hours", help=text, type=positive(float), metavar="HOURS")
-    text = "try every recipe of each target on this checkpoint for K steps, 16 to 100 (needs scipy)"
+    text = "try every recipe of each target on this checkpoint for K steps, such as 32 (needs scipy)"
     flag("--probe", text, type=positive(int), metavar="K", default=0)
     flag("--probe-seeds", "growths of each recipe (default: 3)", type=positive(int), metavar="N", default=3)
     text = "where they are trained, one at a time, and removed (default: a temporary folder)"
