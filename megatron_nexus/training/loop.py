@@ -43,7 +43,7 @@ from megatron_nexus.training.peak_flops import peak_flops_per_s
 from megatron_nexus.training.recorder import MetricsRecorder
 from megatron_nexus.training.replica_check import diverged_error, diverged_ranks
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
-from megatron_nexus.training.spike_policy import SpikePolicy, rewind, spike_error
+from megatron_nexus.training.spike_policy import SpikePolicy, rewind
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class Trainer:
         if ends and not is_finite(result):
             self._fail(step, result)
         if ends and self._spikes:
-            self._end(spike_error(step, self._spikes.described, self._finite.way_back()))
+            self._end(self._spikes.error(step, self._finite.way_back()))
         return result
 
     def _rewind(self, step: int, batch: int, result: StepResult) -> None:
@@ -310,7 +310,7 @@ class Trainer:
         self._finish_saving()
         good, (opened, open_state) = self._finite.last_good(), self._open_state
         if good is None:
-            self._end(spike_error(step, self._spikes.described, self._finite.way_back()))
+            self._end(self._spikes.error(step, self._finite.way_back()))
         left_out = (self.progress.samples - self.data.first_sample, batch)
         reader = open_state if good == opened else CheckpointReader
         self.progress, self.data = rewind(

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import DataRecord, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
@@ -41,14 +40,10 @@ class SpikePolicy:
 
     def remember(self, run_dir: Path, last_step: int) -> None:
         """Know a run's steps up to `last_step`, as if it had never stopped; a collective call."""
-        recent = []
+        known = ""
         if self._mesh.rank == 0:
-            recent = [
-                (record["loss"], record["grad_norm"])
-                for record in read_metrics(run_dir / METRICS_FILE)
-                if "loss" in record and record["step"] <= last_step
-            ][-self._detector.length :]
-        self._detector.set(parse_json(self._mesh.control.broadcast_str(json.dumps(recent)).encode()))
+            known = recent_steps(run_dir / METRICS_FILE, last_step, self._detector.length)
+        self._detector.restore(self._mesh.control.broadcast_str(known))
 
     def take(
         self,
@@ -86,6 +81,10 @@ class SpikePolicy:
         """Return whether the run is to end after a spike."""
         return self._policy == "stop" or max(self._in_a_row, rewinds) >= MOST
 
+    def error(self, step: int, way_back: str) -> TrainingError:
+        """Return the error of the last spike, where it ends the run."""
+        return spike_error(step, self.described, way_back, self._policy)
+
     def _describe(self, result: StepResult) -> str:
         """Return what a spike is."""
         score = self._detector.score(result.loss, result.grad_norm)
@@ -95,11 +94,23 @@ class SpikePolicy:
         return f"loss {result.loss}, gradient norm {result.grad_norm}, twice: a spike, {far}"
 
 
-def spike_error(step: int, described: str, way_back: str) -> TrainingError:
-    """Return the error of a spike that ends a run; `way_back` says where to resume."""
+def recent_steps(metrics: Path, last_step: int, length: int) -> str:
+    """Return the last losses and gradient norms up to a step, as `SpikeDetector.restore` reads them."""
+    return json.dumps(
+        [
+            (record["loss"], record["grad_norm"])
+            for record in read_metrics(metrics)
+            if "loss" in record and "grad_norm" in record and record["step"] <= last_step
+        ][-length:]
+    )
+
+
+def spike_error(step: int, described: str, way_back: str, policy: str) -> TrainingError:
+    """Return the error of a spike that ends a run under a policy; `way_back` says where to resume."""
+    others = {"stop": ", or use --spike-policy skip or rewind", "rewind": ", or use --spike-policy skip"}
     return TrainingError(
-        f"step {step}: {described}: it comes from the data or the learning rate; lower --lr, or use "
-        f"--spike-policy skip or rewind, and {way_back}"
+        f"step {step}: {described}: it comes from the data or the learning rate; lower --lr"
+        f"{others.get(policy, '')}, and {way_back}"
     )
 
 

@@ -10,6 +10,8 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
+from megatron_nexus.base.json_text import parse_record
+
 
 class SpikeDetector:
     """Knows the recent losses and gradient norms of a run, alike on every rank."""
@@ -31,6 +33,10 @@ class SpikeDetector:
         self._norms.clear()
         for loss, norm in steps:
             self.add(loss, norm)
+
+    def restore(self, text: str) -> None:
+        """Remember the steps of a JSON text alone; an update that was left out may have an infinite norm."""
+        self.set(parse_record(text))
 
     def score(self, loss: float | None, norm: float) -> float:
         """Return by how many standard deviations a step lies too high; infinity where it is not finite.

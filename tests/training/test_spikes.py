@@ -1,10 +1,13 @@
 """The spike score is OLMo-core's: standard deviations above the mean of the last finite values."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 from megatron_nexus.checkpoint.manifest import DataRecord
+from megatron_nexus.training.spike_policy import recent_steps, spike_error
 from megatron_nexus.training.spikes import SpikeDetector
 
 STEPS = [(3.0, 1.0), (3.2, 1.1), (2.8, 0.9), (3.0, 1.0)]
@@ -47,3 +50,19 @@ def test_samples_that_are_left_out_are_passed_over_once() -> None:
     moved = data.past_left_out(10)  # the ninth of the data, after which eight follow that are left out
     assert 10 - moved.first_sample == 16
     assert moved.past_left_out(10) == moved
+
+
+def test_steps_without_a_finite_norm_are_known_again_after_a_restart(tmp_path: Path) -> None:
+    lines = [{"step": n, "loss": 3.0 + n, "grad_norm": math.inf if n == 3 else 1.0 / n} for n in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = detector()
+    made.restore(recent_steps(tmp_path / "metrics.jsonl", 5, 4))
+    whole = SpikeDetector(8, 6.0)
+    whole.set([(5.0, 0.5), (6.0, math.inf), (7.0, 0.25), (8.0, 0.2)])
+    assert made.score(20.0, 0.1) == whole.score(20.0, 0.1) > 0.0
+
+
+def test_a_spike_that_ends_a_run_is_answered_with_another_policy_than_the_one_it_has() -> None:
+    told = {policy: str(spike_error(4, "", "", policy)) for policy in ("stop", "skip", "rewind")}
+    assert "--spike-policy skip or rewind" in told["stop"] and "--spike-policy skip," in told["rewind"]
+    assert "rewind" not in told["rewind"] and "--spike-policy" not in told["skip"] and "--lr" in told["skip"]
