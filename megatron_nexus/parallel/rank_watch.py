@@ -164,9 +164,12 @@ class RankWatch:
 
     def _limit_s(self, place: Place) -> float:
         """Return how long this rank may stay in a place."""
-        if place.phase in IN_STEP and self._beacon.is_warm:
+        if self._is_in_step(place):
             return max(self._step_timeout_s, OF_LONGEST_STEP * self._beacon.longest_step_s)
         return self._timeout_s
+
+    def _is_in_step(self, place: Place) -> bool:
+        return place.phase in IN_STEP and self._beacon.is_warm
 
     def _speak(self, place: Place, age_s: float) -> None:
         """Put into the store where this rank stands. Raises RuntimeError without a store."""
@@ -202,7 +205,7 @@ class RankWatch:
             store.delete("judge")  # a long evaluation, or a save: it says so when its time is up
             return
         self._leaving.set()
-        self._say(self._verdict(reports, lost or behind))
+        self._say(self._verdict(place, reports, lost or behind))
         store.set("verdict", "leave")
         self._leave()
 
@@ -221,16 +224,15 @@ class RankWatch:
         last = min(map(order, reports.values()))
         return [rank for rank, report in reports.items() if order(report) == last]
 
-    def _verdict(self, reports: dict[int, Report], blamed: Sequence[int]) -> str:
-        """Return what hangs, where the others stand, and what to do."""
-        seconds = self._step_timeout_s if self._beacon.is_warm else self._timeout_s
+    def _verdict(self, place: Place, reports: dict[int, Report], blamed: Sequence[int]) -> str:
+        """Return what hangs, where the others stand, and what to do; this rank is in `place`."""
         if len(blamed) == self._world.size:
             said = f"all ranks wait for one another in {reports[blamed[0]].place}: a link or a switch fails"
         else:
             said = "; ".join(self._describe_all(blamed, reports))
         victims = [rank for rank in reports if rank not in blamed]
         lines = [
-            f"no progress for {seconds:.0f} s (--rank-heartbeat-timeout): {said}",
+            f"{self._no_progress(place)}: {said}",
             *(f"{reports[rank].place}: rank {rank} waits" for rank in victims[:_SHOWN_RANKS]),
         ]
         for rank in [*[rank for rank in blamed if rank in reports][:1], *victims[:1]]:
@@ -239,6 +241,11 @@ class RankWatch:
             f"stacks of all threads of the living ranks: {self._folder / 'stacks_rank_*.txt'}; {_REMEDY}"
         )
         return "\n".join(lines)
+
+    def _no_progress(self, place: Place) -> str:
+        """Return how long this rank has waited in a place, and by which flag."""
+        flag = "--rank-heartbeat-timeout" if self._is_in_step(place) else "--distributed-timeout-minutes"
+        return f"no progress for {self._limit_s(place):.0f} s ({flag})"
 
     def _describe_all(self, blamed: Sequence[int], reports: dict[int, Report]) -> Iterator[str]:
         """Yield what is known of the ranks to blame, those of other machines that say nothing by machine."""
@@ -273,9 +280,9 @@ class RankWatch:
         if all(self._world.rank < rank for rank in living):
             near = 0 in self._near
             self._say(
-                f"no progress for {self._step_timeout_s:.0f} s in {place} (--rank-heartbeat-timeout): "
+                f"{self._no_progress(place)}: "
                 f"{self._describe(0, {}) if near else f'rank 0 of {self._host_of(0)} does not answer'}"
-                f"; {_REMEDY}"
+                f"; rank {self._world.rank} waits in {place}; {_REMEDY}"
             )
         self._leave()
 

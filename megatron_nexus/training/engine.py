@@ -197,6 +197,7 @@ class Engine:
                 config.parallel.deepspeed_config,
             )
         self.layers = stages[mesh.pp_rank]
+        model.register_forward_pre_hook(self._mark_evaluation)
 
     @cached_property
     def state(self) -> ZeroState:
@@ -262,6 +263,11 @@ class Engine:
         """
         self.state.counters = before
         self.state.refresh_model()
+
+    def _mark_evaluation(self, model: nn.Module, _: object) -> None:
+        """Have each micro-batch of an evaluation count as progress, on every pipeline stage."""
+        if not model.training:
+            self._beacon.mark(Phase.EVALUATION)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], count: int) -> float:

@@ -38,7 +38,8 @@ def main() -> None:
     world = read_world(os.environ)
     mesh = make_mesh(world, tp_size=1, pp_size=1, timeout_s=TIMEOUT_S)
     beacon = Beacon()
-    watch = RankWatch(world, mesh.control, beacon, STEP_TIMEOUT_S, TIMEOUT_S, folder, by_phase=False)
+    elsewhere_s = TIMEOUT_S if fault != "stuck" else 2 * STEP_TIMEOUT_S
+    watch = RankWatch(world, mesh.control, beacon, STEP_TIMEOUT_S, elsewhere_s, folder, by_phase=False)
     try:
         with watch.naming_lost_ranks():
             for step in range(1, STEPS + 1):
@@ -52,6 +53,9 @@ def main() -> None:
                     if mesh.rank == faulty:
                         time.sleep(3 * STEP_TIMEOUT_S)
                     mesh.control.barrier()
+                if step == FAULTY_STEP and fault == "stuck":  # all of them, as on a file system
+                    beacon.mark(Phase.CHECKPOINT)
+                    time.sleep(TIMEOUT_S)
                 if step == FAULTY_STEP and fault == "hook" and mesh.rank == faulty:
                     time.sleep(3 * STEP_TIMEOUT_S)  # the others are in the next step, and wait for it
     except RestartError as error:

@@ -68,3 +68,10 @@ def test_a_rank_that_is_killed_is_named(spawn: Spawn, tmp_path: Path) -> None:
 def test_work_between_steps_may_take_longer_than_a_step(spawn: Spawn, tmp_path: Path, fault: str) -> None:
     program = start(spawn, tmp_path, fault, 0)
     assert (program.end(), program.output()) == (0, "")
+
+
+def test_work_between_steps_that_takes_too_long_names_its_own_flag(spawn: Spawn, tmp_path: Path) -> None:
+    program = start(spawn, tmp_path, "stuck", 0)
+    assert program.end() == EXIT_CODE_RESTART, program.output()
+    assert "no progress for 2 s (--distributed-timeout-minutes): " in program.output()
+    assert "--rank-heartbeat-timeout" not in program.output()

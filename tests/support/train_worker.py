@@ -27,6 +27,7 @@ from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import read_request
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.scores import Request
+from megatron_nexus.parallel.beacon import Beacon
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
@@ -129,7 +130,8 @@ def run_case(case: dict, out: Path, index: int) -> None:
     mesh = make_mesh(
         world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, TIMEOUT_S
     )
-    engine = Engine(config, mesh)
+    beacon = Beacon()
+    engine = Engine(config, mesh, beacon=beacon)
     if "load" in case:
         begin_from(case, engine, mesh, out)
     batches = global_batches(config.model.vocab_size, training.global_batch_size, training.seq_length)
@@ -153,8 +155,10 @@ def run_case(case: dict, out: Path, index: int) -> None:
             request = SaveRequest(RunProgress(step, 0, 0, 0), dataclasses.asdict(config), "")
             save(engine, mesh, out / case["name"], request)
     again = my_batches(batches[:1], training.micro_batch_size, mesh, positions)
-    evaluation = engine.evaluate(again, config.accumulation_steps(world.size))
+    before, count = beacon.read()[0], config.accumulation_steps(world.size)
+    evaluation = engine.evaluate(again, count)
     record = {
+        "marks_per_micro_batch": (beacon.read()[0].marks - before.marks) / count,
         "losses": losses,
         "norms": norms,
         "evaluation": evaluation,

@@ -183,6 +183,7 @@ def _check(folder: Path, flags: dict, world: int) -> None:
         assert record["losses"] == pytest.approx(expected["losses"], abs=loss_tolerance)
         assert record["norms"] == pytest.approx(expected["norms"], rel=norm_tolerance)
         assert record["padding"] == 0.0
+        assert record["marks_per_micro_batch"] == 1.0, "a long evaluation is seen to go on, on every stage"
         assert record["losses"] == records[0]["losses"], "every rank reports the same loss"
     first, last = CheckpointReader(folder / "iter_0000001"), CheckpointReader(folder / f"iter_{STEPS:07d}")
     clip = min(1.0, FLAGS["clip_grad"] / (expected["norms"][0] + 1e-6))
