@@ -98,7 +98,8 @@ class FiniteCheckpoints(Hook):
 
     def after_step(self, metrics: StepMetrics) -> None:
         """Note the step: its loss is that of the weights before it."""
-        self._finite_step = metrics.step - 1
+        if math.isfinite(metrics.loss):  # that of a skipped step may not be
+            self._finite_step = metrics.step - 1
 
     def after_evaluation(self, found: Evaluation) -> None:
         """Note a finite validation, which is one of the weights as they are."""

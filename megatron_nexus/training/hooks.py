@@ -15,7 +15,7 @@ class Hook:
     """Does nothing; override what is needed."""
 
     def after_step(self, metrics: StepMetrics) -> None:
-        """Run after an optimizer step whose loss is finite."""
+        """Run after an optimizer step; its loss is finite unless its update was skipped."""
 
     def after_evaluation(self, found: Evaluation) -> None:
         """Run after each validation or test set and growth metrics, and on rank 0 after the tasks."""

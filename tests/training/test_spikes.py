@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.checkpoint.manifest import DataRecord
+from megatron_nexus.training.faults import FiniteCheckpoints
+from megatron_nexus.training.metrics import StepMetrics
 from megatron_nexus.training.spike_policy import recent_steps, spike_error
 from megatron_nexus.training.spikes import SpikeDetector
 
@@ -66,3 +68,16 @@ def test_a_spike_that_ends_a_run_is_answered_with_another_policy_than_the_one_it
     told = {policy: str(spike_error(4, "", "", policy)) for policy in ("stop", "skip", "rewind")}
     assert "--spike-policy skip or rewind" in told["stop"] and "--spike-policy skip," in told["rewind"]
     assert "rewind" not in told["rewind"] and "--spike-policy" not in told["skip"] and "--lr" in told["skip"]
+
+
+def step_of(step: int, loss: float) -> StepMetrics:
+    return StepMetrics(step, loss, 0.0, 1.0, 0, 1.0, 1.0, 0.0, None, 0, math.isnan(loss) or None)
+
+
+def test_a_skipped_step_of_nan_does_not_vouch_for_a_checkpoint(tmp_path: Path) -> None:
+    checkpoints = FiniteCheckpoints()
+    checkpoints.after_save(3, tmp_path)
+    checkpoints.after_step(step_of(4, math.nan))
+    assert checkpoints.last_good() is None
+    checkpoints.after_step(step_of(4, 3.0))
+    assert checkpoints.last_good() == tmp_path
