@@ -168,11 +168,12 @@ def summarise(
     folder, run_dir = trainer.save_folder, trainer.run_dir
     finished = outcome.progress.step >= config.training.train_iters
     count = parameter_count(decoder_specs(config.model).values())
+    rate = outcome.tokens_per_s
     lines = {
         "parameters": f"{count:,} (true count of {model_name(config)})",
         "tokens": f"{outcome.progress.tokens:,} in {outcome.progress.step:,} iterations",
-        "throughput": f"{outcome.tokens_per_s:,.0f} tokens/s, {trainer.utilization(outcome.tokens_per_s)}"
-        if outcome.tokens_per_s
+        "throughput": f"{rate:,.0f} tokens/s, {trainer.throughput.utilization(rate)}"
+        if rate
         else "nothing was trained",
         **(
             {evaluation.name: describe(evaluation) for evaluation in outcome.evaluations}

@@ -19,21 +19,21 @@ step. The matrices are put together one after the other, by turns on each rank o
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
-from megatron_nexus.data.loader import micro_batches
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.element_statistics import ElementStatistics, Square
-from megatron_nexus.training.engine import Batch, Engine
+from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_elements import GrownElements
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.matrix_statistics import MATRIX_NUMBERS, matrix_numbers, new_axes, own_matrices
 from megatron_nexus.training.metrics import GrowthMetrics, StepMetrics
+from megatron_nexus.training.rank_batches import rank_batches
 from megatron_nexus.training.unit_statistics import Unit, UnitStatistics
 
 SIDES = ("old", "new")
@@ -78,25 +78,13 @@ class GrowthMetricsHook(Hook):
         """Go on after the step that the run has gone back to."""
         self._expect(step + 1)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Yield this rank's part of the first global batch of the samples."""
-        training, data = self._config.training, self._config.data
-        return micro_batches(
-            self._samples,
-            0,
-            training.micro_batch_size,
-            training.global_batch_size,
-            self._mesh.dp_rank,
-            self._mesh.dp_size,
-            packed=data.reset_position_ids or data.reset_attention_mask,
-        )
-
     @torch.no_grad()
     def _measure(self, step: int) -> GrowthMetrics:
         began, mesh = time.perf_counter(), self._mesh
         count = self._config.accumulation_steps(mesh.world_size)
         units = UnitStatistics(self._engine.parameters)
-        self._engine.observe_activations(self._batches(), count, units)
+        batches = rank_batches(self._config, mesh, self._samples, 0)
+        self._engine.observe_activations(batches, count, units)
         matrices = torch.zeros(len(self._elements), len(MATRIX_NUMBERS), dtype=torch.float64)
         numbers = {name: number for number, name in enumerate(self._elements)}
         for name, matrix in own_matrices(self._engine.state, self._elements, mesh):

@@ -16,8 +16,6 @@ from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.writer import CheckpointWriter, Saved, SaveRequest
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
-from megatron_nexus.data.blend import Blend
-from megatron_nexus.data.loader import micro_batches
 from megatron_nexus.errors import CheckpointError, RestartError, TrainingError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
@@ -25,25 +23,21 @@ from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.corpus import Corpus, data_changes
 from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.evaluations import Evaluations
 from megatron_nexus.training.fault_injection import FaultInjector
 from megatron_nexus.training.faults import FiniteCheckpoints, StopRequest, is_finite, non_finite_error
 from megatron_nexus.training.grown_adam import install_bias_correction, needing_correction
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.machine import peak_memory_bytes
-from megatron_nexus.training.metrics import (
-    StepMetrics,
-    TaskScores,
-    Validation,
-    make_validation,
-    utilization,
-)
+from megatron_nexus.training.metrics import StepMetrics, TaskScores, Validation
 from megatron_nexus.training.new_lr import continue_new_lr
 from megatron_nexus.training.optimizer import configure_groups
-from megatron_nexus.training.peak_flops import peak_flops_per_s
+from megatron_nexus.training.rank_batches import rank_batches
 from megatron_nexus.training.recorder import MetricsRecorder
 from megatron_nexus.training.replica_check import diverged_error, diverged_ranks
-from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
+from megatron_nexus.training.scoring import TaskEvaluator
 from megatron_nexus.training.spike_policy import SpikePolicy, rewind
+from megatron_nexus.training.throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -81,13 +75,9 @@ class Trainer:
         self.corpus = corpus
         self.save_folder = save
         self.run_dir = run_dir
-        self.gemm_flops_per_s = gemm_flops_per_s
-        self.peak_flops_per_s = peak_flops_per_s(mesh, config.training.product_precision)
-        self._evaluator = evaluator
-        self._scoring = DistributedScorer(config, mesh, engine) if config.logging.eval_tasks else None
         self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
+        self.throughput = Throughput(config, mesh, self.flops_per_token, gemm_flops_per_s)
         self._batch_schedule = config.batches
-        self.evaluation_bytes = {name: corpus.evaluation_bytes(name, config) for name in corpus.evaluations}
         self.progress = RunProgress(step=0, samples=0, tokens=0, flops=0)
         self.data = DataRecord(corpus.fingerprint, corpus.description)
         self.lineage: Sequence[JsonObject] = ()
@@ -101,6 +91,7 @@ class Trainer:
         self._beacon = beacon or Beacon()
         self.injector: FaultInjector | None = None
         self.hooks: list[Hook] = [self._finite]
+        self._evaluations = Evaluations(config, mesh, engine, corpus, evaluator, self.hooks)
         self._writer = CheckpointWriter(
             save,
             engine.state,
@@ -178,7 +169,8 @@ class Trainer:
         last_sample = started.samples + self._batch_schedule.samples(started.samples, last - started.step)
         recorder = MetricsRecorder(config, self.mesh.rank == 0, self.run_dir, started.step)
         self.hooks.append(recorder)
-        self._announce_epochs(last_sample)
+        for line in self.corpus.epochs(last_sample - self.data.first_sample):
+            logger.info("%s", line)
         self._batches_left = self._training_batches()
         if self._spikes:
             self._spikes.remember(self.run_dir, started.step)
@@ -205,9 +197,9 @@ class Trainer:
             scores = log_config.eval_tasks_interval and step % log_config.eval_tasks_interval == 0
             if validates or (scores and step != last):  # which may take longer than a step
                 self._wait_for_evaluations()
-                evaluations = self._evaluate("validation") if validates else []
+                evaluations = self._evaluations.losses("validation", self.progress.step) if validates else []
                 if scores and step != last:
-                    self._evaluate_tasks()
+                    self._evaluations.task_scores(self.progress.step)
                 self._wait_for_steps()
                 stopping = self.mesh.control.any(stop.is_asked)
             if self._writer.is_busy and not saving:
@@ -224,9 +216,9 @@ class Trainer:
         # A run that was asked to stop leaves at once; its next part validates.
         if not stopping:
             self._wait_for_evaluations()
-            evaluations = evaluations or self._evaluate("validation")
-            evaluations += self._evaluate("test")
-            task_scores = self._evaluate_tasks()
+            evaluations = evaluations or self._evaluations.losses("validation", self.progress.step)
+            evaluations += self._evaluations.losses("test", self.progress.step)
+            task_scores = self._evaluations.task_scores(self.progress.step)
         recorder.close()
         trained_tokens = self.progress.tokens - started.tokens
         return RunResult(
@@ -282,7 +274,20 @@ class Trainer:
         self.progress = RunProgress(
             step, done.samples + batch, done.tokens + tokens, done.flops + tokens * self.flops_per_token
         )
-        metrics = self._step_metrics(step, rate, result, step_s, tokens)
+        tokens_per_s = tokens / step_s
+        metrics = StepMetrics(
+            step=step,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens=self.progress.tokens,
+            step_s=step_s,
+            tokens_per_s=tokens_per_s,
+            gemm_fraction=self.throughput.gemm_fraction(tokens_per_s),
+            mfu=self.throughput.mfu(tokens_per_s),
+            memory_bytes=peak_memory_bytes(self.mesh),
+            skipped=None if result.was_made else True,
+        )
         for hook in self.hooks:
             hook.after_step(metrics)
         return step_s, result.flags
@@ -389,75 +394,5 @@ class Trainer:
             hook.after_save(step, folder)
 
     def _training_batches(self) -> Iterator[Batch]:
-        return self._batches(self.corpus.training, self.progress.samples - self.data.first_sample)
-
-    def _announce_epochs(self, last_sample: int) -> None:
-        """Say which corpora the run reads more than once up to its last sample."""
-        for line in self.corpus.epochs(last_sample - self.data.first_sample):
-            logger.info("%s", line)
-
-    def _batches(self, samples: Blend, consumed_samples: int) -> Iterator[Batch]:
-        training = self.config.training
-        return micro_batches(
-            samples,
-            consumed_samples,
-            training.micro_batch_size,
-            training.global_batch_size,
-            self.mesh.dp_rank,
-            self.mesh.dp_size,
-            packed=self.config.data.reset_position_ids or self.config.data.reset_attention_mask,
-        )
-
-    def _step_metrics(
-        self, step: int, rate: float, result: StepResult, step_s: float, tokens: int
-    ) -> StepMetrics:
-        tokens_per_s = tokens / step_s
-        return StepMetrics(
-            step=step,
-            loss=result.loss,
-            learning_rate=rate,
-            grad_norm=result.grad_norm,
-            tokens=self.progress.tokens,
-            step_s=step_s,
-            tokens_per_s=tokens_per_s,
-            gemm_fraction=tokens_per_s * self.flops_per_token / self.gemm_flops_per_s,
-            mfu=tokens_per_s * self.flops_per_token / self.peak_flops_per_s
-            if self.peak_flops_per_s
-            else None,
-            memory_bytes=peak_memory_bytes(self.mesh),
-            skipped=None if result.was_made else True,
-        )
-
-    def utilization(self, tokens_per_s: float) -> str:
-        """Return how much of the devices a rate uses: MFU where their peak is known."""
-        flops_per_s = tokens_per_s * self.flops_per_token
-        peak = self.peak_flops_per_s
-        return utilization(flops_per_s / self.gemm_flops_per_s, flops_per_s / peak if peak else None)
-
-    def _evaluate(self, kind: str) -> list[Validation]:
-        """Return the mean loss over the first global batches of each set of a kind, always the same."""
-        accumulation = self.config.accumulation_steps(self.mesh.world_size)
-        made = []
-        for name, samples in self.corpus.evaluations.items():
-            if name.split()[0] != kind:
-                continue
-            count = self.corpus.evaluation_batches(name, self.config)
-            loss = self.engine.evaluate(self._batches(samples, 0), count * accumulation)
-            targets = count * self.config.training.global_batch_size * self.config.training.seq_length
-            made.append(make_validation(name, self.progress.step, loss, targets, self.evaluation_bytes[name]))
-            for hook in self.hooks:
-                hook.after_evaluation(made[-1])
-        return made
-
-    def _evaluate_tasks(self) -> TaskScores | None:
-        """Return the scores of --eval-tasks on rank 0; a collective call."""
-        if self._scoring is None:
-            return None
-        began = time.perf_counter()
-        found = self._scoring.run(self._evaluator)
-        if self.mesh.rank != 0:
-            return None
-        scores = TaskScores(self.progress.step, found, time.perf_counter() - began)
-        for hook in self.hooks:
-            hook.after_evaluation(scores)
-        return scores
+        consumed = self.progress.samples - self.data.first_sample
+        return rank_batches(self.config, self.mesh, self.corpus.training, consumed)
