@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_nexus.checkpoint.chunks import index_within, intersect
 from megatron_nexus.training.grown_elements import GrownElements
-from megatron_nexus.training.zero_state import ZeroState
+from megatron_nexus.training.zero_state import ZeroState, memory_address
 
 
 class Square(IntEnum):
@@ -62,7 +62,7 @@ class ElementStatistics:
             for box, is_new in elements[name].boxes:
                 if overlap := intersect(box, view.box):
                     weights = view.values["fp32"][index_within(overlap, view.box)]
-                    self._parts.setdefault(_memory(weights), []).append(
+                    self._parts.setdefault(memory_address(weights), []).append(
                         _Part((numbers[name], int(is_new)), weights)
                     )
         state.around_each_step(self._before_step, self._after_step)
@@ -74,7 +74,7 @@ class ElementStatistics:
         for flat, parts in self._of(adam):
             weights, gradient = flat.detach(), flat.grad
             assert gradient is not None, "Adam is about to use it"
-            self._before[_memory(flat)] = weights.clone()
+            self._before[memory_address(flat)] = weights.clone()
             for part in parts:
                 sums = self.sums[part.row]
                 sums[Square.COUNT] += part.weights.numel()
@@ -87,22 +87,17 @@ class ElementStatistics:
             return
         for flat, parts in self._of(adam):
             weights = flat.detach()
-            update = self._before.pop(_memory(flat)).sub_(weights)
+            update = self._before.pop(memory_address(flat)).sub_(weights)
             for part in parts:
                 self.sums[part.row][Square.UPDATE] += square_sum(part.within(weights, update))
 
     def _of(self, adam: torch.optim.Optimizer) -> list[tuple[Tensor, list[_Part]]]:
         """Return the buffers of this step, of which an engine may take several, with their parts."""
         buffers = [flat for group in adam.param_groups for flat in group["params"]]
-        return [(flat, parts) for flat in buffers if (parts := self._parts.get(_memory(flat)))]
+        return [(flat, parts) for flat in buffers if (parts := self._parts.get(memory_address(flat)))]
 
 
 def square_sum(values: Tensor) -> Tensor:
     """Return the sum of squares of all elements, in float64."""
     norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
     return norm.square()
-
-
-def _memory(view: Tensor) -> int:
-    """Return the address of the memory that a view is of."""
-    return view.untyped_storage().data_ptr()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_nexus.checkpoint.chunks import index_within, intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion
-from megatron_nexus.training.zero_state import ZeroState
+from megatron_nexus.training.zero_state import ZeroState, memory_address
 
 VISIBLE = 2.0**-25
 """beta^k below this is lost beside 1 in float32."""
@@ -49,7 +49,7 @@ class GrownViews:
         """
         for group in adam.param_groups:
             for flat in group["params"]:
-                if views := self._of_buffer.get(_buffer(flat)):
+                if views := self._of_buffer.get(memory_address(flat)):
                     count = int(adam.state[flat].get("step", group.get("step", 0)))  # apex: by group
                     for view in views:
                         yield view, count, group
@@ -67,7 +67,9 @@ def grown_views(state: ZeroState, regions: Sequence[GrownRegion]) -> GrownViews:
             if overlap is not None:
                 within = index_within(overlap, view.box)
                 values = {name: held[within] for name, held in view.values.items()}
-                of_buffer.setdefault(_buffer(values["fp32"]), []).append(GrownView(region.adam_step, values))
+                of_buffer.setdefault(memory_address(values["fp32"]), []).append(
+                    GrownView(region.adam_step, values)
+                )
     return GrownViews(of_buffer)
 
 
@@ -89,11 +91,6 @@ def install_bias_correction(state: ZeroState, regions: Sequence[GrownRegion]) ->
 
     if views:
         state.around_each_step(after=correct)
-
-
-def _buffer(view: Tensor) -> int:
-    """Return the address of the memory that a view is of."""
-    return view.untyped_storage().data_ptr()
 
 
 def _correct(part: GrownView, count: int, lr: float, betas: tuple[float, float], eps: float) -> None:

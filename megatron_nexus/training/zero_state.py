@@ -356,3 +356,8 @@ def zero_state(engine: DeepSpeedEngine, parameters: Parameters, shard: Shard) ->
     assert not missing, f"{kind.__name__} of this DeepSpeed has no {missing}: install the pinned version"
     state = _PerParameterState if kind is DeepSpeedZeroOptimizer_Stage3 else _FlatGroupState
     return state(engine, parameters, shard)
+
+
+def memory_address(view: Tensor) -> int:
+    """Return the address of the memory that a view is of."""
+    return view.untyped_storage().data_ptr()
