@@ -80,7 +80,7 @@ def load(path: Path = RECORDED) -> list[Recorded]:
         grown = None
         if "grown" in raw:
             tokens, area, parameters, flops = raw["grown"]
-            grown = GrownFrom(tokens, area, Size("base", parameters, flops))
+            grown = GrownFrom(tokens, area, tokens * flops, Size("base", parameters, flops))
         points = tuple(Point(*map(float, point)) for point in raw["points"])
         runs.append(
             Recorded(raw["experiment"], raw["seed"], Curve(raw["name"], Size(*raw["size"]), points, grown))

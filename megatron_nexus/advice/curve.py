@@ -37,10 +37,11 @@ class Size:
 
 @dataclass(frozen=True)
 class GrownFrom:
-    """The growth that a run began with: tokens and FLOPs of its base, and the base's size."""
+    """The growth that a run began with: tokens, area and FLOPs before it, and the size of the base."""
 
     tokens: float
     area: float
+    flops: float
     base: Size
 
 

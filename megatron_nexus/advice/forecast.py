@@ -48,11 +48,21 @@ class Interval:
 
 @dataclass(frozen=True)
 class Plan:
-    """The FLOPs of a whole run, base included, its schedule, and where the small model is."""
+    """The FLOPs of a whole run, base included, its schedule, and where the small model is.
+
+    `cheaper_by`: what its tokens so far cost less than at its size, as it was smaller then: 0 of a run that
+    has never grown.
+    """
 
     flops: float
     schedule: Schedule
     now: Point
+    cheaper_by: float = 0.0
+
+    @property
+    def flops_at_size(self) -> float:
+        """The FLOPs of the whole run, had the small model had its size from the beginning."""
+        return self.flops + self.cheaper_by
 
 
 @dataclass(frozen=True)
@@ -85,16 +95,16 @@ def forecast(small: LossLaw, target: LossLaw, sizes: tuple[Size, Size], plan: Pl
     """Compare the alternatives. `sizes`: of small and target; `kept`: draws of kappa."""
     cheap, dear = (size.flops_per_token for size in sizes)
     schedule, low = plan.schedule, plan.schedule.lowest
-    all_small, all_target = plan.flops / cheap, plan.flops / dear
+    all_small, all_target = plan.flops_at_size / cheap, plan.flops / dear
     more = schedule.area_after(all_small - plan.now.tokens, all_small)
     trained_on = small.loss(plan.now.area + more, low)
     scratch = target.loss(schedule.area(all_target), low)
-    left = all_target - plan.now.tokens * cheap / dear
+    left = (plan.flops_at_size - plan.now.tokens * cheap) / dear
     restarted = target.loss(max(1.0, schedule.area(left)), low)
 
     def grown_at(tokens: float) -> tuple[Array, Array, float]:
         """Return losses and areas at the end of a growth at `tokens`, and the tokens there."""
-        after = (plan.flops - cheap * tokens) / dear
+        after = (plan.flops_at_size - cheap * tokens) / dear
         before = plan.now.area + tokens - plan.now.tokens
         head_start = kept * _transferred(small, target, before)
         area = head_start + schedule.area_after(after, tokens + after)
@@ -108,7 +118,7 @@ def forecast(small: LossLaw, target: LossLaw, sizes: tuple[Size, Size], plan: Pl
     best = int(np.argmin([np.median(losses) for losses, _, _ in outcomes]))
     at_end = schedule.area(end_tokens)
     from_scratch = schedule.tokens(np.maximum(area, 1.0)) * dear
-    training_on = schedule.tokens(small.area(grown, low)) * cheap
+    training_on = schedule.tokens(small.area(grown, low)) * cheap - plan.cheaper_by
     return Forecast(
         ceiling=Interval.of(target.loss(at_end, low) - small.loss(at_end, low)),
         trained_on=Interval.of(trained_on),
@@ -137,7 +147,7 @@ def _decay_begins(plan: Plan, cheap: int, dear: int) -> float:
     """Return the tokens of the small model after which nothing but the decay would be left to the target."""
     # after = (C - cheap t) / dear and decay (t + after) = after
     d = plan.schedule.decay
-    return plan.flops * (1.0 - d) / (d * dear + (1.0 - d) * cheap)
+    return plan.flops_at_size * (1.0 - d) / (d * dear + (1.0 - d) * cheap)
 
 
 def prior_kept(seed: int) -> Array:

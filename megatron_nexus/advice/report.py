@@ -51,7 +51,7 @@ def report_lines(advice: Advice, pilots: Mapping[str, str], after: str | None) -
         f"({now.tokens / size.parameters:.1f} a parameter), loss {now.loss:.4f}; "
         f"schedule {here.style}: {here.phase}"
     )
-    spent = 100 * size.flops_per_token * now.tokens / plan.flops
+    spent = 100 * (size.flops_per_token * now.tokens - plan.cheaper_by) / plan.flops
     yield (
         f"budget {plan.flops:.3g} FLOPs, of which {spent:.0f} % are spent; one decay over the last "
         f"{100 * plan.schedule.decay:.0f} % to {plan.schedule.lowest:g} of the peak, whatever is chosen"

@@ -60,7 +60,7 @@ def read_run(place: Location) -> RecordedRun:
         sizes: dict[str, Any] = {name: old for name, (old, _) in growths[-1]["axes"].items()}
         base = size_of(replace(model, **sizes), length, "base")
         start = _area_before(growths[-1])
-        grown = GrownFrom(float(growths[-1]["tokens"]), start, base)
+        grown = GrownFrom(float(growths[-1]["tokens"]), start, float(growths[-1]["flops"]), base)
     points = _points(records, steps, saved.config.optimizer.lr, start, grown.tokens if grown else 0.0)
     rates = [r["tokens_per_s"] for r in steps[-20:] if isinstance(r.get("tokens_per_s"), float)]
     rate = float(np.median(rates)) * size.flops_per_token if rates else None

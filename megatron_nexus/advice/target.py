@@ -68,7 +68,7 @@ def advise(
 
 
 def _end_tokens(small: Size, target: Size, plan: Plan) -> float:
-    left = plan.flops - small.flops_per_token * plan.now.tokens
+    left = plan.flops_at_size - small.flops_per_token * plan.now.tokens
     return plan.now.tokens + left / target.flops_per_token
 
 

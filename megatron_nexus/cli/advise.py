@@ -240,7 +240,8 @@ def _plan(run: "RecordedRun", given: argparse.Namespace, schedule: Any) -> "Plan
         left = training.train_iters - run.saved.manifest.progress.step
         more = left * training.global_batch_size * training.seq_length * cheap
         flops = spent + more if more > 0 else 2.0 * spent  # a finished run has nothing left: as much again
-    return Plan(flops, schedule, now)
+    grown = run.curve.grown
+    return Plan(flops, schedule, now, cheap * grown.tokens - grown.flops if grown else 0.0)
 
 
 def _elsewhere(run: "RecordedRun") -> str:
@@ -265,7 +266,7 @@ def _steps(config: RunConfig, tokens: float) -> int:
 def _pilot_command(run: "RecordedRun", plan: "Plan", one: "TargetAdvice", target: Target) -> str:
     """Return the command of a pilot that would tell what the target reaches, and its cost."""
     small, now = run.curve.size, plan.now
-    end = now.tokens + (plan.flops - small.flops_per_token * now.tokens) / one.size.flops_per_token
+    end = now.tokens + (plan.flops_at_size - small.flops_per_token * now.tokens) / one.size.flops_per_token
     steps = _steps(run.saved.config, PILOT_SHARE * end)
     cost = steps * run.saved.config.training.global_batch_size * run.saved.config.training.seq_length
     sizes = [word for name, size in target.request.sizes.items() for word in (flag_of(name), str(size))]

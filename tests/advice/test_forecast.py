@@ -52,6 +52,18 @@ def test_it_is_time_to_grow_where_the_small_model_is_slower_at_the_same_loss() -
     assert judge(useless, STABLE, "").answer is Answer.NEVER
 
 
+def test_what_a_run_cost_before_it_grew_is_left_to_all_alternatives() -> None:
+    """A small model whose first half cost half: the same tokens are left as with that much more to spend."""
+    small, target = Size("s", 1000, 6000), Size("t", 2000, 12000)
+    laws = law(2.9, 40), law(2.2, 150)
+    never = forecast(*laws, (small, target), Plan(6e9 + 7.5e8, FLAT, NOW), ONES)
+    before = forecast(*laws, (small, target), Plan(6e9, FLAT, NOW, cheaper_by=7.5e8), ONES)
+    for name in ("trained_on", "grown", "restarted", "gain"):
+        assert getattr(before, name) == getattr(never, name)
+    assert before.scratch.estimate > never.scratch.estimate  # for what was really spent
+    assert before.saved_against_training_on.estimate > never.saved_against_training_on.estimate
+
+
 def interval(low: float, high: float) -> Interval:
     return Interval((low + high) / 2, low, high)
 
