@@ -1,7 +1,7 @@
 """Train every cell of an experiment with `nexus train`, and keep what they reach.
 
     python examples/progressive_scaling/run.py examples/progressive_scaling/laptop.yaml runs/scaling
-    python examples/progressive_scaling/report.py runs/scaling
+    python examples/progressive_scaling/report.py examples/progressive_scaling/laptop.yaml runs/scaling
 
 A cell that is finished is not run again: after an interruption, or with more schedules, seeds or budgets in
 the file, give the same command. `--list` shows the cells and what they cost; `--part 3/8` runs those of the
