@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from megatron_nexus.errors import ConfigError
+
 CONFIDENCE = 0.95
 REACH = 2.0
 """How far beyond its budgets, as a factor of FLOPs, a reference curve is read."""
@@ -70,8 +72,16 @@ class Estimate:
 
 
 def read_results(path: Path) -> list[Result]:
-    """Read results.jsonl."""
-    return [result_of(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read results.jsonl. Raises ConfigError at a line that is no result."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(result_of(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}, line {number}, is not a result ({error}): remove it, or give the folder of the runs"
+            ) from error
+    return found
 
 
 def result_of(record: Mapping[str, Any]) -> Result:

@@ -34,7 +34,16 @@ SECONDS_FILE = "seconds"
 
 
 def all_leaves(experiment: Experiment, folder: Path, only: Sequence[str] = ()) -> list[Leaf]:
-    """Return the ends of all schedules whose name contains one of `only`, in the file's order."""
+    """Return the ends of all schedules whose name contains one of `only`, in the file's order.
+
+    Raises ConfigError for a word of `only` that no name contains.
+    """
+    for part in only:
+        if not any(part in schedule.name for schedule in experiment.schedules):
+            names = ", ".join(schedule.name for schedule in experiment.schedules)
+            raise ConfigError(
+                f"--only {part}: no schedule has that in its name: give a part of one of {names}"
+            )
     return [
         leaf
         for schedule in experiment.schedules

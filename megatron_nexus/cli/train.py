@@ -56,9 +56,9 @@ def run(argv: list[str]) -> NoReturn:
                 _dry_run(command, world)
             needed = command.config.model_parallel_size
             starts_ranks = missing_ranks(world, needed)
-            check(command.config, needed if starts_ranks else world.size)
-            ranks = needed if starts_ranks else world.size
-            check_faults(command.faults, ranks, command.config.parallel.zero_stage)
+            config, ranks = command.config, needed if starts_ranks else world.size
+            check(config, ranks)
+            check_faults(command.faults, ranks, config.parallel.zero_stage, config.training.train_iters)
             run_data = _open_files(command, world)
         exit_signals = parse_exit_signals(command.config.checkpoint.exit_signal)
         if world.launcher != "local":  # those have a parent that passes signals on

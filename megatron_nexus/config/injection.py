@@ -48,13 +48,18 @@ def parse_faults(words: Sequence[str]) -> tuple[InjectedFault, ...]:
     return tuple(found)
 
 
-def check_faults(faults: Sequence[InjectedFault], world_size: int, zero_stage: int) -> None:
+def check_faults(faults: Sequence[InjectedFault], world_size: int, zero_stage: int, last_step: int) -> None:
     """Raise ConfigError for each fault that cannot happen in a run."""
     problems = [
         f"--inject {fault}: the world has {world_size} rank{'s' if world_size > 1 else ''}: give a rank from "
         f"0 to {world_size - 1}"
         for fault in faults
         if fault.rank >= world_size
+    ]
+    problems += [
+        f"--inject {fault}: the run ends at step {last_step}: give a step up to that, or more --train-iters"
+        for fault in faults
+        if fault.step > last_step
     ]
     problems += [
         f"--inject {fault}: at --zero-stage 3 no rank holds a whole weight: use --zero-stage 0 to 2"

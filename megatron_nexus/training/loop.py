@@ -321,6 +321,8 @@ class Trainer:
         self.progress, self.data = rewind(
             good, reader, self.config, self.engine, self.mesh, self.data, left_out
         )
+        if good == opened and self.config.checkpoint.reset_optimizer:  # as when it was loaded first
+            self.engine.state.forget_moments()
         self._rewinds += 1
         self._batches_left = self._training_batches()
         logger.info("rewound from step %d to %s: %d samples of that step are left out", step, good, batch)

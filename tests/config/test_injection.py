@@ -30,11 +30,12 @@ def test_another_word_is_refused_with_one_that_is_right(word: str) -> None:
     [
         ("nan@3,rank=2", 1, "--inject nan@3,rank=2: the world has 2 ranks: give a rank from 0 to 1"),
         ("bit_flip@3", 3, "at --zero-stage 3 no rank holds a whole weight: use --zero-stage 0 to 2"),
+        ("nan@11", 1, "--inject nan@11,rank=0: the run ends at step 10: give a step up to that"),
     ],
 )
 def test_a_fault_that_cannot_happen_is_refused(word: str, zero_stage: int, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        check_faults(parse_faults([word]), 2, zero_stage)
+        check_faults(parse_faults([word]), 2, zero_stage, 10)
 
 
 def test_without_copies_of_weights_none_are_compared() -> None:

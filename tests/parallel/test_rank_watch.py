@@ -73,5 +73,5 @@ def test_work_between_steps_may_take_longer_than_a_step(spawn: Spawn, tmp_path: 
 def test_work_between_steps_that_takes_too_long_names_its_own_flag(spawn: Spawn, tmp_path: Path) -> None:
     program = start(spawn, tmp_path, "stuck", 0)
     assert program.end() == EXIT_CODE_RESTART, program.output()
-    assert "no progress for 2 s (--distributed-timeout-minutes): " in program.output()
+    assert "no progress for 2 s (--distributed-timeout-minutes; raise it" in program.output()
     assert "--rank-heartbeat-timeout" not in program.output()
