@@ -43,10 +43,10 @@ def _defects(folder: Location) -> list[str]:
             return [f"{MANIFEST_FILE} is cut short"]
         try:
             manifest = parse_manifest(contents, folder / MANIFEST_FILE)
-        except CheckpointError:
+        except CheckpointError as error:
             if is_of_another_format(contents):
                 raise
-            return [f"{MANIFEST_FILE} is damaged"]
+            return [f"{MANIFEST_FILE} is damaged: {error.__cause__}"]
         if not manifest.files:
             ranks = range(manifest.topology.world_size)
             return [defect for rank in ranks if (defect := rank_defect(folder, rank, held))]

@@ -244,8 +244,9 @@ class RankWatch:
 
     def _no_progress(self, place: Place) -> str:
         """Return how long this rank has waited in a place, and by which flag."""
-        flag = "--rank-heartbeat-timeout" if self._is_in_step(place) else "--distributed-timeout-minutes"
-        return f"no progress for {self._limit_s(place):.0f} s ({flag}; raise it where that is only slow)"
+        slow = "--distributed-timeout-minutes; raise it where that is only slow"
+        flag = "--rank-heartbeat-timeout" if self._is_in_step(place) else slow
+        return f"no progress for {self._limit_s(place):.0f} s ({flag})"
 
     def _describe_all(self, blamed: Sequence[int], reports: dict[int, Report]) -> Iterator[str]:
         """Yield what is known of the ranks to blame, those of other machines that say nothing by machine."""

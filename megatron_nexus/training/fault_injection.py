@@ -43,7 +43,7 @@ class FaultInjector:
         self._faults = [fault for fault in faults if fault.rank == rank and str(fault) not in self._done]
         self._run_dir = run_dir
         self._parameters = parameters
-        self._step = 0
+        self._visits = 0
         if rank == 0:
             for fault in faults:
                 if str(fault) in self._done:
@@ -55,7 +55,7 @@ class FaultInjector:
 
     def before_step(self, step: int) -> None:
         """Make the faults of a step happen; each is on record before it does."""
-        self._step = step
+        self._visits += 1  # a step is begun again after a rewind
         for fault in [fault for fault in self._faults if fault.step == step]:
             self._faults.remove(fault)
             with self._record.open("a") as file:
@@ -83,12 +83,12 @@ class FaultInjector:
 
     def _scale_gradients(self, factor: float, once: bool) -> None:
         """Multiply each gradient of this step; `once`: not when the step is computed again, as data would."""
-        at = self._step
+        visit = self._visits
         for _, parameter in self._parameters.values():
             waiting = [None]
 
             def scaled(gradient: Tensor, waiting: list[None] = waiting) -> Tensor | None:
-                if self._step != at or (once and not waiting):
+                if self._visits != visit or (once and not waiting):
                     return None
                 waiting.clear()
                 return gradient * factor

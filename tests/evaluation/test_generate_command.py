@@ -47,8 +47,8 @@ def test_an_empty_prompt_begins_a_document(
     [
         (("--load", "nowhere"), "CheckpointError: nowhere: no such folder"),
         (("--prompt", "\udcff"), "DataError: the prompt is not UTF-8 text"),
-        (("--top-p", "0"), "argument --top-p: 0 must be above 0 and at most 1"),
-        (("--temperature", "-1"), "argument --temperature: -1 must be a finite number, 0 or above"),
+        (("--top-p", "0"), "--top-p: 0 must be above 0 and at most 1"),
+        (("--temperature", "-1"), "--temperature: -1 must be a finite number, 0 or above"),
         (("--tokenizer-model", "gone.model"), "DataError: the tokenizer model gone.model cannot be read"),
     ],
 )
