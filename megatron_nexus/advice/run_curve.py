@@ -23,7 +23,7 @@ LEAST_VALIDATIONS = 8
 
 
 @dataclass(frozen=True)
-class RecordedRun:
+class RunCurve:
     """A saved run with its curve; FLOP/s as its last steps had them, None without metrics of any."""
 
     saved: SavedRun
@@ -38,7 +38,7 @@ def size_of(model: ModelConfig, seq_length: int, name: str) -> Size:
     return Size(name, parameters, training_flops_per_token(model, seq_length))
 
 
-def read_run(place: Location) -> RecordedRun:
+def read_run(place: Location) -> RunCurve:
     """Read a run's folder, or its curve up to one of its checkpoints.
 
     Raises CheckpointError, and ConfigError where the run has no metrics to read a curve from.
@@ -65,7 +65,7 @@ def read_run(place: Location) -> RecordedRun:
     rates = [r["tokens_per_s"] for r in steps[-20:] if isinstance(r.get("tokens_per_s"), float)]
     rate = float(np.median(rates)) * size.flops_per_token if rates else None
     seen = tuple(point for point in points if point.tokens <= saved.manifest.progress.tokens)
-    return RecordedRun(saved, root, Curve(str(place), size, seen, grown), rate)
+    return RunCurve(saved, root, Curve(str(place), size, seen, grown), rate)
 
 
 def _records(root: Location) -> list[dict[str, Any]]:

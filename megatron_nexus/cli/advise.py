@@ -29,7 +29,7 @@ from megatron_nexus.growth.settings import GrowthConfig
 if TYPE_CHECKING:
     from megatron_nexus.advice.forecast import Plan
     from megatron_nexus.advice.probe import Probed
-    from megatron_nexus.advice.run_curve import RecordedRun
+    from megatron_nexus.advice.run_curve import RunCurve
     from megatron_nexus.advice.target import TargetAdvice
 
 AXES = (
@@ -184,7 +184,7 @@ def _text(sizes: Mapping[str, int]) -> str:
     return " ".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def _require_comparable(run: "RecordedRun", pilots: Sequence["RecordedRun"]) -> None:
+def _require_comparable(run: "RunCurve", pilots: Sequence["RunCurve"]) -> None:
     """Raise ConfigError for curves that are too short, or whose losses are of other tokens."""
     from megatron_nexus.advice.loss_law import LEAST_POINTS
 
@@ -219,7 +219,7 @@ def _require_comparable(run: "RecordedRun", pilots: Sequence["RecordedRun"]) -> 
         raise ConfigError(problems)
 
 
-def _plan(run: "RecordedRun", given: argparse.Namespace, schedule: Any) -> "Plan":
+def _plan(run: "RunCurve", given: argparse.Namespace, schedule: Any) -> "Plan":
     """Return the budget with where the run is. Raises ConfigError where nothing of it is left."""
     from megatron_nexus.advice.forecast import Plan
 
@@ -244,7 +244,7 @@ def _plan(run: "RecordedRun", given: argparse.Namespace, schedule: Any) -> "Plan
     return Plan(flops, schedule, now, cheap * grown.tokens - grown.flops if grown else 0.0)
 
 
-def _elsewhere(run: "RecordedRun") -> str:
+def _elsewhere(run: "RunCurve") -> str:
     """Return from where to grow in place of a checkpoint whose learning rate has fallen."""
     from megatron_nexus.advice.phase import Phase, position_of
 
@@ -263,7 +263,7 @@ def _steps(config: RunConfig, tokens: float) -> int:
     return max(1, round(tokens / (config.training.global_batch_size * config.training.seq_length)))
 
 
-def _pilot_command(run: "RecordedRun", plan: "Plan", one: "TargetAdvice", target: Target) -> str:
+def _pilot_command(run: "RunCurve", plan: "Plan", one: "TargetAdvice", target: Target) -> str:
     """Return the command of a pilot that would tell what the target reaches, and its cost."""
     small, now = run.curve.size, plan.now
     end = now.tokens + (plan.flops_at_size - small.flops_per_token * now.tokens) / one.size.flops_per_token

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
 from megatron_nexus.reports.recorded_run import Growth, RecordedRun
@@ -111,8 +110,3 @@ def hours_before(run: RecordedRun, runs: Sequence[RecordedRun]) -> float | None:
         return None
     earlier = hours_before(parent, runs)
     return None if earlier is None else earlier + hours[growth.step]
-
-
-def folders_of_parents(run: RecordedRun) -> list[Path]:
-    """Return the folders of the runs that a run's lineage names, oldest first."""
-    return [growth.parent_run for growth in run.growths]

@@ -136,7 +136,10 @@ class MLflowLogger:
                 self._client.log_batch(self._run, params=settings[first : first + 100])
         except (MlflowException, OSError) as error:
             raise ConfigError(
-                [f"{given}: {str(error).splitlines()[0]}: check --mlflow-tracking-uri {uri or '(not given)'}"]
+                [
+                    f"{given}, --mlflow-tracking-uri {uri or '(not given)'}: {str(error).splitlines()[0]}: "
+                    "give the http address of a server, or sqlite:///FILE with all of the package mlflow"
+                ]
             ) from error
         _write_runs(run_dir, {**runs, "mlflow": self._run})
 
