@@ -3,12 +3,13 @@
 B micro batch, T sequence length. Every rank computes its own share: nothing is sent, nothing is kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_nexus.data.answers import IGNORED_LABEL, AnswerTokens
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.samples import TokenWindows
 
@@ -44,3 +45,21 @@ def micro_batches(
         else:
             yield tokens_BT, labels_BT
         first += samples_per_step
+
+
+def answer_batch(samples: Sequence[AnswerTokens], width: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, labels and loss mask [B, T] of samples, padded on the right to `width` or the longest.
+
+    tokens int64, 0 in the padding, which no token of a causal model sees. labels int64, those of tokens
+    without loss 0, so that they may index logits. The mask is float32: 1 where the label is of an answer.
+    """
+    longest = max(len(sample.tokens) for sample in samples)
+    assert width == 0 or width >= longest, (width, longest)
+    shape = (len(samples), width or longest)
+    tokens_BT = torch.zeros(shape, dtype=torch.int64)
+    labels_BT = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
+    for b, sample in enumerate(samples):
+        tokens_BT[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        labels_BT[b, : len(sample.labels)] = torch.tensor(sample.labels)
+    mask_BT = labels_BT != IGNORED_LABEL
+    return tokens_BT, labels_BT.masked_fill(~mask_BT, 0), mask_BT.to(torch.float32)
