@@ -10,6 +10,7 @@ from megatron_nexus.reports.curves import loss_curves, overview
 from megatron_nexus.reports.divergence import Divergence, divergence_section
 from megatron_nexus.reports.family import seams
 from megatron_nexus.reports.growths import gap_section, metrics_section, seam_section
+from megatron_nexus.reports.hours import hours_section
 from megatron_nexus.reports.html_parts import notes, paragraph
 from megatron_nexus.reports.origins import commands_section, differences_section, lineage_section
 from megatron_nexus.reports.recorded_run import RecordedRun
@@ -25,6 +26,7 @@ def make_page(
     sections = [
         overview(runs),
         loss_curves(runs),
+        hours_section(runs),
         seam_section(grown) if grown else "",
         gap_section(grown),
         divergence_section(divergences),

@@ -17,6 +17,7 @@ from megatron_nexus.growth.generations import growths_of
 from megatron_nexus.models.decoder import decoder_specs, training_flops_per_token
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.training.command_log import COMMANDS_FILE
+from megatron_nexus.training.effective_time import EffectiveTime, effective_time
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, training_curve, validation_curves
 
 
@@ -52,6 +53,8 @@ class RecordedRun:
     growths: Sequence[Growth]
     commands: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
+    times: EffectiveTime | None = None
+    """Where its time went; None where that is not recorded."""
 
     @property
     def steps(self) -> list[Mapping[str, Any]]:
@@ -159,7 +162,8 @@ def read_run(folder: Path, name: str) -> RecordedRun:
     growths = [_growth(entry) for entry in growths_of(manifest.lineage)] if manifest else []
     run = RecordedRun(folder, name, config, records, growths, _commands(folder), ())
     notes += _progress_notes(run, manifest)
-    return RecordedRun(folder, name, config, records, growths, run.commands, tuple(notes))
+    times = effective_time(folder)
+    return RecordedRun(folder, name, config, records, growths, run.commands, tuple(notes), times)
 
 
 def _progress_notes(run: RecordedRun, manifest: Manifest | None) -> Iterator[str]:

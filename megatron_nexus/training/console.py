@@ -19,6 +19,7 @@ from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.training.corpus import Corpus
+from megatron_nexus.training.effective_time import effective_time
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import RunResult, Trainer
 from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
@@ -175,6 +176,7 @@ def summarise(
         "throughput": f"{rate:,.0f} tokens/s, {trainer.throughput.utilization(rate)}"
         if rate
         else "nothing was trained",
+        **({"effective time": str(times)} if (times := effective_time(run_dir)) else {}),
         **(
             {evaluation.name: describe(evaluation) for evaluation in outcome.evaluations}
             or {"validation": "left out: the run was stopped" if corpus.evaluations else "none was asked for"}

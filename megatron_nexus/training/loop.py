@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -35,6 +36,7 @@ from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.rank_batches import rank_batches
 from megatron_nexus.training.recorder import MetricsRecorder
 from megatron_nexus.training.replica_check import diverged_error, diverged_ranks
+from megatron_nexus.training.run_times import RunTimes
 from megatron_nexus.training.scoring import TaskEvaluator
 from megatron_nexus.training.spike_policy import SpikePolicy, rewind
 from megatron_nexus.training.throughput import Throughput
@@ -67,6 +69,7 @@ class Trainer:
         gemm_flops_per_s: float,
         evaluator: TaskEvaluator | None = None,
         beacon: Beacon | None = None,
+        times: RunTimes | None = None,
     ) -> None:
         """`evaluator`, on rank 0 where there are tasks, asks for scores; `beacon` shows where a rank is."""
         self.config = config
@@ -90,7 +93,8 @@ class Trainer:
         self._open_state: tuple[Location | None, Callable[[Location], StateReader]] = (None, CheckpointReader)
         self._beacon = beacon or Beacon()
         self.injector: FaultInjector | None = None
-        self.hooks: list[Hook] = [self._finite]
+        self.times = times or RunTimes(run_dir, writes=False)
+        self.hooks: list[Hook] = [self._finite, self.times]
         self._evaluations = Evaluations(config, mesh, engine, corpus, evaluator, self.hooks)
         self._writer = CheckpointWriter(
             save,
@@ -180,6 +184,7 @@ class Trainer:
         stopping = False
         if config.training.manual_gc:
             gc.disable()
+        self.times.begin_training()
         while self.progress.step < last and not stopping:
             step = self.progress.step + 1
             if config.training.manual_gc and step % config.training.manual_gc_interval == 0:
@@ -196,15 +201,16 @@ class Trainer:
             validates = log_config.eval_interval and step % log_config.eval_interval == 0
             scores = log_config.eval_tasks_interval and step % log_config.eval_tasks_interval == 0
             if validates or (scores and step != last):  # which may take longer than a step
-                self._wait_for_evaluations()
-                evaluations = self._evaluations.losses("validation", self.progress.step) if validates else []
-                if scores and step != last:
-                    self._evaluations.task_scores(self.progress.step)
+                with self._evaluating():
+                    evaluations = self._evaluations.losses("validation", step) if validates else []
+                    if scores and step != last:
+                        self._evaluations.task_scores(step)
                 self._wait_for_steps()
                 stopping = self.mesh.control.any(stop.is_asked)
             if self._writer.is_busy and not saving:
                 self._beacon.mark(Phase.CHECKPOINT)
-                self._saved(self._writer.settle())
+                with self.times.span("checkpoint"):
+                    self._saved(self._writer.settle())
             if interval and step % interval == 0 and step != last and not stopping:
                 self.save(async_save=config.checkpoint.async_save)
         if stopping:
@@ -215,11 +221,12 @@ class Trainer:
         assert self.last_checkpoint is not None, "just saved"
         # A run that was asked to stop leaves at once; its next part validates.
         if not stopping:
-            self._wait_for_evaluations()
-            evaluations = evaluations or self._evaluations.losses("validation", self.progress.step)
-            evaluations += self._evaluations.losses("test", self.progress.step)
-            task_scores = self._evaluations.task_scores(self.progress.step)
+            with self._evaluating():
+                evaluations = evaluations or self._evaluations.losses("validation", self.progress.step)
+                evaluations += self._evaluations.losses("test", self.progress.step)
+                task_scores = self._evaluations.task_scores(self.progress.step)
         recorder.close()
+        self.times.end()
         trained_tokens = self.progress.tokens - started.tokens
         return RunResult(
             progress=self.progress,
@@ -234,12 +241,15 @@ class Trainer:
         if timeout_s := self.config.parallel.distributed_timeout_seconds_after_init:
             self.mesh.set_timeout(timeout_s)
 
-    def _wait_for_evaluations(self) -> None:
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         """Wait for others as long as at the start: evaluations compile too, and ranks meet late in them."""
         self._beacon.mark(Phase.EVALUATION)
         parallel = self.config.parallel
         if parallel.distributed_timeout_seconds_after_init:
             self.mesh.set_timeout(60.0 * parallel.distributed_timeout_minutes)
+        with self.times.span("evaluation"):
+            yield
 
     def _train_step(
         self,
@@ -269,7 +279,9 @@ class Trainer:
             result = self._update(step, rate, flags)
         step_s = time.perf_counter() - began
         if not result.was_made and self.config.training.spike_policy == "rewind":
-            self._rewind(step, batch, result)
+            self.times.add("lost", step_s)
+            with self.times.span("lost"):
+                self._rewind(step, batch, result)
             return step_s, result.flags
         self.progress = RunProgress(
             step, done.samples + batch, done.tokens + tokens, done.flops + tokens * self.flops_per_token
@@ -287,6 +299,7 @@ class Trainer:
             mfu=self.throughput.mfu(tokens_per_s),
             memory_bytes=peak_memory_bytes(self.mesh),
             skipped=None if result.was_made else True,
+            time=round(time.time(), 3),
         )
         for hook in self.hooks:
             hook.after_step(metrics)
@@ -360,6 +373,10 @@ class Trainer:
 
         Raises CheckpointError where this save or the one before it failed.
         """
+        with self.times.span("checkpoint"):
+            self._save(async_save)
+
+    def _save(self, async_save: bool) -> None:
         self._finish_saving()
         tokenizer = self.corpus.tokenizer
         request = SaveRequest(
@@ -378,7 +395,8 @@ class Trainer:
     def _finish_saving(self) -> None:
         """Wait for the save that is under way, if one is; a collective call."""
         self._beacon.mark(Phase.CHECKPOINT)
-        self._saved(self._writer.finish())
+        with self.times.span("checkpoint"):
+            self._saved(self._writer.finish())
 
     def _saved(self, saved: Saved | None) -> None:
         """Log that a checkpoint is complete."""

@@ -41,6 +41,8 @@ class StepMetrics:
     memory_bytes: int
     skipped: bool | None = None
     """True where the update was left out, by --spike-policy; else None."""
+    time: float | None = None
+    """When the step was over, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,16 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, resumed_step: int, loggers: Sequence[Logger] = ()) -> None:
         self.path = folder / METRICS_FILE
+        self.dropped: Sequence[Mapping[str, Any]] = ()
+        """The records that were dropped last."""
         self._file = self._reopened(resumed_step)
         self._loggers = loggers
 
     def _reopened(self, last_step: int) -> TextIO:
         """Drop the records of later steps and return the file to append to."""
-        kept = [record for record in read_metrics(self.path) if record["step"] <= last_step]
+        records = read_metrics(self.path)
+        kept = [record for record in records if record["step"] <= last_step]
+        self.dropped = [record for record in records if record["step"] > last_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(self.path)

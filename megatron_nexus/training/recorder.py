@@ -16,6 +16,7 @@ from megatron_nexus.training.metrics import (
     TaskScores,
     Validation,
 )
+from megatron_nexus.training.run_times import record_lost_steps
 
 SILENCE_S = 5.0
 """The console shows a step at least so often, whatever --log-interval says."""
@@ -29,6 +30,8 @@ class MetricsRecorder(Hook):
         self._writer = None
         if writes:
             self._writer = MetricsWriter(run_dir, resumed_step, open_loggers(config, run_dir, resumed_step))
+            record_lost_steps(run_dir, self._writer.dropped)
+        self._run_dir = run_dir
         self._interval = config.logging.log_interval
         self._train_iters = config.training.train_iters
         self._last_log_s = 0.0
@@ -56,6 +59,7 @@ class MetricsRecorder(Hook):
         """Drop the steps after the one that the run has gone back to, and write why."""
         if self._writer is not None:
             self._writer.rewind(step, record)
+            record_lost_steps(self._run_dir, self._writer.dropped)
 
     def on_failure(self, error: NexusError) -> None:
         """Close the files, and mark the run as failed where loggers have such a mark."""

@@ -50,6 +50,7 @@ from megatron_nexus.training.machine import (
     set_trace_prefix,
     untested_torch,
 )
+from megatron_nexus.training.run_times import RunTimes
 from megatron_nexus.training.scoring import TaskEvaluator
 
 _BEFORE_TIMEOUT = 0.95
@@ -96,11 +97,12 @@ def run(
         if mesh.rank == 0:
             # A grown model is another run than the checkpoint's.
             check_writable(save, None if config.checkpoint.grow else checkpoint)
+        times = RunTimes(run_dir, mesh.rank == 0)
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
             import_muon_uncompiled()
             engine = Engine(config, mesh, checkpoint is None, beacon)
-        trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator, beacon)
+        trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator, beacon, times)
         announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
             resume = partial(trainer.resume, open_state=open_state, newest_regions=newest_regions)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.errors import EXIT_CODE_RESTART
+from megatron_nexus.training.effective_time import effective_time
 from megatron_nexus.training.fault_injection import RECORD_FILE
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 from tests.support.cli import PYTHON, Command, assert_refused, commands, warm_ranks
@@ -72,6 +73,11 @@ def test_a_run_survives_a_frozen_rank_a_transient_fault_and_slices(command: Comm
     line = next(line for line in output.splitlines() if "resume with" in line)
     assert "--inject" not in line and "nan@9" not in line
     assert command.losses("torn") == command.losses(whole)
+    times = effective_time(command.folder / "torn")
+    assert times is not None and times.starts == 4
+    assert times.lost_s > 0, "step 4, trained twice"
+    assert times.down_s > 0 and times.checkpoint_s > 0 and times.evaluation_s > 0
+    assert 0 < times.ettr < 1 and f"effective time   {times}" in output
     folders = [command.folder / name / "iter_0000014" for name in ("torn", whole)]
     assert state(folders[0]) == state(folders[1])
 

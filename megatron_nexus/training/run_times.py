@@ -1,0 +1,101 @@
+"""Run times: what a run records of its time beside the steps, in `run_times.jsonl`. Written by rank 0.
+
+    {"what": "start", "time": ...}                       a process of the run has started
+    {"what": "training", "time": ...}                    its first step begins
+    {"what": "evaluation", "time": ..., "seconds": ...}  training waited for it; `time` is its end
+    {"what": "checkpoint", ...}, {"what": "lost", ...}   the same of a save, of steps that were given up
+    {"what": "end", "time": ...}                         the process leaves as it should
+
+Times are seconds since the epoch. Records are added and never changed, so they survive kills;
+`training/effective_time.py` reads them, with the steps that are in metrics.jsonl.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_nexus.errors import NexusError
+from megatron_nexus.parallel.launcher_watch import process_age_s
+from megatron_nexus.training.hooks import Hook
+from megatron_nexus.training.metrics import Evaluation, GrowthMetrics, StepMetrics
+
+RUN_TIMES_FILE = "run_times.jsonl"
+SHORTEST_S = 1e-3
+"""A wait that is not worth a record is shorter."""
+
+What = Literal["start", "training", "evaluation", "checkpoint", "lost", "end"]
+
+
+class RunTimes(Hook):
+    """Records where the time of a run goes, on the rank that `writes`."""
+
+    def __init__(self, run_dir: Path, writes: bool) -> None:
+        """Record the start of this process."""
+        self._path = run_dir / RUN_TIMES_FILE
+        self._writes = writes
+        self._in_span = False
+        self._stepped = time.perf_counter()
+        self._append("start", time.time() - process_age_s())
+
+    def begin_training(self) -> None:
+        """Record that the first step begins."""
+        self._stepped = time.perf_counter()
+        self._append("training", time.time())
+
+    def after_step(self, metrics: StepMetrics) -> None:
+        """Remember when the step was over."""
+        self._stepped = time.perf_counter()
+
+    @contextmanager
+    def span(self, what: What) -> Iterator[None]:
+        """Record how long the block takes, unless it is in such a block already."""
+        if self._in_span:
+            yield
+            return
+        self._in_span, began = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._in_span = False
+            self.add(what, time.perf_counter() - began)
+
+    def add(self, what: What, seconds: float) -> None:
+        """Record that `seconds` up to now went into `what`."""
+        if seconds >= SHORTEST_S:
+            self._append(what, time.time(), seconds=seconds)
+
+    def after_evaluation(self, found: Evaluation) -> None:
+        """Record growth metrics, which are measured between steps."""
+        if isinstance(found, GrowthMetrics):
+            self.add("evaluation", found.seconds)
+
+    def on_failure(self, error: NexusError) -> None:
+        """Record the end, after a step that is not kept."""
+        self.add("lost", time.perf_counter() - self._stepped)
+        self.end()
+
+    def end(self) -> None:
+        """Record that the run ends as it should."""
+        self._append("end", time.time())
+
+    def _append(self, what: What, when: float, **more: float) -> None:
+        if self._writes:
+            _append_record(self._path, {"what": what, "time": round(when, 3), **more})
+
+
+def record_lost_steps(run_dir: Path, dropped: Sequence[Mapping[str, Any]]) -> None:
+    """Record that a run takes steps again; `dropped` are their records in metrics.jsonl."""
+    steps = [record for record in dropped if "step_s" in record and "time" in record]
+    if steps:
+        seconds = sum(record["step_s"] for record in steps)
+        lost = {"what": "lost", "time": steps[-1]["time"], "seconds": seconds, "steps": len(steps)}
+        _append_record(run_dir / RUN_TIMES_FILE, lost)
+
+
+def _append_record(path: Path, record: Mapping[str, object]) -> None:
+    """Add a record to a file. On a full disk it is left out: no run ends for it."""
+    with suppress(OSError), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")

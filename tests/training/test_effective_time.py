@@ -1,0 +1,75 @@
+"""Effective time: each second of a run is counted once, over kills, requeues and rewinds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_nexus.training.effective_time import duration, effective_time
+from megatron_nexus.training.metrics import METRICS_FILE
+from megatron_nexus.training.run_times import RUN_TIMES_FILE, RunTimes, record_lost_steps
+
+
+def step_record(step: int, time: float, step_s: float = 10.0, **more: object) -> dict[str, object]:
+    return {"step": step, "loss": 4.0, "step_s": step_s, "time": time, **more}
+
+
+def write(path: Path, records: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_each_second_of_a_run_is_counted_once(tmp_path: Path) -> None:
+    # A start of 40 s, a first step of 25 s, four more; killed in the sixth, of which nothing is known. It had
+    # saved after step 3. After 100 s it starts again, at step 4, leaves out step 5, and ends.
+    write(
+        tmp_path / RUN_TIMES_FILE,
+        [
+            {"what": "start", "time": 1000.0},
+            {"what": "training", "time": 1040.0},
+            {"what": "checkpoint", "time": 1090.0, "seconds": 5.0},
+            {"what": "start", "time": 1210.0},
+            {"what": "lost", "time": 1110.0, "seconds": 20.0, "steps": 2},
+            {"what": "training", "time": 1240.0},
+            {"what": "evaluation", "time": 1267.0, "seconds": 6.0},
+            {"what": "end", "time": 1268.0},
+        ],
+    )
+    first = [step_record(1, 1065.0, 25.0), step_record(2, 1075.0), step_record(3, 1085.0)]
+    second = [step_record(4, 1250.0), step_record(5, 1260.0, skipped=True)]
+    write(tmp_path / METRICS_FILE, [*first, *second])
+    found = effective_time(tmp_path)
+    assert found is not None
+    assert found.starts == 2
+    assert found.productive_s == 40.0, "of four kept steps; 15 s of the first are those of a start"
+    assert found.start_up_s == 40.0 + 15.0 + 30.0
+    assert (found.checkpoint_s, found.evaluation_s, found.lost_s) == (5.0, 6.0, 20.0 + 10.0)
+    assert found.down_s == 100.0, "since its last record"
+    assert found.other_s == pytest.approx(2.0)
+    assert found.total_s == pytest.approx(268.0)
+    assert found.ettr == pytest.approx(40 / 268)
+    assert str(found).startswith("ETTR 14.9 % of 4 min in 2 starts: start-up 31.7 %, checkpoints 1.9 %")
+
+
+def test_a_run_records_its_own_time_and_survives_what_is_cut_short(tmp_path: Path) -> None:
+    assert effective_time(tmp_path) is None, "a run of an older version"
+    times = RunTimes(tmp_path, writes=True)
+    times.begin_training()
+    with times.span("checkpoint"), times.span("evaluation"):
+        times.add("lost", 2.0)
+    record_lost_steps(tmp_path, [step_record(3, 50.0), {"step": 3, "validation_loss": 1.0}])
+    RunTimes(tmp_path / "other", writes=False).end()
+    with (tmp_path / RUN_TIMES_FILE).open("a") as file:
+        file.write('{"what": "check')
+    found = effective_time(tmp_path)
+    assert found is not None
+    assert found.lost_s == 2.0, "steps from before the first start are not this run's"
+    assert found.productive_s == 0.0 and found.ettr == 0.0
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.31, "0.3 s"), (45, "45 s"), (130, "2 min"), (11520, "3.2 h"), (36000, "10 h"), (207360, "2.4 d")],
+)
+def test_durations_have_the_unit_that_suits_them(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
