@@ -1,9 +1,12 @@
 """Sections of a run's configuration about files: the data, the checkpoints, what is logged and evaluated."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_nexus.config.config_field import config_field
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS
+
+TimingLogOption = Literal["max", "minmax", "all"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,20 @@ class LoggingConfig:
 
     log_interval: int = config_field(
         10, "steps between lines on the console; longer steps have one every 5 s", positive=True
+    )
+    timing_log_level: int = config_field(
+        0,
+        "times of the phases of a step at --log-interval: 0 none, 1 forward-backward, gradient reduction and "
+        "optimizer, 2 all phases; waits for no device",
+        maximum=2,
+    )
+    timing_log_option: TimingLogOption = config_field(
+        "minmax", "of these times over the ranks: max, minmax, or all: of every rank"
+    )
+    straggler_threshold: float = config_field(
+        1.5,
+        "at --log-interval the rank is named that computes this many times as long as the median one; 0: "
+        "none is",
     )
     eval_interval: int = config_field(100, "steps between validations; 0: only at the end")
     eval_iters: int = config_field(8, "global batches per validation; 0: no validation")

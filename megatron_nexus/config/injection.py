@@ -1,4 +1,4 @@
-"""Injected faults: what `--inject FAULT@STEP[,rank=R]` asks for: a rehearsal, and no setting of a run.
+"""Injected faults: what `--inject FAULT@STEP[,rank=R][,seconds=S]` asks for: a rehearsal, no setting.
 
 `training/fault_injection.py` makes them happen.
 """
@@ -12,7 +12,7 @@ from megatron_nexus.errors import ConfigError
 
 Kind = Literal["rank_hung", "rank_killed", "slow_rank", "nan", "spike", "bit_flip", "disk_full"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_WORD = re.compile(r"(\w+)@(\d{1,12})(?:,rank=(\d{1,12}))?")
+_WORD = re.compile(r"(\w+)@(\d{1,12})(?:,rank=(\d{1,12}))?(?:,seconds=(\d{1,6}(?:\.\d{1,6})?))?")
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,12 @@ class InjectedFault:
     kind: Kind
     step: int
     rank: int
+    seconds: float = 0.0
+    """Of a slow rank: how much longer each step takes from then on; 0: that step is never done."""
 
     def __str__(self) -> str:
-        return f"{self.kind}@{self.step},rank={self.rank}"
+        slower = f",seconds={self.seconds:g}" if self.seconds else ""
+        return f"{self.kind}@{self.step},rank={self.rank}{slower}"
 
 
 def parse_faults(words: Sequence[str]) -> tuple[InjectedFault, ...]:
@@ -36,13 +39,15 @@ def parse_faults(words: Sequence[str]) -> tuple[InjectedFault, ...]:
     for word in words:
         match = _WORD.fullmatch(word)
         kind = next((kind for kind in KINDS if match and match[1] == kind), None)
-        if match is None or kind is None or int(match[2]) < 1:
+        seconds = float(match[4] or 0.0) if match else 0.0
+        if match is None or kind is None or int(match[2]) < 1 or (seconds and kind != "slow_rank"):
             problems.append(
                 f"--inject {word} is not a fault: write such as {KINDS[0]}@12 or {KINDS[1]}@12,rank=1, with "
-                f"{', '.join(KINDS)} and a step from 1"
+                f"{', '.join(KINDS)} and a step from 1; slow_rank@12,seconds=0.5 has each step from "
+                "then on take so much longer"
             )
         else:
-            found.append(InjectedFault(kind, int(match[2]), int(match[3] or 0)))
+            found.append(InjectedFault(kind, int(match[2]), int(match[3] or 0), seconds))
     if problems:
         raise ConfigError(problems)
     return tuple(found)

@@ -9,7 +9,7 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -28,11 +28,13 @@ class Phase(IntEnum):
     DATA = 1
     FORWARD = 2
     BACKWARD = 3
-    OPTIMIZER = 4
-    LOSS = 5
-    HOOKS = 6
-    EVALUATION = 7
-    CHECKPOINT = 8
+    PIPELINE = 4
+    REDUCTION = 5
+    OPTIMIZER = 6
+    LOSS = 7
+    HOOKS = 8
+    EVALUATION = 9
+    CHECKPOINT = 10
 
     def __str__(self) -> str:
         return _WORDS[self]
@@ -43,6 +45,8 @@ _WORDS = {
     Phase.DATA: "reading data",
     Phase.FORWARD: "forward pass",
     Phase.BACKWARD: "backward pass",
+    Phase.PIPELINE: "exchange with a pipeline stage",
+    Phase.REDUCTION: "reduction of the gradients",
     Phase.OPTIMIZER: "optimizer",
     Phase.LOSS: "reduction of the loss",
     Phase.HOOKS: "between steps",
@@ -50,7 +54,7 @@ _WORDS = {
     Phase.CHECKPOINT: "checkpoint",
 }
 GONE, STOPPED = "its process was killed, or left", "its process is stopped (SIGSTOP, or a debugger)"
-IN_STEP = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.LOSS)
+IN_STEP = tuple(phase for phase in Phase if Phase.DATA <= phase <= Phase.LOSS)
 
 
 @dataclass(frozen=True, order=True)
@@ -74,6 +78,8 @@ class Beacon:
         self._memory = mmap.mmap(self.descriptor, _RECORD.size)
         self._step = self._marks = self._steps = 0
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.observer: Callable[[Phase], None] | None = None
+        """Is called at each mark."""
         self.mark(Phase.STARTING)
 
     @contextmanager
@@ -91,6 +97,8 @@ class Beacon:
         """Say what this rank does from now on."""
         self._marks += 1
         _RECORD.pack_into(self._memory, 0, self._step, self._marks, phase, time.monotonic())
+        if self.observer is not None:
+            self.observer(phase)
 
     @property
     def is_warm(self) -> bool:

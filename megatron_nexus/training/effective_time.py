@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_nexus.base.duration import duration
 from megatron_nexus.base.json_text import fits, parse_record
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 from megatron_nexus.training.run_times import RUN_TIMES_FILE
@@ -74,15 +75,6 @@ class EffectiveTime:
         return (
             f"ETTR {100 * self.ettr:.1f} % of {duration(self.total_s)}{starts}{': ' + rest if rest else ''}"
         )
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that suits it, such as "45 s", "12 min", "3.2 h" or "2.4 d"."""
-    for unit, length, limit in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 172800.0)):
-        if seconds < limit:
-            count = seconds / length
-            return f"{count:.1f} {unit}" if count < 10 and unit != "min" else f"{count:.0f} {unit}"
-    return f"{seconds / 86400:.1f} d"
 
 
 def effective_time(run_dir: Path) -> EffectiveTime | None:

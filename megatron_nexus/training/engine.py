@@ -45,6 +45,7 @@ from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
 from megatron_nexus.training.gradient_reducer import reduce_gradients
 from megatron_nexus.training.optimizer import make_optimizer
+from megatron_nexus.training.pipeline_phases import mark_pipeline_phases
 from megatron_nexus.training.update_gate import Admits, UpdateGate
 from megatron_nexus.training.zero_state import ZeroState, zero_state
 
@@ -190,12 +191,14 @@ class Engine:
                     mpu=grid if mesh.pp_size == 1 else None,  # a PipelineModule has its own
                 )
         if engine_reduces_gradients(engine_config):
-            reduce_gradients(self.deepspeed, mesh, config.parallel.overlap_grad_reduce)
+            reduce_gradients(self.deepspeed, mesh, config.parallel.overlap_grad_reduce, self._beacon)
         elif mesh.dp_size > 1 and config.parallel.zero_stage < 2:
             logger.info(
                 "DeepSpeed reduces the gradients, after the backward pass: %s sets up its own reduction",
                 config.parallel.deepspeed_config,
             )
+        if mesh.pp_size > 1:
+            mark_pipeline_phases(self.deepspeed, self._beacon)
         self.layers = stages[mesh.pp_rank]
         model.register_forward_pre_hook(self._mark_evaluation)
 

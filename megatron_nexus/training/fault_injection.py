@@ -44,6 +44,7 @@ class FaultInjector:
         self._run_dir = run_dir
         self._parameters = parameters
         self._visits = 0
+        self._slower_s = 0.0
         if rank == 0:
             for fault in faults:
                 if str(fault) in self._done:
@@ -62,6 +63,8 @@ class FaultInjector:
                 file.write(f"{fault} {datetime.now(UTC).isoformat(timespec='seconds')}\n")
             logger.warning("WARNING: injecting %s", fault)
             self._inject(fault)
+        if self._slower_s:
+            time.sleep(self._slower_s)
 
     def _inject(self, fault: InjectedFault) -> None:
         match fault.kind:
@@ -69,6 +72,8 @@ class FaultInjector:
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "rank_killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "slow_rank" if fault.seconds:
+                self._slower_s = fault.seconds
             case "slow_rank":
                 while True:  # alive, and never done
                     time.sleep(0.1)

@@ -18,6 +18,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor, nn
 
 from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY
+from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.data_parallel import begin_reduce_scatter_mean
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.zero_state import DeepSpeedEngine
@@ -26,9 +27,12 @@ from megatron_nexus.training.zero_state import DeepSpeedEngine
 class GradientReducer(ABC):
     """Reduces the buckets of one engine, in the order in which the backward pass completes them."""
 
-    def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, overlap: bool) -> None:
-        """Take the reduction over from DeepSpeed; after the backward pass, unless `overlap`."""
-        self._engine = engine
+    def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, overlap: bool, beacon: Beacon) -> None:
+        """Take the reduction over from DeepSpeed; after the backward pass, unless `overlap`.
+
+        `beacon` shows when this rank waits for it.
+        """
+        self._engine, self._beacon = engine, beacon
         self._zero: ZeROOptimizer = engine.optimizer
         self._mesh = mesh
         self._buckets: list[list[nn.Parameter]] = self._groups()
@@ -85,6 +89,7 @@ class GradientReducer(ABC):
     @torch.no_grad()
     def finish(self) -> None:
         """Reduce what has not been, and wait for all of it; the last backward pass is over."""
+        self._beacon.mark(Phase.REDUCTION)
         for index in self._waiting:
             self._begun.append(self._begin(index))
         for end in self._begun:
@@ -215,11 +220,11 @@ class _Fp32Reducer(GradientReducer):
         self._zero._release_ipg_buffers()
 
 
-def reduce_gradients(engine: DeepSpeedEngine, mesh: Mesh, overlap: bool) -> None:
+def reduce_gradients(engine: DeepSpeedEngine, mesh: Mesh, overlap: bool, beacon: Beacon) -> None:
     """Have the gradients of an engine at ZeRO 1 reduced here, not by DeepSpeed."""
     is_bf16 = isinstance(engine.optimizer, BF16_Optimizer)
     if mesh.dp_size > 1:
-        (_Bf16Reducer if is_bf16 else _Fp32Reducer)(engine, mesh, overlap)
+        (_Bf16Reducer if is_bf16 else _Fp32Reducer)(engine, mesh, overlap, beacon)
     elif is_bf16:
         # DeepSpeed would copy them all, all-reduce the copy over one rank, and copy it back.
         _replace_reduction(engine, lambda: None)

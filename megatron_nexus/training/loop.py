@@ -39,6 +39,7 @@ from megatron_nexus.training.replica_check import diverged_error, diverged_ranks
 from megatron_nexus.training.run_times import RunTimes
 from megatron_nexus.training.scoring import TaskEvaluator
 from megatron_nexus.training.spike_policy import SpikePolicy, rewind
+from megatron_nexus.training.step_times import StepTimes
 from megatron_nexus.training.throughput import Throughput
 
 
@@ -171,8 +172,9 @@ class Trainer:
         config, log_config, interval = self.config, self.config.logging, self.config.checkpoint.save_interval
         last, started = config.training.train_iters, self.progress
         last_sample = started.samples + self._batch_schedule.samples(started.samples, last - started.step)
-        recorder = MetricsRecorder(config, self.mesh.rank == 0, self.run_dir, started.step)
-        self.hooks.append(recorder)
+        last_tokens = started.tokens + (last_sample - started.samples) * config.training.seq_length
+        recorder = MetricsRecorder(config, self.mesh.rank == 0, self.run_dir, started.step, last_tokens)
+        self.hooks += [recorder, StepTimes(config, self.mesh, self._beacon, self.hooks)]
         for line in self.corpus.epochs(last_sample - self.data.first_sample):
             logger.info("%s", line)
         self._batches_left = self._training_batches()

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TextIO, TypeAlias
 
+from megatron_nexus.base.duration import duration
 from megatron_nexus.base.json_text import fits, parse_record
 from megatron_nexus.errors import TrainingError
 from megatron_nexus.log import logger
@@ -77,7 +78,15 @@ class GrowthMetrics:
     growth_metrics: Mapping[str, Mapping[str, float]]
 
 
-Evaluation: TypeAlias = Validation | TaskScores | GrowthMetrics
+@dataclass(frozen=True)
+class Timers:
+    """Seconds a step of the ranks since the last of these, by Megatron-LM's name: the least and the most."""
+
+    step: int
+    timers: Mapping[str, tuple[float, float]]
+
+
+Evaluation: TypeAlias = Validation | TaskScores | GrowthMetrics | Timers
 """What is measured between two steps."""
 
 
@@ -129,8 +138,8 @@ class MetricsWriter:
         self._file = self._reopened(step)
         self._write({"step": step, **record})
 
-    def step(self, metrics: StepMetrics, train_iters: int, speak: bool) -> None:
-        """Record a step, and show it on the console where `speak`."""
+    def step(self, metrics: StepMetrics, train_iters: int, speak: bool, left_s: float | None = None) -> None:
+        """Record a step, and show it on the console where `speak`; `left_s` is what the run still takes."""
         record = {name: value for name, value in asdict(metrics).items() if value is not None}
         self._write(record)
         self._scalars(
@@ -147,7 +156,8 @@ class MetricsWriter:
         )
         if speak:
             logger.info(
-                "iteration %*d/%d | lm loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | %s | mem %.2f GB",
+                "iteration %*d/%d | lm loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | %s | mem %.2f GB"
+                "%s",
                 len(str(train_iters)),
                 metrics.step,
                 train_iters,
@@ -157,6 +167,7 @@ class MetricsWriter:
                 f"{metrics.tokens_per_s:,.0f}",
                 utilization(metrics.gemm_fraction, metrics.mfu),
                 metrics.memory_bytes / 1e9,
+                f" | {duration(left_s)} left" if left_s is not None else "",
             )
 
     def validation(self, validation: Validation) -> None:
@@ -183,6 +194,11 @@ class MetricsWriter:
         tags = {f"growth/{name}/{kind}": v for kind, values in means.items() for name, v in values.items()}
         self._scalars(found.step, tags)
         logger.info("growth metrics at %d | %s | %.1f s", found.step, describe_growth(means), found.seconds)
+
+    def timers(self, found: Timers) -> None:
+        """Record times of phases; loggers get the most of the ranks, under Megatron-LM's names."""
+        self._write(asdict(found))
+        self._scalars(found.step, {f"{name}-time": most for name, (_, most) in found.timers.items()})
 
     def _write(self, record: dict[str, Any]) -> None:
         """Append a record. Raise TrainingError where the disk does not take it."""

@@ -14,9 +14,11 @@ from megatron_nexus.training.metrics import (
     MetricsWriter,
     StepMetrics,
     TaskScores,
+    Timers,
     Validation,
 )
 from megatron_nexus.training.run_times import record_lost_steps
+from megatron_nexus.training.time_left import TimeLeft
 
 SILENCE_S = 5.0
 """The console shows a step at least so often, whatever --log-interval says."""
@@ -25,8 +27,10 @@ SILENCE_S = 5.0
 class MetricsRecorder(Hook):
     """Writes to metrics.jsonl, the loggers and the console, on the rank that `writes`."""
 
-    def __init__(self, config: RunConfig, writes: bool, run_dir: Path, resumed_step: int) -> None:
-        """Raises ConfigError where a logger cannot begin."""
+    def __init__(
+        self, config: RunConfig, writes: bool, run_dir: Path, resumed_step: int, last_tokens: int
+    ) -> None:
+        """Raises ConfigError where a logger cannot begin; `last_tokens` the run will have read at its end."""
         self._writer = None
         if writes:
             self._writer = MetricsWriter(run_dir, resumed_step, open_loggers(config, run_dir, resumed_step))
@@ -35,6 +39,7 @@ class MetricsRecorder(Hook):
         self._interval = config.logging.log_interval
         self._train_iters = config.training.train_iters
         self._last_log_s = 0.0
+        self._time_left = TimeLeft(last_tokens)
 
     def after_step(self, metrics: StepMetrics) -> None:
         """Write a step."""
@@ -42,7 +47,8 @@ class MetricsRecorder(Hook):
             return
         due = metrics.step % self._interval == 0 or metrics.step == self._train_iters
         to_console = due or time.monotonic() - self._last_log_s > SILENCE_S
-        self._writer.step(metrics, self._train_iters, to_console)
+        left_s = self._time_left.seconds(metrics)
+        self._writer.step(metrics, self._train_iters, to_console, left_s)
         if to_console:
             self._last_log_s = time.monotonic()
 
@@ -54,6 +60,8 @@ class MetricsRecorder(Hook):
             self._writer.task_scores(found)
         elif self._writer is not None and isinstance(found, GrowthMetrics):
             self._writer.growth_metrics(found)
+        elif self._writer is not None and isinstance(found, Timers):
+            self._writer.timers(found)
 
     def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
         """Drop the steps after the one that the run has gone back to, and write why."""

@@ -9,9 +9,14 @@ from megatron_nexus.errors import ConfigError
 
 
 def test_a_fault_is_a_kind_a_step_and_a_rank() -> None:
-    faults = parse_faults(["rank_hung@12", "bit_flip@3,rank=1"])
-    assert faults == (InjectedFault("rank_hung", 12, 0), InjectedFault("bit_flip", 3, 1))
-    assert list(map(str, faults)) == ["rank_hung@12,rank=0", "bit_flip@3,rank=1"]
+    words = ["rank_hung@12,rank=0", "bit_flip@3,rank=1", "slow_rank@4,rank=1,seconds=0.5"]
+    faults = parse_faults(["rank_hung@12", *words[1:]])
+    assert faults == (
+        InjectedFault("rank_hung", 12, 0),
+        InjectedFault("bit_flip", 3, 1),
+        InjectedFault("slow_rank", 4, 1, 0.5),
+    )
+    assert list(map(str, faults)) == words
 
 
 def test_a_second_flag_adds_its_faults() -> None:
@@ -19,7 +24,9 @@ def test_a_second_flag_adds_its_faults() -> None:
     assert words == ("nan@3", "spike@4", "nan@5")
 
 
-@pytest.mark.parametrize("word", ["rank_hung", "rank_hung@0", "hang@3", "nan@3,rank=-1", "nan@3,1", "nan@x"])
+@pytest.mark.parametrize(
+    "word", ["rank_hung", "rank_hung@0", "hang@3", "nan@3,rank=-1", "nan@3,seconds=1", "nan@3,1", "nan@x"]
+)
 def test_another_word_is_refused_with_one_that_is_right(word: str) -> None:
     with pytest.raises(ConfigError, match=rf"--inject {word} is not a fault: write such as rank_hung@12 or"):
         parse_faults([word])

@@ -54,7 +54,9 @@ def kept(command: Command) -> str:
 
 
 def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(command: Command) -> None:
-    code, output = command.run("--pp 2 --train-iters 5 --lr-warmup-iters 5", DEEPSPEED)
+    code, output = command.run(
+        "--pp 2 --train-iters 5 --lr-warmup-iters 5 --log-interval 1 --timing-log-level 2", DEEPSPEED
+    )
     assert code == 0, output
     assert output.count("note: --lr-warmup-iters 5 is not over") == 1, "one rank speaks"
     assert "spawning 2 local ranks" in output
@@ -65,6 +67,10 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
     assert summary(output, "checkpoint") == f"{run}/iter_0000005"
     assert newest_checkpoint(command.folder / run) == command.folder / run / "iter_0000005"
     assert (command.folder / run / PLOT_FILE).stat().st_size > 10_000
+    timers = re.findall(r"^timers, ms a step \(minmax of 2 ranks\): (.*)$", output, re.MULTILINE)
+    assert len(timers) == 3, "not of the first steps, which find memory"
+    for name in ("batch-generator", "forward-compute", "backward-compute", "pipeline-exchange", "optimizer"):
+        assert f"{name} " in timers[0], timers
     first = command.losses(run)
     assert list(first) == [1, 2, 3, 4, 5]
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.training.effective_time import duration, effective_time
-from megatron_nexus.training.metrics import METRICS_FILE
+from megatron_nexus.base.duration import duration
+from megatron_nexus.training.effective_time import effective_time
+from megatron_nexus.training.metrics import METRICS_FILE, StepMetrics
 from megatron_nexus.training.run_times import RUN_TIMES_FILE, RunTimes, record_lost_steps
+from megatron_nexus.training.time_left import TimeLeft
 
 
 def step_record(step: int, time: float, step_s: float = 10.0, **more: object) -> dict[str, object]:
@@ -73,3 +75,19 @@ def test_a_run_records_its_own_time_and_survives_what_is_cut_short(tmp_path: Pat
 )
 def test_durations_have_the_unit_that_suits_them(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_the_time_left_is_that_of_a_median_step_and_of_what_is_between_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left, clock = TimeLeft(last_tokens=10_000), 0.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    shown: list[float | None] = []
+    # A first step that compiles, and one that waits for a disk; a quarter of the time is between the steps.
+    for step, step_s in enumerate([60.0, 3.0, 3.0, 30.0, 3.0, 3.0], start=1):
+        clock += step_s * 4 / 3
+        shown.append(
+            left.seconds(StepMetrics(step, 4.0, 0.0, 1.0, 100 * step, step_s, 100 / step_s, 0, None, 0))
+        )
+    assert shown[:3] == [None] * 3
+    assert shown[5] == pytest.approx((100 - 6) * 3.0 * 4 / 3)

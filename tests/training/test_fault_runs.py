@@ -107,6 +107,23 @@ def test_what_refuses_rank_0_refuses_the_first_rank_of_every_machine(command: Co
     assert_refused(code, output, "ConfigError", f"--save {whole} holds iter_0000014", f"--load {whole}")
 
 
+def test_a_slow_rank_is_named_and_the_timers_tell_computing_from_waiting(command: Command) -> None:
+    code, output = command.run(
+        "--fp32 --train-iters 8 --log-interval 4 --timing-log-level 2 --timing-log-option all --save slow "
+        "--inject slow_rank@5,rank=1,seconds=0.3",
+        warm_ranks(2),
+    )
+    assert code == 0, output
+    found = re.findall(r"^straggler: rank (\d+) on \S+ computes (\d+) ms a step", output, re.MULTILINE)
+    assert [rank for rank, _ in found] == ["1"], output
+    assert int(found[0][1]) > 300
+    assert output.count("timers, ms a step (all of 2 ranks): batch-generator ") == 2
+    last = read_metrics(command.folder / "slow" / METRICS_FILE)[-2]["timers"]
+    assert last["batch-generator"][1] > 0.3 > last["batch-generator"][0], "the other rank reads its data"
+    assert last["all-grads-sync"][1] > 0.2, "and waits here"
+    assert last["forward-compute"][0] > 0 and last["backward-compute"][0] > 0 and last["optimizer"][0] > 0
+
+
 def test_diverged_weights_name_the_rank(command: Command) -> None:
     words = "--save flipped --inject bit_flip@4,rank=1 --check-weight-hash-across-dp-replicas-interval 2"
     code, output = command.run(EVERY + words, warm_ranks(2))

@@ -120,12 +120,12 @@ def test_the_console_shows_the_steps_it_is_asked_to(
     writer = MetricsWriter(tmp_path, 0)
     writer.step(step_of(6), 300, speak=False)
     writer.step(step_of(7), 300, speak=True)
-    writer.step(step_of(8, mfu=0.2), 300, speak=True)
+    writer.step(step_of(8, mfu=0.2), 300, speak=True, left_s=8280.0)
     writer.close()
     begins = "lm loss 4.0000 | lr 1.00e-03 | grad norm 0.700 | 128 tokens/s"
     assert console.readouterr().out == (
         f"iteration   7/300 | {begins} | 25.0 % of measured GEMM | mem 2.00 GB\n"
-        f"iteration   8/300 | {begins} | MFU 20.0 % | mem 2.00 GB\n"
+        f"iteration   8/300 | {begins} | MFU 20.0 % | mem 2.00 GB | 2.3 h left\n"
     )
     assert [record.get("mfu") for record in read_metrics(tmp_path / METRICS_FILE)] == [None, None, 0.2]
 
