@@ -10,10 +10,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_nexus import log
-from megatron_nexus.cli.arguments import positive
+from megatron_nexus.cli.arguments import count, positive
 from megatron_nexus.cli.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError, DataError
@@ -46,7 +46,32 @@ def make_parser() -> FlagParser:
         metavar="FOLDER",
         help="read the tasks' records from its files, such as piqa.jsonl (default: fetch the published ones)",
     )
+    parser.add_argument(
+        "--include-path",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="folders of task files of your own (YAML of lm-evaluation-harness), for --tasks",
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=count,
+        metavar="N",
+        help="examples before each question (default: as the task's configuration says, else none)",
+    )
     parser.add_argument("--limit", type=positive(int), help="items of each task (default: all)")
+    parser.add_argument(
+        "--log-samples",
+        action="store_true",
+        help="write prompt, answers and scores of each item beside --output, a file for each task",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive(int),
+        metavar="N",
+        help="samples of the model's length in a forward pass (default: as many as have 4,096 tokens)",
+    )
     parser.add_argument(
         "--perplexity",
         type=Path,
@@ -80,33 +105,54 @@ def run(argv: list[str]) -> None:
     if given.tasks:
         with log.importing("lm-evaluation-harness"):
             from megatron_nexus.evaluation.tasks import open_tasks
-        tasks = open_tasks(given.tasks, given.task_path)
+        tasks = open_tasks(given.tasks, given.task_path, given.include_path, given.num_fewshot)
     loaded = trained.load()
-    from megatron_nexus.evaluation.local_scorer import LocalScorer
+    from megatron_nexus.evaluation.local_scorer import TOKENS_PER_PASS, LocalScorer
     from megatron_nexus.evaluation.perplexity import measure_perplexity
     from megatron_nexus.evaluation.results import perplexity_line, task_table
 
-    scorer = LocalScorer(loaded)
+    per_pass = given.batch_size * loaded.seq_length if given.batch_size else TOKENS_PER_PASS
+    scorer = LocalScorer(loaded, per_pass)
     results: Mapping[str, TaskResult] = {}
     if tasks is not None:
-        from megatron_nexus.evaluation.harness import NexusLM, run_harness
+        from megatron_nexus.evaluation.harness import NexusLM, run_harness, sample_lines
 
-        results = run_harness(NexusLM(scorer, trained.tokenizer, loaded), tasks, given.limit)
+        model = NexusLM(scorer, trained.tokenizer, loaded)
+        samples: dict[str, list[dict[str, Any]]] = {}
+        results = run_harness(model, tasks, given.limit, samples if given.log_samples else None)
         for line in task_table(results):
             log.logger.info("%s", line)
+        if model.cut:
+            log.logger.info(
+                "note: %d of %d continuations with their prompts are longer than the %d tokens of the model, "
+                "which has not seen their beginning: fewer examples (--num-fewshot) fit",
+                *(model.cut, model.asked, loaded.seq_length),
+            )
+        for name, of_task in samples.items():
+            _write(_samples_file(given.output, name), sample_lines(of_task))
     perplexities = {}
     for path, text in texts.items():
         perplexities[path] = measure_perplexity(scorer, trained.tokenizer, text, given.perplexity_stride)
         log.logger.info("%s: %s", path, perplexity_line(perplexities[path]))
     if given.output is not None:
         record = _record(trained, str(loaded.device), results, perplexities)
-        try:
-            given.output.write_text(json.dumps(record, indent=2) + "\n")
-        except OSError as error:
-            raise DataError(
-                f"--output {given.output}: {error.strerror}: the results stand above; give another file"
-            ) from error
-        log.logger.info("wrote %s", given.output)
+        _write(given.output, json.dumps(record, indent=2) + "\n")
+
+
+def _samples_file(output: Path, task: str) -> Path:
+    """Return the file of a task's items: scores_samples_piqa.jsonl beside scores.json."""
+    return output.with_name(f"{output.stem}_samples_{task.replace(os.sep, '_')}.jsonl")
+
+
+def _write(path: Path, contents: str) -> None:
+    """Write results. Raises DataError where that cannot be."""
+    try:
+        path.write_text(contents, encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"--output {path}: {error.strerror}: the results stand above; give another file"
+        ) from error
+    log.logger.info("wrote %s", path)
 
 
 def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
@@ -116,8 +162,7 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
     """
     if not given.tasks and not given.perplexity:
         raise ConfigError("nothing to evaluate: give --tasks, --perplexity, or both")
-    if given.task_path is not None and not given.tasks:
-        raise ConfigError(f"--task-path {given.task_path} belongs to --tasks: give both, or neither")
+    _require_tasks_for(given)
     if given.output is not None:
         _require_writable(given.output)
     if given.tasks:
@@ -133,6 +178,33 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
         if not texts[path]:
             raise DataError(f"{path} is empty, and perplexity is of a text: give a file with text")
     return texts
+
+
+def _require_tasks_for(given: argparse.Namespace) -> None:
+    """Raise ConfigError where a flag of tasks has none, or has not what it needs."""
+    problems = []
+    if not given.tasks:
+        flags = {
+            f"--task-path {given.task_path}": given.task_path is not None,
+            f"--include-path {' '.join(map(str, given.include_path))}": bool(given.include_path),
+            f"--num-fewshot {given.num_fewshot}": given.num_fewshot is not None,
+            "--log-samples": given.log_samples,
+        }
+        problems += [f"{flag} belongs to --tasks: give both, or neither" for flag in flags if flags[flag]]
+    if given.task_path is not None and given.include_path:
+        problems.append(
+            f"--task-path {given.task_path} reads the paper's tasks, --include-path your own: evaluate them "
+            "one after the other"
+        )
+    if given.log_samples and given.output is None:
+        problems.append("--log-samples writes beside --output, and there is none: add --output scores.json")
+    problems += [
+        f"--include-path {folder} is not a folder: give one that holds task files (YAML)"
+        for folder in given.include_path
+        if not folder.is_dir()
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _require_writable(output: Path) -> None:

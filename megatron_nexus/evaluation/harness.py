@@ -2,12 +2,15 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import handle_non_serializable
 
 from megatron_nexus.base.invocation import command
 from megatron_nexus.data.tokenizer import Tokenizer, context_id
@@ -35,6 +38,8 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._loaded = loaded
+        self.asked = self.cut = 0
+        """Continuations that were scored; those of which the model has not seen the beginning."""
 
     @property
     def eot_token_id(self) -> int:
@@ -64,6 +69,9 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self, requests: Sequence[TokenizedPair], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        longest = self._scorer.seq_length + 1  # the last token is predicted, not read
+        self.asked += len(asked)
+        self.cut += sum(len(one.context) + len(one.continuation) > longest for one in asked)
         return [(score.log_likelihood, score.greedy) for score in self._scorer.score(asked)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -109,8 +117,16 @@ def require_scoring(tasks: Tasks) -> None:
         raise ConfigError(wrong)
 
 
-def run_harness(model: NexusLM, tasks: Tasks, limit: int | None = None) -> dict[str, TaskResult]:
-    """Return the result of each task over its first `limit` items. Does not touch global random state."""
+def run_harness(
+    model: NexusLM,
+    tasks: Tasks,
+    limit: int | None = None,
+    samples: dict[str, list[dict[str, Any]]] | None = None,
+) -> dict[str, TaskResult]:
+    """Return the result of each task over its first `limit` items. Does not touch global random state.
+
+    `samples`, where it is given, gets what the harness records of each item, by task.
+    """
     # Its bars would stand in the way of ours.
     with contextlib.redirect_stderr(io.StringIO()):
         results = lm_eval.evaluate(
@@ -118,8 +134,10 @@ def run_harness(model: NexusLM, tasks: Tasks, limit: int | None = None) -> dict[
             task_dict={"tasks": dict(tasks)},
             limit=limit,
             bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
+            log_samples=samples is not None,
         )
+    if samples is not None:
+        samples |= results["samples"]
     counts = results["n-samples"]
     return {
         name: TaskResult(
@@ -130,6 +148,13 @@ def run_harness(model: NexusLM, tasks: Tasks, limit: int | None = None) -> dict[
         for name, of_task in results["results"].items()
         if name in tasks
     }
+
+
+def sample_lines(of_task: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the harness records of the items of a task as JSON lines, as its --log_samples does."""
+    return "".join(
+        json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n" for sample in of_task
+    )
 
 
 def _named_numbers(of_task: Mapping[str, object], errors: bool) -> dict[str, float]:

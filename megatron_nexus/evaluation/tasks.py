@@ -19,7 +19,7 @@ from lm_eval.api.task import Task
 
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.evaluation.task_files import read_task_file, require_task_files, task_file
-from megatron_nexus.log import Progress
+from megatron_nexus.log import Progress, logger
 
 Tasks: TypeAlias = Mapping[str, Task]
 """Tasks by name."""
@@ -34,24 +34,47 @@ _CONFIGURATIONS = {
 }
 
 
-def open_tasks(names: Sequence[str], folder: Path | None) -> Tasks:
+def open_tasks(
+    names: Sequence[str],
+    folder: Path | None,
+    include_paths: Sequence[Path] = (),
+    num_fewshot: int | None = None,
+) -> Tasks:
     """Return tasks by name, with records from the files of `folder`, or fetched without one.
 
+    Tasks may also be those of the YAML files below `include_paths`, which go before those of the harness.
+    `num_fewshot` is the number of examples before each question, but for tasks whose configuration says 0.
+
     Raises:
-        ConfigError: a task is unknown, has no file, or is none for a model of text.
+        ConfigError: a task is unknown, has no file, is none for a model of text, or has too few examples.
         DataError: a file is not a file of its task, or a data set cannot be had.
     """
     # It warns of settings that are meant so.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    tasks = _local_tasks(names, folder) if folder is not None else _fetched_tasks(names)
+    tasks = _local_tasks(names, folder) if folder is not None else _fetched_tasks(names, include_paths)
     for name, task in tasks.items():
         if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
             raise ConfigError(f"the task {name} needs images, or runs code that a model writes: leave it out")
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        _set_num_fewshot(name, task, num_fewshot)
         task.set_fewshot_seed(seed=1234)  # the harness' own
     return tasks
+
+
+def _set_num_fewshot(name: str, task: Task, asked: int | None) -> None:
+    """Set the examples of a task as the harness does. Raises ConfigError where it has too few."""
+    own = task.get_config("num_fewshot")
+    if asked and own == 0:
+        logger.info(
+            "note: %s is zero-shot by its configuration: --num-fewshot %d does not count", name, asked
+        )
+    elif asked is not None or own is None:
+        task.set_config(key="num_fewshot", value=asked or 0)
+    if asked and own != 0 and (there := len(list(task.fewshot_docs() or ()))) <= asked:
+        raise ConfigError(
+            f"--num-fewshot {asked}: the task {name} has {there} records to take examples from: give at most "
+            f"{max(0, there - 1)}"
+        )
 
 
 def read_local(task: str, path: str, **metadata: object) -> dict[str, datasets.Dataset]:
@@ -84,31 +107,52 @@ def _local_tasks(names: Sequence[str], folder: Path) -> Tasks:
     return tasks
 
 
-def _fetched_tasks(names: Sequence[str]) -> Tasks:
+def _fetched_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> Tasks:
     root = Path(lm_eval.tasks.__file__).parent
-    if set(names) <= _CONFIGURATIONS.keys():
-        manager = lm_eval.tasks.TaskManager(include_defaults=False)
-        specs = [str(root / _CONFIGURATIONS[name]) for name in dict.fromkeys(names)]
+    own = [str(path) for path in include_paths]
+    try:
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=own)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"--include-path {' '.join(own)}: {_first_line(error)}: correct the task files there"
+        ) from error
+    if set(names) <= _CONFIGURATIONS.keys() | set(manager.all_tasks):
+        known = manager.all_tasks
+        specs = [
+            name if name in known else str(root / _CONFIGURATIONS[name]) for name in dict.fromkeys(names)
+        ]
     else:
         with Progress("listing the tasks of lm-evaluation-harness"):
-            manager = lm_eval.tasks.TaskManager()
+            manager = lm_eval.tasks.TaskManager(include_path=own)
         known = manager.all_tasks
         unknown = []
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, LISTED_NAMES)
                 remedy = f"did you mean {' or '.join(near)}?" if near else "see `lm_eval ls tasks`"
-                unknown.append(f"lm-evaluation-harness {lm_eval.__version__} has no task {name!r}: {remedy}")
+                where = f" and --include-path {' '.join(own)} have" if own else " has"
+                unknown.append(
+                    f"lm-evaluation-harness {lm_eval.__version__}{where} no task {name!r}: {remedy}"
+                )
         if unknown:
             raise ConfigError(unknown)
         specs = list(dict.fromkeys(names))
     try:
         with Progress("fetching the data of the tasks"):
             tasks: Tasks = manager.load(specs)["tasks"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        if set(names) & {name for name in manager.all_tasks if own}:
+            raise DataError(
+                f"a task of {', '.join(names)} cannot be opened ({_first_line(error)}): correct its file in "
+                f"--include-path {' '.join(own)}, or what that names as its data"
+            ) from error
         raise DataError(
             f"the data of {', '.join(names)} cannot be fetched ({error}): fetch it where there is a network "
             "and bring the cache along (HF_HOME), or give local files with --task-path (in training "
             "--eval-task-path)"
         ) from error
     return tasks
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

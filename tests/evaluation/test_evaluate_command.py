@@ -36,9 +36,78 @@ def test_tasks_and_perplexity_are_told_and_written(
     assert f"{perplexity['per_token']:.4g} per token" in out
 
 
+OWN_TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs:
+  data_files: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl}}
+output_type: multiple_choice
+training_split: train
+test_split: test
+fewshot_split: train
+doc_to_text: "{{{{deed}}}} it"
+doc_to_choice: ["by day", "by night"]
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path) -> Path:
+    """A folder with a task of the user's own, of local records, and one that is zero-shot."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for split, deeds in (("train", ("opens", "paints", "cuts", "lifts")), ("test", ("washes", "forgets"))):
+        records = [{"deed": deed, "label": number % 2} for number, deed in enumerate(deeds)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    yaml = OWN_TASK.format(folder=folder)
+    (folder / "capitals.yaml").write_text(yaml)
+    (folder / "zero.yaml").write_text(yaml.replace("capitals", "zero") + "num_fewshot: 0\n")
+    return folder
+
+
+def test_own_tasks_are_asked_with_examples_and_their_samples_are_written(
+    run: tuple[Path, RunConfig],
+    own_tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    console: Console,
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    words = ("--load", run[0], "--tasks", "capitals,zero", "--include-path", own_tasks, "--num-fewshot", 2)
+    more = ("--log-samples", "--output", tmp_path / "out.json", "--batch-size", 1)
+    code, out, err = call("evaluate", monkeypatch, console, *words, *more)
+    assert code == 0, err
+    assert "zero is zero-shot by its configuration: --num-fewshot 2 does not count" in out
+    prompts = {}
+    for task in ("capitals", "zero"):
+        lines = (tmp_path / f"out_samples_{task}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        prompts[task] = [sample["arguments"][0][0] for sample in samples]
+        record = json.loads((tmp_path / "out.json").read_text())["tasks"][task]
+        assert record["items"] == len(samples) == 2
+        assert record["metrics"]["acc"] == sum(sample["acc"] for sample in samples) / 2
+    assert prompts["zero"] == ["washes it", "forgets it"]
+    answers = {"opens": "by day", "paints": "by night", "cuts": "by day", "lifts": "by night"}
+    for prompt, asked in zip(prompts["capitals"], prompts["zero"], strict=True):
+        *shots, question = prompt.split("\n\n")
+        assert question == asked and len(shots) == 2
+        assert all(shot == f"{shot.split()[0]} it {answers[shot.split()[0]]}" for shot in shots)
+    code, _, err = call("evaluate", monkeypatch, console, *words[:-1], 9)
+    assert code == 2 and "--num-fewshot 9: the task capitals has 4 records" in err and "at most 3" in err
+    (own_tasks / "test.jsonl").unlink()
+    code, _, err = call("evaluate", monkeypatch, console, *words)
+    assert code == 2 and f"correct its file in --include-path {own_tasks}" in err, err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (("--perplexity", "a.txt", "--num-fewshot", 2), "--num-fewshot 2 belongs to --tasks"),
+        (("--tasks", "piqa", "--log-samples"), "add --output scores.json"),
+        (("--tasks", "piqa", "--include-path", "gone"), "--include-path gone is not a folder"),
+        (("--tasks", "piqa", "--include-path", ".", "--task-path", "tasks"), "one after the other"),
         ((), "nothing to evaluate: give --tasks"),
         (("--perplexity", "gone.txt"), "gone.txt: No such file or directory"),
         (("--perplexity", "empty.txt"), "empty.txt is empty"),
