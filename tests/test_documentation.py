@@ -126,10 +126,9 @@ def check_command(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
             assert exists(words[script]), command
             if words[script] == "pretrain_nexus.py":
                 parse(("train", *words[script + 1 :]), monkeypatch)
-        case "bash":
-            assert exists(words[0]), command
-        case "sbatch":
-            text = (REPOSITORY / words[0]).read_text()
+        case "bash" | "sbatch":
+            script = next(word for word in words if "/" in word)
+            text = (REPOSITORY / script).read_text()
             assert all(f"${{{name.split('=')[0]}:" in text for name in command.variables), command
         case "pip":
             check_pip(command)
@@ -143,7 +142,11 @@ def check_command(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
             assert command.needs == "network", command
         case "mkdocs":
             assert exists("mkdocs.yml")
-        case "export" | "." | "python3":
+        case "git" | "apptainer":
+            assert command.needs in ("network", "cluster"), command
+        case "squeue" | "sacct" | "tail":
+            assert command.needs == "cluster", command
+        case "export" | "." | "cd" | "python3":
             pass
         case _:
             raise AssertionError(f"{command}: how is this command to be checked?")
@@ -179,7 +182,10 @@ def test_a_flag_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) ->
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FOREIGN = {
     "deepspeed, torchrun, mpirun": "--num_gpus --nproc-per-node --master_port",
-    "SLURM": "--kill-on-bad-exit --signal --requeue --ntasks-per-node --cpus-per-task --gpus-per-task",
+    "SLURM": "--kill-on-bad-exit --signal --requeue --ntasks-per-node --cpus-per-task --gpus-per-task "
+    "--gpus-per-node --partition --time --wait --nodes --ntasks --me --format "
+    "--container-image --container-mounts --container-workdir",
+    "apptainer": "--nv --bind",
     "docker": "--target --rm --shm-size",
     "pip, hf, mkdocs": "--extra-index-url --no-deps --repo-type --local-dir --strict",
 }

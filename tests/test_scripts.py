@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.config.rules import check as check_rules
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -31,9 +35,42 @@ def test_a_script_is_clean(linter: str, file: Path) -> None:
 
 
 def test_the_scripts_were_found() -> None:
-    assert {"pretrain.sbatch", "preprocess.sbatch", "own_corpus.sh", "pretrain_240m.sh", "baselines.sh"} <= {
-        path.name for path in SHELL
-    }
+    assert {
+        "pretrain.sbatch",
+        "preprocess.sbatch",
+        "evaluate.sbatch",
+        "progressive_scaling.sh",
+        "own_corpus.sh",
+        "pretrain_240m.sh",
+        "baselines.sh",
+    } <= {path.name for path in SHELL}
+
+
+def test_the_job_for_kubernetes_is_one_of_the_operator() -> None:
+    text = (REPOSITORY / "examples" / "kubernetes" / "pytorchjob.yaml").read_text()
+    # Kubernetes' client looks for classes among its own. A field that they lack is lost on the way.
+    check = """
+import json, sys, kubernetes.client
+from kubeflow.training import models
+for name, value in vars(models).items():
+    kubernetes.client.models.__dict__.setdefault(name, value)
+client = kubernetes.client.ApiClient()
+job = client.deserialize(type("Response", (), {"data": sys.stdin.read()}), "KubeflowOrgV1PyTorchJob")
+print(json.dumps(client.sanitize_for_serialization(job)))
+"""
+    job = yaml.safe_load(text)
+    done = subprocess.run(
+        [sys.executable, "-c", check], input=json.dumps(job), capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == job
+    for replica in job["spec"]["pytorchReplicaSpecs"].values():
+        [container] = replica["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        assert container["command"] == ["torchrun", "-m", "megatron_nexus", "train"]
+        words = [word for flag in container["args"] for word in flag.split("=", 1)]
+        config = build(given_flags(words))
+        assert int(job["spec"]["nprocPerNode"]) == int(container["resources"]["limits"]["nvidia.com/gpu"])
+        check_rules(config, 2 * int(job["spec"]["nprocPerNode"]))
 
 
 @pytest.mark.slow
