@@ -1,16 +1,15 @@
 """`nexus launch`: DeepSpeed's runner, from a virtual environment whose path holds a space."""
 
-import os
+import shlex
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
-from tests.support.cli import ENDLESS, SMALL, Command, commands, ended, summary
+from tests.support.cli import ENDLESS, SMALL, Command, commands, ended, summary, warm_ranks
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 from tests.support.waiting import wait_for
@@ -51,11 +50,10 @@ def test_it_starts_the_ranks_and_says_how_to_resume(command: Command, spawn: Spa
     assert "finished after iteration 2" in output
     line = summary(output, "resume with")
     assert line.startswith("nexus launch --num_gpus 2 train --tp 2 --data-path corpus"), line
-    environment = {**os.environ, "PATH": f"{Path(nexus).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        line, shell=True, cwd=command.folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "finished after iteration 4" in done.stdout, done.stdout + done.stderr
+    words = shlex.split(line)
+    resumed = [*warm_ranks(2), "pretrain_nexus.py", *words[words.index("train") + 1 :]]
+    code, output = ended(spawn(resumed, command.folder))
+    assert code == 0 and "finished after iteration 4" in output, output
 
 
 @pytest.mark.parametrize(

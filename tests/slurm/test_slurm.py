@@ -1,4 +1,4 @@
-"""The batch scripts on a real SLURM of two nodes, as they stand; four launchers, one run.
+"""The batch scripts on a real SLURM of two nodes, as they stand; srun and mpirun, one run.
 
 Where SLURM is not installed the tests are skipped, unless NEXUS_TEST_SLURM=1 asks to install Debian's.
 """
@@ -19,15 +19,14 @@ from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 from tests.slurm.slurm_cluster import Slurm, install, missing_programs, slurm
 from tests.support.cli import ENDLESS
 from tests.support.paths import REPOSITORY
-from tests.support.ports import free_port
 from tests.support.waiting import TIMEOUT_S, wait_for
 
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 97
-PRETRAIN, PREPROCESS, GROW = (
-    REPOSITORY / "examples" / "slurm" / f"{name}.sbatch"
-    for name in ("pretrain", "preprocess", "grow_and_continue")
+PRETRAIN, PREPROCESS, GROW, CHAIN = (
+    REPOSITORY / "examples" / "slurm" / name
+    for name in ("pretrain.sbatch", "preprocess.sbatch", "grow_and_continue.sbatch", "progressive_scaling.sh")
 )
 BIN = Path(sys.executable).parent
 SMALL = (
@@ -194,12 +193,26 @@ def test_a_job_pretrains_grows_and_goes_on_and_a_requeue_repeats_nothing(
     assert after == list(range(5, 5 + len(after)))
 
 
-def test_four_launchers_start_the_same_run(cluster: Slurm, folder: Path) -> None:
+def test_a_chain_of_growths_is_jobs_that_wait_for_each_other(cluster: Slurm, folder: Path) -> None:
+    told = cluster.run(
+        *("bash", str(CHAIN), "--num-layers 3 --nexus-m 24 --depth-init copy"),
+        cwd=folder,
+        extra=user(CONFIG_FLAGS=SMALL, MESH_FLAGS="--tp 2", STEPS="2 4", OUT="chain", SAVE_INTERVAL="1"),
+    )
+    jobs = {name: number for number, name in map(str.split, told.splitlines())}
+    assert list(jobs) == ["train-0", "grow-1", "train-1"]
+    assert f"afterok:{jobs['grow-1']}" in cluster.job(jobs["train-1"])["Dependency"]
+    finish(cluster, log_of(folder, jobs["train-1"]), jobs["train-1"])
+    assert {cluster.job(job)["JobState"] for job in jobs.values()} == {"COMPLETED"}
+    assert [list(losses(folder / "chain" / stage)) for stage in "01"] == [[1, 2], [3, 4]]
+
+
+def test_srun_and_mpirun_start_the_same_run(cluster: Slurm, folder: Path) -> None:
+    """As local ranks are; tests/training/test_command.py shows the same of deepspeed and torchrun."""
     mpirun = shutil.which("mpirun", path=f"{BIN}:{os.environ['PATH']}")
     assert mpirun, "no mpirun: install requirements-dev.txt"
     launchers = {
-        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())],
-        "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"],
+        "local": [sys.executable],
         "mpirun": [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
         "srun": ["srun", "-n", "2", sys.executable],
     }

@@ -125,18 +125,25 @@ def _variants(tp: int, pp: int) -> dict[str, dict]:
 def _cases(world: int) -> dict[str, dict]:
     """Every (tp, pp, dp) in {1, 2}^3 of this world size, every ZeRO stage it allows, and the variants.
 
-    One and two ranks show each variant at no axis and at each axis alone; the topologies of four ranks
-    show half of them each, so that each is shown together with tensor parallelism; and bf16, each.
+    One rank shows each variant alone. The topologies of four ranks show half of them each, two ranks what
+    is then missing: so each variant is shown with each axis, and ZeRO 3 with each family at dp 2. bf16 is
+    shown everywhere, sequence parallelism wherever tensor parallelism is.
     """
     topologies = [t for t in itertools.product((1, 2), repeat=3) if math.prod(t) == world]
     made = {}
     for place, (tp, pp, dp) in enumerate(topologies):
         stages = {f"zero{stage}": {"zero_stage": stage} for stage in ((0, 1, 2, 3) if pp == 1 else (0, 1))}
-        variants = _variants(tp, pp)
-        if world == 4:
+        every = _variants(tp, pp)
+        if world == 1:
+            variants = every
+        elif world == 2 and tp == 2:  # the others are shown with it by four ranks
+            variants = {
+                name: fields for name, fields in every.items() if "sequence" in name or name == "bf16"
+            }
+        else:
             variants = {
                 name: fields
-                for turn, (name, fields) in enumerate(variants.items())
+                for turn, (name, fields) in enumerate(every.items())
                 if (turn + place) % 2 == 0 or name == "bf16"
             }
         layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
