@@ -1,6 +1,7 @@
-"""The growth dynamics of the Nexusformer paper (section 5), measured on the checkpoints of grown runs.
+"""What the checkpoints of a run say: the growth dynamics of the Nexusformer paper, and gradients of samples.
 
-Every fit comes with its number of points, an interval, and a comparison with a null model. Needs scipy.
+Growth dynamics (section 5 of the paper): every fit comes with its number of points, an interval, and a
+comparison with a null model; needs scipy. Gradients: which samples an unlearning run needs (RASLIK).
 """
 
 import numpy as np

@@ -28,6 +28,7 @@ FILES = {
     "import": "tools/import_hf.py",
     "evaluate": "tools/evaluate.py",
     "generate": "tools/generate.py",
+    "retrieve": "tools/retrieve_unlearning_data.py",
     "count": "tools/count_model.py",
     "plot": "tools/plot_runs.py",
 }

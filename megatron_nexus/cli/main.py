@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "Evaluation": {
         "evaluate": Verb("evaluate", "score a model on tasks and held-out texts"),
         "generate": Verb("generate", "continue a text"),
+        "retrieve": Verb("retrieve", "choose what an unlearning run forgets and retains, by gradients"),
     },
     "Shell": {
         "completion": Verb("completion", "print a script that completes verbs and flags by TAB"),
@@ -75,7 +76,7 @@ def main(verb: str | None = None) -> NoReturn:
     # Until the verb itself listens, Ctrl-C ends the process at once: there is nothing to save.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     run: Callable[[list[str]], None] = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run
-    if verb == "train":
+    if verb in ("train", "retrieve"):
         run(argv)  # ends the process, after handling signals and errors of its own
     from megatron_nexus.cli.runner import run_tool
 

@@ -47,8 +47,8 @@ class TrainedModel(SavedRun):
         return loaded
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags --load, --tokenizer-model, --precision and --device."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags --load and --tokenizer-model."""
     parser.add_argument(
         "--load", required=True, metavar="RUN", help="a run's folder or one checkpoint in it; s3:// too"
     )
@@ -58,6 +58,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the tokenizer of the checkpoint is now (default: where the training run had it)",
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags --load, --tokenizer-model, --precision and --device."""
+    add_checkpoint_arguments(parser)
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),

@@ -50,6 +50,13 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ConfigError(problems)
 
 
+def check_topology(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError where `world_size` ranks cannot hold the model as `config.parallel` says."""
+    problems = [*bound_problems(config.parallel), *_topology_problems(config, world_size)]
+    if problems:
+        raise ConfigError(problems)
+
+
 def config_warnings(config: RunConfig) -> list[str]:
     """Return what is allowed and probably not meant."""
     model, said = config.model, []

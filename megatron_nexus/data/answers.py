@@ -124,18 +124,22 @@ def tokenize_answer(answer: Answer, tokenizer: Tokenizer, seq_length: int) -> tu
     is the answer's. No end-of-document token is added. What a model of `seq_length` tokens cannot read is cut
     off: the beginning of a prompt, the end of a text.
 
-    Raises DataError: the answer alone is longer.
+    Raises DataError: the answer alone is longer, or has no token.
     """
     ids = encode_prompt(tokenizer, "")
     first = len(ids)
     if answer.prompt is None:
         ids += tokenizer.encode(answer.answer)
+        if len(ids) == first:
+            raise _without_tokens(answer)
         kept = ids[: seq_length + 1]
         return AnswerTokens(tuple(kept), first), len(ids) - len(kept)
     if answer.prompt and not tokenizer.document_prefix:
         ids, first = [], 0  # a prompt is context enough
     own = tokenizer.encode(answer.prompt)
     whole = tokenizer.encode(answer.text)
+    if not whole:
+        raise _without_tokens(answer)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, whole, strict=False)))
     shared = min(shared, len(whole) - 1)  # the answer has one token at least
     start, ids = first + shared, ids + whole
@@ -148,6 +152,10 @@ def tokenize_answer(answer: Answer, tokenizer: Tokenizer, seq_length: int) -> tu
             f"{seq_length:,}: shorten it, divide it in lines, or remove the line"
         )
     return AnswerTokens(tuple(ids[cut:]), start - cut), cut
+
+
+def _without_tokens(answer: Answer) -> DataError:
+    return DataError(f"{answer.source}: the tokenizer makes no token of {answer.text!r:.40}: remove the line")
 
 
 def tokenize_answers(

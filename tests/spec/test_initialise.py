@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nexus.spec.initialise import BLOCK, local_values, logical_values
+from megatron_nexus.spec.element_draws import BLOCK
+from megatron_nexus.spec.initialise import local_values, logical_values
 from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box, Shard
 

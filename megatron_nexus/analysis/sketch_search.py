@@ -1,0 +1,103 @@
+"""Scores of a corpus: the cosine of each sample's sketch with those of the queries, one backward a sample.
+
+Rows are rounded to half precision before they are compared, whether they are kept or not, so that a search
+which goes on from kept rows has the same scores bit for bit. N samples, Q queries, K numbers of a sketch.
+"""
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_nexus.analysis.sample_gradients import SampleGradients
+from megatron_nexus.analysis.sketch_store import SHARD_SAMPLES, Rows, SketchStore
+from megatron_nexus.data.answer_sources import AnswerSource
+from megatron_nexus.data.answers import AnswerTokens
+from megatron_nexus.errors import CheckpointError
+from megatron_nexus.log import Progress
+from megatron_nexus.parallel.mesh import Mesh
+
+SCAN_ROWS = 64
+"""Rows that are widened to float32 at once: what a core's cache holds."""
+
+Scores = npt.NDArray[np.float32]
+
+
+def unit_rows(sketches: Tensor, named: Callable[[int], str]) -> Tensor:
+    """Return sketches [N, K] of length sqrt(K), so that half precision holds their numbers; zeros stay.
+
+    Raises CheckpointError where a gradient is not finite: `named` says whose it is.
+    """
+    norms_N1 = torch.linalg.vector_norm(sketches, dim=1, keepdim=True)
+    wrong = (~norms_N1.isfinite()).nonzero()
+    if len(wrong):
+        raise CheckpointError(
+            f"the gradient of {named(int(wrong[0, 0]))} is not finite (NaN or infinity): compute with "
+            "--precision fp32, remove it, or load an earlier checkpoint"
+        )
+    return torch.where(norms_N1 > 0, sketches / norms_N1 * sqrt(sketches.shape[1]), 0.0)
+
+
+def cosines(rows: Rows, queries_QK: Tensor) -> Scores:
+    """Return the cosine of each row [N, K] with each query [N, Q]; `queries_QK` float32 of length 1."""
+    found = np.zeros((len(rows), len(queries_QK)), np.float32)
+    for first in range(0, len(rows), SCAN_ROWS):
+        part_NK = torch.from_numpy(np.asarray(rows[first : first + SCAN_ROWS])).float()
+        norms_N1 = torch.linalg.vector_norm(part_NK, dim=1, keepdim=True).clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
+        found[first : first + SCAN_ROWS] = ((part_NK @ queries_QK.t()) / norms_N1).numpy()
+    return found
+
+
+def sketch_queries(model: SampleGradients, queries: Sequence[AnswerTokens]) -> Tensor:
+    """Return the sketches of the queries, float32 of length 1, [Q, K]; a collective call."""
+    sketches = model.sketch(queries)
+    units = unit_rows(sketches, lambda number: f"query {number + 1}")
+    return (units / sqrt(units.shape[1])).to("cpu", torch.float32)
+
+
+def score_corpus(
+    model: SampleGradients,
+    source: AnswerSource,
+    queries_QK: Tensor,
+    store: SketchStore | None,
+    mesh: Mesh | None,
+) -> Scores:
+    """Return the cosine of each sample with each query, [N, Q], on rank 0; a collective call.
+
+    Only rank 0 has a `store`. What it holds is not computed again.
+    """
+    is_first = mesh is None or mesh.rank == 0
+    firsts = range(0, len(source), SHARD_SAMPLES)
+    left = set(firsts if store is None else store.missing())
+    if mesh is not None:
+        is_missing = torch.tensor([first in left for first in firsts], dtype=torch.uint8)
+        mesh.control.broadcast(is_missing)
+        left = {first for first, flag in zip(firsts, is_missing.tolist(), strict=True) if flag}
+    missing = sorted(left)
+    scores = np.zeros((len(source), len(queries_QK)) if is_first else (0, 0), np.float32)
+    for first in firsts:
+        if is_first and store is not None and first not in left:
+            scores[first : first + SHARD_SAMPLES] = cosines(store.read(first), queries_QK)
+    samples = sum(min(SHARD_SAMPLES, len(source) - first) for first in missing)
+    with Progress("gradients", samples, "samples") as progress:
+        for first in missing:
+            rows = _sketch_shard(model, source, first, progress)
+            if is_first:
+                if store is not None:
+                    store.write(first, rows)
+                scores[first : first + SHARD_SAMPLES] = cosines(rows, queries_QK)
+    return scores
+
+
+def _sketch_shard(model: SampleGradients, source: AnswerSource, first: int, progress: Progress) -> Rows:
+    """Return the rows of the shard that begins with a sample; a collective call."""
+    numbers = range(first, min(first + SHARD_SAMPLES, len(source)))
+    sketches = model.sketch([source.tokens(number) for number in numbers], progress.advance)
+    units = unit_rows(sketches, lambda row: source.answer(numbers[row]).source)
+    rows: Rows = units.to("cpu", torch.float16).numpy()
+    return rows

@@ -1,0 +1,4 @@
+from megatron_nexus.cli.main import main
+
+if __name__ == "__main__":
+    main("retrieve")
