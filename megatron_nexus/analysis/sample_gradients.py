@@ -67,10 +67,10 @@ class SampleGradients:
         stages = stage_layers(model, config.training.seq_length, mesh.pp_size if mesh is not None else 1)
         context = LayerContext(tp, shard, None, dtype, recompute=config.training.recompute_granularity)
         layers = stages[mesh.pp_rank if mesh is not None else 0]
-        self._stage = DecoderStage(model, layers, context).to(self.device)
+        self.stage = DecoderStage(model, layers, context).to(self.device)
         self._loss = Loss(model, tp, shard)
         self._dtype, self._hidden = dtype, model.hidden_size
-        parameters = logical_parameters(self._stage)
+        parameters = logical_parameters(self.stage)
         scales = {}
         for name, (spec, parameter) in parameters.items():
             _fill(reader, spec, "fp32", shard, parameter.data)
@@ -110,7 +110,7 @@ class SampleGradients:
             x = torch.empty(len(sample.tokens), 1, self._hidden, dtype=self._dtype, device=self.device)
             self._receive(x, -1)
             x.requires_grad_()
-        y = self._stage(x)
+        y = self.stage(x)
         assert isinstance(y, Tensor), "no positions were given"
         if is_last:
             first = sample.answer_start - 1
