@@ -99,7 +99,7 @@ def train(save: str | Path, *, echo: bool = True, **settings: Setting) -> Run:
             if echo:
                 sys.stdout.write(line)
     if process.returncode:
-        raise _error("".join(lines), process.returncode)
+        raise error_of("".join(lines), process.returncode)
     return open_run(save)
 
 
@@ -138,7 +138,7 @@ def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
         raise KeyboardInterrupt
 
 
-def _error(output: str, code: int) -> NexusError:
+def error_of(output: str, code: int) -> NexusError:
     """Return the error that the command wrote last, in its own class."""
     found = list(re.finditer(r"^(\w+Error): ", output, re.MULTILINE))
     if found:

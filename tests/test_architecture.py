@@ -35,6 +35,7 @@ SEALED = {
     "deepspeed": {
         "cli/launch.py",
         "training/engine.py",
+        "training/float64_engine.py",
         "training/deepspeed_adam.py",
         "training/deepspeed_muon.py",
         "training/gradient_reducer.py",

@@ -46,4 +46,4 @@ def _parsers(verb: str) -> list[FlagParser]:
     if verb in ("train", "launch"):
         return [make_train_parser()] if verb == "train" else []
     made: FlagParser = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").make_parser()
-    return [make_train_parser(), made] if verb == "count" else [made]
+    return [make_train_parser(), made] if verb in ("count", "compare") else [made]

@@ -33,6 +33,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "launch": Verb("launch", "start `train` on many devices or nodes with DeepSpeed's runner"),
         "presets": Verb("presets", "list the named models with their true sizes"),
         "count": Verb("count", "parameters, FLOPs and bytes per rank of a model"),
+        "compare": Verb("compare", "name the first tensor in which two runs or topologies differ"),
         "plot": Verb("plot", "draw the losses of several runs in one picture"),
         "report": Verb("report", "write an HTML page of runs and growths: curves, metrics, lineage"),
         "analyze": Verb("analyze", "measure how a growth's new weights part from the older ones"),

@@ -19,7 +19,7 @@ from megatron_nexus.base.gc_paused import gc_paused
 from megatron_nexus.base.invocation import program_words
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.run_dir import check_save_folder
-from megatron_nexus.cli.train_command import TrainCommand, read_train_command
+from megatron_nexus.cli.train_command import Start, TrainCommand, read_train_command
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.injection import check_faults
@@ -36,6 +36,7 @@ from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
 
 if TYPE_CHECKING:
+    from megatron_nexus.checkpoint.store import StateReader
     from megatron_nexus.evaluation.in_training import InTrainingEvaluator
 
 PEER_EXIT_GRACE_S = 3.0
@@ -59,7 +60,7 @@ def run(argv: list[str]) -> NoReturn:
             config, ranks = command.config, needed if starts_ranks else world.size
             check(config, ranks)
             check_faults(command.faults, ranks, config.parallel.zero_stage, config.training.train_iters)
-            run_data = _open_files(command, world)
+            run_data = open_files(command, world)
         exit_signals = parse_exit_signals(command.config.checkpoint.exit_signal)
         if world.launcher != "local":  # those have a parent that passes signals on
             stop_without_launcher(exit_signals[0])
@@ -102,7 +103,7 @@ def _dry_run(command: TrainCommand, world: World) -> NoReturn:
     sys.exit(0)
 
 
-def _open_files(command: TrainCommand, world: World) -> RunData | None:
+def open_files(command: TrainCommand, world: World) -> RunData | None:
     """Open the data that a run reads, and check the folder it will write, before torch is imported.
 
     Returns None where it reads the built-in corpus, which is prepared later. Raises ConfigError, DataError.
@@ -143,27 +144,16 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns, on each rank
         import torch._dynamo  # which torch itself does at the first optimizer
 
-        from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
         from megatron_nexus.growth.generations import boxes_by_growth, newest_regions
-        from megatron_nexus.growth.grown_reader import GrownReader
-        from megatron_nexus.growth.plan import plan_growth
-        from megatron_nexus.growth.report import recipe_lines, warnings
-        from megatron_nexus.parallel.mesh import first_failure
         from megatron_nexus.training.run import run as train
-    open_state: Callable[[Location], StateReader] = CheckpointReader
     try:
         with path_errors():
-            if command.start and command.start.growth:
-                plan = plan_growth(command.start.config, command.start.growth)
-                for line in (*warnings(plan, command.start), *recipe_lines(plan)):
-                    log.logger.info("%s", line)
-                open_state = partial(GrownReader, plan=plan)
             train(
                 command.config,
                 world,
                 command.checkpoint,
                 command.argv,
-                open_state,
+                state_opener(command.start),
                 _open_evaluator,
                 command.tokenizer_record,
                 run_data,
@@ -172,18 +162,41 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
                 command.faults,
             )
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        is_first, code = first_failure(error.exit_code if isinstance(error, NexusError) else 1)
-        if is_first:
-            _report(error, world.rank)
-        else:
-            # The launcher is about to end this rank; leaving first would hide the exit code that matters.
-            time.sleep(PEER_EXIT_GRACE_S)
-        # Not sys.exit: other ranks may never answer again, and the interpreter would wait for them.
-        sys.stdout.flush()
-        os._exit(code)
+        end_failed_rank(error, world)
     # Libraries finish at exit what they hold, as the wandb monitor of DeepSpeed does.
     sys.exit(0)
+
+
+def state_opener(start: Start | None) -> "Callable[[Location], StateReader]":
+    """Return what opens the checkpoint of a start: as it is, or grown as --grow says."""
+    from megatron_nexus.checkpoint.store import CheckpointReader
+
+    if start is None or start.growth is None:
+        return CheckpointReader
+    from megatron_nexus.growth.grown_reader import GrownReader
+    from megatron_nexus.growth.plan import plan_growth
+    from megatron_nexus.growth.report import recipe_lines, warnings
+
+    plan = plan_growth(start.config, start.growth)
+    for line in (*warnings(plan, start), *recipe_lines(plan)):
+        log.logger.info("%s", line)
+    return partial(GrownReader, plan=plan)
+
+
+def end_failed_rank(error: BaseException, world: World) -> NoReturn:
+    """End the process of a rank that has failed, which says why if it is the first of all to fail."""
+    from megatron_nexus.parallel.mesh import first_failure
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    is_first, code = first_failure(error.exit_code if isinstance(error, NexusError) else 1)
+    if is_first:
+        _report(error, world.rank)
+    else:
+        # The launcher is about to end this rank; leaving first would hide the exit code that matters.
+        time.sleep(PEER_EXIT_GRACE_S)
+    # Not sys.exit: other ranks may never answer again, and the interpreter would wait for them.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _open_evaluator(config: RunConfig, tokenizer: Tokenizer) -> "InTrainingEvaluator":

@@ -43,6 +43,7 @@ from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.float64_engine import float64_engine, reduce_in_float64
 from megatron_nexus.training.gradient_reducer import reduce_gradients
 from megatron_nexus.training.optimizer import make_optimizer
 from megatron_nexus.training.pipeline_phases import mark_pipeline_phases
@@ -127,12 +128,18 @@ class Engine:
     """The model of a run, its optimizer state and its steps."""
 
     def __init__(
-        self, config: RunConfig, mesh: Mesh, init_weights: bool = True, beacon: Beacon | None = None
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        init_weights: bool = True,
+        beacon: Beacon | None = None,
+        float64: bool = False,
     ) -> None:
         """Build the stage of this rank and hand it to DeepSpeed; a collective call.
 
         With `init_weights=False` weights are zero, for a checkpoint to fill: drawing 7B takes two minutes.
-        `beacon` shows where in a step this rank is.
+        `beacon` shows where in a step this rank is. `float64` has weights, gradients and moments in float64,
+        whatever the precision of the run.
         """
         # On a CPU DeepSpeed would build a shared-memory collective that leaves 67 MB per rank in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -145,7 +152,7 @@ class Engine:
             tp,
             self.shard,
             config.training.seed if init_weights else None,
-            DTYPES[config.training.precision],
+            torch.float64 if float64 else DTYPES[config.training.precision],
             recompute=config.training.recompute_granularity,
             norm_impl=config.training.norm_impl,
             reset_position_ids=config.data.reset_position_ids,
@@ -178,7 +185,10 @@ class Engine:
                 compile_blocks(model)
             #: Every parameter of this stage with its spec, by logical name.
             self.parameters: dict[str, tuple[ParamSpec, nn.Parameter]] = logical_parameters(model)
-            with _deepspeed_errors_as_config_errors(config.parallel.deepspeed_config):
+            with (
+                _deepspeed_errors_as_config_errors(config.parallel.deepspeed_config),
+                float64_engine() if float64 else contextlib.nullcontext(),
+            ):
                 self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                     model=model,
                     optimizer=make_optimizer(
@@ -190,6 +200,8 @@ class Engine:
                     config=engine_config,
                     mpu=grid if mesh.pp_size == 1 else None,  # a PipelineModule has its own
                 )
+        if float64:
+            reduce_in_float64(self.optimizer)
         if engine_reduces_gradients(engine_config):
             reduce_gradients(self.deepspeed, mesh, config.parallel.overlap_grad_reduce, self._beacon)
         elif mesh.dp_size > 1 and config.parallel.zero_stage < 2:
@@ -285,7 +297,7 @@ class Engine:
     @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # observers read values
     def observe_activations(self, batches: Iterator[Batch], count: int, seen: Seen) -> None:
         """Run `count` micro-batches of each rank forward, and have `seen` called with each activation."""
-        observer = self._stage().context.observer
+        observer = self.stage.context.observer
         observer.callback = seen
         try:
             self.evaluate(batches, count)
@@ -331,7 +343,7 @@ class Engine:
             if not bool(torch.isfinite(value).all()):
                 found.append(what)
 
-        for index, layer in zip(self.layers, self._stage().layers, strict=True):
+        for index, layer in zip(self.layers, self.stage.layers, strict=True):
             layer.register_forward_hook(
                 lambda module, inputs, output, index=index: look(f"the output of layer {index}", output)
             )
@@ -340,7 +352,9 @@ class Engine:
         self.train_step(batches, learning_rate=0.0)
         return found[0] if found else ""
 
-    def _stage(self) -> DecoderStage:
+    @property
+    def stage(self) -> DecoderStage:
+        """The layers of this rank."""
         module = self.deepspeed.module
         stage = module.forward_funcs[0] if self._mesh.pp_size > 1 else module.stage
         assert isinstance(stage, DecoderStage)

@@ -177,7 +177,7 @@ class Trainer:
         self.hooks += [recorder, StepTimes(config, self.mesh, self._beacon, self.hooks)]
         for line in self.corpus.epochs(last_sample - self.data.first_sample):
             logger.info("%s", line)
-        self._batches_left = self._training_batches()
+        self._batches_left = self.training_batches()
         if self._spikes:
             self._spikes.remember(self.run_dir, started.step)
         trained_s = 0.0
@@ -269,7 +269,7 @@ class Trainer:
         self.engine.set_batch_size(batch)
         if (past := self.data.past_left_out(done.samples)) != self.data:
             self.data = past
-            self._batches_left = self._training_batches()
+            self._batches_left = self.training_batches()
         last = self.config.training.train_iters
         when = (done.samples + batch, last_sample) if optimizer.counts_samples else (step, last)
         rate = learning_rate(optimizer, *when)
@@ -313,7 +313,7 @@ class Trainer:
             result = self.engine.train_step(self._batches_left, rate, flags)
             ends = not is_finite(result)
         else:
-            result = self._spikes.take(step, self._batches_left, self._training_batches, rate, flags)
+            result = self._spikes.take(step, self._batches_left, self.training_batches, rate, flags)
             ends = not result.was_made and self._spikes.ends(self._rewinds)
         if ends and not is_finite(result):
             self._fail(step, result)
@@ -339,7 +339,7 @@ class Trainer:
         if good == opened and self.config.checkpoint.reset_optimizer:  # as when it was loaded first
             self.engine.state.forget_moments()
         self._rewinds += 1
-        self._batches_left = self._training_batches()
+        self._batches_left = self.training_batches()
         logger.info("rewound from step %d to %s: %d samples of that step are left out", step, good, batch)
         record = {
             "rewound_from": step,
@@ -367,7 +367,7 @@ class Trainer:
         """End the run after a step that is not finite; a collective call. Raises TrainingError."""
         self._finish_saving()
         # The weights are still those before this step, so the same samples show where it broke.
-        found = self.engine.diagnose(self._training_batches())
+        found = self.engine.diagnose(self.training_batches())
         self._end(non_finite_error(self.mesh, step, result, found, self._finite.way_back()))
 
     def save(self, async_save: bool = False) -> None:
@@ -415,6 +415,7 @@ class Trainer:
         for hook in self.hooks:
             hook.after_save(step, folder)
 
-    def _training_batches(self) -> Iterator[Batch]:
+    def training_batches(self) -> Iterator[Batch]:
+        """Yield this rank's micro-batches from where the run is."""
         consumed = self.progress.samples - self.data.first_sample
         return rank_batches(self.config, self.mesh, self.corpus.training, consumed)

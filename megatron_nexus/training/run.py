@@ -80,7 +80,7 @@ def run(
     of --inject.
     """
     # 1. The ranks, and what they agree on.
-    mesh = _start_ranks(config, world, checkpoint)
+    mesh = start_ranks(config, world, checkpoint)
     save = _save_folder(config, mesh, checkpoint)
     run_dir = _run_dir(save)
     set_trace_prefix(run_dir)
@@ -173,7 +173,7 @@ def _start_watch(config: RunConfig, world: World, mesh: Mesh, beacon: Beacon, ru
     )
 
 
-def _start_ranks(config: RunConfig, world: World, checkpoint: Location | None) -> Mesh:
+def start_ranks(config: RunConfig, world: World, checkpoint: Location | None) -> Mesh:
     """Start torch.distributed, and check that this machine can do what the configuration asks for."""
     # DeepSpeed calls collectives by names that torch has deprecated; its users cannot fix that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")

@@ -1,0 +1,197 @@
+"""The verb `compare`: which activation, gradient or state differs first between two runs.
+
+    nexus compare --preset nexusformer-tiny --a "--tp 1" --b "--tp 2 --pp 2"
+    nexus compare runs/a runs/b
+    nexus compare --record before --tp 2        then, with other code: nexus compare before --b "--tp 2"
+
+Each side trains a few steps in processes of its own and records them; the recordings are compared in the
+order of execution.
+"""
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_nexus import log
+from megatron_nexus.api import error_of
+from megatron_nexus.base.invocation import program_words
+from megatron_nexus.checkpoint.location import SCHEME, location
+from megatron_nexus.checkpoint.saved_run import open_saved_run
+from megatron_nexus.cli.arguments import positive
+from megatron_nexus.cli.recorded_run import record
+from megatron_nexus.cli.runner import end_on_sigterm
+from megatron_nexus.cli.train_command import read_train_command
+from megatron_nexus.config.command_line import given_flags
+from megatron_nexus.config.config_file import CONFIG_FILE
+from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.config.rules import check
+from megatron_nexus.errors import ConfigError, NexusError
+from megatron_nexus.parallel.local_ranks import die_with_parent
+
+EXIT_CODE_DIFFERENT = 1
+RECORDING_FILE = "recording.json"  # of training.recording, which imports torch
+
+
+def make_parser() -> FlagParser:
+    """Return the parser of the verb's own flags; those of train follow them."""
+    parser = FlagParser(
+        "compare",
+        "[RUN_A RUN_B] [--a FLAGS] [--b FLAGS] [flags]",
+        description="Run both sides for a few steps, in float64 unless --fp32 or --bf16 is given, and name "
+        "the first activation, gradient or optimizer state that differs beyond rounding. RUN_A and RUN_B, "
+        "which come first, are runs, checkpoints or recordings; without them both sides are what the flags "
+        "of `nexus train` say. Exit code 0: equal, 1: different, 2: cannot be compared.",
+    )
+    side = 'flags of side %s alone, quoted, such as "--tp 2 --world-size 4"'
+    parser.add_argument("--a", type=shlex.split, default=[], metavar="FLAGS", help=side % "A")
+    parser.add_argument("--b", type=shlex.split, default=[], metavar="FLAGS", help=side % "B")
+    parser.add_argument("--steps", type=positive(int), default=2, help="optimizer steps (default: 2)")
+    parser.add_argument(
+        "--samples",
+        type=positive(int),
+        default=4,
+        help="samples of a batch whose activations are recorded, evenly from all of it (default: 4)",
+    )
+    parser.add_argument(
+        "--rtol",
+        type=positive(float),
+        help="what may differ, as a share of a tensor's largest element (default: 1e-9; with --fp32 1e-4, "
+        "with --bf16 5e-2)",
+    )
+    parser.add_argument(
+        "--world-size", type=positive(int), help="ranks of a side on this machine (default: tp x pp)"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="FOLDER", help="record one side there, and compare nothing"
+    )
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the recordings of both sides there")
+    parser.add_argument(
+        "--all", action="store_true", help="list every tensor that differs, not the first few"
+    )
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Run `nexus compare` with the flags `argv`; the exit code says whether there is a difference."""
+    words = list(argv)
+    runs = []
+    while words and not words[0].startswith("-"):
+        runs.append(words.pop(0))
+    if {"-h", "--help", "--version"} & set(words):
+        make_parser().parse_args(words)
+    own, flags = make_parser().parse_known_args(words)
+    if own.record is not None:
+        if runs or own.a or own.b or own.keep:
+            raise ConfigError("--record records one side: drop RUN, --a, --b and --keep; name it by --load")
+        record(own, flags, argv)
+        return
+    if len(runs) > 2:
+        raise ConfigError(f"{len(runs)} runs were given: compare two")
+    sides = [
+        _side(name, place, flags, more, own)
+        for name, place, more in zip("AB", [*runs, None, None][:2], (own.a, own.b), strict=True)
+    ]
+    end_on_sigterm()
+    with tempfile.TemporaryDirectory(prefix="compare-") as scratch:
+        keep = own.keep or Path(scratch)
+        folders = [_recorded(side, own, keep / side.name.lower()) for side in sides]
+        code = _compare(folders, own)
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A side: its recording, or the flags of train that it is recorded with, and its ranks if told."""
+
+    name: str
+    recording: Path | None
+    flags: tuple[str, ...]
+    world_size: int | None
+
+
+def _side(
+    name: str, place: str | None, common: Sequence[str], more: Sequence[str], own: argparse.Namespace
+) -> Side:
+    """Return a side by what was given, checked. Raises ConfigError, CheckpointError."""
+    parser = FlagParser()
+    parser.add_argument("--world-size", type=positive(int), default=own.world_size)
+    known, flags = parser.parse_known_args([*common, *more])
+    given_flags(flags)
+    if place is not None and (Path(place) / RECORDING_FILE).exists():
+        if more:
+            raise ConfigError(f"--{name.lower()}: {place} is a recording, which has been run: drop the flags")
+        return Side(name, Path(place), (), None)
+    if place is not None:
+        flags = [*_start_flags(place, known.world_size is None), *flags]
+        known, flags = parser.parse_known_args(flags, known)
+    config = read_train_command(flags).config
+    try:
+        check(config, known.world_size or config.model_parallel_size)
+    except ConfigError as error:
+        raise side_error(name, error) from None
+    return Side(name, None, tuple(flags), known.world_size)
+
+
+def side_error(name: str, error: NexusError) -> NexusError:
+    """Return an error with the side that it is of."""
+    if isinstance(error, ConfigError):
+        return ConfigError([f"side {name}: {problem}" for problem in error.problems])
+    return type(error)(f"side {name}: {error}")
+
+
+def _recorded(side: Side, own: argparse.Namespace, folder: Path) -> Path:
+    """Return the folder of a side's recording, which is made where there is none. Raises NexusError."""
+    if side.recording is not None:
+        return side.recording
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--keep {folder.parent} holds {folder.name} already: give a new folder")
+    command = [*program_words("compare"), "--record", str(folder), "--steps", str(own.steps)]
+    command += ["--samples", str(own.samples)]
+    if side.world_size:
+        command += ["--world-size", str(side.world_size)]
+    said = shlex.join(side.flags) or "the default preset"
+    with log.Progress(f"{side.name}: recording {own.steps} steps of {said}"):
+        done = subprocess.run(
+            [sys.executable, "-u", *command, *side.flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),
+        )
+    if done.returncode:
+        raise side_error(side.name, error_of(done.stdout, done.returncode))
+    return folder
+
+
+def _start_flags(place: str, as_many_ranks: bool) -> list[str]:
+    """Return the flags that start a run where it is, on the mesh that it had. Raises CheckpointError."""
+    folder = Path(place)
+    if SCHEME not in place and (folder / CONFIG_FILE).exists() and not any(folder.glob("iter_*")):
+        return ["--config", str(folder / CONFIG_FILE)]
+    saved = open_saved_run(location(place))
+    parallel, topology = saved.config.parallel, saved.manifest.topology
+    flags = ["--load", place, "--tp", str(topology.tensor_size), "--pp", str(topology.pipe_size)]
+    flags += ["--zero-stage", str(parallel.zero_stage)]
+    if as_many_ranks:
+        flags += ["--world-size", str(topology.world_size)]
+    return [*flags, "--sequence-parallel"] if parallel.sequence_parallel else flags
+
+
+def _compare(folders: list[Path], own: argparse.Namespace) -> int:
+    """Print what differs; return the exit code."""
+    with log.importing("torch"):
+        from megatron_nexus.training.difference_report import report
+        from megatron_nexus.training.first_difference import compare
+        from megatron_nexus.training.recording import Recording
+    a, b = (Recording(folder) for folder in folders)
+    found = compare(a, b, own.rtol)
+    for line in report(a, b, found, own.all):
+        log.logger.info("%s", line)
+    return EXIT_CODE_DIFFERENT if found.differences else 0
