@@ -14,17 +14,20 @@ sizes=${SIZES:---nexus-m 224 --nexus-a 288}
 schedule=(--lr-decay-style WSD --lr-decay-iters "$((2 * steps))" --lr-wsd-decay-iters "$(((2 * steps + 4) / 5))")
 go_on=(--train-iters "$((2 * steps))" --load auto)
 
-# All four ranks of one copy of the model.
-nexus train --tp 2 --pp 2 "${schedule[@]}" --train-iters "$steps" --save "$out/base" --load auto "$@"
+# How the run lies on its ranks, and how many ranks the grown ones have.
+read -ra mesh <<<"${MESH_FLAGS:---tp 2 --pp 2}"
+ranks=${RANKS:-4}
+
+nexus train "${mesh[@]}" "${schedule[@]}" --train-iters "$steps" --save "$out/base" --load auto "$@"
 # shellcheck disable=SC2086  # sizes holds several words
 { # without sizes the tool reshards
-    [ -e "$out/ungrown" ] || nexus grow --load "$out/base" --save "$out/ungrown" --tp 2 --pp 2
+    [ -e "$out/ungrown" ] || nexus grow --load "$out/base" --save "$out/ungrown" "${mesh[@]}"
     [ -e "$out/zero1" ] || nexus grow --load "$out/base" --save "$out/zero1" $sizes --pp 2 --verify
     [ -e "$out/zero3" ] || nexus grow --load "$out/base" --save "$out/zero3" $sizes --verify
 }
-nexus train --tp 2 --pp 2 --save "$out/ungrown" "${go_on[@]}"
-nexus launch --num_gpus 4 train --pp 2 --zero-stage 1 --save "$out/zero1" "${go_on[@]}"
-nexus launch --num_gpus 4 train --micro-batch-size 8 --zero-stage 3 --save "$out/zero3" "${go_on[@]}"
+nexus train "${mesh[@]}" --save "$out/ungrown" "${go_on[@]}"
+nexus launch --num_gpus "$ranks" train --pp 2 --zero-stage 1 --save "$out/zero1" "${go_on[@]}"
+nexus launch --num_gpus "$ranks" train --micro-batch-size 8 --zero-stage 3 --save "$out/zero3" "${go_on[@]}"
 
 nexus plot "$out/base" "$out/ungrown" "$out/zero1" "$out/zero3" --output "$out/losses.png" \
     --title "grown after step $steps: $sizes"
