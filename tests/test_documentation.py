@@ -181,16 +181,11 @@ def test_a_flag_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FOREIGN = {
-<<<<<<< HEAD
-    "deepspeed, torchrun, mpirun": "--num_gpus --nproc-per-node --master_port",
+    "deepspeed, torchrun, mpirun": "--num_gpus --nproc-per-node --no-python --master_port",
     "SLURM": "--kill-on-bad-exit --signal --requeue --ntasks-per-node --cpus-per-task --gpus-per-task "
     "--gpus-per-node --partition --time --wait --nodes --ntasks --me --format "
     "--container-image --container-mounts --container-workdir",
     "apptainer": "--nv --bind",
-=======
-    "deepspeed, torchrun, mpirun": "--num_gpus --nproc-per-node --no-python --master_port",
-    "SLURM": "--kill-on-bad-exit --signal --requeue --ntasks-per-node --cpus-per-task --gpus-per-task",
->>>>>>> fba0428 (nexus compare names the first tensor in which two runs or topologies differ)
     "docker": "--target --rm --shm-size",
     "pip, hf, mkdocs": "--extra-index-url --no-deps --repo-type --local-dir --strict",
 }
