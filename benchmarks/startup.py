@@ -37,6 +37,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.parallel import mesh as mesh_module
 from megatron_nexus.parallel.mesh import Mesh, make_mesh
+from megatron_nexus.parallel.rendezvous import connect
 from megatron_nexus.parallel.world import World, read_world
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
@@ -113,7 +114,7 @@ def alone() -> Iterator[Counter[str]]:
         x.fill_(group.size())
 
     patches: list[AbstractContextManager[object]] = [
-        mock.patch.object(mesh_module, "_connect", lambda *_: HashStore()),
+        mock.patch.object(mesh_module, "connect", lambda *_: HashStore()),
         mock.patch.object(dist, "init_process_group", fake_init),
         mock.patch.object(dist, "new_group", counted),
         mock.patch.object(dist, "all_reduce", summed),
@@ -197,13 +198,13 @@ def be_rank(rank: int, ranks: int, port: int, sizes: tuple[int, int], results: C
     batch = 2 * ranks // (tp_size * pp_size)
     flags = f"{FLAGS} --tp {tp_size} --pp {pp_size} --global-batch-size {batch}".split()
     config = build(given_flags(flags))
-    stores, before, connect = [], sockets(), mesh_module._connect
+    stores, before = [], sockets()
 
     def counting(*arguments: Any) -> CountingStore:
         stores.append(CountingStore(connect(*arguments)))
         return stores[0]
 
-    with mock.patch.object(mesh_module, "_connect", counting):
+    with mock.patch.object(mesh_module, "connect", counting):
         mesh = make_mesh(read_world(os.environ), tp_size, pp_size, timeout_s=300.0)
     engine = Engine(config, mesh)
     start = {"sockets at start": sockets() - before, "store operations": stores[0].operations.total()}

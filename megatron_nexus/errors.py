@@ -49,6 +49,10 @@ class ConfigError(NexusError):
         super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
 
 
+class RefusedError(ConfigError):
+    """A rank of another machine was refused; what it said is the problem."""
+
+
 class DataError(NexusError):
     """A corpus, an index or a tokenizer cannot be used."""
 

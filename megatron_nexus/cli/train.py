@@ -28,7 +28,14 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
-from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, DataError, NexusError, path_errors
+from megatron_nexus.errors import (
+    EXIT_CODE_USER_ERROR,
+    ConfigError,
+    DataError,
+    NexusError,
+    RefusedError,
+    path_errors,
+)
 from megatron_nexus.evaluation.task_files import require_tasks
 from megatron_nexus.parallel.collective_failure import describe_collective_failure
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
@@ -44,7 +51,7 @@ PEER_EXIT_GRACE_S = 3.0
 
 def run(argv: list[str]) -> NoReturn:
     """Run `nexus train` with the flags `argv` and end the process."""
-    is_first_here = True
+    is_first_here, world = True, None
     try:
         world = read_world(os.environ)
         is_first_here = world.local_rank == 0
@@ -75,6 +82,8 @@ def run(argv: list[str]) -> NoReturn:
         else:
             # The first to leave has its launcher end the others, perhaps before that one has spoken.
             time.sleep(PEER_EXIT_GRACE_S)
+        if world is not None and world.size > world.local_size:
+            _refuse(world, error)
         sys.exit(EXIT_CODE_USER_ERROR)
     if load := command.config.checkpoint.load:
         fresh = "no complete checkpoint yet, starting fresh"
@@ -83,6 +92,13 @@ def run(argv: list[str]) -> NoReturn:
             found += ", which an earlier start of this command has grown"
         log.logger.info("--load %s: %s", load, found)
     _train(command, world, run_data)
+
+
+def _refuse(world: World, error: NexusError) -> None:
+    """Tell the ranks of other machines, which may find nothing wrong, that this one was refused."""
+    with gc_paused():
+        from megatron_nexus.parallel.rendezvous import refuse
+    refuse(world, str(error))
 
 
 def _dry_run(command: TrainCommand, world: World) -> NoReturn:
@@ -189,6 +205,8 @@ def end_failed_rank(error: BaseException, world: World) -> NoReturn:
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     is_first, code = first_failure(error.exit_code if isinstance(error, NexusError) else 1)
+    if isinstance(error, RefusedError) and world.local_rank:
+        is_first = False  # one on each machine says it
     if is_first:
         _report(error, world.rank)
     else:

@@ -13,12 +13,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from megatron_nexus.base.open_files import allow_open_files
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.parallel.devices import device_files, require_own_device, unseen_devices
 from megatron_nexus.parallel.host_tree import FANOUT, HostTree
+from megatron_nexus.parallel.rendezvous import connect, refuse
 from megatron_nexus.parallel.world import World
 
 _CONNECTIONS = 8 * FANOUT
@@ -80,7 +80,11 @@ def make_mesh(world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.
     gloo on CPUs, NCCL on CUDA devices. A group is made by its members alone, so that no rank makes more than
     its own few. The world size is a multiple of tp_size x pp_size: the configuration's rules have checked it.
     """
-    device = _own_device(world.local_rank)
+    try:
+        device = _own_device(world.local_rank)
+    except ConfigError as error:
+        refuse(world, str(error))
+        raise
     index = world.local_rank if device.index is None else device.index
     timeout = timedelta(seconds=timeout_s)
     dp_size = world.size // (tp_size * pp_size)
@@ -91,7 +95,7 @@ def make_mesh(world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.
     # Else gloo connects each rank of a group with each other at once, in the group of all ranks too.
     if not torch.__version__.startswith("2.10."):  # which prints of each rank that it is not connected
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    store = _connect(world, timeout)
+    store = connect(world, timeout)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -167,37 +171,6 @@ def _connected_group(ranks: Sequence[int], device: torch.device, timeout: timede
         dist.all_reduce(count, group=group)
         assert count.item() == len(ranks), f"{len(ranks)} ranks, and their sum of ones is {count.item()}"
     return group
-
-
-def store_prefix() -> str:
-    """Return what names in the store begin with: that of torchrun outlives a restart."""
-    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-
-
-def _connect(world: World, timeout: timedelta) -> PrefixStore:
-    """The key-value store through which the ranks find each other, served by rank 0.
-
-    Under torchrun the launcher serves it already.
-    """
-    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = TCPStore(
-            world.master_addr,
-            world.master_port,
-            world.size,
-            serves,
-            timeout,
-            master_listen_fd=world.listener,
-        )
-        return PrefixStore(store_prefix(), store)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        remedy = (
-            "choose another port (deepspeed --master_port, or MASTER_PORT)" if serves else "is rank 0 up?"
-        )
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            [f"rank {world.rank}: {world.master_addr}:{world.master_port}: {reason}: {remedy}"]
-        ) from error
 
 
 def first_failure(exit_code: int) -> tuple[bool, int]:

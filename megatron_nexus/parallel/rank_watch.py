@@ -27,7 +27,7 @@ from megatron_nexus.parallel.beacon import GONE, IN_STEP, Beacon, Neighbour, Pha
 from megatron_nexus.parallel.bounded_store import BoundedStore
 from megatron_nexus.parallel.collective_failure import describe_collective_failure
 from megatron_nexus.parallel.host_tree import HostTree
-from megatron_nexus.parallel.mesh import store_prefix
+from megatron_nexus.parallel.rendezvous import store_prefix
 from megatron_nexus.parallel.world import World
 
 SPEAKS_AT = 0.8
@@ -257,8 +257,11 @@ class RankWatch:
             else:
                 far.setdefault(self._host_of(rank), []).append(rank)
         for host, ranks in far.items():
-            listed = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks from {ranks[0]} on"
-            yield f"{listed} of {host} does not answer: stopped, killed or cut off"
+            one, many = (
+                f"rank {ranks[0]} of {host} does",
+                f"{len(ranks)} ranks of {host}, from {ranks[0]} on, do",
+            )
+            yield f"{one if len(ranks) == 1 else many} not answer: stopped, killed or cut off"
 
     def _describe(self, rank: int, reports: dict[int, Report]) -> str:
         """Return what is known of a rank that has spoken, or is of this machine."""

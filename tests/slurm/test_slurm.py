@@ -163,6 +163,19 @@ def test_near_its_time_limit_a_job_saves_and_queues_again(cluster: Slurm, folder
     assert list(steps) == list(range(1, len(steps) + 1))
 
 
+def test_a_job_with_a_frozen_rank_ends_with_75_and_starts_again(cluster: Slurm, folder: Path) -> None:
+    fault = "--inject rank_hung@5,rank=1 --rank-heartbeat-timeout 2"
+    flags = f"{TENSOR} --train-iters 6 {fault}"
+    job = submit(cluster, folder, "--nodes=2", CONFIG_FLAGS=flags, SAVE="frozen", SAVE_INTERVAL="2")
+    text = finish(cluster, log_of(folder, job), job)
+    assert cluster.job(job)["Restarts"] == "1", text
+    told = r"\(--rank-heartbeat-timeout\): rank 1 (on|of) .*(its process is stopped|does not answer)"
+    assert len(re.findall(told, text)) == 1, text
+    assert re.search(r"^srun: error: .*: task 0: Exited with exit code 75$", text, re.MULTILINE), text
+    assert "resumed frozen/iter_0000004 at iteration 4" in text
+    assert list(losses(folder / "frozen")) == list(range(1, 7))
+
+
 def test_a_job_pretrains_grows_and_goes_on_and_a_requeue_repeats_nothing(
     cluster: Slurm, folder: Path
 ) -> None:

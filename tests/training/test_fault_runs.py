@@ -102,7 +102,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(command: Comman
 
 def test_what_refuses_rank_0_refuses_the_first_rank_of_every_machine(command: Command, whole: str) -> None:
     # Nobody is at this address: a rank that asked for rank 0 there would wait for half an hour.
-    world = "RANK=1 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=192.0.2.1 MASTER_PORT=29999"
+    task = "SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0 SLURM_STEP_TASKS_PER_NODE=1(x2)"
+    world = f"{task} MASTER_ADDR=192.0.2.1 MASTER_PORT=29999"
     code, output = command.run(f"--save {whole}", ["env", *world.split(), *PYTHON])
     assert_refused(code, output, "ConfigError", f"--save {whole} holds iter_0000014", f"--load {whole}")
 
