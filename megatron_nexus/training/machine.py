@@ -89,6 +89,8 @@ def configure_torch(config: RunConfig, mesh: Mesh) -> None:
     set_num_threads(mesh)
     if mesh.device.type == "cpu":
         tune_malloc()
+    # torch seeds its generators by chance. Nothing that trains draws from them, but checkpoints hold them.
+    torch.manual_seed(config.training.seed)
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
