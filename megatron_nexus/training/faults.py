@@ -1,5 +1,6 @@
 """Faults: what asks a run to save and exit, and steps that are not finite."""
 
+import json
 import math
 import signal
 import time
@@ -8,13 +9,22 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.checkpoint.run_dir import checkpoint_name, complete_checkpoints
 from megatron_nexus.config.exit_signals import handle
 from megatron_nexus.errors import TrainingError
+from megatron_nexus.parallel.host_tree import HostTree
 from megatron_nexus.parallel.launcher_watch import process_age_s
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.engine import StepResult
 from megatron_nexus.training.hooks import Hook
-from megatron_nexus.training.metrics import Evaluation, StepMetrics, Validation
+from megatron_nexus.training.metrics import (
+    METRICS_FILE,
+    Evaluation,
+    StepMetrics,
+    Validation,
+    read_metrics,
+    training_curve,
+)
 
 GRACE_PERIOD_S = 1.0
 STOP_FILE = "stop"
@@ -109,6 +119,21 @@ class FiniteCheckpoints(Hook):
     def after_save(self, step: int, folder: Location) -> None:
         """Note a checkpoint that was saved, or loaded."""
         self._checkpoints[step] = folder
+
+    def remember(self, control: HostTree, save: Location, run_dir: Path, last_step: int) -> None:
+        """Know those of earlier starts of the run, up to `last_step`; a collective call.
+
+        The one that was resumed may hold the weights that a spike follows.
+        """
+        known = ""
+        if control.rank == 0:
+            curve = training_curve(read_metrics(run_dir / METRICS_FILE))
+            finite = [step for step, loss in curve if step <= last_step and math.isfinite(loss)]
+            steps = [step for step in complete_checkpoints(save) if step <= last_step]
+            known = json.dumps([max(finite, default=0) - 1, steps])
+        finite_step, steps = json.loads(control.broadcast_str(known))
+        self._finite_step = max(self._finite_step, finite_step)
+        self._checkpoints = {**{s: save / checkpoint_name(s) for s in steps}, **self._checkpoints}
 
     def last_good(self) -> Location | None:
         """Return the last checkpoint whose weights have given a finite loss, and which is still there."""

@@ -180,6 +180,8 @@ class Trainer:
         self._batches_left = self.training_batches()
         if self._spikes:
             self._spikes.remember(self.run_dir, started.step)
+            if self.last_checkpoint and self.last_checkpoint.parent == self.save_folder:
+                self._finite.remember(self.mesh.control, self.save_folder, self.run_dir, started.step)
         trained_s = 0.0
         evaluations: list[Validation] = []
         task_scores: TaskScores | None = None

@@ -160,6 +160,23 @@ def test_a_spike_that_comes_again_is_skipped_or_rewound(command: Command, whole:
     assert ([list(part) for part in data.left_out], data.first_sample) == ([[28, 4]], -4)
 
 
+def test_a_run_that_resumes_where_a_spike_follows_goes_back_to_the_checkpoint_before(
+    command: Command, whole: str
+) -> None:
+    # As where a run has gone back and was killed before its next save: iter_0000006 has no finite loss yet.
+    save = command.folder / "resumed"
+    shutil.copytree(
+        command.folder / whole, save, ignore=shutil.ignore_patterns("iter_0000009", "iter_000001?")
+    )
+    (save / "latest").write_text("iter_0000006")
+    spike = f"{EVERY} --inject spike@7 {SPIKES} --spike-policy rewind --save resumed"
+    code, output = command.run(spike, warm_ranks(2))
+    assert code == 0, output
+    assert "rewound from step 7 to resumed/iter_0000003: 4 samples of that step are left out" in output
+    records = read_metrics(save / METRICS_FILE)
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 15))
+
+
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(command: Command) -> None:
     code, output = command.run(EVERY + "--save full --inject disk_full@5", warm_ranks(2))
     assert_refused(code, output, "CheckpointError", "No space left on device", "make room")
