@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.run_dir import checkpoint_name, complete_checkpoints
 from megatron_nexus.config.exit_signals import handle
@@ -131,7 +132,7 @@ class FiniteCheckpoints(Hook):
             finite = [step for step, loss in curve if step <= last_step and math.isfinite(loss)]
             steps = [step for step in complete_checkpoints(save) if step <= last_step]
             known = json.dumps([max(finite, default=0) - 1, steps])
-        finite_step, steps = json.loads(control.broadcast_str(known))
+        finite_step, steps = parse_json(control.broadcast_str(known))
         self._finite_step = max(self._finite_step, finite_step)
         self._checkpoints = {**{s: save / checkpoint_name(s) for s in steps}, **self._checkpoints}
 
