@@ -104,7 +104,7 @@ def _of_start(
 ) -> EffectiveTime:
     """Return where the time of one start went; `typical_s` is the median of the run's steps."""
     begin, until = span
-    end = max(record["time"] for record in [*events, *steps])
+    end = max((record["time"] for record in [*events, *steps]), default=begin)
 
     def spent(what: str) -> float:
         return float(sum(event.get("seconds", 0.0) for event in events if event["what"] == what))
