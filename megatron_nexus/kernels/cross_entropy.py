@@ -1,6 +1,6 @@
 """Cross entropy of logits in their own type: two statistics of each token forward, the gradient in place.
 
-    lse_n = log sum_v exp(z_nv)    loss_n = lse_n - z_n,label    dz_nv = g (exp(z_nv - lse_n) - [v = label])
+    lse_n = log sum_v exp(z_nv)    loss_n = lse_n - z_n,label    dz_nv = g_n (exp(z_nv - lse_n) - [v = label])
 
 z [N, V] are one rank's logits of N tokens, in bfloat16, say; all is computed in float32 (or float64).
 Nothing as large as the logits is kept but the logits themselves, which the gradient overwrites.
@@ -31,7 +31,7 @@ class CrossEntropyKernel:
     """Logits [N, V] and a column of each token -> log sum exp [N], and the logit in that column [N]."""
     gradient_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     """Overwrite logits [N, V] by the gradient, given each token's column, what to add there, log sum exp of
-    these logits and of all ranks' logits [N], and the gradient of each token's loss, a scalar."""
+    these logits and of all ranks' logits [N], and the gradient of each token's loss [N]."""
 
 
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:
@@ -61,9 +61,9 @@ def _chunked_gradient(
     label_grad_N: Tensor,
     own_lse_N: Tensor,
     lse_N: Tensor,
-    scale: Tensor,
+    grad_N: Tensor,
 ) -> None:
-    factor_N = scale * (own_lse_N - lse_N).exp()  # this rank's share of each token's sum
+    factor_N = grad_N * (own_lse_N - lse_N).exp()  # this rank's share of each token's sum
     for n in _chunks(logits_NV):
         grad = torch.softmax(logits_NV[n], dim=1, dtype=_wide(logits_NV)).mul_(factor_N[n, None])
         logits_NV[n] = grad.scatter_add_(1, column_N[n, None], label_grad_N[n, None])
@@ -85,9 +85,9 @@ def _gradient(
     label_grad_N: Tensor,
     own_lse_N: Tensor,
     lse_N: Tensor,
-    scale: Tensor,
+    grad_N: Tensor,
 ) -> None:
-    grad_NV = scale * (logits_NV.to(lse_N.dtype) - lse_N[:, None]).exp()
+    grad_NV = grad_N[:, None] * (logits_NV.to(lse_N.dtype) - lse_N[:, None]).exp()
     is_label_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == column_N[:, None]
     logits_NV.copy_(grad_NV + torch.where(is_label_NV, label_grad_N[:, None], 0.0))
 

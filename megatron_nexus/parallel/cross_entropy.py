@@ -1,6 +1,6 @@
 """Cross entropy of logits whose vocabulary is split over tensor-parallel ranks.
 
-    loss = mean over tokens of  log sum_v exp(z_v) - z_label
+    loss_n = log sum_v exp(z_nv) - z_n,label        its mean over tokens is the loss of pretraining
 
 z [N, V_local] this rank's logits, N tokens. Logits of padding rows of the head are no part of the sum: a
 zero row would still give the logit 0.
@@ -26,6 +26,7 @@ from megatron_nexus.parallel.tensor_parallel import TensorParallel
 class _Context(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
     kernel: CrossEntropyKernel
+    logits_dtype: torch.dtype
 
 
 def _columns(labels_N: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -52,14 +53,13 @@ class _InPlace(Function):
         both = tp.sum(torch.stack([exp_NV.sum(dim=1), label_logit_N]))
         sum_N, label_logit_N = both[0], both[1]
         ctx.save_for_backward(exp_NV, sum_N, mine_N, column_N)
-        return (sum_N.log() - label_logit_N).mean()
+        return sum_N.log() - label_logit_N
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         exp_NV, sum_N, mine_N, column_N = ctx.saved_tensors
-        scale = grad / sum_N.numel()
-        grad_NV = exp_NV.mul_((scale / sum_N)[:, None])
-        grad_NV.scatter_add_(1, column_N[:, None], torch.where(mine_N, -scale, 0.0)[:, None])
+        grad_NV = exp_NV.mul_((grad_N / sum_N)[:, None])
+        grad_NV.scatter_add_(1, column_N[:, None], torch.where(mine_N, -grad_N, 0.0)[:, None])
         return grad_NV, None, None, None, None
 
 
@@ -85,15 +85,59 @@ class _InOwnType(Function):
         lse_N, label_logit_N = by_rank[:, 0].logsumexp(dim=0), by_rank[:, 1].sum(dim=0)
         ctx.save_for_backward(z_NV, mine_N, column_N, own_lse_N, lse_N)
         ctx.kernel = kernel
-        return (lse_N - label_logit_N).mean()
+        return lse_N - label_logit_N
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         z_NV, mine_N, column_N, own_lse_N, lse_N = ctx.saved_tensors
-        scale = grad / lse_N.numel()
-        label_grad_N = torch.where(mine_N, -scale, 0.0)
-        ctx.kernel.gradient_(z_NV, column_N, label_grad_N, own_lse_N, lse_N, scale)
+        label_grad_N = torch.where(mine_N, -grad_N, 0.0)
+        ctx.kernel.gradient_(z_NV, column_N, label_grad_N, own_lse_N, lse_N, grad_N)
         return z_NV, None, None, None, None, None
+
+
+class _Divergence(Function):
+    """KL divergence of the reference's distribution to that of the logits, which are kept as they are.
+
+    Forward: two all-reduces of N maxima, one of 3 N sums. Backward: none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _Context, logits_NV: Tensor, reference_NV: Tensor, count: int, tp: TensorParallel
+    ) -> Tensor:
+        """`count` of the V columns are logical, the others padding."""
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        z_NV, r_NV = (x.detach().to(wide, copy=True) for x in (logits_NV, reference_NV))
+        for x_NV in (z_NV, r_NV):
+            x_NV[:, count:] = -torch.inf
+            x_NV -= tp.maximum(x_NV.amax(dim=1))[:, None]
+        exp_z_NV, exp_r_NV = z_NV.exp(), r_NV.exp()
+        difference_NV = torch.where(exp_r_NV > 0, exp_r_NV * (r_NV - z_NV), 0.0)  # 0 log 0 = 0
+        sums = tp.sum(torch.stack([exp_z_NV.sum(1), exp_r_NV.sum(1), difference_NV.sum(1)]))
+        sum_z_N, sum_r_N, difference_N = sums
+        p_NV, q_NV = exp_z_NV / sum_z_N[:, None], exp_r_NV / sum_r_N[:, None]
+        ctx.save_for_backward(p_NV.sub_(q_NV))
+        ctx.logits_dtype = logits_NV.dtype
+        divergence_N: Tensor = difference_N / sum_r_N + sum_z_N.log() - sum_r_N.log()
+        return divergence_N
+
+    @staticmethod
+    def backward(ctx: _Context, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        grad_NV = ctx.saved_tensors[0] * grad_N[:, None]
+        return grad_NV.to(ctx.logits_dtype), None, None, None
+
+
+def vocabulary_parallel_divergence(
+    logits: Tensor, reference: Tensor, vocabulary_range: tuple[int, int], tp: TensorParallel
+) -> Tensor:
+    """Return KL(reference || model) of each token in nats [N], the same on every tensor-parallel rank.
+
+    `logits` and `reference`, logits too, [..., V_local] as for the cross entropy; the gradient p - q goes to
+    `logits` alone. Nothing is overwritten.
+    """
+    start, stop = vocabulary_range
+    of_logits_NV, of_reference_NV = logits.flatten(0, -2), reference.flatten(0, -2)
+    return cast(Tensor, _Divergence.apply(of_logits_NV, of_reference_NV, stop - start, tp))
 
 
 @torch.no_grad()
@@ -126,6 +170,26 @@ def vocabulary_parallel_scores(
     return scores_2N.view(2, *labels.shape)
 
 
+def vocabulary_parallel_token_losses(
+    logits: Tensor,
+    labels: Tensor,
+    vocabulary_range: tuple[int, int],
+    tp: TensorParallel,
+    kernel: CrossEntropyKernel | None = None,
+) -> Tensor:
+    """Return the cross entropy of each token in nats [N], the same on every tensor-parallel rank.
+
+    `logits` [..., V_local] of this rank's part of the vocabulary, its logical rows `vocabulary_range`
+    first, then padding; `labels` [...] global token ids, N of them. The logits, the largest tensor of a step,
+    are overwritten, by backward too: nothing may read them afterwards, and backward runs once.
+    Without a `kernel` logits of float32 or more take the form that keeps exponentials.
+    """
+    flat_NV, labels_N = logits.flatten(0, -2), labels.flatten()
+    if kernel is None and flat_NV.dtype.itemsize >= torch.float32.itemsize:
+        return cast(Tensor, _InPlace.apply(flat_NV, labels_N, *vocabulary_range, tp))
+    return cast(Tensor, _InOwnType.apply(flat_NV, labels_N, *vocabulary_range, tp, kernel or CHUNKED))
+
+
 def vocabulary_parallel_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -133,14 +197,5 @@ def vocabulary_parallel_cross_entropy(
     tp: TensorParallel,
     kernel: CrossEntropyKernel | None = None,
 ) -> Tensor:
-    """Return mean cross entropy in nats per token, the same on every tensor-parallel rank.
-
-    `logits` [..., V_local] of this rank's part of the vocabulary, its logical rows `vocabulary_range`
-    first, then padding; `labels` [...] global token ids. The logits, the largest tensor of a step, are
-    overwritten, by backward too: nothing may read them afterwards, and backward runs once.
-    Without a `kernel` logits of float32 or more take the form that keeps exponentials.
-    """
-    flat_NV, labels_N = logits.flatten(0, -2), labels.flatten()
-    if kernel is None and flat_NV.dtype.itemsize >= torch.float32.itemsize:
-        return cast(Tensor, _InPlace.apply(flat_NV, labels_N, *vocabulary_range, tp))
-    return cast(Tensor, _InOwnType.apply(flat_NV, labels_N, *vocabulary_range, tp, kernel or CHUNKED))
+    """Return the mean of the tokens' cross entropies: arguments as of `vocabulary_parallel_token_losses`."""
+    return vocabulary_parallel_token_losses(logits, labels, vocabulary_range, tp, kernel).mean()

@@ -12,12 +12,16 @@ import torch
 from torch.nn import functional as F
 
 from megatron_nexus.kernels.cross_entropy import CHUNKED, CrossEntropyKernel, compiled_kernel
-from megatron_nexus.parallel.cross_entropy import vocabulary_parallel_cross_entropy
+from megatron_nexus.parallel.cross_entropy import (
+    vocabulary_parallel_cross_entropy,
+    vocabulary_parallel_divergence,
+)
 from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.parallel.world import read_world
 from tests.support.waiting import TIMEOUT_S
 
+SMALL = 13
 TOKENS, VOCABULARY = 7, 100_001  # 2 or 5 tokens a chunk, and a last column that is padding on 2 ranks
 
 
@@ -44,6 +48,30 @@ def errors(kernel: CrossEntropyKernel | None, dtype: torch.dtype, tp: TensorPara
     return abs(float(loss - expected)), float(difference.norm() / whole.grad.norm())
 
 
+def divergence_errors(tp: TensorParallel) -> tuple[float, float]:
+    """The same of the KL divergence of logits from a reference's, token by token, in float64."""
+    generator = torch.Generator().manual_seed(4)
+    logits, reference = 2.0 * torch.randn(2, TOKENS, SMALL, generator=generator, dtype=torch.float64)
+    weights = torch.rand(TOKENS, generator=generator, dtype=torch.float64)
+    whole = logits.clone().requires_grad_()
+    expected = F.kl_div(
+        whole.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True
+    ).sum(1)
+    (expected * weights).sum().backward()
+    assert whole.grad is not None
+    size = -(-SMALL // tp.size)
+    start, stop = tp.rank * size, min(SMALL, (tp.rank + 1) * size)
+    padded = torch.zeros(2, TOKENS, size, dtype=torch.float64)
+    padded[0, :, : stop - start] = logits[:, start:stop]
+    padded[1, :, : stop - start] = reference[:, start:stop]
+    mine = padded[0].clone().requires_grad_()
+    found = vocabulary_parallel_divergence(mine, padded[1], (start, stop), tp)
+    (found * weights).sum().backward()
+    assert mine.grad is not None and not mine.grad[:, stop - start :].any(), "padding has a gradient"
+    difference = mine.grad[:, : stop - start] - whole.grad[:, start:stop]
+    return float((found - expected).abs().max()), float(difference.norm() / whole.grad.norm())
+
+
 def main() -> None:
     world = read_world(os.environ)
     mesh = make_mesh(world, tp_size=world.size, pp_size=1, timeout_s=TIMEOUT_S)
@@ -54,6 +82,7 @@ def main() -> None:
         for name, kernel in kernels.items()
         for dtype in (torch.float32, torch.bfloat16)
     }
+    found["divergence torch.float64"] = divergence_errors(tp)
     (Path(sys.argv[1]) / f"errors_{world.size}_{world.rank}.json").write_text(json.dumps(found))
     close_mesh()
 
