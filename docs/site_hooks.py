@@ -24,7 +24,7 @@ from mkdocs.structure.pages import Page
 
 from megatron_nexus.config.config_field import MOST, Bounds
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
-from megatron_nexus.config.run_config import SECTIONS
+from megatron_nexus.config.run_config import ALL_SECTIONS
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "megatron_nexus"
@@ -97,7 +97,7 @@ def _configuration_lines() -> Iterator[str]:
         "without flags uses; `nexus presets` lists the others. Flags override the file, the file overrides "
         "the preset. This page is generated from `megatron_nexus/config/run_config.py`.\n"
     )
-    for section, fields in SECTIONS.items():
+    for section, fields in ALL_SECTIONS.items():
         yield f"## {section}\n\n{(fields.__doc__ or '').strip()}\n"
         yield "| flag | type | default | meaning |\n|---|---|---|---|"
         hints = get_type_hints(fields)

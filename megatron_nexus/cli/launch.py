@@ -1,4 +1,4 @@
-"""The verb `launch`: DeepSpeed's runner, which starts `train` on many devices or nodes.
+"""The verb `launch`: DeepSpeed's runner, which starts `train` or `unlearn` on many devices or nodes.
 
     nexus launch --num_gpus 8 train --preset nexusformer-240m --tp 2
 
@@ -16,10 +16,10 @@ from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import importing
 
 HELP = """\
-usage: {launch} [flags of DeepSpeed's runner] train [flags of train]
+usage: {launch} [flags of DeepSpeed's runner] train|unlearn [flags of the verb]
 
-Start `train` as one rank for each device, with DeepSpeed's runner. Without a flag: all devices of this
-machine. On a machine without accelerators `train` starts the ranks that --tp and --pp need by itself.
+Start the verb as one rank for each device, with DeepSpeed's runner. Without a flag: all devices of this
+machine. On a machine without accelerators the verb starts the ranks that --tp and --pp need by itself.
 
   --num_gpus N               ranks on each node
   --num_nodes N              nodes of the hostfile to use
@@ -38,23 +38,24 @@ All other flags of the runner are passed on: `python -m deepspeed.launcher.runne
 def run(argv: list[str]) -> None:
     """Run `nexus launch` with the flags `argv`; the exit code is that of the run.
 
-    Raises ConfigError where the first word that is not a flag of the runner is not `train`.
+    Raises ConfigError where the first word that is not a flag of the runner is neither verb.
     """
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(HELP.format(launch=command("launch"), train=command("train")))
         return
-    if "train" not in argv:
+    if not {"train", "unlearn"}.intersection(argv):
         raise ConfigError(
-            f"{command('launch')} starts the verb train: write `{command('launch')} ... train ...`"
+            f"{command('launch')} starts the verbs train and unlearn: write "
+            f"`{command('launch')} ... train ...`"
         )
     with importing("DeepSpeed"):
         from deepspeed.launcher import runner
     given = runner.parse_args(argv)
     at = len(argv) - len(given.user_args) - 1
     flags = argv[:at]
-    if argv[at] != "train":
-        raise ConfigError(f"{argv[at]!r} cannot be launched: only train runs as many ranks")
-    program = program_words("train")
+    if argv[at] not in ("train", "unlearn"):
+        raise ConfigError(f"{argv[at]!r} cannot be launched: only train and unlearn run as many ranks")
+    program = program_words(argv[at])
     script = ["--module", *program[1:]] if program[0] == "-m" else program
     # The ranks get Ctrl-C too, save and leave; the runner would end before them with a traceback.
     signal.signal(signal.SIGINT, lambda number, frame: None)

@@ -30,7 +30,10 @@ class Verb:
 GROUPS: dict[str, dict[str, Verb]] = {
     "Train": {
         "train": Verb("train", "pretrain a model; resume a run, or grow its model while loading"),
-        "launch": Verb("launch", "start `train` on many devices or nodes with DeepSpeed's runner"),
+        "unlearn": Verb("unlearn", "train a model to forget some answers and to retain others"),
+        "launch": Verb(
+            "launch", "start `train` or `unlearn` on many devices or nodes with DeepSpeed's runner"
+        ),
         "presets": Verb("presets", "list the named models with their true sizes"),
         "count": Verb("count", "parameters, FLOPs and bytes per rank of a model"),
         "compare": Verb("compare", "name the first tensor in which two runs or topologies differ"),
@@ -77,7 +80,7 @@ def main(verb: str | None = None) -> NoReturn:
     # Until the verb itself listens, Ctrl-C ends the process at once: there is nothing to save.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     run: Callable[[list[str]], None] = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run
-    if verb in ("train", "retrieve"):
+    if verb in ("train", "unlearn", "retrieve"):
         run(argv)  # ends the process, after handling signals and errors of its own
     from megatron_nexus.cli.runner import run_tool
 

@@ -15,6 +15,7 @@ from megatron_nexus.cli.train_command import TrainCommand, read_train_command
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData
+from megatron_nexus.data.unlearning_samples import UnlearningSamples
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.parallel.local_ranks import run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
@@ -46,6 +47,7 @@ def record(own: argparse.Namespace, flags: list[str], argv: list[str]) -> None:
     if world.local_rank == 0 and own.record.exists() and any(own.record.iterdir()):
         raise ConfigError(f"--record {own.record} is not empty: give a new folder, or remove it")
     run_data = open_files(command, world)
+    assert not isinstance(run_data, UnlearningSamples), "of the verb train"
     _record_rank(own, command, world, run_data, float64)
 
 

@@ -1,4 +1,4 @@
-"""The verb `train`, from the command line to a run: read, check, start the missing ranks, train.
+"""The verbs `train` and `unlearn`, from the command line to a run: read, check, start ranks, train.
 
 torch and DeepSpeed are imported only by the ranks that train, after the checks: a wrong flag is answered
 at once. `training.run` continues from here.
@@ -28,6 +28,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
+from megatron_nexus.data.unlearning_samples import UnlearningSamples, read_unlearning_samples
 from megatron_nexus.errors import (
     EXIT_CODE_USER_ERROR,
     ConfigError,
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 PEER_EXIT_GRACE_S = 3.0
 
 
-def run(argv: list[str]) -> NoReturn:
-    """Run `nexus train` with the flags `argv` and end the process."""
+def run(argv: list[str], verb: str = "train") -> NoReturn:
+    """Run `nexus train`, or another verb that trains, with the flags `argv` and end the process."""
     is_first_here, world = True, None
     try:
         world = read_world(os.environ)
@@ -59,7 +60,7 @@ def run(argv: list[str]) -> NoReturn:
         if world.rank and {"-h", "--help", "--version"}.intersection(argv):
             sys.exit(0)  # rank 0 prints it
         with path_errors():
-            command = read_train_command(argv)
+            command = read_train_command(argv, verb)
             if command.dry_run:
                 _dry_run(command, world)
             needed = command.config.model_parallel_size
@@ -73,7 +74,7 @@ def run(argv: list[str]) -> NoReturn:
             stop_without_launcher(exit_signals[0])
         if starts_ranks:
             log.logger.info("launched as one process on a CPU-only machine; spawning %d local ranks", needed)
-            sys.exit(run_local_ranks(needed, [*program_words("train"), *argv], exit_signals))
+            sys.exit(run_local_ranks(needed, [*program_words(verb), *argv], exit_signals))
     except NexusError as error:
         # Every rank finds the same: one on each machine says it.
         if is_first_here:
@@ -119,17 +120,30 @@ def _dry_run(command: TrainCommand, world: World) -> NoReturn:
     sys.exit(0)
 
 
-def open_files(command: TrainCommand, world: World) -> RunData | None:
+def open_files(command: TrainCommand, world: World) -> RunData | UnlearningSamples | None:
     """Open the data that a run reads, and check the folder it will write, before torch is imported.
 
     Returns None where it reads the built-in corpus, which is prepared later. Raises ConfigError, DataError.
     """
-    config, run_data = command.config, None
+    config = command.config
+    run_data: RunData | UnlearningSamples | None = None
     if world.rank == 0 and config.logging.eval_tasks:
         folder = config.logging.eval_task_path
         require_tasks(config.logging.task_names, Path(folder) if folder else None)
     sources = training_sources(config.data)
-    if sources:
+    if config.unlearning.is_on:
+        run_data = read_unlearning_samples(config, command.tokenizer_record)
+        assert command.start is not None, "unlearn has --load"
+        if (
+            not command.start.begins_unlearning
+            and command.start.manifest.data.fingerprint != run_data.fingerprint
+        ):
+            raise DataError(
+                f"--forget {config.unlearning.forget} or --retain {config.unlearning.retain}: not the "
+                f"samples, --seed or --seq-length that {command.checkpoint} was unlearned with: give "
+                "those, or begin another run with another --save"
+            )
+    elif sources:
         run_data = RunData(config, sources, tokenizer_path(config.data))
     elif tokenizer_path(config.data) is not None:
         find_tokenizer(config, command.tokenizer_record)
@@ -141,15 +155,16 @@ def open_files(command: TrainCommand, world: World) -> RunData | None:
         )
     # On each machine: launchers of other machines would wait for a rank 0 that was refused.
     if world.local_rank == 0 and config.checkpoint.save:
-        # A grown model is another run than the checkpoint's.
+        # A grown model is another run than the checkpoint's, and so is one that begins to unlearn.
         save, grow = location(config.checkpoint.save), config.checkpoint.grow
         if grow and command.checkpoint and save.resolve() == command.checkpoint.parent.resolve():
             raise ConfigError(f"--save {save} is the run that --grow enlarges: give another --save")
-        check_save_folder(save, None if grow else command.checkpoint)
+        begins = grow or (command.start and command.start.begins_unlearning)
+        check_save_folder(save, None if begins else command.checkpoint)
     return run_data
 
 
-def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoReturn:
+def _train(command: TrainCommand, world: World, run_data: RunData | UnlearningSamples | None) -> NoReturn:
     """Train, and end this rank so that of all ranks only the first to fail says why."""
     # A rank that loses a peer says so itself; c10d would add the frames of its C++ stack.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -176,6 +191,7 @@ def _train(command: TrainCommand, world: World, run_data: RunData | None) -> NoR
                 partial(newest_regions, command.config.model),
                 boxes_by_growth,
                 command.faults,
+                command.start is not None and command.start.begins_unlearning,
             )
     except BaseException as error:  # noqa: BLE001 - every way to fail ends here, and the process with it
         end_failed_rank(error, world)

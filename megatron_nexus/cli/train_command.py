@@ -1,5 +1,6 @@
-"""What a command line of `train` asks for: flags, files and the checkpoint's manifest, each read once.
+"""What a command line of `train` or `unlearn` asks for: flags, files, the checkpoint's manifest.
 
+Each is read once.
 Imports no torch: it answers on a login node.
 """
 
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nexus.checkpoint.location import Location, location
+from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
+from megatron_nexus.cli.unlearn_start import base_of, find_start, refuse_graddiff
 from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.config_file import read_config_file
@@ -32,6 +35,8 @@ class Start(SavedRun):
     growth: GrowthRequest | None
     has_grown: bool = False
     """Whether an earlier start of the same command has done what --grow asks for."""
+    begins_unlearning: bool = False
+    """Whether an unlearning run begins here, from the weights of another run."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,18 @@ class TrainCommand:
         return self.world_size or (started if started > 1 else max(1, self.config.model_parallel_size))
 
 
-def read_train_command(argv: list[str]) -> TrainCommand:
-    """Return what a command line means: flags over a file over a checkpoint's configuration or a preset.
+def read_train_command(argv: list[str], verb: str = "train") -> TrainCommand:
+    """Return what a command line of `verb` means.
+
+    Flags win over a file, a file over a checkpoint's configuration or a preset.
 
     Raises:
         ConfigError: flags that are unknown, wrong or contradict the checkpoint.
         CheckpointError: --load names nothing that can be loaded.
     """
-    given = given_flags(argv)
+    if verb == "unlearn":
+        refuse_graddiff(argv)
+    given = given_flags(argv, verb)
     dry_run, size = "dry_run" in given, given.get("world_size")
     for name in ("world_size", "device", "search"):
         if name in given and not dry_run:
@@ -87,11 +96,18 @@ def read_train_command(argv: list[str]) -> TrainCommand:
         raise ConfigError(f"--world-size {size} must be positive: give the number of ranks")
     if "config" in given:
         given = merge_settings(read_config_file(Path(str(given["config"]))), given)
-    start = _start(given)
+    if verb == "train" and given.get("forget"):
+        raise ConfigError(f"unlearning.forget {given['forget']} belongs to the verb unlearn: use that")
+    start = _start(given) if verb == "train" else _unlearning_start(given)
     if start is not None and (start.growth is not None or start.has_grown):
         given = _beside_growth(given, start)
     if start is None:
         config = build(given)
+    elif verb == "unlearn":
+        saved = base_of(start.config, start.begins_unlearning, given)
+        done = RunProgress(0, 0, 0, 0) if start.begins_unlearning else start.manifest.progress
+        given = vars(saved.unlearning) | given
+        config = build(given, saved, Consumed(done.step, done.samples, done.tokens))
     else:
         done = start.manifest.progress
         saved = grown_config(start.config, start.growth) if start.growth else start.config
@@ -121,9 +137,9 @@ def _beside_growth(given: Mapping[str, Value], start: Start) -> dict[str, Value]
     return {name: value for name, value in given.items() if name not in done and before.get(name) != value}
 
 
-def configure(argv: list[str]) -> tuple[RunConfig, Location | None]:
+def configure(argv: list[str], verb: str = "train") -> tuple[RunConfig, Location | None]:
     """Return the configuration of a command line and the checkpoint it starts from; errors as above."""
-    read = read_train_command(argv)
+    read = read_train_command(argv, verb)
     return read.config, read.checkpoint
 
 
@@ -143,6 +159,12 @@ def _start(given: Mapping[str, Value]) -> Start | None:
     if growth and (continued := _grown_before(given, place, growth)):
         return Start(**vars(continued), growth=None, has_grown=True)
     return Start(**vars(open_saved_run(place)), growth=growth)
+
+
+def _unlearning_start(given: Mapping[str, Value]) -> Start:
+    """Return where an unlearning run starts."""
+    saved, begins = find_start(given)
+    return Start(**vars(saved), growth=None, begins_unlearning=begins)
 
 
 def _newest_in_save(given: Mapping[str, Value]) -> Location | None:

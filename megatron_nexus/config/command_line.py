@@ -18,7 +18,7 @@ from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.injection import KINDS
 from megatron_nexus.config.megatron_flags import family_hint, replacement_hint
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
-from megatron_nexus.config.run_config import SECTIONS, RunConfig, TrainingConfig
+from megatron_nexus.config.run_config import ALL_SECTIONS, SECTIONS, RunConfig, TrainingConfig
 from megatron_nexus.errors import ConfigError
 
 # Flags that launchers and scripts add and nobody here reads.
@@ -30,15 +30,23 @@ MAIN_FIELDS = (
 )
 
 
-def make_parser() -> FlagParser:
+DESCRIPTIONS = {
+    "train": f"Pretrain a Nexusformer. Without a flag: {DEFAULT_PRESET} on a built-in corpus.",
+    "unlearn": "Train the model of --load to forget some answers and to retain others, with the flags of "
+    "`train` but for those of its data.",
+}
+"""What the verbs do that train a model."""
+
+
+def make_parser(verb: str = "train") -> FlagParser:
     """Return the parser: the main flags, then a group for each section, then what the command itself reads.
 
     A flag that is not given leaves no attribute behind.
     """
     parser = FlagParser(
-        "train",
+        verb,
         "[flags]",
-        description=f"Pretrain a Nexusformer. Without a flag: {DEFAULT_PRESET} on a built-in corpus.",
+        description=DESCRIPTIONS[verb],
         argument_default=argparse.SUPPRESS,
     )
     main = parser.add_argument_group(
@@ -82,7 +90,7 @@ def make_parser() -> FlagParser:
     fields = {entry.name: (entry, kind) for kind in SECTIONS.values() for entry in dataclasses.fields(kind)}
     for name in MAIN_FIELDS:
         add_field_flag(main, *fields[name])
-    for section, kind in SECTIONS.items():
+    for section, kind in (SECTIONS if verb == "train" else ALL_SECTIONS).items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
         for entry in dataclasses.fields(kind):
             if entry.name not in MAIN_FIELDS:
@@ -127,12 +135,12 @@ def preset_name(text: str) -> str:
     return text
 
 
-def given_flags(argv: Sequence[str]) -> dict[str, Value]:
+def given_flags(argv: Sequence[str], verb: str = "train") -> dict[str, Value]:
     """Return the fields that the command line names, with their values, `preset` among them.
 
     Raises ConfigError on an unknown flag, a wrong type or a wrong choice.
     """
-    known = make_parser().parse_args(argv)
+    known = make_parser(verb).parse_args(argv)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(known).items()}
     for flag in LAUNCHER_FLAGS:
         given.pop(flag.strip("-").replace("-", "_"), None)
@@ -206,7 +214,7 @@ def build(
     values |= dict(given)
     sections = {
         section: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
-        for section, kind in SECTIONS.items()
+        for section, kind in ALL_SECTIONS.items()
     }
     config = RunConfig(preset=name, **sections)
     training = config.training

@@ -18,7 +18,7 @@ import yaml
 
 from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.presets import PRESETS, Value
-from megatron_nexus.config.run_config import INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig
+from megatron_nexus.config.run_config import ALL_SECTIONS, INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -78,7 +78,7 @@ def config_text(config: RunConfig) -> str:
     budget = bool(training.train_tokens or training.train_samples)
     unsaid = {"train_tokens": not training.train_tokens, "train_samples": not training.train_samples}
     lengths = [name for name, left_out in {**unsaid, "train_iters": budget}.items() if left_out]
-    for section in SECTIONS:
+    for section in ALL_SECTIONS if config.unlearning.is_on else SECTIONS:
         left_out = (*NEVER_WRITTEN.get(section, ()), *lengths)
         fields = dataclasses.asdict(getattr(config, section))
         sections[section] = {
@@ -110,8 +110,8 @@ def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[
                 values["preset"] = content
             else:
                 yield _unknown(f"preset {content!r}", str(content), list(PRESETS))
-        elif key not in SECTIONS:
-            homes = {name: section for section, kind in SECTIONS.items() for name in get_type_hints(kind)}
+        elif key not in ALL_SECTIONS:
+            homes = {name: section for section, kind in ALL_SECTIONS.items() for name in get_type_hints(kind)}
             if key in homes:
                 yield f"{key} stands outside its section: write it under {homes[str(key)]}:"
             else:
@@ -121,7 +121,7 @@ def _read(document: dict[object, object], values: dict[str, Value]) -> Iterable[
         elif not isinstance(content, dict):
             yield f"{key} {content!r} is not a mapping: write {key}: and its fields below it"
         else:
-            hints = get_type_hints(SECTIONS[str(key)])
+            hints = get_type_hints(ALL_SECTIONS[str(key)])
             for name, value in content.items():
                 if name not in hints:
                     yield _unknown(f"{key}.{name}", str(name), list(hints))

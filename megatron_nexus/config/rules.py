@@ -10,7 +10,7 @@ from megatron_nexus.config.config_field import MOST, bound_problems, flag_of
 from megatron_nexus.config.data_path import parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.deepspeed_config import deepspeed_config
 from megatron_nexus.config.exit_signals import parse_exit_signals
-from megatron_nexus.config.run_config import SECTIONS, RunConfig
+from megatron_nexus.config.run_config import ALL_SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
 MOST_ELEMENTS = 2**59
@@ -25,7 +25,7 @@ def divisors(number: int) -> str:
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError with every problem of `config` on `world_size` ranks."""
-    sections = [getattr(config, name) for name in SECTIONS]
+    sections = [getattr(config, name) for name in ALL_SECTIONS]
     bounds = [problem for section in sections for problem in bound_problems(section)]
     numbers = [value for section in sections for value in vars(section).values() if isinstance(value, int)]
     if world_size > MOST:
@@ -43,6 +43,7 @@ def check(config: RunConfig, world_size: int) -> None:
         *_data_problems(config),
         *_batch_problems(config, world_size),
         *_task_problems(config),
+        *_unlearning_problems(config),
     ]
     if not problems:
         deepspeed_config(config, world_size)
@@ -372,3 +373,31 @@ def _task_problems(config: RunConfig) -> Iterable[str]:
             f"--eval-tasks {log_config.eval_tasks} are texts, and the data comes without its tokenizer: give "
             "the tokenizer that it was written with as --tokenizer-model"
         )
+
+
+def _unlearning_problems(config: RunConfig) -> Iterable[str]:
+    unlearning, training = config.unlearning, config.training
+    if not unlearning.is_on:
+        return
+    if unlearning.retain_loss != "none" and not unlearning.retain:
+        yield (
+            f"--retain-loss {unlearning.retain_loss} is of samples to retain: give them as --retain, or "
+            "--retain-loss none"
+        )
+    if unlearning.retain_loss == "none" and unlearning.retain:
+        yield (
+            f"--retain {unlearning.retain} has no loss with --retain-loss none: drop it, or use gdr or klr"
+        )
+    sizes = (training.global_batch_size, training.micro_batch_size)
+    if min(sizes) > 0 and training.global_batch_size % unlearning.sides:
+        yield (
+            f"--global-batch-size {training.global_batch_size} is odd, and half of it is of the forget set, "
+            f"half of the retain set: use {training.global_batch_size + 1}"
+        )
+    for flag, wrong in {
+        "--spike-policy rewind": training.spike_policy == "rewind",
+        "--rampup-batch-size": bool(training.rampup_batch_size),
+        "--growth-metrics-interval": config.logging.growth_metrics_interval > 0,
+    }.items():
+        if wrong:
+            yield f"{flag} belongs to pretraining, and this run unlearns: drop it"

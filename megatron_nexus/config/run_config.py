@@ -13,6 +13,7 @@ from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.batch_schedule import BatchSchedule, batch_schedule
 from megatron_nexus.config.config_field import config_field
 from megatron_nexus.config.files_config import CheckpointConfig, DataConfig, LoggingConfig
+from megatron_nexus.config.unlearning_config import UnlearningConfig
 
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
@@ -398,6 +399,12 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    unlearning: UnlearningConfig = UnlearningConfig()
+
+    @property
+    def verb(self) -> str:
+        """The verb of the command that runs it."""
+        return "unlearn" if self.unlearning.is_on else "train"
 
     @property
     def model_parallel_size(self) -> int:
@@ -425,8 +432,8 @@ class RunConfig:
         Raises KeyError or TypeError where a section is missing or a value has the wrong type.
         """
         sections = {}
-        for section, kind in SECTIONS.items():
-            values = saved[section]
+        for section, kind in ALL_SECTIONS.items():
+            values = saved[section] if section in SECTIONS else saved.get(section, {})
             if not isinstance(values, dict):
                 raise TypeError(f"{section} is not a section")
             if section == "model" and values.get("attention_order", 1) != 1:
@@ -439,6 +446,8 @@ class RunConfig:
         return cls(preset=str(saved["preset"]), **sections)
 
 
-SECTIONS: dict[str, type] = {
+ALL_SECTIONS: dict[str, type] = {
     name: kind for name, kind in get_type_hints(RunConfig).items() if name != "preset"
 }
+SECTIONS: dict[str, type] = {name: kind for name, kind in ALL_SECTIONS.items() if name != "unlearning"}
+"""Those of `nexus train`; `nexus unlearn` has them all."""

@@ -4,6 +4,7 @@ B micro batch, T sequence length. Every rank computes its own share: nothing is 
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -12,6 +13,26 @@ from torch import Tensor
 from megatron_nexus.data.answers import IGNORED_LABEL, AnswerTokens
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.samples import TokenWindows
+
+
+def sample_numbers(
+    consumed_samples: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Iterator[range]:
+    """Yield the numbers of the samples of each micro-batch, without end: those after `consumed_samples`.
+
+    All ranks and accumulation steps of one global batch together read exactly the samples [c, c + global
+    batch), c those consumed before it, whatever the micro batch and the data-parallel size.
+    """
+    samples_per_step = micro_batch_size * data_parallel_size
+    assert global_batch_size % samples_per_step == 0, (global_batch_size, samples_per_step)
+    assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
+    # Global batches are whole multiples of a step, so the walk over them is one walk over steps.
+    for first in count(consumed_samples + data_parallel_rank * micro_batch_size, samples_per_step):
+        yield range(first, first + micro_batch_size)
 
 
 def micro_batches(
@@ -23,20 +44,13 @@ def micro_batches(
     data_parallel_size: int,
     packed: bool = False,
 ) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
-    """Yield (tokens_BT, labels_BT), int64, without end, from the sample after `consumed_samples`.
+    """Yield (tokens_BT, labels_BT), int64, without end, of the samples of `sample_numbers`.
 
     If `packed`, ((tokens_BT, positions_BT), labels_BT): each token's place in its document, from 0.
-
-    All ranks and accumulation steps of one global batch together read exactly the samples [c, c + global
-    batch), c those consumed before it, whatever the micro batch and the data-parallel size.
     """
-    samples_per_step = micro_batch_size * data_parallel_size
-    assert global_batch_size % samples_per_step == 0, (global_batch_size, samples_per_step)
-    assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
-    # Global batches are whole multiples of a step, so the walk over them is one walk over steps.
-    first = consumed_samples + data_parallel_rank * micro_batch_size
-    while True:
-        numbers = range(first, first + micro_batch_size)
+    for numbers in sample_numbers(
+        consumed_samples, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size
+    ):
         read = torch.from_numpy(np.stack([samples.sample(k) for k in numbers]))  # [B, T + 1]
         tokens_BT, labels_BT = read[:, :-1].contiguous(), read[:, 1:].contiguous()
         if packed:
@@ -44,7 +58,6 @@ def micro_batches(
             yield (tokens_BT, positions_BT), labels_BT
         else:
             yield tokens_BT, labels_BT
-        first += samples_per_step
 
 
 def answer_batch(samples: Sequence[AnswerTokens], width: int = 0) -> tuple[Tensor, Tensor, Tensor]:

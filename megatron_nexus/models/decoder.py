@@ -237,6 +237,7 @@ class Loss:
         """`compiled` has torch.compile compile the cross entropy at its first call."""
         self.kernel = compiled_kernel() if compiled else None
         self.vocabulary_range = shard.logical_range(_vocabulary(model))
+        self.vocabulary_width = shard.stored(_vocabulary(model))
         self.tp = tp
 
     def __call__(self, logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:

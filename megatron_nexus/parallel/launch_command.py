@@ -15,16 +15,16 @@ from megatron_nexus.base.invocation import PACKAGE, command_words
 from megatron_nexus.parallel.launcher_watch import LAUNCH, PROGRAMS, ancestors, is_nexus_launch
 from megatron_nexus.parallel.world import World
 
-VERB = "train"
+VERBS = ("train", "unlearn")
 ADDED_BY_LAUNCHERS = ("--local_rank", "--local-rank")
 
 
-def launch_words(world: World, argv: Sequence[str]) -> list[str]:
-    """Return the words that start the program again on such a world; its flags `argv` follow them."""
-    own = typed_words([sys.orig_argv], sys.argv[0], argv) or command_words(VERB)
+def launch_words(world: World, argv: Sequence[str], verb: str = "train") -> list[str]:
+    """Return the words that start a verb again on such a world; its flags `argv` follow them."""
+    own = typed_words([sys.orig_argv], sys.argv[0], argv) or command_words(verb)
     found = typed_words([sys.orig_argv, *(process.words for process in ancestors())], sys.argv[0], argv)
     is_launcher = is_nexus_launch(found) or any(Path(word).name in PROGRAMS for word in found[:3])
-    script = own[1:] if own[-1].endswith(".py") else ["-m", PACKAGE, VERB]
+    script = own[1:] if own[-1].endswith(".py") else ["-m", PACKAGE, verb]
     match world.launcher:
         case "srun":
             return ["srun", "--kill-on-bad-exit=1", *own]
@@ -36,7 +36,7 @@ def launch_words(world: World, argv: Sequence[str]) -> list[str]:
             devices = ["--num_gpus", str(world.local_size)]
             if own[-1].endswith(".py"):
                 return ["deepspeed", *devices, *script]
-            return [*command_words(LAUNCH), *devices, VERB]
+            return [*command_words(LAUNCH), *devices, verb]
         case _:
             return found or own
 
@@ -70,7 +70,7 @@ def typed_words(lines: Iterable[Sequence[str]], script: str, argv: Sequence[str]
 
 def _program(words: Sequence[str]) -> list[str]:
     """Return the words of a command line up to the program, without the verb, or `launch`, after it."""
-    if words[-1] != VERB or len(words) == 1:
+    if words[-1] not in VERBS or len(words) == 1:
         return list(words)
     return list(words[: words.index(LAUNCH)] if is_nexus_launch(words) else words[:-1])
 

@@ -182,7 +182,11 @@ def summarise(
             or {"validation": "left out: the run was stopped" if corpus.evaluations else "none was asked for"}
         ),
         **({"tasks": describe_tasks(outcome.task_scores)} if outcome.task_scores else {}),
-        "unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches",
+        **(
+            {"unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches"}
+            if corpus.entropy is not None
+            else {}
+        ),
         "checkpoint": str(outcome.checkpoint),
         "metrics": str(run_dir / METRICS_FILE),
         "loss curve": str(

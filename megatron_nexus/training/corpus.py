@@ -18,21 +18,23 @@ from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.statistics import COUNTED_TOKENS, entropy, unigram_frequencies
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
+from megatron_nexus.data.unlearning_samples import UnlearningSamples
 from megatron_nexus.errors import DataError
 from megatron_nexus.log import logger
 from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.answer_batches import AnswerBatches
 
 
 @dataclass(frozen=True)
 class Corpus:
     """What a run reads. `tokenizer` is None where token files came without one."""
 
-    training: Blend
+    training: Blend | AnswerBatches
     evaluations: Mapping[str, Blend]
     """What is validated on, and under "test" or "test <name>" what a finished run is tested on."""
     tokenizer: Tokenizer | None
-    entropy: float
-    """Of the training tokens without context, in nats per token."""
+    entropy: float | None
+    """Of the training tokens without context, in nats per token; None of answers to unlearn."""
     description: str
     """The training data in words: shares, prefixes, tokens."""
     fingerprint: str
@@ -56,6 +58,8 @@ class Corpus:
 
     def epochs(self, samples: int) -> list[str]:
         """Return a line for each corpus that gives a window more than once in the first `samples`."""
+        if isinstance(self.training, AnswerBatches):
+            return self.training.samples.epochs(samples)
         lines = []
         counts = self.training.counts(samples).tolist()
         for part, count in zip(self.training.parts, counts, strict=True):
@@ -116,11 +120,12 @@ def open_corpus(
     tokenizer = run_data.tokenizer
     if tokenizer is not None and prepend_bos is not None:
         tokenizer = tokenizer.with_bos(prepend_bos)
+    entropy_nats = _blend_entropy(training, config.model.vocab_size)
     corpus = Corpus(
         training=training,
         evaluations=run_data.evaluations,
         tokenizer=tokenizer,
-        entropy=_blend_entropy(training, config.model.vocab_size),
+        entropy=entropy_nats,
         description=", ".join(
             f"{share / sum(training.shares):.4g} {part.dataset.prefix} "
             f"{part.split.tokens.start:,}:{part.split.tokens.stop:,}"
@@ -150,8 +155,29 @@ def open_corpus(
             config.data.split,
             config.logging.eval_iters,
         )
-    logger.info("unigram entropy of the training data: %.3f nats/token", corpus.entropy)
+    logger.info("unigram entropy of the training data: %.3f nats/token", entropy_nats)
     return corpus
+
+
+def open_answers(samples: UnlearningSamples, mesh: Mesh, record: TokenizerRecord) -> Corpus:
+    """Return what an unlearning run reads; a collective call. Raises DataError where ranks differ in it."""
+    seen = mesh.control.distinct_str(samples.fingerprint)
+    if len(seen) > 1:
+        one, other = sorted(seen.values())[:2]
+        raise DataError(
+            f"ranks {one} and {other} read different samples from --forget and --retain: copy the files to "
+            "all machines, or use a disk that they share"
+        )
+    logger.info("samples: %s", samples.description)
+    return Corpus(
+        training=AnswerBatches(samples),
+        evaluations={},
+        tokenizer=samples.tokenizer,
+        entropy=None,
+        description=samples.description,
+        fingerprint=samples.fingerprint,
+        prepend_bos=record.prepend_bos,
+    )
 
 
 def _prepend_bos(run_data: RunData, record: TokenizerRecord) -> bool | None:

@@ -47,11 +47,15 @@ from megatron_nexus.training.float64_engine import float64_engine, reduce_in_flo
 from megatron_nexus.training.gradient_reducer import reduce_gradients
 from megatron_nexus.training.optimizer import make_optimizer
 from megatron_nexus.training.pipeline_phases import mark_pipeline_phases
+from megatron_nexus.training.unlearning_loss import AnswerTargets, UnlearningLoss
 from megatron_nexus.training.update_gate import Admits, UpdateGate
 from megatron_nexus.training.zero_state import ZeroState, zero_state
 
-Batch = tuple[Stream, Tensor]
-"""Token ids [B, T], with positions [B, T] where samples are packed; labels [B, T]."""
+Batch = tuple[Stream, Tensor | AnswerTargets]
+"""Token ids [B, T], with positions [B, T] where samples are packed; labels [B, T], or those of answers."""
+
+Output = Callable[[Tensor, Tensor], Tensor]
+"""What is computed of a micro-batch without a gradient, from logits [T, B, V] and labels [B, T]."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +73,16 @@ class StepResult:
 class _WholeModel(nn.Module):
     """Decoder and loss as the one module of the plain engine."""
 
-    def __init__(self, stage: DecoderStage, loss: Loss) -> None:
+    def __init__(self, stage: DecoderStage, loss: Loss | UnlearningLoss) -> None:
         super().__init__()
         self.stage = stage
         self.loss = loss
 
-    def forward(self, stream: Stream, labels_BT: Tensor, token_scores: bool = False) -> Tensor:
-        logits_TBV = self.stage(stream)
-        return (
-            self.loss.token_scores(logits_TBV, labels_BT)
-            if token_scores
-            else self.loss(logits_TBV, labels_BT)
-        )
+    def forward(
+        self, stream: Stream, targets: Tensor | AnswerTargets, output: Output | None = None
+    ) -> Tensor:
+        compute: Callable[..., Tensor] = output or self.loss
+        return compute(self.stage(stream), targets)
 
 
 @contextlib.contextmanager
@@ -161,7 +163,16 @@ class Engine:
             flex_attention=uses_flex_attention(config, mesh.device.type),
         )
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
-        self._loss = loss = Loss(config.model, tp, self.shard, config.training.compile)
+        plain_loss = Loss(config.model, tp, self.shard, config.training.compile)
+        #: This rank's part of the vocabulary, and the width of its logits with padding.
+        self.vocabulary_range, self.vocabulary_width = (
+            plain_loss.vocabulary_range,
+            plain_loss.vocabulary_width,
+        )
+        #: Log-probability of each label, and whether it is the argmax.
+        self.token_scores: Output = plain_loss.token_scores
+        loss = UnlearningLoss(config.unlearning, plain_loss) if config.unlearning.is_on else plain_loss
+        self._loss = loss
         stages = stage_layers(config.model, config.training.seq_length, mesh.pp_size)
         grid = Grid(mesh)
         # DeepSpeed prints its topology and layers; our log says what a user needs of it.
@@ -304,21 +315,29 @@ class Engine:
         finally:
             observer.callback = None
 
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # texts have many lengths
     def score(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Return [2, B, T] of each micro-batch: the log-probability of each label, 1 where it is the argmax.
+
+        A collective call, as `outputs`.
+        """
+        found: list[Tensor] = self.outputs(batches, self.token_scores)
+        return found
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # texts have many lengths
+    def outputs(self, batches: Sequence[Batch], output: Output) -> list[Tensor]:
+        """Return what `output` makes of each micro-batch.
 
         A collective call with as many batches of one shape on every rank; other stages than the last get [].
         """
         if self._mesh.pp_size == 1:
             self.deepspeed.eval()
-            return [self.deepspeed(*self._to_device(batch), token_scores=True) for batch in batches]
+            return [self.deepspeed(*self._to_device(batch), output=output) for batch in batches]
         module = self.deepspeed.module
         self._reset_pipe_buffers()
-        module.loss_fn = self._loss.token_scores
+        module.loss_fn = output
         try:
-            scores = self.deepspeed.eval_batch(
+            found: list[Tensor] | None = self.deepspeed.eval_batch(
                 map(self._to_device, batches),
                 reduce_output=None,
                 bcast_loss=False,
@@ -327,7 +346,7 @@ class Engine:
         finally:
             module.loss_fn = self._loss
             self._reset_pipe_buffers()
-        return scores or []
+        return found or []
 
     def _reset_pipe_buffers(self) -> None:
         """Reallocate the pipeline's buffers and reset its loss sum, for batches of another shape."""
@@ -374,10 +393,11 @@ class Engine:
         return total / mesh.dp_size, tuple(count > 0 for count in counts)
 
     def _to_device(self, batch: Batch) -> Batch:
-        stream, labels_BT = batch
+        stream, targets = batch
+        copied = targets.map(self._copied) if isinstance(targets, AnswerTargets) else self._copied(targets)
         if isinstance(stream, tuple):
-            return (self._copied(stream[0]), self._copied(stream[1])), self._copied(labels_BT)
-        return self._copied(stream), self._copied(labels_BT)
+            return (self._copied(stream[0]), self._copied(stream[1])), copied
+        return self._copied(stream), copied
 
     def _copied(self, x: Tensor) -> Tensor:
         """Return `x` on the device; from pinned memory, for a copy from pageable memory waits for the GPU."""

@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Sequence
+from itertools import product
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.answer_batches import AnswerBatches
+from megatron_nexus.training.answer_scorer import AnswerScorer
 from megatron_nexus.training.corpus import Corpus
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.hooks import Hook
-from megatron_nexus.training.metrics import TaskScores, Validation, make_validation
+from megatron_nexus.training.metrics import AnswerScores, TaskScores, Validation, make_validation
 from megatron_nexus.training.rank_batches import rank_batches
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
 
@@ -29,13 +32,22 @@ class Evaluations:
         self._config, self._mesh, self._engine, self._corpus = config, mesh, engine, corpus
         self._evaluator, self._hooks = evaluator, hooks
         self._scoring = DistributedScorer(config, mesh, engine) if config.logging.eval_tasks else None
+        self._answers = AnswerScorer(config, mesh, engine) if config.unlearning.is_on else None
         self._bytes = {name: corpus.evaluation_bytes(name, config) for name in corpus.evaluations}
 
-    def losses(self, kind: str, step: int) -> list[Validation]:
-        """Return the mean loss over the first global batches of each set of a kind, always the same."""
+    def losses(self, kind: str, step: int) -> list[Validation | AnswerScores]:
+        """Return the mean loss over the first global batches of each set of a kind, always the same.
+
+        An unlearning run is validated on the answers that it forgets and retains.
+        """
         config = self._config
         accumulation = config.accumulation_steps(self._mesh.world_size)
-        made = []
+        made: list[Validation | AnswerScores] = []
+        if kind == "validation" and self._answers and isinstance(self._corpus.training, AnswerBatches):
+            sets = self._corpus.training.samples.sets
+            made = [self._answers.scores(name, step, answers) for name, answers in sets.items()]
+            for scores, hook in product(made, self._hooks):
+                hook.after_evaluation(scores)
         for name, samples in self._corpus.evaluations.items():
             if name.split()[0] != kind:
                 continue

@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.answer_batches import AnswerBatches
 from megatron_nexus.training.element_statistics import ElementStatistics, Square
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_elements import GrownElements
@@ -47,7 +48,7 @@ class GrowthMetricsHook(Hook):
         config: RunConfig,
         mesh: Mesh,
         engine: Engine,
-        samples: Blend,
+        samples: Blend | AnswerBatches,
         elements: Mapping[str, GrownElements],
         hooks: Sequence[Hook],
         step: int,

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import DataRecord, GrownRegion, JsonObject, Manifest, RunProgress
+from megatron_nexus.checkpoint.manifest import (
+    DataRecord,
+    EngineRecord,
+    GrownRegion,
+    JsonObject,
+    Manifest,
+    RunProgress,
+)
 from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
@@ -30,7 +37,7 @@ from megatron_nexus.training.faults import FiniteCheckpoints, StopRequest, is_fi
 from megatron_nexus.training.grown_adam import install_bias_correction, needing_correction
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.machine import peak_memory_bytes
-from megatron_nexus.training.metrics import StepMetrics, TaskScores, Validation
+from megatron_nexus.training.metrics import AnswerScores, StepMetrics, TaskScores, Validation
 from megatron_nexus.training.new_lr import continue_new_lr
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.rank_batches import rank_batches
@@ -48,7 +55,7 @@ class RunResult:
     """What a run ended with."""
 
     progress: RunProgress
-    evaluations: tuple[Validation, ...]
+    evaluations: tuple[Validation | AnswerScores, ...]
     """The last of each set; none where the run was stopped."""
     task_scores: TaskScores | None
     """The last, on rank 0; None where there are no tasks, or the run was stopped."""
@@ -109,10 +116,12 @@ class Trainer:
         checkpoint: Location,
         open_state: Callable[[Location], StateReader] = CheckpointReader,
         newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
+        begins: bool = False,
     ) -> Manifest:
         """Continue from a checkpoint, which `open_state` reads; a collective call.
 
-        `newest_regions` says what the last growth of a checkpoint added.
+        `newest_regions` says what the last growth of a checkpoint added. If an unlearning run `begins`, it
+        has the weights of the checkpoint, and nothing else of it.
 
         Raises:
             CheckpointError: it cannot be loaded, or was trained with another tokenizer.
@@ -125,6 +134,9 @@ class Trainer:
                 "would change their meaning; use the tokenizer and the data that it was trained with"
             )
         configure_groups(self.engine.optimizer.param_groups, self.config.optimizer)
+        if begins:
+            self._begin_unlearning(checkpoint, manifest)
+            return manifest
         self._continue_optimizer(manifest)
         if self.config.optimizer.has_new_lr:
             newest, count = newest_regions(manifest), manifest.optimizer.step_count
@@ -149,6 +161,19 @@ class Trainer:
         self._open_state = checkpoint, open_state
         self._complete(self.progress.step, checkpoint)
         return manifest
+
+    def _begin_unlearning(self, checkpoint: Location, manifest: Manifest) -> None:
+        """Begin at iteration 0 with the loaded weights, and enter where they come from in the lineage."""
+        self.engine.state.forget_moments()
+        self.engine.state.counters = EngineRecord(0, 0, 0)
+        origin: JsonObject = {
+            "unlearning": dataclasses.asdict(self.config.unlearning),
+            "samples": self.data.description,
+            "parent": str(checkpoint.resolve()),
+            "parent_step": manifest.progress.step,
+        }
+        self.lineage = [*manifest.lineage, origin]
+        self._complete(0, checkpoint)
 
     def _continue_optimizer(self, manifest: Manifest) -> None:
         """Keep the loaded moments, with a step count of its own for new weights; or reset all of it."""
@@ -183,9 +208,12 @@ class Trainer:
             if self.last_checkpoint and self.last_checkpoint.parent == self.save_folder:
                 self._finite.remember(self.mesh.control, self.save_folder, self.run_dir, started.step)
         trained_s = 0.0
-        evaluations: list[Validation] = []
+        evaluations: list[Validation | AnswerScores] = []
         task_scores: TaskScores | None = None
         stopping = False
+        if config.unlearning.is_on and started.step == 0:
+            with self._evaluating():
+                self._evaluations.losses("validation", 0)
         if config.training.manual_gc:
             gc.disable()
         self.times.begin_training()

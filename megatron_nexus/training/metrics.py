@@ -61,6 +61,31 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class AnswerScores:
+    """What a model knows of the answers of a set, "forget" or "retain": `training.answer_scorer` says what.
+
+    Means over the answers; `nll` in nats per token.
+    """
+
+    name: str
+    step: int
+    nll: float
+    probability: float
+    exact_memorization: float
+    extraction_strength: float
+
+    @property
+    def tags(self) -> dict[str, float]:
+        """The numbers by the names that open-unlearning gives them."""
+        return {
+            f"{self.name}_nll": self.nll,
+            f"{self.name}_Q_A_Prob": self.probability,
+            f"{self.name}_exact_memorization": self.exact_memorization,
+            f"{self.name}_extraction_strength": self.extraction_strength,
+        }
+
+
+@dataclass(frozen=True)
 class TaskScores:
     """What the model reaches in tasks at a step: each metric by task, and the seconds that it took."""
 
@@ -86,7 +111,7 @@ class Timers:
     timers: Mapping[str, tuple[float, float]]
 
 
-Evaluation: TypeAlias = Validation | TaskScores | GrowthMetrics | Timers
+Evaluation: TypeAlias = Validation | AnswerScores | TaskScores | GrowthMetrics | Timers
 """What is measured between two steps."""
 
 
@@ -176,6 +201,12 @@ class MetricsWriter:
         self._scalars(validation.step, {f"lm loss {validation.name}": validation.validation_loss})
         logger.info("%s at %d | %s", validation.name, validation.step, describe(validation))
 
+    def answer_scores(self, scores: AnswerScores) -> None:
+        """Record what the model knows of a set of answers, and show it."""
+        self._write({"step": scores.step, **scores.tags})
+        self._scalars(scores.step, scores.tags)
+        logger.info("%s set at %d | %s", scores.name, scores.step, describe(scores))
+
     def task_scores(self, scores: TaskScores) -> None:
         """Record an evaluation of tasks and show it."""
         self._write(asdict(scores))
@@ -220,8 +251,14 @@ class MetricsWriter:
             each.finish(failed)
 
 
-def describe(validation: Validation) -> str:
+def describe(validation: Validation | AnswerScores) -> str:
     """Return a validation in words."""
+    if isinstance(validation, AnswerScores):
+        return (
+            f"nll {validation.nll:.4f} nats/token | probability {validation.probability:.4f} | exact "
+            f"memorization {validation.exact_memorization:.3f} | extraction strength "
+            f"{validation.extraction_strength:.3f}"
+        )
     line = f"loss {validation.validation_loss:.4f} nats/token | perplexity {validation.perplexity:.2f}"
     if validation.bits_per_byte is None:
         return f"{line} | bits per byte unknown without --tokenizer-model"
@@ -298,7 +335,7 @@ def task_averages(records: list[dict[str, Any]]) -> Curve:
     return curve
 
 
-def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
+def plot_losses(folder: Path, unigram_entropy: float | None, title: str) -> Path:
     """Draw the run's losses from its metrics file, with the corpus' unigram entropy as the line to beat."""
     from matplotlib.figure import Figure  # here: half a second that only the end of a run needs
 
@@ -308,7 +345,8 @@ def plot_losses(folder: Path, unigram_entropy: float, title: str) -> Path:
     axes.plot(*zip(*training_curve(records), strict=True), linewidth=1, label="training")
     for name, points in validation_curves(records).items():
         axes.plot(*zip(*points, strict=True), "o-", label=name)
-    axes.axhline(unigram_entropy, linestyle="--", color="grey", label="unigram entropy of the corpus")
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, linestyle="--", color="grey", label="unigram entropy of the corpus")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

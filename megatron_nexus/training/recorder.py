@@ -9,6 +9,7 @@ from megatron_nexus.errors import NexusError
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.loggers import open_loggers
 from megatron_nexus.training.metrics import (
+    AnswerScores,
     Evaluation,
     GrowthMetrics,
     MetricsWriter,
@@ -56,6 +57,8 @@ class MetricsRecorder(Hook):
         """Write a validation, the scores of tasks, or growth metrics."""
         if self._writer is not None and isinstance(found, Validation):
             self._writer.validation(found)
+        elif self._writer is not None and isinstance(found, AnswerScores):
+            self._writer.answer_scores(found)
         elif self._writer is not None and isinstance(found, TaskScores):
             self._writer.task_scores(found)
         elif self._writer is not None and isinstance(found, GrowthMetrics):

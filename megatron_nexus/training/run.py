@@ -22,6 +22,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.run_data import RunData
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
+from megatron_nexus.data.unlearning_samples import UnlearningSamples, read_unlearning_samples
 from megatron_nexus.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.models.attention_backend import flex_problem
@@ -31,9 +32,11 @@ from megatron_nexus.parallel.launch_command import launch_words
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.rank_watch import RankWatch
 from megatron_nexus.parallel.world import World
+from megatron_nexus.training.answer_batches import AnswerBatches
+from megatron_nexus.training.answer_scorer import open_reference
 from megatron_nexus.training.command_log import log_command
 from megatron_nexus.training.console import announce, announce_resumed, summarise
-from megatron_nexus.training.corpus import open_corpus
+from megatron_nexus.training.corpus import open_answers, open_corpus
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
@@ -65,10 +68,11 @@ def run(
     open_state: Callable[[Location], StateReader] = CheckpointReader,
     open_evaluator: Callable[[RunConfig, Tokenizer], TaskEvaluator] | None = None,
     record: TokenizerRecord = NO_RECORD,
-    run_data: RunData | None = None,
+    run_data: RunData | UnlearningSamples | None = None,
     newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
     boxes_by_growth: BoxesByGrowth | None = None,
     faults: Sequence[InjectedFault] = (),
+    begins_unlearning: bool = False,
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
@@ -77,7 +81,7 @@ def run(
     only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer. `run_data` is what the run
     reads, where it is open already. `newest_regions` says what the last growth of a checkpoint added,
     `boxes_by_growth` says it of every growth of a lineage, for --growth-metrics-interval. `faults` are those
-    of --inject.
+    of --inject. `begins_unlearning`: the run begins at the weights of `checkpoint`, which is another's.
     """
     # 1. The ranks, and what they agree on.
     mesh = start_ranks(config, world, checkpoint)
@@ -85,7 +89,12 @@ def run(
     run_dir = _run_dir(save)
     set_trace_prefix(run_dir)
     # 2. The data. Before the model: ranks that find their data wrong do not all find it at the same moment.
-    corpus = open_corpus(config, mesh, world.local_rank, record, run_data)
+    if config.unlearning.is_on and run_data is None:
+        run_data = read_unlearning_samples(config, record)
+    if isinstance(run_data, UnlearningSamples):
+        corpus = open_answers(run_data, mesh, record)
+    else:
+        corpus = open_corpus(config, mesh, world.local_rank, record, run_data)
     evaluator = None
     if config.logging.eval_tasks and mesh.rank == 0:
         assert open_evaluator is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
@@ -96,7 +105,7 @@ def run(
         # 3. The model and its optimizer, new or from the checkpoint.
         if mesh.rank == 0:
             # A grown model is another run than the checkpoint's.
-            check_writable(save, None if config.checkpoint.grow else checkpoint)
+            check_writable(save, None if config.checkpoint.grow or begins_unlearning else checkpoint)
         times = RunTimes(run_dir, mesh.rank == 0)
         rate = gemm_flops_per_s(mesh, config.training.precision)
         with Progress("building the model"):
@@ -105,12 +114,22 @@ def run(
         trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator, beacon, times)
         announce(config, mesh, engine, rate, save)
         if checkpoint is not None:
-            resume = partial(trainer.resume, open_state=open_state, newest_regions=newest_regions)
+            resume = partial(
+                trainer.resume,
+                open_state=open_state,
+                newest_regions=newest_regions,
+                begins=begins_unlearning,
+            )
             manifest, checkpoint = _resume(trainer, checkpoint, resume)
-            announce_resumed(config, checkpoint, manifest)
+            if begins_unlearning:
+                logger.info("unlearning begins at the weights of %s", checkpoint)
+            else:
+                announce_resumed(config, checkpoint, manifest)
+        if isinstance(corpus.training, AnswerBatches):
+            open_reference(config, mesh, engine, corpus.training, run_dir, begins_unlearning)
         if mesh.rank == 0:
             (run_dir / CONFIG_FILE).write_text(config_text(config))
-            log_command(run_dir, [*launch_words(world, argv), *argv], trainer.progress.step)
+            log_command(run_dir, [*launch_words(world, argv, config.verb), *argv], trainer.progress.step)
         if config.logging.growth_metrics_interval:
             assert boxes_by_growth is not None, "the verb `train` passes it"
             elements = grown_elements(config.model, trainer.lineage, boxes_by_growth)
@@ -128,7 +147,7 @@ def run(
         mesh.control.barrier()  # from here on a signal is heeded by all ranks or by none
         result = trainer.fit(stop)
         if mesh.rank == 0:
-            summarise(config, trainer, result, corpus, launch_words(world, argv), argv)
+            summarise(config, trainer, result, corpus, launch_words(world, argv, config.verb), argv)
         mesh.control.barrier()
         watch.end()
         mesh.control.barrier()  # nobody watches, and ranks may leave

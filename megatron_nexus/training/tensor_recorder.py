@@ -191,6 +191,7 @@ class TensorRecorder:
         """Yield the micro-batches, and record their tokens and labels."""
         for batch in batches:
             stream, labels_BT = batch
+            assert isinstance(labels_BT, Tensor), "of the verb train"
             tokens_BT = stream[0] if isinstance(stream, tuple) else stream
             for name, ids_BT in (("tokens", tokens_BT), ("labels", labels_BT)):
                 axes = (LogicalAxis("sample", len(self._slots)), LogicalAxis("token", ids_BT.shape[1]))

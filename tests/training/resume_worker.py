@@ -1,6 +1,7 @@
 """One rank of the resume tests: runs each given case as the command does, several runs in one process.
 
-Usage: resume_worker.py CASES.json; a case is {"argv": [...]}, `--load` among it where it resumes.
+Usage: resume_worker.py CASES.json; a case is a command line, `--load` among it where it resumes, the verb
+`unlearn` before it where it unlearns.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.cli.train_command import configure
+from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.rules import check
 from megatron_nexus.models import parameters
 from megatron_nexus.parallel.world import read_world
@@ -34,10 +35,13 @@ def main() -> None:
         world = read_world(os.environ)
         world = replace(world, master_port=world.master_port + index)
         log.configure(is_main_rank=world.rank == 0)
-        config, checkpoint = configure(argv)
+        verb, argv = (argv[0], argv[1:]) if argv[0] == "unlearn" else ("train", argv)
+        command = read_train_command(argv, verb)
+        config, checkpoint, start = command.config, command.checkpoint, command.start
         check(config, world.size)
         parameters.local_values = draw if checkpoint is None else draw_nothing
-        run(config, world, checkpoint, argv)
+        begins = start is not None and start.begins_unlearning
+        run(config, world, checkpoint, argv, begins_unlearning=begins)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Where an unlearning run starts: at the checkpoint of another run, or at one of its own.
+
+Checkpoints of the run in --save, or --load alone, continue it; another --save begins a new one.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from megatron_nexus.checkpoint.location import Location, location
+from megatron_nexus.checkpoint.run_dir import newest_checkpoint
+from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
+from megatron_nexus.config.command_line import LENGTHS
+from megatron_nexus.config.config_field import flag_of
+from megatron_nexus.config.files_config import DataConfig
+from megatron_nexus.config.presets import Value
+from megatron_nexus.config.run_config import OptimizerConfig, RunConfig
+from megatron_nexus.config.unlearning_config import UnlearningConfig
+from megatron_nexus.errors import ConfigError
+
+NOT_ITS_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_range")
+"""Flags of the data that `train` reads."""
+
+
+def refuse_graddiff(argv: Sequence[str]) -> None:
+    """Raise ConfigError for open-unlearning's name of two losses that have a flag each here."""
+    if "--loss=graddiff" in argv or ("--loss", "graddiff") in pairwise(argv):
+        raise ConfigError("--loss 'graddiff' is a forget loss and a retain loss: --loss ga --retain-loss gdr")
+
+
+def find_start(given: Mapping[str, Value]) -> tuple[SavedRun, bool]:
+    """Return the checkpoint that an unlearning run starts from, and whether the run begins there.
+
+    Raises ConfigError or CheckpointError where the flags name none.
+    """
+    load, save = str(given.get("load", "")), str(given.get("save", ""))
+    for name in (*NOT_ITS_DATA, "grow"):
+        if given.get(name):
+            raise ConfigError(
+                f"{flag_of(name)} belongs to the verb train, unlearn reads --forget and --retain: drop it"
+            )
+    if not load or (load == "auto" and not save):
+        raise ConfigError("unlearn needs a trained model: give its run as --load, and a new --save")
+    own = newest_checkpoint(location(save)) if save else None
+    saved = open_saved_run(own) if own else None
+    if saved is not None and saved.config.unlearning.is_on and _continues(saved, load):
+        return saved, False
+    if load == "auto":
+        raise ConfigError(
+            f"--load auto finds no unlearning run in --save {save}: name the trained model as --load"
+        )
+    source = open_saved_run(location(load))
+    if not save and source.config.unlearning.is_on:
+        return source, False
+    if not save:
+        raise ConfigError("unlearn begins a new run: give a new folder as --save")
+    return source, True
+
+
+def _continues(saved: SavedRun, load: str) -> bool:
+    """Return whether a checkpoint in --save is of the run that --load names, or of one that began there."""
+    if load == "auto":
+        return True
+    named = location(load).resolve()
+    began = next(str(entry["parent"]) for entry in reversed(saved.manifest.lineage) if "unlearning" in entry)
+    own: Location = saved.checkpoint.parent.resolve()
+    return str(named) in (began, began.rpartition("/")[0], str(own))
+
+
+def base_of(saved: RunConfig, begins: bool, given: Mapping[str, Value]) -> RunConfig:
+    """Return the configuration that the flags of an unlearning run change.
+
+    One that begins takes the model, the batch and the tokenizer of the run that it starts from, not its
+    schedule: the learning rate is constant unless flags say otherwise.
+
+    Raises ConfigError: a run that begins has no length or learning rate, one that goes on has other losses.
+    """
+    if not begins:
+        _check_same(saved.unlearning, given)
+        return saved
+    problems = [
+        f"an unlearning run has {what} of its own, not pretraining's: give {flag}, such as {flag} {example}"
+        for what, flag, example, is_given in (
+            ("a learning rate", "--lr", "1e-5", "lr" in given),
+            ("a length", "--train-iters", "50", given.keys() & LENGTHS.keys()),
+            ("samples", "--forget", "forget.jsonl", given.get("forget")),
+        )
+        if not is_given
+    ]
+    if problems:
+        raise ConfigError(problems)
+    old = saved.optimizer
+    kept = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "optimizer_impl")
+    optimizer = OptimizerConfig(
+        **{name: getattr(old, name) for name in kept}, min_lr=0.0, lr_decay_style="constant"
+    )
+    data = DataConfig(tokenizer_model=saved.data.tokenizer_model, data_cache_path=saved.data.data_cache_path)
+    training = dataclasses.replace(saved.training, rampup_batch_size=(), spike_policy="none")
+    return dataclasses.replace(
+        saved, optimizer=optimizer, data=data, training=training, unlearning=UnlearningConfig()
+    )
+
+
+def _check_same(unlearning: UnlearningConfig, given: Mapping[str, Value]) -> None:
+    """Raise ConfigError where flags give a run that goes on another loss; its files may have moved."""
+    clashes = [
+        f"{flag_of(name)} {given[name]} is not the run's {value}: drop the flag, or begin another run with "
+        "another --save"
+        for name, value in dataclasses.asdict(unlearning).items()
+        if name not in ("forget", "retain") and given.get(name, value) != value
+    ]
+    if clashes:
+        raise ConfigError(clashes)

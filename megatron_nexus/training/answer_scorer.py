@@ -1,0 +1,158 @@
+"""Scores of answers by the ranks that train, at any topology: likelihoods, what is memorised, logits.
+
+The metrics are those of open-unlearning (arXiv 2506.12618): the probability of an answer is exp of its mean
+log-probability; exact memorization is the share of its tokens that are the argmax after what stands before
+them; extraction strength is the share of its end that greedy decoding gives, after the rest.
+
+N answers, B rows, T tokens, V the part of the vocabulary on this rank.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_nexus.base.communicator import raise_on_all_ranks
+from megatron_nexus.base.json_text import parse_json, record_of
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.answers import AnswerTokens
+from megatron_nexus.data.unlearning_samples import FORGET, RETAIN, UnlearningSamples
+from megatron_nexus.log import Progress
+from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.answer_batches import AnswerBatches, tokens_and_labels
+from megatron_nexus.training.engine import Engine, Output
+from megatron_nexus.training.metrics import AnswerScores
+from megatron_nexus.training.reference import LogitsFile, ReferenceFolder
+
+
+class AnswerScorer:
+    """The engine's model as it is at each call; all methods are collective."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, engine: Engine) -> None:
+        self._mesh, self._engine = mesh, engine
+        self._rows, self._seq_length = config.training.micro_batch_size, config.training.seq_length
+
+    def scores(self, name: str, step: int, answers: Sequence[AnswerTokens]) -> AnswerScores:
+        """Return the means over a set's answers, each of which counts alike."""
+        log_p_N, length_N, exact_N, extracted_N = self._each(answers).unbind(dim=1)
+        nll_N = -log_p_N / length_N
+        return AnswerScores(
+            name,
+            step,
+            float(nll_N.mean()),
+            float((-nll_N).exp().mean()),
+            float(exact_N.mean()),
+            float(extracted_N.mean()),
+        )
+
+    def log_p(self, answers: Sequence[AnswerTokens]) -> list[float]:
+        """Return the log-probability of each answer."""
+        found: list[float] = self._each(answers)[:, 0].tolist()
+        return found
+
+    def _each(self, answers: Sequence[AnswerTokens]) -> Tensor:
+        """Return log-probability, tokens, exact memorization and extraction strength, float64 [N, 4]."""
+        # Stages of a pipeline work at the same time on as many micro-batches.
+        passes = 2 * self._mesh.pp_size if self._mesh.pp_size > 1 else 1
+        found_N4 = torch.zeros(len(answers), 4, dtype=torch.float64)
+        for numbers, scores_2T in self._outputs(answers, self._engine.token_scores, passes, batch_dim=1):
+            # Tensor-parallel ranks have the same scores: the first of them adds its own.
+            if self._mesh.tp_rank == 0:
+                for number, score_2T in zip(numbers, scores_2T, strict=True):
+                    found_N4[number] = _numbers_of(score_2T.double().cpu(), answers[number])
+        self._mesh.control.all_reduce(found_N4)
+        return found_N4
+
+    def _outputs(
+        self, answers: Sequence[AnswerTokens], of: Output, passes: int, batch_dim: int
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Yield, on the last stage, the answers of each micro-batch by number and what `of` makes of each."""
+        for begin in range(0, len(answers), self._rows * passes * self._mesh.dp_size):
+            first = begin + self._mesh.dp_rank * self._rows * passes
+            parts = [
+                [n for n in range(first + p * self._rows, first + (p + 1) * self._rows) if n < len(answers)]
+                for p in range(passes)
+            ]
+            batches = [
+                tokens_and_labels([answers[n] for n in part], self._rows, self._seq_length) for part in parts
+            ]
+            for part, made in zip(parts, self._engine.outputs(batches, of), strict=False):
+                yield part, list(made.unbind(dim=batch_dim))[: len(part)]
+
+    def make_reference(
+        self, samples: UnlearningSamples, loss: str, retain_loss: str, folder: ReferenceFolder
+    ) -> None:
+        """Write what the losses need of the model as it is now. Raises CheckpointError."""
+        mesh, written = self._mesh, ""
+        with raise_on_all_ranks(mesh.control, "cannot keep the reference model's numbers"):
+            if mesh.rank == 0:
+                folder.begin()
+        log_p = self.log_p(samples.sets[FORGET]) if loss == "npo" else []
+        if retain_loss == "klr":
+            written = self._write_logits(samples.sets[RETAIN], folder)
+        with raise_on_all_ranks(mesh.control, "cannot keep the reference model's numbers"):
+            records = [record for record in mesh.control.all_gather_str(written) if record]
+            if mesh.rank == 0:
+                folder.finish(log_p, [record_of(LogitsFile, parse_json(record)) for record in records])
+
+    def _write_logits(self, answers: Sequence[AnswerTokens], folder: ReferenceFolder) -> str:
+        """Write the logits of this rank's answers and columns; return its record as JSON, "" without any."""
+        mesh, engine = self._mesh, self._engine
+        span = self._rows * mesh.dp_size
+        mine = [n for n in range(len(answers)) if n % span // self._rows == mesh.dp_rank]
+        columns = engine.vocabulary_range
+        lengths = [len(answers[n].ids) - answers[n].answer_start for n in mine]
+        record = LogitsFile(f"logits_{mesh.rank}.npy", tuple(mine), tuple(lengths), columns)
+        writes = bool(mine) and mesh.is_last_stage and columns[1] > columns[0]
+        with (
+            raise_on_all_ranks(mesh.control, "cannot keep the reference model's logits"),
+            folder.logits_file(record) if writes else nullcontext() as rows,
+        ):
+            first = 0
+            for numbers, logits_TV in self._outputs(answers, _as_float32, passes=1, batch_dim=1):
+                for number, each_TV in zip(numbers, logits_TV, strict=True):
+                    start = answers[number].answer_start - 1
+                    count = len(answers[number].labels) - start
+                    if rows is not None:
+                        found = each_TV[start : start + count, : columns[1] - columns[0]]
+                        rows[first : first + count] = found.cpu().numpy()
+                        first += count
+        return json.dumps(asdict(record)) if writes else ""
+
+
+def _as_float32(logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
+    return logits_TBV.float()
+
+
+def _numbers_of(score_2T: Tensor, answer: AnswerTokens) -> Tensor:
+    """Return log-probability, tokens, exact memorization and extraction strength of one answer."""
+    ends_2K = score_2T[:, answer.answer_start - 1 : len(answer.labels)]
+    count = ends_2K.shape[1]
+    wrong = (ends_2K[1] == 0).nonzero()[:, 0]
+    extracted = count - 1 - int(wrong[-1]) if len(wrong) else count
+    return torch.tensor(
+        [float(ends_2K[0].sum()), count, float(ends_2K[1].mean()), extracted / count], dtype=torch.float64
+    )
+
+
+def open_reference(
+    config: RunConfig, mesh: Mesh, engine: Engine, batches: AnswerBatches, run_dir: Path, begins: bool
+) -> None:
+    """Give the batches of a run the numbers of its reference model, made now if it `begins`.
+
+    A collective call. Raises CheckpointError.
+    """
+    losses = config.unlearning
+    if losses.loss != "npo" and losses.retain_loss != "klr":
+        return
+    folder = ReferenceFolder(run_dir, batches.samples.fingerprint)
+    if begins:
+        with Progress("computing the reference model's numbers"):
+            scorer = AnswerScorer(config, mesh, engine)
+            scorer.make_reference(batches.samples, losses.loss, losses.retain_loss, folder)
+    with raise_on_all_ranks(mesh.control, "cannot read the reference model's numbers"):
+        batches.reference = folder.read(engine.vocabulary_range, engine.vocabulary_width)
