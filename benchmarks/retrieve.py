@@ -6,15 +6,18 @@
 Three ratios, of CPU seconds of one process, each within a round and its median over the rounds:
 
 - sketching: a sample's forward and backward with the sketch over the same without, for two lengths;
-- scan: bytes a second of the cosines of kept sketches with 5 queries, over those of a sum of the same memory;
-- memory: the peak of a backward with the sketch, which frees each gradient, over that without, above what is
-  held between two samples.
+- scan: bytes a second of the cosines of kept sketches with one query, or the mean of several, and with 5
+  (`--combine rank`), over those of a sum of the same memory;
+- memory: the peak of a process in its first backward, above the loaded model: with the sketch, which frees
+  each gradient as soon as it is there, and without.
 """
 
 import argparse
+import ctypes
 import os
-import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,7 +38,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.data.answers import AnswerTokens
 
 LENGTHS = (128, 512)
-QUERIES = 5
+QUERIES = (1, 5)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -44,8 +47,18 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
+def peak_bytes(given: argparse.Namespace, kind: str, length: int) -> int:
+    """Bytes above those of the loaded model that a process of its own holds at most in a backward."""
+    command = [sys.executable, __file__, "--load", given.load, "--sketch-size", str(given.sketch_size)]
+    done = subprocess.run(
+        [*command, "--peak-of", kind, str(length)], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
 def peak_above(work: Callable[[], object]) -> int:
-    """Bytes that the process holds at most while `work` runs, above those before it."""
+    """Bytes that this process holds at most while `work` runs, above those before it."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
     def status(name: str) -> int:
@@ -57,31 +70,43 @@ def peak_above(work: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
+class Bench:
+    """The model with sketches, and the same without."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.saved = open_saved_run(location(given.load))
+        reader, config = CheckpointReader(self.saved.checkpoint), self.saved.config
+        self.model = SampleGradients(reader, config, None, torch.float32, given.sketch_size, 1)
+        self.hooks = {p: dict(p._post_accumulate_grad_hooks) for p in self.model.stage.parameters()}
+        self.elements = sum(parameter.numel() for parameter in self.hooks)
+
+    def sample(self, length: int) -> AnswerTokens:
+        vocabulary = self.saved.config.model.vocab_size
+        return AnswerTokens(
+            tuple(np.random.default_rng(length).integers(0, vocabulary, length + 1).tolist()), 1
+        )
+
+    def sketch(self, length: int) -> None:
+        for parameter, hooks in self.hooks.items():
+            parameter._post_accumulate_grad_hooks.update(hooks)
+        self.model.sketch([self.sample(length)])
+
+    def plain(self, length: int) -> None:
+        for parameter in self.hooks:
+            parameter._post_accumulate_grad_hooks.clear()
+        self.model.backward(self.sample(length))
+        self.model.stage.zero_grad(set_to_none=True)
+
+
 def measure_sketching(given: argparse.Namespace) -> None:
-    saved = open_saved_run(location(given.load))
-    reader = CheckpointReader(saved.checkpoint)
-
-    def load() -> SampleGradients:
-        return SampleGradients(reader, saved.config, None, torch.float32, given.sketch_size, 1)
-
-    sketching, plain = load(), load()
-    for parameter in plain.stage.parameters():
-        parameter._post_accumulate_grad_hooks.clear()
-    elements = sum(parameter.numel() for parameter in plain.stage.parameters())
-    log.logger.info("%s: %s parameters, K %s", saved.config.preset, f"{elements:,}", f"{given.sketch_size:,}")
-    rng = np.random.default_rng(0)
-
-    def without(sample: AnswerTokens) -> None:
-        plain.backward(sample)
-        plain.stage.zero_grad(set_to_none=True)
-
+    bench = Bench(given)
+    preset, elements = bench.saved.config.preset, bench.elements
+    log.logger.info("%s: %s parameters, K %s", preset, f"{elements:,}", f"{given.sketch_size:,}")
     for length in LENGTHS:
-        ids = rng.integers(0, saved.config.model.vocab_size, length + 1).tolist()
-        sample = AnswerTokens(tuple(ids), 1)
-        with_sketch, without_one = partial(sketching.sketch, [sample]), partial(without, sample)
-        without_one()
+        with_sketch, without = partial(bench.sketch, length), partial(bench.plain, length)
+        without()
         with_sketch()
-        rounds = [(seconds_of(with_sketch), seconds_of(without_one)) for _ in range(given.rounds)]
+        rounds = [(seconds_of(with_sketch), seconds_of(without)) for _ in range(given.rounds)]
         ratio = statistics.median(one / other for one, other in rounds)
         own = statistics.median(one - other for one, other in rounds)
         log.logger.info(
@@ -90,19 +115,20 @@ def measure_sketching(given: argparse.Namespace) -> None:
             ratio,
             1e9 * own / elements,
         )
-        peaks = [peak_above(with_sketch), peak_above(without_one)]
+        plain, sketch = (peak_bytes(given, kind, length) for kind in ("plain", "sketch"))
         log.logger.info(
-            "memory, %d tokens: peak %.0f MB with sketches, %.0f MB without (%.2f); codes %.0f MB",
+            "memory, %d tokens: peak %.0f MB above the loaded model with sketches, %.0f MB without; weights "
+            "and codes are %.0f MB each",
             length,
-            *(peak / 1e6 for peak in peaks),
-            peaks[0] / max(peaks[1], 1),
+            sketch / 1e6,
+            plain / 1e6,
             4e-6 * elements,
         )
 
 
 def measure_scan(given: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
-    queries = torch.nn.functional.normalize(torch.randn(QUERIES, given.sketch_size), dim=1)
+    queries = torch.nn.functional.normalize(torch.randn(max(QUERIES), given.sketch_size), dim=1)
     shape = (given.sketches, given.sketch_size)
     with tempfile.NamedTemporaryFile(suffix=".f16") as file:
         rows = np.memmap(file.name, np.float16, "w+", shape=shape)
@@ -110,19 +136,18 @@ def measure_scan(given: argparse.Namespace) -> None:
         for first in range(0, len(rows), len(some)):
             rows[first : first + len(some)] = some[: len(rows) - first]
         words = torch.from_numpy(rows).view(torch.int64)
-        rounds = [
-            (seconds_of(lambda: words.sum()), seconds_of(lambda: cosines(rows, queries)))
-            for _ in range(given.rounds)
-        ]
-    share = statistics.median(whole / scan for whole, scan in rounds)
-    speed = statistics.median(rows.nbytes / scan for _, scan in rounds)
-    log.logger.info(
-        "scan: %s sketches of %s, %.2f GB, %.2f of the memory bandwidth of a sum (%.1f GB/s)",
-        *(f"{number:,}" for number in shape),
-        rows.nbytes / 1e9,
-        share,
-        speed / 1e9,
-    )
+        log.logger.info("scan: %s sketches, %.2f GB", f"{given.sketches:,}", rows.nbytes / 1e9)
+        for count in QUERIES:
+            work = partial(cosines, rows, queries[:count])
+            work()
+            rounds = [(seconds_of(words.sum), seconds_of(work)) for _ in range(given.rounds)]
+            log.logger.info(
+                "scan, %d quer%s: %.2f of the memory bandwidth of a sum (%.1f GB/s)",
+                count,
+                "y" if count == 1 else "ies",
+                statistics.median(whole / scan for whole, scan in rounds),
+                statistics.median(rows.nbytes / scan for _, scan in rounds) / 1e9,
+            )
 
 
 def main() -> None:
@@ -131,12 +156,16 @@ def main() -> None:
     parser.add_argument("--sketch-size", type=int, default=8192)
     parser.add_argument("--sketches", type=int, default=32_768, help="16 GB at a million")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.peak_of:
+        bench, kind, length = Bench(given), given.peak_of[0], int(given.peak_of[1])
+        sys.stdout.write(str(peak_above(partial(getattr(bench, kind), length))))
+        return
     log.configure(is_main_rank=True)
     torch.set_num_threads(1)
     measure_sketching(given)
     measure_scan(given)
-    log.logger.info("peak of the process: %.0f MB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nexus.analysis.sketch_search import Scores
+from megatron_nexus.analysis.sketch_search import Combine, Scores
 
 Select = Literal["top", "threshold", "sample"]
-Combine = Literal["score", "rank"]
 RetainFrom = Literal["antipode", "random"]
 
 Order = npt.NDArray[np.int64]

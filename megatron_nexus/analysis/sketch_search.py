@@ -6,6 +6,7 @@ which goes on from kept rows has the same scores bit for bit. N samples, Q queri
 
 from collections.abc import Callable, Sequence
 from math import sqrt
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ SCAN_ROWS = 64
 """Rows that are widened to float32 at once: what a core's cache holds."""
 
 Scores = npt.NDArray[np.float32]
+Combine = Literal["score", "rank"]
+"""How the scores of several queries become one order: by their mean, or by the mean of ranks."""
 
 
 def unit_rows(sketches: Tensor, named: Callable[[int], str]) -> Tensor:
@@ -42,22 +45,32 @@ def unit_rows(sketches: Tensor, named: Callable[[int], str]) -> Tensor:
 
 
 def cosines(rows: Rows, queries_QK: Tensor) -> Scores:
-    """Return the cosine of each row [N, K] with each query [N, Q]; `queries_QK` float32 of length 1."""
-    found = np.zeros((len(rows), len(queries_QK)), np.float32)
+    """Return the cosine of each row [N, K], of length sqrt(K), with each query, float32 of length 1: [N, Q].
+
+    One query, which may be the mean of several, is read at about half of a core's memory bandwidth; a
+    product with a few takes as long as one with each of them.
+    """
+    found = np.empty((len(rows), len(queries_QK)), np.float32)
+    widened_NK = torch.empty(SCAN_ROWS, queries_QK.shape[1])
     for first in range(0, len(rows), SCAN_ROWS):
-        part_NK = torch.from_numpy(np.asarray(rows[first : first + SCAN_ROWS])).float()
-        norms_N1 = torch.linalg.vector_norm(part_NK, dim=1, keepdim=True).clamp_min(
-            torch.finfo(torch.float32).tiny
-        )
-        found[first : first + SCAN_ROWS] = ((part_NK @ queries_QK.t()) / norms_N1).numpy()
+        part_NK = torch.from_numpy(np.asarray(rows[first : first + SCAN_ROWS]))
+        wide_NK = widened_NK[: len(part_NK)].copy_(part_NK)
+        for q, query_K in enumerate(queries_QK):
+            found[first : first + SCAN_ROWS, q] = torch.mv(wide_NK, query_K).numpy()
+    found /= sqrt(queries_QK.shape[1])
     return found
 
 
-def sketch_queries(model: SampleGradients, queries: Sequence[AnswerTokens]) -> Tensor:
-    """Return the sketches of the queries, float32 of length 1, [Q, K]; a collective call."""
+def sketch_queries(model: SampleGradients, queries: Sequence[AnswerTokens], combine: Combine) -> Tensor:
+    """Return the sketches of the queries, float32 of length 1, [Q, K]; a collective call.
+
+    Where scores are averaged, their mean, [1, K]: its product with a sample is the mean of theirs.
+    """
     sketches = model.sketch(queries)
-    units = unit_rows(sketches, lambda number: f"query {number + 1}")
-    return (units / sqrt(units.shape[1])).to("cpu", torch.float32)
+    units_QK = unit_rows(sketches, lambda number: f"query {number + 1}") / sqrt(sketches.shape[1])
+    if combine == "score":
+        units_QK = units_QK.mean(dim=0, keepdim=True)
+    return units_QK.to("cpu", torch.float32)
 
 
 def score_corpus(

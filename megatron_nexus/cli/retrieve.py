@@ -210,7 +210,7 @@ def _retrieve(search: _Search, source: AnswerSource, mesh: "Mesh") -> None:
         store = None
         if is_first and given.save_sketches is not None:
             store = SketchStore(given.save_sketches, _record(search, source), model.sketch_size)
-        queries_QK = sketch_queries(model, search.query_tokens)
+        queries_QK = sketch_queries(model, search.query_tokens, given.combine)
         scores_NQ = score_corpus(model, source, queries_QK, store, mesh)
     if is_first:
         _write(search, source, scores_NQ, model.sketch_size)

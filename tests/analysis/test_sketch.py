@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from megatron_nexus.analysis.sketch import Bins, Sketcher, make_bins
-from megatron_nexus.analysis.sketch_search import cosines
+from megatron_nexus.analysis.sketch_search import cosines, unit_rows
+from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box, Shard
@@ -103,12 +104,17 @@ def test_what_all_ranks_hold_is_counted_once(pair: tuple[torch.Tensor, torch.Ten
 
 
 def test_a_scan_gives_cosines() -> None:
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((150, 40)).astype(np.float16)
-    rows[3] = 0
-    queries = torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((2, 40))), dim=1)
-    wide = rows.astype(np.float64)
-    norms = np.maximum(np.linalg.norm(wide, axis=1), 1e-30)
-    expected = wide @ queries.numpy().T / norms[:, None]
-    # Sums of 40 products in float32.
-    assert np.abs(cosines(rows, queries.float()) - expected).max() < 1e-6
+    generator = torch.Generator().manual_seed(0)
+    sketches = torch.randn(150, 40, generator=generator)
+    sketches[3] = 0
+    queries = torch.nn.functional.normalize(torch.randn(3, 40, generator=generator), dim=1)
+    rows = unit_rows(sketches, str).half().numpy()
+    expected = torch.nn.functional.normalize(sketches, dim=1) @ queries.t()
+    # Half precision keeps 11 bits of each of 40 numbers.
+    assert np.abs(cosines(rows, queries) - expected.numpy()).max() < 5e-4
+    # The mean query gives the mean cosine: sums of 40 products in float32.
+    mean = cosines(rows, queries.mean(dim=0, keepdim=True))
+    assert np.abs(mean[:, 0] - cosines(rows, queries).mean(axis=1)).max() < 1e-6
+    assert np.array_equal(cosines(rows, -queries), -cosines(rows, queries))
+    with pytest.raises(CheckpointError, match="the gradient of 7 is not finite"):
+        unit_rows(torch.where(torch.arange(150)[:, None] == 7, torch.inf, sketches), str)
