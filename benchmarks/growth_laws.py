@@ -35,10 +35,10 @@ STEPS, RATE = 3, 0.1
 def row(folder: Path, model: str, axes: str, init: Init) -> str:
     """A line of the table: grow, compare logits, take a few steps, and grow after and before resharding."""
     config = checkpoints.configure(**MODELS[model])
-    sizes = checkpoints.sizes_for(config, axes)
+    sizes = checkpoints.sizes_of_recipe(config, axes, init)
     settings: dict[str, Any] = {"init": init}
     if "num_layers" in sizes:
-        settings["depth_init"] = "random"
+        settings["depth_init"] = "copy" if init in ("split", "pairs") else "random"
     source = checkpoints.write_checkpoint(folder / "old", config)
     made, after = checkpoints.grow(source, folder / "new", config, sizes, **settings)
     tokens = checkpoints.sample(config.model)
@@ -85,7 +85,7 @@ def main() -> None:
         for axes in checkpoints.AXES:
             if model == "Qwen3" and axes in ("M", "A", "M-A"):
                 continue
-            for init in ("out_rand", "in_rand", "zero"):
+            for init in ("out_rand", "in_rand", "split", "pairs", "zero"):
                 with tempfile.TemporaryDirectory() as folder:
                     print(row(Path(folder), model, axes, init), flush=True)
 

@@ -248,6 +248,8 @@ def copied_boxes(
         return [FilledBox(_whole(new), Fill.ZERO)]
     closed_elsewhere = keeps_function and init in ("out_rand", "in_rand", "pairs")
     boxes = grown_boxes(source, new, "random" if closed_elsewhere else init, split_share)
+    if keeps_function and init == "split":  # new channels of heads, which are no copies
+        boxes = [replace(part, fill=Fill.RANDOM) if part.fill is Fill.ZERO else part for part in boxes]
     return [part if part.is_new else replace(part, fill=Fill.COPIED) for part in boxes]
 
 

@@ -65,6 +65,7 @@ DIVIDED = {
 RECIPES: dict[str, dict[str, str]] = {
     **{init: {"init": init} for init in ("out_rand", "in_rand", "zero")},
     "copy": {"init": "out_rand", "depth_init": "copy"},
+    "copy-split": {"init": "split", "depth_init": "copy"},
     "split": {"init": "split"},
     "pairs": {"init": "pairs"},
 }
@@ -75,11 +76,11 @@ CASES = [
     )
     for recipe in RECIPES
     for axes in checkpoints.AXES
-    if recipe != "copy" or "num_layers" in checkpoints.AXES[axes]
+    if not recipe.startswith("copy") or "num_layers" in checkpoints.AXES[axes]
     # The options change what M and A, the attention's width and the hidden size lead to.
     for option in (
         DIVIDED.get(axes, ["plain"])
-        if recipe in ("split", "pairs")
+        if recipe in ("split", "pairs", "copy-split")
         else OPTIONS
         if axes in ("M-A", "D", "heads-head-dim", "all")
         else ["plain", "tokenformer", "released"]
@@ -119,8 +120,8 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
 ) -> None:
     """But for `zero`, where no gradient reaches a new block; of new tokens alone the weights are drawn."""
     config, source, before = source_of(option)
-    sizes = checkpoints.sizes_of_recipe(config, axes, recipe)
     settings = RECIPES[recipe]
+    sizes = checkpoints.sizes_of_recipe(config, axes, settings["init"])
     if "num_layers" in sizes:
         settings = {"depth_init": "random", **settings}
     made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, **settings)
@@ -136,7 +137,7 @@ def test_growth_keeps_the_function_and_every_new_weight_trains(
     # Every token occurs, so every row of the embedding can be reached.
     tokens = torch.arange(after.model.vocab_size).repeat(2).view(-1, 2).T.contiguous()
     # What has no zero on its paths, or one alone, needs no third step.
-    for _ in range(2 if recipe in ("copy", "split", "pairs") else 3):
+    for _ in range(2 if recipe in ("copy", "copy-split", "split", "pairs") else 3):
         loss = reference.loss(w, tokens, tokens.roll(-1, 1), dataclasses.asdict(after.model))
         gradients = torch.autograd.grad(loss, list(w.values()))
         with torch.no_grad():
