@@ -29,6 +29,7 @@ def load_checkpoint(
     state: TrainState,
     mesh: Mesh,
     open_state: Callable[[Location], StateReader] = CheckpointReader,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Put the checkpoint `folder` into `state`; a collective call.
 
@@ -36,7 +37,7 @@ def load_checkpoint(
     hyper-parameters (those saved win over the run's), the engine's counters and, where the topology is
     the one that wrote the checkpoint, each rank's random generators. Data position, schedule and, at
     another topology, random generators are the caller's to derive from the returned manifest. `open_state`
-    may read the checkpoint as another one, grown.
+    may read the checkpoint as another one, grown. `on_chunk` is called for each chunk that this rank reads.
 
     Raises CheckpointError: on every rank, if one finds the checkpoint missing, damaged, incomplete or of
     another model. If only the tensors' contents are at fault, the state is left half loaded, and the error
@@ -54,6 +55,7 @@ def load_checkpoint(
         state.clear()
         for view in state.views():
             for chunk, values in view.chunks():
+                on_chunk()
                 values.copy_(torch.from_numpy(reader.read_box(chunk.tensor, chunk.state, chunk.box)))
         as_written = reader.manifest.topology == topology_of(mesh)
         random_states = reader.random_states(mesh.rank) if as_written else {}

@@ -7,14 +7,14 @@ rank; the ranks agree in their main threads only, so that no collective runs bes
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_nexus.checkpoint.data_file import Chunk, DataFileRecord, write_chunks
+from megatron_nexus.checkpoint.data_file import Array, Chunk, DataFileRecord, write_chunks
 from megatron_nexus.checkpoint.index import record_from_json, record_to_json
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
@@ -81,11 +81,14 @@ class CheckpointWriter:
         state: TrainState,
         mesh: Mesh,
         retention: Retention = KEEP_ALL,
+        on_chunk: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_chunk` is called for each chunk that this rank writes, by the thread that does."""
         self._root = root
         self._state = state
         self._mesh = mesh
         self._retention = retention
+        self._on_chunk = on_chunk
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
 
@@ -128,10 +131,15 @@ class CheckpointWriter:
             checkpoint.folder,
             mesh.rank,
             [chunk for chunk, _ in owned],
-            (tensor.cpu().numpy() for tensor in values),
+            self._arrays(values),
             random_states(mesh),
         )
         self._save = _Save(checkpoint, manifest, began, job, time.perf_counter() - began)
+
+    def _arrays(self, values: Sequence[Tensor]) -> Iterator[Array]:
+        for tensor in values:
+            self._on_chunk()
+            yield tensor.cpu().numpy()
 
     @property
     def is_writing(self) -> bool:

@@ -96,9 +96,15 @@ class Beacon:
     def mark(self, phase: Phase) -> None:
         """Say what this rank does from now on."""
         self._marks += 1
+        self._phase = phase
         _RECORD.pack_into(self._memory, 0, self._step, self._marks, phase, time.monotonic())
         if self.observer is not None:
             self.observer(phase)
+
+    def goes_on(self, phase: Phase) -> None:
+        """Say that work in `phase` makes progress, also from another thread; nothing in another phase."""
+        if self._phase == phase:
+            self.mark(phase)
 
     @property
     def is_warm(self) -> bool:

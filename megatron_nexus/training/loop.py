@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -109,6 +110,7 @@ class Trainer:
             engine.state,
             mesh,
             Retention(config.checkpoint.keep_latest, config.checkpoint.keep_every),
+            partial(self._beacon.goes_on, Phase.CHECKPOINT),
         )
 
     def resume(
@@ -126,7 +128,13 @@ class Trainer:
         Raises:
             CheckpointError: it cannot be loaded, or was trained with another tokenizer.
         """
-        manifest = load_checkpoint(checkpoint, self.engine.state, self.mesh, open_state)
+        manifest = load_checkpoint(
+            checkpoint,
+            self.engine.state,
+            self.mesh,
+            open_state,
+            partial(self._beacon.goes_on, Phase.STARTING),
+        )
         tokenizer = self.corpus.tokenizer
         if tokenizer is not None and manifest.tokenizer_fingerprint not in ("", tokenizer.fingerprint):
             raise CheckpointError(

@@ -165,6 +165,7 @@ class Run:
         if kind.precision != "bf16_accumulating_bf16":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         adam = torch.optim.AdamW(groups, lr=0.01, fused=True)
+        self.chunks: set[str] = set()
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config, mpu=mpu)
 
     def train(self, first: int, stop: int) -> list[float]:
@@ -193,7 +194,9 @@ class Run:
         )
 
     def begin_save(self, root: Path, step: int, async_save: bool) -> CheckpointWriter:
-        saving = CheckpointWriter(root, self.state(), self.mesh)
+        saving = CheckpointWriter(
+            root, self.state(), self.mesh, on_chunk=lambda: self.chunks.update(["written"])
+        )
         request = SaveRequest(
             RunProgress(step, samples=8 * step, tokens=64 * step, flops=10**18 * step),
             config={"kind": self.kind.name},
@@ -210,7 +213,7 @@ class Run:
         return self.begin_save(root, step, async_save=False).finish().folder
 
     def load(self, folder: Path) -> None:
-        load_checkpoint(folder, self.state(), self.mesh)
+        load_checkpoint(folder, self.state(), self.mesh, on_chunk=lambda: self.chunks.update(["read"]))
 
     def weights_off_master(self, folder: Path) -> list[str]:
         """The parameters that are not the cast of the master weights in a checkpoint, padded with zeros."""
@@ -261,6 +264,7 @@ def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
         "counters": [counters, [3, 3 * MICRO_BATCH * ACCUMULATION * run.mesh.dp_size, 0]],
         "off_master": off,
         "missing_names": missing,
+        "progress": sorted(again.chunks),
     }
 
 

@@ -74,6 +74,7 @@ def assert_resumed_exactly(results: list[dict[str, Any]], folder: Path, kind: to
             assert through == resumed
         assert rank["off_master"] == []
         assert rank["missing_names"] == []
+        assert rank["progress"] == ["read", "written"]
     saved = folder / kind.name
     assert bytes_of(toy.at_step(saved / "through", 6)) == bytes_of(toy.at_step(saved / "resumed", 6))
 

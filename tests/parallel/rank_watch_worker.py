@@ -38,7 +38,7 @@ def main() -> None:
     world = read_world(os.environ)
     mesh = make_mesh(world, tp_size=1, pp_size=1, timeout_s=TIMEOUT_S)
     beacon = Beacon()
-    elsewhere_s = TIMEOUT_S if fault != "stuck" else 2 * STEP_TIMEOUT_S
+    elsewhere_s = TIMEOUT_S if fault not in ("stuck", "save") else 2 * STEP_TIMEOUT_S
     watch = RankWatch(world, mesh.control, beacon, STEP_TIMEOUT_S, elsewhere_s, folder, by_phase=False)
     try:
         with watch.naming_lost_ranks():
@@ -56,6 +56,13 @@ def main() -> None:
                 if step == FAULTY_STEP and fault == "stuck":  # all of them, as on a file system
                     beacon.mark(Phase.CHECKPOINT)
                     time.sleep(TIMEOUT_S)
+                if step == FAULTY_STEP and fault == "save":  # longer than `elsewhere_s`, but it goes on
+                    beacon.mark(Phase.CHECKPOINT)
+                    for _ in range(16):
+                        time.sleep(STEP_TIMEOUT_S / 5)
+                        beacon.goes_on(Phase.CHECKPOINT)
+                    beacon.goes_on(Phase.EVALUATION)
+                    assert beacon.read()[0].phase == Phase.CHECKPOINT
                 if step == FAULTY_STEP and fault == "hook" and mesh.rank == faulty:
                     time.sleep(3 * STEP_TIMEOUT_S)  # the others are in the next step, and wait for it
     except RestartError as error:

@@ -64,7 +64,7 @@ def test_a_rank_that_is_killed_is_named(spawn: Spawn, tmp_path: Path) -> None:
     wait_for(lambda: program.left() == {}, "the end of all")
 
 
-@pytest.mark.parametrize("fault", ["evaluation", "hook"])
+@pytest.mark.parametrize("fault", ["evaluation", "hook", "save"])
 def test_work_between_steps_may_take_longer_than_a_step(spawn: Spawn, tmp_path: Path, fault: str) -> None:
     program = start(spawn, tmp_path, fault, 0)
     assert (program.end(), program.output()) == (0, "")
