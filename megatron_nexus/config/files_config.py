@@ -92,6 +92,19 @@ class LoggingConfig:
         "at --log-interval the rank is named that computes this many times as long as the median one; 0: "
         "none is",
     )
+    profile: bool = config_field(False, "trace steps with torch.profiler into the run's folder")
+    profile_step_start: int = config_field(10, "first step that --profile traces", positive=True)
+    profile_step_end: int = config_field(12, "step at which --profile ends; it is not traced", positive=True)
+    profile_ranks: tuple[str, ...] = config_field(("0",), "ranks that --profile traces")
+    use_pytorch_profiler: bool = config_field(
+        True, "of --profile; without, cudaProfilerStart and Stop for nsys --capture-range=cudaProfilerApi"
+    )
+    record_memory_history: bool = config_field(
+        False, "record CUDA's allocations on --profile-ranks, and write them every --log-interval steps"
+    )
+    memory_snapshot_path: str = config_field(
+        "snapshot.pickle", "file of --record-memory-history; _rank_N is added to its name"
+    )
     eval_interval: int = config_field(100, "steps between validations; 0: only at the end")
     eval_iters: int = config_field(8, "global batches per validation; 0: no validation")
     eval_tasks: str = config_field(

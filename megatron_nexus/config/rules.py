@@ -10,6 +10,7 @@ from megatron_nexus.config.config_field import MOST, bound_problems, flag_of
 from megatron_nexus.config.data_path import parse_blend, parse_sets, parse_token_range
 from megatron_nexus.config.deepspeed_config import deepspeed_config
 from megatron_nexus.config.exit_signals import parse_exit_signals
+from megatron_nexus.config.profile import profile_problems
 from megatron_nexus.config.run_config import ALL_SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
@@ -41,6 +42,7 @@ def check(config: RunConfig, world_size: int) -> None:
         *_optimizer_problems(config),
         *_topology_problems(config, world_size),
         *_data_problems(config),
+        *profile_problems(config, world_size),
         *_batch_problems(config, world_size),
         *_task_problems(config),
         *_unlearning_problems(config),

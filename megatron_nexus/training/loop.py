@@ -41,6 +41,7 @@ from megatron_nexus.training.machine import peak_memory_bytes
 from megatron_nexus.training.metrics import AnswerScores, StepMetrics, TaskScores, Validation
 from megatron_nexus.training.new_lr import continue_new_lr
 from megatron_nexus.training.optimizer import configure_groups
+from megatron_nexus.training.profiler import profiling_hooks
 from megatron_nexus.training.rank_batches import rank_batches
 from megatron_nexus.training.recorder import MetricsRecorder
 from megatron_nexus.training.replica_check import diverged_error, diverged_ranks
@@ -208,6 +209,7 @@ class Trainer:
         last_tokens = started.tokens + (last_sample - started.samples) * config.training.seq_length
         recorder = MetricsRecorder(config, self.mesh.rank == 0, self.run_dir, started.step, last_tokens)
         self.hooks += [recorder, StepTimes(config, self.mesh, self._beacon, self.hooks)]
+        self.hooks += profiling_hooks(config, self.mesh, self.run_dir, started.step)
         for line in self.corpus.epochs(last_sample - self.data.first_sample):
             logger.info("%s", line)
         self._batches_left = self.training_batches()

@@ -53,6 +53,8 @@ from megatron_nexus.training.machine import (
     set_trace_prefix,
     untested_torch,
 )
+from megatron_nexus.training.memory_errors import explaining_memory_errors
+from megatron_nexus.training.profiler import require_cuda_for_profile
 from megatron_nexus.training.run_times import RunTimes
 from megatron_nexus.training.scoring import TaskEvaluator
 
@@ -101,7 +103,11 @@ def run(
         evaluator = open_evaluator(config, corpus.tokenizer)
     beacon = Beacon()
     watch = _start_watch(config, world, mesh, beacon, run_dir)
-    with run_dir_lock(run_dir) if mesh.rank == 0 else nullcontext(), watch.naming_lost_ranks():
+    with (
+        run_dir_lock(run_dir) if mesh.rank == 0 else nullcontext(),
+        watch.naming_lost_ranks(),
+        explaining_memory_errors(config, mesh.rank, mesh.dp_size, mesh.device, beacon),
+    ):
         # 3. The model and its optimizer, new or from the checkpoint.
         if mesh.rank == 0:
             # A grown model is another run than the checkpoint's.
@@ -208,6 +214,7 @@ def start_ranks(config: RunConfig, world: World, checkpoint: Location | None) ->
     if mesh.rank == 0 and (warning := untested_torch(torch.__version__)):
         logger.warning("%s", warning)
     _check_device(config, mesh)
+    require_cuda_for_profile(config, mesh.device.type)
     _prepare_kernels(config, mesh)
     _require_one_start(mesh, checkpoint)
     return mesh

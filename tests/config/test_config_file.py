@@ -159,7 +159,7 @@ def test_what_the_answers_recommend_exists_and_what_they_answer_does_not() -> No
 COMMON = re.findall(
     r"\S+",
     """
-z-loss skip-train eval-only profile profile-step-start use-pytorch-profiler skip-iterations
+z-loss skip-train eval-only pytorch-profiler-collect-shapes nvtx-ranges skip-iterations
 moe-grouped-gemm mtp-loss-scaling-factor fp8-margin cuda-graph-scope fim-rate rl-profile
 inference-max-requests ft-num-warmup-iters inprocess-restart dist-ckpt-workers ddp-num-buckets
 log-energy log-straggler wandb-tags exp-avg-dtype virtual-pipeline-model-parallel-size

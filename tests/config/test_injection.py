@@ -45,6 +45,21 @@ def test_a_fault_that_cannot_happen_is_refused(word: str, zero_stage: int, told:
         check_faults(parse_faults([word]), 2, zero_stage, 10)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--profile-step-start 5 --profile-step-end 5", "--profile-step-end 5 .*: give more than 5"),
+        ("--profile-step-end 102", "--profile-step-end 102: the run ends at step 100: give at most 101"),
+        ("--profile-ranks 0 2", "--profile-ranks 2: the world has 2 ranks: give numbers from 0 to 1"),
+        ("--profile-ranks first", "--profile-ranks first: .* give numbers from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(words: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check(build(given_flags(["--profile", *words.split()])), 2)
+    check(build(given_flags(words.split())), 2)
+
+
 def test_without_copies_of_weights_none_are_compared() -> None:
     words = ["--zero-stage", "3", "--check-weight-hash-across-dp-replicas-interval", "100"]
     with pytest.raises(ConfigError, match=r"replicas-interval 100 .*: drop it, or use --zero-stage 0 to 2"):

@@ -55,7 +55,9 @@ def kept(command: Command) -> str:
 
 def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(command: Command) -> None:
     code, output = command.run(
-        "--pp 2 --train-iters 5 --lr-warmup-iters 5 --log-interval 1 --timing-log-level 2", DEEPSPEED
+        "--pp 2 --train-iters 5 --lr-warmup-iters 5 --log-interval 1 --timing-log-level 2 "
+        "--profile --profile-step-start 4 --profile-step-end 6 --profile-ranks 0 1",
+        DEEPSPEED,
     )
     assert code == 0, output
     assert output.count("note: --lr-warmup-iters 5 is not over") == 1, "one rank speaks"
@@ -71,6 +73,12 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
     assert len(timers) == 3, "not of the first steps, which find memory"
     for name in ("batch-generator", "forward-compute", "backward-compute", "pipeline-exchange", "optimizer"):
         assert f"{name} " in timers[0], timers
+    assert "Self CPU total" in output or "Self CPU time total" in output, "the table"
+    for rank in range(2):
+        trace = command.folder / run / "profile" / f"rank_{rank}_steps_4-5.json"
+        names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+        assert "aten::mm" in names
+        assert "aten::" in trace.with_suffix(".txt").read_text()
     first = command.losses(run)
     assert list(first) == [1, 2, 3, 4, 5]
 
@@ -79,6 +87,7 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
     code, output = command.repeat(line)
     assert code == 0, output
     assert f"resumed {run}/iter_0000005 at iteration 5, 20 samples" in output
+    assert "--profile: steps 4 to 5 are over: give --profile-step-start 6 or more" in output
     assert "finished after iteration 10" in output
     both = command.losses(run)
     assert list(both) == list(range(1, 11))
