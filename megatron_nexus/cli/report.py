@@ -1,10 +1,18 @@
 """The verb `report`: runs, growths and experiments as one HTML page that needs no network."""
 
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_nexus import log
+from megatron_nexus.cli.arguments import positive
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_nexus.reports.recorded_run import RecordedRun
 
 
 def make_parser() -> FlagParser:
@@ -38,6 +46,13 @@ def make_parser() -> FlagParser:
         metavar="FILE",
         help="where the tokenizer of --held-out is now (default: where the training run had it)",
     )
+    parser.add_argument(
+        "--every",
+        type=positive(int),
+        metavar="SECONDS",
+        help="write the page so often while the runs go on; a browser loads it by itself. Ends when all have "
+        "finished, or at Ctrl-C",
+    )
     return parser
 
 
@@ -49,6 +64,10 @@ def run(argv: list[str]) -> None:
             [f"--tokenizer-model {given.tokenizer_model} belongs to --held-out: give both, or drop it"]
         )
     text = _read(given.held_out) if given.held_out is not None else ""
+    if given.held_out is not None and given.every is not None:
+        raise ConfigError(
+            [f"--held-out {given.held_out} loads models: give it without --every, when the runs are over"]
+        )
     with log.importing("torch"):
         from megatron_nexus.reports.divergence import measure_divergences
         from megatron_nexus.reports.family import seams
@@ -56,15 +75,29 @@ def run(argv: list[str]) -> None:
         from megatron_nexus.reports.recorded_run import find_runs, read_run
         from megatron_nexus.training.comparison import run_names
     check_output(given.output)
-    folders = find_runs(given.runs)
-    runs = [read_run(folder, name) for folder, name in zip(folders, run_names(folders), strict=True)]
-    divergences = measure_divergences(seams(runs), text, given.tokenizer_model) if text else []
+
+    def page_of(folders: Sequence[Path], reload_s: int) -> "list[RecordedRun]":
+        """Write the page of the runs as they are now, and return them."""
+        runs = [read_run(folder, name) for folder, name in zip(folders, run_names(folders), strict=True)]
+        divergences = measure_divergences(seams(runs), text, given.tokenizer_model) if text else []
+        title = given.title or ", ".join(one.name for one in runs[:4]) + (" ..." if len(runs) > 4 else "")
+        write_page(make_page(runs, title, given.output, divergences, reload_s), given.output)
+        return runs
+
+    runs = page_of(find_runs(given.runs), given.every or 0)
     for one in runs:
         for note in one.notes:
             log.logger.info("note: %s: %s", one.name, note)
-    title = given.title or ", ".join(one.name for one in runs[:4]) + (" ..." if len(runs) > 4 else "")
-    write_page(make_page(runs, title, given.output, divergences), given.output)
     log.logger.info("%d run%s: %s", len(runs), "s" * (len(runs) != 1), given.output)
+    if given.every is None:
+        return
+    log.logger.info("written anew every %d s; Ctrl-C ends it", given.every)
+    with suppress(KeyboardInterrupt):
+        while any(one.is_unfinished for one in runs):
+            time.sleep(given.every)
+            runs = page_of(find_runs(given.runs), given.every)
+    page_of(find_runs(given.runs), 0)
+    log.logger.info("%s: no longer loaded again by itself", given.output)
 
 
 def _read(path: Path) -> str:

@@ -118,6 +118,12 @@ def deepspeed_config(config: RunConfig, world_size: int, device_type: str = "cpu
     if config.parallel.deepspeed_config:
         path = Path(config.parallel.deepspeed_config)
         problems = list(_merge(_read(path), derived, ""))
+        monitor = derived.get("wandb")
+        if config.logging.wandb_project and isinstance(monitor, dict) and monitor.get("enabled"):
+            problems.append(
+                f"wandb is enabled, and --wandb-project {config.logging.wandb_project} logs there too, in "
+                "one process: drop one of them"
+            )
         if problems:
             raise ConfigError([f"--deepspeed-config {path}: {problem}" for problem in problems])
     return derived

@@ -1,5 +1,7 @@
 """The page: its sections in order, in one HTML document that loads nothing."""
 
+import os
+import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -18,9 +20,20 @@ from megatron_nexus.reports.style import STYLE
 
 
 def make_page(
-    runs: Sequence[RecordedRun], title: str, output: Path, divergences: Sequence[Divergence] = ()
+    runs: Sequence[RecordedRun],
+    title: str,
+    output: Path,
+    divergences: Sequence[Divergence] = (),
+    reload_s: int = 0,
 ) -> str:
-    """Return the document of `runs`; `divergences` are those of grown models from their parents."""
+    """Return the document of `runs`; `divergences` are those of grown models from their parents.
+
+    A browser loads it again every `reload_s` seconds, if above 0.
+    """
+    made = f"Made by megatron_nexus {__version__}."
+    if reload_s:
+        made += f" Of {time.strftime('%Y-%m-%d %H:%M:%S')}, loaded again every {reload_s} s."
+    reload = f'<meta http-equiv="refresh" content="{reload_s}">' if reload_s else ""
     grown = seams(runs)
     said = [f"{run.name}: {note}" for run in runs for note in run.notes]
     sections = [
@@ -38,9 +51,10 @@ def make_page(
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{reload}"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1>"
-        f'<div class="soft">{paragraph(f"Made by megatron_nexus {__version__}.")}</div>'
+        f'<div class="soft">{paragraph(made)}</div>'
         f"{notes(said)}{''.join(sections)}</body></html>\n"
     )
 
@@ -52,10 +66,12 @@ def check_output(output: Path) -> None:
 
 
 def write_page(page: str, output: Path) -> None:
-    """Write the document. Raises ConfigError where that cannot be."""
+    """Write the document, whole at every moment. Raises ConfigError where that cannot be."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
+        temporary = output.with_name(f".{output.name}.{os.getpid()}")
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
     except OSError as error:
         raise ConfigError(
             [f"--output {output}: {error.strerror}: give a file that can be written"]

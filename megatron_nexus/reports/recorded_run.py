@@ -62,6 +62,11 @@ class RecordedRun:
         return [record for record in self.records if "loss" in record]
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether it has steps left to take; so has one without a configuration, as far as is known."""
+        return self.config is None or max(self.losses, default=0) < self.config.training.train_iters
+
+    @property
     def losses(self) -> dict[int, float]:
         """Training loss by step."""
         return dict(training_curve([*map(dict, self.records)]))

@@ -7,7 +7,7 @@ train the same modules under the same logical names.
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -229,6 +229,16 @@ class Engine:
     def state(self) -> ZeroState:
         """Return what a checkpoint holds of this rank."""
         return zero_state(self.deepspeed, self.parameters, self.shard)
+
+    @property
+    def has_monitors(self) -> bool:
+        """Whether --deepspeed-config enables tensorboard, wandb or csv_monitor."""
+        return bool(self.deepspeed.monitor.enabled)
+
+    def write_monitors(self, values: Mapping[str, float]) -> None:
+        """Hand numbers to DeepSpeed's monitors, whose axis is the samples that were read."""
+        samples = self.deepspeed.global_samples
+        self.deepspeed.monitor.write_events([(tag, value, samples) for tag, value in values.items()])
 
     def set_batch_size(self, samples: int) -> None:
         """Have each step from now on take `samples` over all ranks: more, or fewer, micro-batches of each."""

@@ -159,10 +159,33 @@ class MLflowLogger:
             logger.warning("MLflow: %s; metrics.jsonl has all numbers", str(error).splitlines()[0])
 
 
-def open_loggers(config: RunConfig, run_dir: Path, resumed_step: int) -> list[Logger]:
-    """Return the loggers that the flags ask for. Raises ConfigError where one cannot begin."""
+class DeepSpeedLogger:
+    """Logs to the monitors of --deepspeed-config, which DeepSpeed itself gives the learning rate alone."""
+
+    def __init__(self, write: Callable[[Mapping[str, float]], None]) -> None:
+        """`write` hands values to the engine's monitors."""
+        self._write = write
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values."""
+        self._write(values)
+
+    def finish(self, failed: bool) -> None:
+        """Do nothing: the monitors end with the process."""
+
+
+def open_loggers(
+    config: RunConfig,
+    run_dir: Path,
+    resumed_step: int,
+    write_monitors: Callable[[Mapping[str, float]], None] | None = None,
+) -> list[Logger]:
+    """Return the loggers that the flags ask for, and DeepSpeed's monitors where `write_monitors` is given.
+
+    Raises ConfigError where one cannot begin.
+    """
     logging = config.logging
-    made: list[Logger] = []
+    made: list[Logger] = [DeepSpeedLogger(write_monitors)] if write_monitors else []
     if logging.tensorboard_dir:
         made.append(TensorBoardLogger(logging.tensorboard_dir, resumed_step))
     if logging.wandb_project:

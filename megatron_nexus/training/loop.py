@@ -207,7 +207,10 @@ class Trainer:
         last, started = config.training.train_iters, self.progress
         last_sample = started.samples + self._batch_schedule.samples(started.samples, last - started.step)
         last_tokens = started.tokens + (last_sample - started.samples) * config.training.seq_length
-        recorder = MetricsRecorder(config, self.mesh.rank == 0, self.run_dir, started.step, last_tokens)
+        monitors = self.engine.write_monitors if self.engine.has_monitors else None
+        recorder = MetricsRecorder(
+            config, self.mesh.rank == 0, self.run_dir, started.step, last_tokens, monitors
+        )
         self.hooks += [recorder, StepTimes(config, self.mesh, self._beacon, self.hooks)]
         self.hooks += profiling_hooks(config, self.mesh, self.run_dir, started.step)
         for line in self.corpus.epochs(last_sample - self.data.first_sample):

@@ -1,7 +1,7 @@
 """MetricsRecorder: the hook that writes a run's metrics, and every so often a line on the console."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_nexus.config.run_config import RunConfig
@@ -29,12 +29,22 @@ class MetricsRecorder(Hook):
     """Writes to metrics.jsonl, the loggers and the console, on the rank that `writes`."""
 
     def __init__(
-        self, config: RunConfig, writes: bool, run_dir: Path, resumed_step: int, last_tokens: int
+        self,
+        config: RunConfig,
+        writes: bool,
+        run_dir: Path,
+        resumed_step: int,
+        last_tokens: int,
+        write_monitors: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
-        """Raises ConfigError where a logger cannot begin; `last_tokens` the run will have read at its end."""
+        """`last_tokens` the run will have read at its end; `write_monitors` hands values to DeepSpeed's.
+
+        Raises ConfigError where a logger cannot begin.
+        """
         self._writer = None
         if writes:
-            self._writer = MetricsWriter(run_dir, resumed_step, open_loggers(config, run_dir, resumed_step))
+            loggers = open_loggers(config, run_dir, resumed_step, write_monitors)
+            self._writer = MetricsWriter(run_dir, resumed_step, loggers)
             record_lost_steps(run_dir, self._writer.dropped)
         self._run_dir = run_dir
         self._interval = config.logging.log_interval

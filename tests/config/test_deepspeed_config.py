@@ -138,3 +138,11 @@ def test_what_a_file_may_not_set_is_named_with_both_values(
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"missing\.json: No such file"):
         check(build(given_flags(["--deepspeed-config", "missing.json"])), 1)
+
+
+def test_weights_and_biases_is_not_begun_twice(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"wandb": {"enabled": true}}')
+    words = ["--deepspeed-config", str(path), "--wandb-project", "growth"]
+    with pytest.raises(ConfigError, match=r"wandb is enabled, and --wandb-project growth .*: drop one"):
+        check(build(given_flags(words)), 1)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean
@@ -29,6 +30,7 @@ from megatron_nexus.training.metrics import (
     make_validation,
 )
 from tests.support import checkpoints, reference
+from tests.support.waiting import wait_for
 
 FLAGS = {"train_iters": 80, "seq_length": 25, "precision": "fp32"}
 GROWN_AT = checkpoints.STEP
@@ -181,6 +183,25 @@ def test_what_is_missing_is_said_in_the_page(folder: Path, tmp_path: Path) -> No
     assert "new: no step is recorded" in page.words
 
 
+def test_a_page_follows_a_run_until_it_has_finished(folder: Path, tmp_path: Path) -> None:
+    root, output = tmp_path / "run", tmp_path / "report.html"
+    shutil.copytree(folder / "base", root)
+    lines = (root / METRICS_FILE).read_text().splitlines(keepends=True)
+    (root / METRICS_FILE).write_text("".join(lines[:30]))
+    words = [str(root), "--output", str(output), "--every", "1"]
+    follower = threading.Thread(target=run, args=[words], daemon=True)
+    follower.start()
+    wait_for(output.exists, "the first page")
+    first = Page(output.read_text())
+    assert "http-equiv" in first.attributes and first.table("parameters")[0]["steps"] < 30
+    (root / METRICS_FILE).write_text("".join(lines))
+    follower.join(20)
+    assert not follower.is_alive(), "the run has finished"
+    last = Page(output.read_text())
+    assert "http-equiv" not in last.attributes and last.table("parameters")[0]["steps"] == 80
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -193,6 +214,7 @@ def test_what_is_missing_is_said_in_the_page(folder: Path, tmp_path: Path) -> No
         (["{1}/base", "--held-out", "{0}/none"], ("--held-out {0}/none", "give")),
         (["{1}/base", "--held-out", "{2}"], ("--held-out", "none of the runs has grown")),
         (["{1}/grown", "--held-out", "{2}"], ("--tokenizer-model",)),
+        (["{1}/grown", "--held-out", "{2}", "--every", "5"], ("--held-out {2}", "without --every")),
         (["{1}/base", "--tokenizer-model", "{2}"], ("--tokenizer-model {2}", "--held-out")),
     ],
 )

@@ -277,6 +277,11 @@ def test_libraries_do_at_the_end_of_a_run_what_they_do_at_exit(command: Command,
     code, output = command.run(words, ["env", f"PYTHONPATH={tmp_path}:{REPOSITORY}", *PYTHON])
     assert code == 0, output
     assert all((command.folder / f"exit-{rank}").exists() for rank in range(2)), output
+    (loss_file,) = command.folder.rglob("lm_loss.csv")
+    told = [line.split(",") for line in loss_file.read_text().splitlines()[1:]]
+    losses = command.losses("monitored")
+    assert [float(loss) for _, loss in told] == [*losses.values()], "DeepSpeed's monitors are fed"
+    assert [int(samples) for samples, _ in told] == [4, 8]
     assert output.splitlines()[-1].startswith("  resume with"), "nothing is said at exit"
 
 
