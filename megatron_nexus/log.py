@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
@@ -47,6 +48,27 @@ def configure(is_main_rank: bool, stream: TextIO | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if is_main_rank else logging.WARNING)
     logger.propagate = False
+
+
+def also_to_file(path: Path) -> None:
+    """Append the messages of this rank to a file too, with the time; also what other ranks do not print.
+
+    Raises OSError where the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for console in logger.handlers:
+        console.setLevel(logger.level)
+    logger.addHandler(file)
+    logger.setLevel(logging.DEBUG)
+
+
+def error(text: str) -> None:
+    """Write an error to stderr, and to the file of `also_to_file` where there is one."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+    logger.debug("%s", text)
 
 
 def importing(library: str) -> "Progress":

@@ -182,7 +182,8 @@ def test_a_flag_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) ->
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FOREIGN = {
     "deepspeed, torchrun, mpirun": "--num_gpus --nproc-per-node --no-python --master_port --map-by "
-    "--max-restarts",
+    "--max-restarts "
+    "--redirects --enable_each_rank_log --output-filename",
     "SLURM": "--kill-on-bad-exit --signal --requeue --ntasks-per-node --cpus-per-task --gpus-per-task "
     "--gpus-per-node --partition --time --dependency --wait --nodes --ntasks --me --format "
     "--container-image --container-mounts --container-workdir",

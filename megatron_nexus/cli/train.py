@@ -69,6 +69,8 @@ def run(argv: list[str], verb: str = "train") -> NoReturn:
             check(config, ranks)
             check_faults(command.faults, ranks, config.parallel.zero_stage, config.training.train_iters)
             run_data = open_files(command, world)
+            if config.logging.log_dir and not starts_ranks:
+                log.also_to_file(Path(config.logging.log_dir) / f"rank_{world.rank}.log")
         exit_signals = parse_exit_signals(command.config.checkpoint.exit_signal)
         if world.launcher != "local":  # those have a parent that passes signals on
             stop_without_launcher(exit_signals[0])
@@ -244,9 +246,8 @@ def _open_evaluator(config: RunConfig, tokenizer: Tokenizer) -> "InTrainingEvalu
 def _report(error: BaseException, rank: int) -> None:
     """Write why this rank fails to stderr."""
     if isinstance(error, NexusError):
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        log.error(f"{type(error).__name__}: {error}")
     elif failed := describe_collective_failure(error, rank):
-        sys.stderr.write(f"{failed}\n")
+        log.error(failed)
     else:
-        sys.stderr.write(f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}")
-    sys.stderr.flush()
+        log.error(f"rank {rank} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")

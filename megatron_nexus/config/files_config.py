@@ -92,6 +92,9 @@ class LoggingConfig:
         "at --log-interval the rank is named that computes this many times as long as the median one; 0: "
         "none is",
     )
+    log_dir: str = config_field(
+        "", "folder of rank_0.log, rank_1.log, ...: the messages and the error of each rank; empty: none"
+    )
     profile: bool = config_field(False, "trace steps with torch.profiler into the run's folder")
     profile_step_start: int = config_field(10, "first step that --profile traces", positive=True)
     profile_step_end: int = config_field(12, "step at which --profile ends; it is not traced", positive=True)

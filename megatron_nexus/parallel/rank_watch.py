@@ -23,6 +23,7 @@ from pathlib import Path
 
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.errors import EXIT_CODE_RESTART, RestartError
+from megatron_nexus.log import error
 from megatron_nexus.parallel.beacon import GONE, IN_STEP, Beacon, Neighbour, Phase, Place
 from megatron_nexus.parallel.bounded_store import BoundedStore
 from megatron_nexus.parallel.collective_failure import describe_collective_failure
@@ -303,8 +304,7 @@ class RankWatch:
         os._exit(EXIT_CODE_RESTART)
 
     def _say(self, text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        error(text)
 
     # What both need.
 

@@ -56,7 +56,7 @@ def kept(command: Command) -> str:
 def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(command: Command) -> None:
     code, output = command.run(
         "--pp 2 --train-iters 5 --lr-warmup-iters 5 --log-interval 1 --timing-log-level 2 "
-        "--profile --profile-step-start 4 --profile-step-end 6 --profile-ranks 0 1",
+        "--log-dir logs --profile --profile-step-start 4 --profile-step-end 6 --profile-ranks 0 1",
         DEEPSPEED,
     )
     assert code == 0, output
@@ -79,6 +79,9 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
         names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
         assert "aten::mm" in names
         assert "aten::" in trace.with_suffix(".txt").read_text()
+    logs = [(command.folder / "logs" / f"rank_{rank}.log").read_text() for rank in range(2)]
+    assert all("mesh: tensor 1 x pipeline 2" in text for text in logs), "each rank has a log of its own"
+    assert "iteration 5/5" in logs[0] and output.count("mesh: tensor 1 x pipeline 2") == 1
     first = command.losses(run)
     assert list(first) == [1, 2, 3, 4, 5]
 
