@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "q.jsonl").write_text("\n".join(map(json.dumps, queries)))
     encode = open_tokenizer(tokenizer).encode
     with IndexedDatasetWriter(folder / "documents", np.uint16) as writer:
-        for text in texts:
+        for text in texts[:20]:
             writer.add_document([*encode(text * 3), 0])  # longer than a sample of 48 tokens
     return folder
 
