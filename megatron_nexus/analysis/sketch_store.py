@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nexus.base.durable import atomic_file
+from megatron_nexus.base.durable import atomic_file, require_space
 from megatron_nexus.base.json_text import parse_json, record_of
 from megatron_nexus.errors import ConfigError, DataError
 
@@ -76,7 +76,8 @@ class SketchStore:
     def __init__(self, folder: Path, record: SketchRecord, numbers: int) -> None:
         """Open a folder, or begin it; `numbers` is K.
 
-        Raises ConfigError where it holds the sketches of something else.
+        Raises ConfigError where it holds the sketches of something else, CheckpointError where the disk has
+        too little space for those that are missing.
         """
         self._folder = folder
         self._numbers = numbers
@@ -85,6 +86,8 @@ class SketchStore:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / RECORD_FILE) as write:
             write((json.dumps(asdict(record), indent=1) + "\n").encode())
+        samples = sum(len(self.rows(first)) for first in self.missing())
+        require_space(folder, samples * numbers * DTYPE.itemsize)
 
     def _path(self, first: int) -> Path:
         return self._folder / f"{first:08d}.f16"

@@ -149,8 +149,9 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
         problems.append(f"--sketch-size {given.sketch_size:,} must be at most {MOST_NUMBERS:,}: give less")
     if (given.select == "threshold") != (given.threshold is not None):
         problems.append("--select threshold and --threshold COSINE belong together: give both, or neither")
-    if given.output.exists() and not given.output.is_dir():
-        problems.append(f"--output {given.output} is a file: give a folder")
+    problems += _output_problems("--output", given.output)
+    if given.save_sketches is not None:
+        problems += _output_problems("--save-sketches", given.save_sketches)
     if problems:
         raise ConfigError(problems)
     trained = find_model(given)
@@ -169,6 +170,17 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
     if cut:
         log.logger.info("%d queries are cut to the %d tokens of a sample", cut, config.training.seq_length)
     return _Search(given, trained, config, queries, tokens)
+
+
+def _output_problems(flag: str, folder: Path) -> list[str]:
+    """Return what keeps a folder from being written, which is to be known before hours of work."""
+    if folder.exists() and not folder.is_dir():
+        return [f"{flag} {folder} is a file: give a folder"]
+    absolute = folder.resolve()
+    there = next(path for path in (absolute, *absolute.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return [f"{flag} {folder}: {there} cannot be written to: give another folder"]
+    return []
 
 
 def _check_amounts(given: argparse.Namespace, samples: int) -> None:
@@ -287,7 +299,7 @@ def _write(search: _Search, source: AnswerSource, scores_NQ: "Scores", numbers: 
         log.logger.info("%s", line)
     log.logger.info("wrote %s, %s", given.output / FORGET_FILE, given.output / RETAIN_FILE)
     log.logger.info(
-        "next: %s --load %s --forget %s --retain %s",
+        "next: %s --load %s --save FOLDER --forget %s --retain %s --lr 1e-5 --train-iters 50",
         command("unlearn"),
         given.load,
         given.output / FORGET_FILE,

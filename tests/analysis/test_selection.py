@@ -1,7 +1,15 @@
 """Laws of the choice: both sides by score, none on both, chance only within the margin."""
 
+from dataclasses import replace
+
 import numpy as np
 
+from megatron_nexus.analysis.retrieval_report import (
+    RetrievalReport,
+    SideReport,
+    report_lines,
+    warning_lines,
+)
 from megatron_nexus.analysis.selection import SelectionRule, choose, mean_scores, ordered
 from megatron_nexus.analysis.text_overlap import NearDuplicates, QueryKind
 from megatron_nexus.data.answers import Answer
@@ -72,3 +80,22 @@ def test_samples_that_ask_what_the_queries_ask_are_told() -> None:
     kind = QueryKind([Answer("who wrote the book x?", "Ada", "")], corpus + asked)
     assert kind.share(asked) == 1.0 and kind.share(corpus) == 0.0
     assert kind.share([*asked[:5], *corpus[:15]]) == 0.25 and kind.share([]) == 0.0
+
+
+def report_of(**changes: object) -> RetrievalReport:
+    side = SideReport(samples=50, asked_for=50, first_score=0.3, last_score=0.2, of_query_kind=0.04)
+    usual = RetrievalReport(1000, 5, 1024, 0.0, 0.2, 1 / 32, 0, side, side)
+    return replace(usual, **changes)
+
+
+def test_the_report_warns_of_chance_of_competing_answers_and_of_too_few() -> None:
+    assert warning_lines(report_of()) == []
+    assert "0.2000" in report_lines(report_of())[1] and "1/sqrt(K), 0.0312" in report_lines(report_of())[1]
+    (few,) = warning_lines(report_of(spread=0.05))
+    assert "0.0500" in few and "--sketch-size 3,600" in few  # (3 / 0.05)^2
+    assert warning_lines(report_of(spread=0.05, sketch_size=0, sketch_error=0.0)) == []
+    competing = replace(report_of().retain, of_query_kind=0.21)
+    (line,) = warning_lines(report_of(retain=competing))
+    assert "21%" in line and "--retain-from random" in line
+    (line,) = warning_lines(report_of(forget=replace(competing, samples=7)))
+    assert "--forget 50" in line and "only 7" in line
