@@ -63,7 +63,7 @@ def make_parser() -> FlagParser:
         "--rtol",
         type=positive(float),
         help="what may differ, as a share of a tensor's largest element (default: 1e-9; with --fp32 1e-4, "
-        "with --bf16 5e-2)",
+        "with --bf16 0.1)",
     )
     parser.add_argument(
         "--world-size", type=positive(int), help="ranks of a side on this machine (default: tp x pp)"

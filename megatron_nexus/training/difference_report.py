@@ -58,8 +58,6 @@ def report(a: Recording, b: Recording, found: Comparison, every: bool = False) -
     for side, recording in (("A", a), ("B", b)):
         run = recording.run
         yield f"{side}: {run.layout}, {run.dtype}, {run.steps} steps"
-    if found.missing:
-        yield f"{len(found.missing)} tensors are in one recording alone, such as {found.missing[0].name}"
     if not found.differences:
         yield f"no difference: {found.compared} tensors agree, the furthest apart to {found.closest:.1g}"
         return
@@ -70,7 +68,14 @@ def report(a: Recording, b: Recording, found: Comparison, every: bool = False) -
     rest = found.differences[1 : None if every else SHOWN + 1]
     if rest:
         yield f"then {len(found.differences) - 1} of the {found.compared - found.before - 1} that follow:"
-        rows = [[f"  {_when(one.key)}", in_words(one.key), f"{one.apart:.3g}"] for one in rest]
+        rows = [
+            [
+                f"  {_when(one.key)}",
+                in_words(one.key),
+                f"{one.only} alone" if one.only else f"{one.apart:.3g}",
+            ]
+            for one in rest
+        ]
         yield from table(rows, "<<>")
 
 
@@ -80,6 +85,9 @@ def _when(key: Key) -> str:
 
 def _head(one: Difference) -> str:
     words = in_words(one.key)
+    if one.only:
+        other = "B" if one.only == "A" else "A"
+        return f"{_when(one.key)}, {words}: {one.only} alone has it, {other} never comes there"
     what = _when(one.key) + (f", {words}" if words != one.key.phase else "")
     if one.copies is not None and not one.count:
         side, copies = one.copies

@@ -15,7 +15,7 @@ from megatron_nexus.training.recording import Array, Copies, Held, Key, LogicalA
 
 Mask = npt.NDArray[np.bool_]
 
-RTOL = {"float64": 1e-9, "fp32": 1e-4, "bf16": 5e-2}
+RTOL = {"float64": 1e-9, "fp32": 1e-4, "bf16": 0.1}
 """By the type of a recording; two topologies differ by 1e-14 in float64, which later steps lift."""
 SCALAR_RTOL = 1e-5
 """Of loss and gradient norm, and of moments, which are clipped by that norm: engines sum them in float32."""
@@ -38,13 +38,20 @@ class Difference:
     """The elements that differ, by axis."""
     hints: tuple[str, ...]
     """Which ranks hold them, and what they have in common."""
-    copies: tuple[str, Copies] | None
+    copies: tuple[str, Copies] | None = None
     """The side whose ranks disagree, and which of them most; None: they agree."""
+    only: str = ""
+    """The side that alone has the tensor, as where a gradient does not come."""
 
     @property
     def apart(self) -> float:
         """How far apart the sides are, or the copies of one of them."""
         return max(self.largest, self.copies[1].difference if self.copies else 0.0)
+
+    @staticmethod
+    def of_missing(key: Key, side: str) -> "Difference":
+        """Return the difference of a tensor that `side` alone has."""
+        return Difference(key, np.inf, 0.0, (np.nan, np.nan), (), 0, 0, "", (), only=side)
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,7 @@ class Comparison:
     """Tensors that agree before the first that differs."""
     compared: int
     closest: float
-    """The largest difference of those, as a share of the tensor's largest element."""
-    missing: tuple[Key, ...]
-    """Tensors that one side alone has."""
+    """The largest difference of those, as a share of the tensor's largest element; without what is loose."""
 
 
 def require_comparable(a: Recording, b: Recording) -> None:
@@ -77,22 +82,25 @@ def require_comparable(a: Recording, b: Recording) -> None:
 
 
 def compare(a: Recording, b: Recording, rtol: float | None = None) -> Comparison:
-    """Compare all tensors that both recordings have. Raises ConfigError where they cannot be compared."""
+    """Compare the steps that both recordings have. Raises ConfigError where they cannot be compared."""
     require_comparable(a, b)
-    default = max(RTOL[a.run.dtype], RTOL[b.run.dtype])
-    both = set(b.keys)
-    keys = [key for key in a.keys if key in both]
+    default = rtol or max(RTOL[a.run.dtype], RTOL[b.run.dtype])
+    in_a, in_b = set(a.keys), set(b.keys)
+    keys = [key for key in in_order(a.keys, b.keys) if key.step <= min(a.run.steps, b.run.steps)]
     differences: list[Difference] = []
     largest: dict[str, float] = {}
     before, closest = 0, 0.0
     for key in keys:
+        if key not in in_a or key not in in_b:
+            differences.append(Difference.of_missing(key, "A" if key in in_a else "B"))
+            continue
         (ours, copies_a), (theirs, copies_b) = a.assemble(key), b.assemble(key)
         if ours.shape != theirs.shape:
             raise ConfigError(f"{key.name} is {ours.shape} in A and {theirs.shape} in B: compare one model")
         scale = float(np.nanmax(np.abs(np.stack([ours, theirs])), initial=0.0))
         kind = f"{key.step} {key.phase} {key.name.rpartition('.')[2] if key.phase is Phase.OPTIMIZER else ''}"
         largest[kind] = max(largest.get(kind, 0.0), scale)
-        allowed = _rtol(key, default) if rtol is None else rtol
+        allowed = _rtol(key, default)
         tolerance = allowed * max(scale, CANCELLED * largest[kind])
         apart = np.abs(ours - theirs)
         wrong = ~(apart <= tolerance) & ~(np.isnan(ours) & np.isnan(theirs)) & (ours != theirs)
@@ -103,15 +111,24 @@ def compare(a: Recording, b: Recording, rtol: float | None = None) -> Comparison
         if not wrong.any() and bad is None:
             if not differences:
                 before += 1
-                if scale:
+                if scale and allowed == default:
                     closest = max(
                         closest, float(np.nanmax(apart, initial=0.0)) / max(scale, tolerance / allowed)
                     )
             continue
         differences.append(_difference(key, a, b, ours, theirs, wrong, tolerance, bad))
-    steps = min(a.run.steps, b.run.steps)
-    missing = sorted(key for key in {*a.keys} ^ {*b.keys} if key.step <= steps)
-    return Comparison(tuple(differences), before, len(keys), closest, tuple(missing))
+    return Comparison(tuple(differences), before, len(keys), closest)
+
+
+def in_order(ours: Sequence[Key], theirs: Sequence[Key]) -> list[Key]:
+    """Return all tensors of two recordings, in the order of the first; others after what they follow."""
+    known, followers, last = set(ours), dict[Key | None, list[Key]](), None
+    for key in theirs:
+        if key in known:
+            last = key
+        else:
+            followers.setdefault(last, []).append(key)
+    return [*followers.get(None, []), *(one for key in ours for one in (key, *followers.get(key, [])))]
 
 
 def _rtol(key: Key, default: float) -> float:

@@ -108,8 +108,8 @@ class TensorRecorder:
         def mixed(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             whole = not isinstance(attention.output, Linear)  # reads the heads of all ranks
             axis = replace(self._heads, layout=Layout.REPLICATED) if whole else self._heads
-            # Of that, each rank has a share of the gradient, which no layout says.
-            self._activation(f"{name}.heads", inputs[0], axis, gradient=not whole or self._mesh.tp_size == 1)
+            # Of the gradient of all heads each rank has a share, which no layout says.
+            self._activation(f"{name}.heads", inputs[0], axis, gradient=not whole)
 
         attention.output.register_forward_pre_hook(mixed)
 

@@ -38,7 +38,6 @@ def test_recordings_of_two_worlds_agree_and_a_longer_one_is_cut(command: Command
     assert code == 0, output
     assert "B: tp 2 x pp 1 x dp 1, ZeRO 1, sequence parallel, float64, 2 steps" in output
     assert "no difference: 2" in output
-    assert "one recording alone" not in output
 
     record(command, "seeded", "--steps 1 --seed 2")
     code, output = compare(command, "one seeded")

@@ -22,13 +22,15 @@ from megatron_nexus.models.feed_forward import FeedForward
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.spec import initialise
+from megatron_nexus.spec.param import ParamSpec
+from megatron_nexus.spec.shard import Box
 from megatron_nexus.training import gradient_reducer, loop
 from megatron_nexus.training.record_steps import RecordSettings, record_steps
 
 SAMPLES = 3
 RANK_BATCHES = loop.rank_batches
 MEAN = gradient_reducer.begin_reduce_scatter_mean
-NORMAL = initialise._normal_range
+DRAW = initialise.logical_values
 
 
 class NoSum(TensorParallel):
@@ -65,17 +67,23 @@ def swapped_heads(attention: nn.Module) -> None:
     attention.qkv.register_forward_hook(swap)
 
 
+def detached(feed_forward: nn.Module) -> None:
+    feed_forward.inner.register_forward_hook(lambda module, inputs, outputs: (outputs[0].detach(),))
+
+
 IN_LAYER_1: dict[str, tuple[type[nn.Module], Callable[[nn.Module], None]]] = {
     "no sum": (FeedForward, without_a_sum(NoSum)),
     "no gradient sum": (Attention, without_a_sum(NoGradientSum)),
+    "no gradient": (FeedForward, detached),
     "wrong scale": (Attention, wrong_scale),
     "swapped heads": (Attention, swapped_heads),
 }
 
 
-def same_draw(seed: int, name: str, start: int, stop: int) -> np.ndarray:
+def same_draw(spec: ParamSpec, seed: int, box: Box) -> np.ndarray:
     """Every layer draws the values of the first, as from a generator that does not know its layer."""
-    return NORMAL(seed, name.replace("layers.1.", "layers.0."), start, stop)
+    first = dataclasses.replace(spec, name=spec.name.replace("layers.1.", "layers.0."))
+    return DRAW(first, seed, box)
 
 
 def stale_samples(config: object, mesh: object, samples: object, consumed: int) -> Iterator:
@@ -98,7 +106,7 @@ def summed_gradients(flat: Tensor, partition: Tensor, group: object) -> Callable
 
 
 ELSEWHERE = {
-    "same draw": (initialise, "_normal_range", same_draw),
+    "same draw": (initialise, "logical_values", same_draw),
     "stale samples": (loop, "rank_batches", stale_samples),
     "summed gradients": (gradient_reducer, "begin_reduce_scatter_mean", summed_gradients),
 }

@@ -41,6 +41,7 @@ FAULTS = {
     "wrong scale": ({PP: 2}, Key(1, Phase.FORWARD, "layers.1.attention.heads")),
     "swapped heads": ({TP: 2}, Key(1, Phase.FORWARD, "layers.1.attention.q")),
     "same draw": ({TP: 2}, Key(1, Phase.WEIGHTS, "layers.1.attention.q.w_m")),
+    "no gradient": ({}, Key(1, Phase.BACKWARD, "layers.1.feed_forward")),
     "stale samples": ({}, Key(2, Phase.DATA, "tokens")),
     "summed gradients": ({}, Key(1, Phase.NORM, "gradient norm")),
 }
@@ -79,22 +80,19 @@ def test_equal_topologies_agree(recordings: Path) -> None:
         comparison, said = found(recordings, name.split()[0], name)
         assert comparison.differences == (), said
         assert comparison.compared > 450, said
-        one_side = {key.name.split(".")[-1] for key in comparison.missing}
-        assert one_side <= {"heads"}, said  # whose gradient a Pattention has in shares
 
 
 def test_activations_agree_to_rounding_of_float64(recordings: Path) -> None:
     a, b = Recording(recordings / "nexus"), Recording(recordings / "nexus tp pp")
     strict = compare(a, b, rtol=1e-12)
-    # Gradients are clipped by a norm that DeepSpeed computes in float32.
-    loose = {Phase.LOSS, Phase.NORM, Phase.OPTIMIZER}
-    assert {one.key.phase for one in strict.differences if one.key.step == 1} <= loose
+    assert [
+        one for one in strict.differences if one.key.step == 1 and one.key.phase is not Phase.OPTIMIZER
+    ] == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named(recordings: Path, fault: str) -> None:
     comparison, said = found(recordings, "nexus", fault)
-    print(said)
     assert comparison.differences[0].key == FAULTS[fault][1], said
     assert comparison.before > 50 or fault == "same draw", said
 
@@ -107,4 +105,5 @@ def test_what_is_known_of_a_fault(recordings: Path) -> None:
     assert "attention head 2 to 3" in said["swapped heads"]
     assert "in B all of it is on tp rank 1" in said["swapped heads"]
     assert "head 2 of B is head 3 of A; head 3 of B is head 2 of A" in said["swapped heads"]
+    assert "(layers.1.feed_forward): A alone has it" in said["no gradient"]
     assert "B is 2 x A" in said["summed gradients"]
