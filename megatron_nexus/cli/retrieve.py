@@ -49,7 +49,7 @@ def make_parser() -> FlagParser:
     """Return the parser of the verb's flags."""
     parser = FlagParser(
         "retrieve",
-        "--load RUN --corpus PATH... --queries FILE --output FOLDER [flags]",
+        "--load RUN --corpus PATH... --queries FILE [flags]",
         description=(
             "Choose the samples of a corpus that an unlearning run is to forget, those whose gradients point "
             "as the gradients of some undesired outputs do, and those to retain, whose gradients point the "
@@ -64,8 +64,8 @@ def make_parser() -> FlagParser:
     flag("--queries", required=True, type=Path, metavar="FILE", help=text)
     for side in ("forget", "retain"):
         flag(f"--{side}", required=True, type=positive(int), metavar="N", help=f"samples to {side}, at most")
-    text = "where forget.jsonl, retain.jsonl and report.json are written"
-    flag("--output", required=True, type=Path, metavar="FOLDER", help=text)
+    text = "where forget.jsonl, retain.jsonl and report.json are written (default: retrieved)"
+    flag("--output", default=Path("retrieved"), type=Path, metavar="FOLDER", help=text)
     text = "K, numbers of a sketch; 0: whole gradients, of a small model (default: 8192)"
     flag("--sketch-size", type=count, default=8192, metavar="K", help=text)
     text = "keep the sketches of the corpus there: a search goes on from them, and other queries reuse them"
