@@ -140,12 +140,20 @@ def utilization(gemm_fraction: float, mfu: float | None) -> str:
 class MetricsWriter:
     """Appends to a run's metrics. On resume, records of later steps than the checkpoint's are dropped."""
 
-    def __init__(self, folder: Path, resumed_step: int, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resumed_step: int,
+        loggers: Sequence[Logger] = (),
+        loss_name: str = "lm loss",
+    ) -> None:
+        """`loss_name` is what the loss of a step is called on the console and in the loggers."""
         self.path = folder / METRICS_FILE
         self.dropped: Sequence[Mapping[str, Any]] = ()
         """The records that were dropped last."""
         self._file = self._reopened(resumed_step)
         self._loggers = loggers
+        self._loss_name = loss_name
 
     def _reopened(self, last_step: int) -> TextIO:
         """Drop the records of later steps and return the file to append to."""
@@ -170,7 +178,7 @@ class MetricsWriter:
         self._scalars(
             metrics.step,
             {
-                "lm loss": metrics.loss,
+                self._loss_name: metrics.loss,
                 "learning-rate": metrics.learning_rate,
                 "grad-norm": metrics.grad_norm,
                 "tokens-per-second": metrics.tokens_per_s,
@@ -181,11 +189,11 @@ class MetricsWriter:
         )
         if speak:
             logger.info(
-                "iteration %*d/%d | lm loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | %s | mem %.2f GB"
-                "%s",
+                "iteration %*d/%d | %s %.4f | lr %.2e | grad norm %.3f | %s tokens/s | %s | mem %.2f GB%s",
                 len(str(train_iters)),
                 metrics.step,
                 train_iters,
+                self._loss_name,
                 metrics.loss,
                 metrics.learning_rate,
                 metrics.grad_norm,

@@ -43,8 +43,9 @@ class MetricsRecorder(Hook):
         """
         self._writer = None
         if writes:
+            name = "unlearning loss" if config.unlearning.is_on else "lm loss"
             loggers = open_loggers(config, run_dir, resumed_step, write_monitors)
-            self._writer = MetricsWriter(run_dir, resumed_step, loggers)
+            self._writer = MetricsWriter(run_dir, resumed_step, loggers, name)
             record_lost_steps(run_dir, self._writer.dropped)
         self._run_dir = run_dir
         self._interval = config.logging.log_interval
