@@ -200,7 +200,7 @@ class MetricsWriter:
                 f"{metrics.tokens_per_s:,.0f}",
                 utilization(metrics.gemm_fraction, metrics.mfu),
                 metrics.memory_bytes / 1e9,
-                f" | {duration(left_s)} left" if left_s is not None else "",
+                f" | {duration(left_s)} left" if left_s else "",
             )
 
     def validation(self, validation: Validation) -> None:
