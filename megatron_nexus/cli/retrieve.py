@@ -26,13 +26,13 @@ from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.checkpoint.manifest import INDEX_FILE, MANIFEST_FILE
 from megatron_nexus.cli.arguments import count, positive
 from megatron_nexus.cli.model_arguments import TrainedModel, add_checkpoint_arguments, find_model
-from megatron_nexus.cli.rank_exit import ending_ranks, refusing
+from megatron_nexus.cli.train import end_failed_rank, end_refused_rank
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check_topology
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.answer_sources import AnswerSource, open_answer_source
 from megatron_nexus.data.answers import Answer, AnswerTokens, read_answers, tokenize_answers
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, NexusError, path_errors
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
@@ -112,33 +112,35 @@ class _Search:
 
 def run(argv: list[str]) -> NoReturn:
     """Run `nexus retrieve` with the flags `argv` and end the process."""
-    log.configure(is_main_rank=os.environ.get("RANK", "0") == "0")
-    world = World("none", 0, 1, 0, 1, "127.0.0.1", 0)
-    with refusing(world):
+    world = None
+    try:
         world = read_world(os.environ)
-    log.configure(is_main_rank=world.rank == 0)
-    with refusing(world):
-        search = _look_ahead(make_parser().parse_args(argv), world)
-        needed = search.given.tp * search.given.pp
-        if missing_ranks(world, needed):
-            log.logger.info("launched as one process on a CPU-only machine; spawning %d local ranks", needed)
-            sys.exit(run_local_ranks(needed, [*program_words("retrieve"), *argv]))
-        if world.launcher != "local":
-            stop_without_launcher(signal.SIGTERM)
-        model, length = search.config.model, search.config.training.seq_length
-        source = open_answer_source(search.given.corpus, search.trained.tokenizer, length, model.vocab_size)
-        _check_amounts(search.given, len(source))
-        if search.given.save_sketches is not None:
-            check_record(search.given.save_sketches, _record(search, source))
+        log.configure(is_main_rank=world.rank == 0)
+        with path_errors():
+            search = _look_ahead(make_parser().parse_args(argv), world)
+            needed = search.given.tp * search.given.pp
+            if missing_ranks(world, needed):
+                log.logger.info(
+                    "launched as one process on a CPU-only machine; spawning %d local ranks", needed
+                )
+                sys.exit(run_local_ranks(needed, [*program_words("retrieve"), *argv]))
+            if world.launcher != "local":
+                stop_without_launcher(signal.SIGTERM)
+            source = _open_corpus(search)
+    except NexusError as error:
+        end_refused_rank(error, world)
     with log.Progress("importing torch"), gc_paused():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from megatron_nexus.parallel.mesh import close_mesh, make_mesh
-    with ending_ranks(world.rank):
-        mesh = make_mesh(world, search.given.tp, search.given.pp)
-        _retrieve(search, source, mesh)
-        mesh.control.barrier()
-        close_mesh()
+    try:
+        with path_errors():
+            mesh = make_mesh(world, search.given.tp, search.given.pp)
+            _retrieve(search, source, mesh)
+            mesh.control.barrier()
+            close_mesh()
+    except BaseException as error:  # noqa: BLE001 - as in train: the process ends with it
+        end_failed_rank(error, world)
     sys.exit(0)
 
 
@@ -183,12 +185,20 @@ def _output_problems(flag: str, folder: Path) -> list[str]:
     return []
 
 
-def _check_amounts(given: argparse.Namespace, samples: int) -> None:
-    if given.forget + given.retain > samples:
+def _open_corpus(search: _Search) -> AnswerSource:
+    """Open the corpus and compare the sketches that are kept with it. Raises ConfigError, DataError."""
+    given, config = search.given, search.config
+    source = open_answer_source(
+        given.corpus, search.trained.tokenizer, config.training.seq_length, config.model.vocab_size
+    )
+    if given.forget + given.retain > len(source):
         raise ConfigError(
-            f"--forget {given.forget:,} and --retain {given.retain:,} are more than the {samples:,} samples "
-            "of the corpus: give less, or a larger corpus"
+            f"--forget {given.forget:,} and --retain {given.retain:,} are more than the {len(source):,} "
+            "samples of the corpus: give less, or a larger corpus"
         )
+    if given.save_sketches is not None:
+        check_record(given.save_sketches, _record(search, source))
+    return source
 
 
 def _retrieve(search: _Search, source: AnswerSource, mesh: "Mesh") -> None:

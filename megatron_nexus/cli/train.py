@@ -52,10 +52,9 @@ PEER_EXIT_GRACE_S = 3.0
 
 def run(argv: list[str], verb: str = "train") -> NoReturn:
     """Run `nexus train`, or another verb that trains, with the flags `argv` and end the process."""
-    is_first_here, world = True, None
+    world = None
     try:
         world = read_world(os.environ)
-        is_first_here = world.local_rank == 0
         log.configure(is_main_rank=world.rank == 0)
         if world.rank and {"-h", "--help", "--version"}.intersection(argv):
             sys.exit(0)  # rank 0 prints it
@@ -78,16 +77,7 @@ def run(argv: list[str], verb: str = "train") -> NoReturn:
             log.logger.info("launched as one process on a CPU-only machine; spawning %d local ranks", needed)
             sys.exit(run_local_ranks(needed, [*program_words(verb), *argv], exit_signals))
     except NexusError as error:
-        # Every rank finds the same: one on each machine says it.
-        if is_first_here:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            sys.stderr.flush()
-        else:
-            # The first to leave has its launcher end the others, perhaps before that one has spoken.
-            time.sleep(PEER_EXIT_GRACE_S)
-        if world is not None and world.size > world.local_size:
-            _refuse(world, error)
-        sys.exit(EXIT_CODE_USER_ERROR)
+        end_refused_rank(error, world)
     if load := command.config.checkpoint.load:
         fresh = "no complete checkpoint yet, starting fresh"
         found = f"continuing from {command.checkpoint}" if command.start else fresh
@@ -97,11 +87,23 @@ def run(argv: list[str], verb: str = "train") -> NoReturn:
     _train(command, world, run_data)
 
 
-def _refuse(world: World, error: NexusError) -> None:
-    """Tell the ranks of other machines, which may find nothing wrong, that this one was refused."""
-    with gc_paused():
-        from megatron_nexus.parallel.rendezvous import refuse
-    refuse(world, str(error))
+def end_refused_rank(error: NexusError, world: World | None) -> NoReturn:
+    """End the process of a rank that has found a mistake of the user before torch is imported.
+
+    `world` None: it could not be read. Every rank finds the same, and one on each machine says it. Ranks of
+    other machines, which may find nothing wrong, are told that this one was refused.
+    """
+    if world is None or world.local_rank == 0:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.flush()
+    else:
+        # The first to leave has its launcher end the others, perhaps before that one has spoken.
+        time.sleep(PEER_EXIT_GRACE_S)
+    if world is not None and world.size > world.local_size:
+        with gc_paused():
+            from megatron_nexus.parallel.rendezvous import refuse
+        refuse(world, str(error))
+    sys.exit(EXIT_CODE_USER_ERROR)
 
 
 def _dry_run(command: TrainCommand, world: World) -> NoReturn:
