@@ -36,6 +36,7 @@ TOPOLOGIES = {
     "zero1": "--zero-stage 1",
     "zero3": "--zero-stage 3",
 }
+STOPPED = ("tp2", "zero3")
 SCORES = ("forget_nll", "retain_nll", "forget_Q_A_Prob", "retain_exact_memorization")
 
 
@@ -81,8 +82,8 @@ def test_every_topology_is_one_process_and_stopping_is_never_having_stopped(fold
     for name, flags in TOPOLOGIES.items():
         loss = "simnpo-gdr" if name == "zero1" else "npo-klr"
         cases.append(words(folder, f"{name}-once", loss, flags, 6))
-        cases.append(words(folder, f"{name}-twice", loss, flags, 3))
-        cases.append(words(folder, f"{name}-twice", loss, flags, 6))  # the same command, which goes on
+        if name in STOPPED:  # and started again by the same command
+            cases += [words(folder, f"{name}-twice", loss, flags, steps) for steps in (3, 6)]
     run(2, folder, cases)
     # What two ranks have begun, their reference model's numbers included, one goes on with.
     moved = folder / "moved"
@@ -93,7 +94,8 @@ def test_every_topology_is_one_process_and_stopping_is_never_having_stopped(fold
     for name in TOPOLOGIES:
         loss = "simnpo-gdr" if name == "zero1" else "npo-klr"
         once, twice = folder / f"{name}-once", folder / f"{name}-twice"
-        assert losses_of(once) == losses_of(twice) and same_state(once, twice), name
+        if name in STOPPED:
+            assert losses_of(once) == losses_of(twice) and same_state(once, twice), name
         for score in ("loss", *SCORES):
             expected = losses_of(folder / loss, score)
             assert len(expected) == (6 if score == "loss" else 3), (name, score)
