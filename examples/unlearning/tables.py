@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,19 +58,21 @@ class Results:
                 key = record["task"], record["selection"], record["loss"], record["seed"]
                 f0, r0 = bases[record["seed"], record["task"]]
                 points[key] += [(f / f0, r / r0) for _, f, r in record["points"]]
-        rates = defaultdict(set)
-        for record in records:
-            if record["kind"] == "cell":
-                key = record["task"], record["selection"], record["loss"], record["seed"]
-                rates[key].add(record["lr"])
-        whole = max(map(len, rates.values()))
-        self.points = {key: found for key, found in points.items() if len(rates[key]) == whole}
-        self.cells = sum(record["kind"] == "cell" for record in records)
+        cells = Counter(record["seed"] for record in records if record["kind"] == "cell")
+        self.seeds = sorted(seed for seed, count in cells.items() if count == max(cells.values()))
+        """Those that are complete."""
+        self.points = {key: found for key, found in points.items() if key[3] in self.seeds}
+        self.cells = sum(cells[seed] for seed in self.seeds)
         self.qualities: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         self.bases = bases
         for record in records:
-            if record["kind"] == "selection":
+            if record["kind"] == "selection" and record["seed"] in self.seeds:
                 self.qualities[record["task"], record["selection"]].append(record)
+
+    def quality(self, task: str, selection: str) -> tuple[float, float]:
+        """Return precision and leak, the means over seeds."""
+        found = self.qualities[task, selection]
+        return statistics.fmean(q["precision"] for q in found), statistics.fmean(q["leak"] for q in found)
 
     def names(self, position: int) -> list[str]:
         """Return the tasks (0), selections (1) or losses (2), in the order in which they ran."""
@@ -98,8 +100,7 @@ def tables(results: Results) -> str:
             "|---|---:|---:|" + "---:|" * len(losses),
         ]
         for selection in results.names(1):
-            qualities = results.qualities[task, selection]
-            shares = [statistics.fmean(q[name] for q in qualities) for name in ("precision", "leak")]
+            shares = results.quality(task, selection)
             cells = []
             for loss in losses:
                 found = list(results.areas(task, selection, loss).values())
@@ -140,7 +141,7 @@ def draw(results: Results, path: Path) -> None:
 
     tasks, selections, losses = (results.names(position) for position in range(3))
     colors = {name: pyplot.colormaps["tab10"](number) for number, name in enumerate(selections)}
-    figure, rows = pyplot.subplots(2, 2, figsize=(12, 9), dpi=110, layout="constrained")
+    figure, rows = pyplot.subplots(2, 2, figsize=(12, 10), dpi=110, layout="constrained")
     shown = "NPO, GDR" if "NPO, GDR" in losses else losses[0]
     for column, task in enumerate(tasks):
         axes = rows[0][column]
@@ -151,9 +152,11 @@ def draw(results: Results, path: Path) -> None:
                 if (of_task, chosen, loss) == (task, selection, shown):
                     best = [max((r for f, r in [*points, (1.0, 1.0)] if f <= x), default=0.0) for x in grid]
                     curves.append(best)
+            precision, leak = results.quality(task, selection)
+            label = f"{selection}: precision {precision:.2f}, leak {leak:.2f}"
             style = "--" if selection.startswith(("oracle", "random")) else "-"
             axes.plot(
-                grid, np.minimum(np.mean(curves, axis=0), 1), style, color=colors[selection], label=selection
+                grid, np.minimum(np.mean(curves, axis=0), 1), style, color=colors[selection], label=label
             )
         axes.set(
             xlabel="probability of the answers to forget, of the base model's",
@@ -163,8 +166,7 @@ def draw(results: Results, path: Path) -> None:
             ylim=(0, 1.02),
         )
         axes.grid(alpha=0.3)
-        if column == 0:
-            axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
         axes = rows[1][column]
         width = 0.8 / len(selections)
         for number, selection in enumerate(selections):
@@ -174,9 +176,9 @@ def draw(results: Results, path: Path) -> None:
             errors = [means - [low for _, low, _ in found], np.array([high for _, _, high in found]) - means]
             axes.bar(places, means, width, yerr=errors, color=colors[selection], error_kw={"lw": 0.8})
         axes.set(
-            xticks=np.arange(len(losses)), xticklabels=losses, ylim=(0, 1), ylabel="area under the front"
+            xticks=np.arange(len(losses)), xticklabels=losses, ylim=(0, 1.02), ylabel="area under the front"
         )
-        axes.set_title(f"{TITLES[task]}: areas with 95 % bootstrap intervals over seeds")
+        axes.set_title(f"{TITLES[task]}: areas, 95 % intervals")
         axes.grid(alpha=0.3, axis="y")
     figure.savefig(path)
     pyplot.close(figure)
@@ -185,11 +187,10 @@ def draw(results: Results, path: Path) -> None:
 def make_report(path: Path, output: Path) -> None:
     """Write tables.md and fronts.png, and print the tables."""
     results = Results(path)
-    seeds = sorted({key[3] for key in results.points})
     others = [name for name in results.names(1) if name not in ("oracle", "exact")]
     text = "\n".join(
         [
-            f"{results.cells} runs, seeds {', '.join(map(str, seeds))}.",
+            f"{results.cells} runs, seeds {', '.join(map(str, results.seeds))}.",
             "",
             tables(results),
             differences(results, "oracle", ["exact", *others]),
