@@ -70,10 +70,15 @@ def _set_num_fewshot(name: str, task: Task, asked: int | None) -> None:
         )
     elif asked is not None or own is None:
         task.set_config(key="num_fewshot", value=asked or 0)
-    if asked and own != 0 and (there := len(list(task.fewshot_docs() or ()))) <= asked:
+    if not asked or own == 0:
+        return
+    most = there = len(list(task.fewshot_docs() or ()))
+    if task.fewshot_cfg.split == task.config.test_split:  # of these the question itself is no example
+        most = max(0, there - 1)
+    if asked > most:
         raise ConfigError(
             f"--num-fewshot {asked}: the task {name} has {there} records to take examples from: give at most "
-            f"{max(0, there - 1)}"
+            f"{most}"
         )
 
 

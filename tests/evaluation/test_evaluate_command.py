@@ -74,11 +74,12 @@ def test_own_tasks_are_asked_with_examples_and_their_samples_are_written(
     console: Console,
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    words = ("--load", run[0], "--tasks", "capitals,zero", "--include-path", own_tasks, "--num-fewshot", 2)
+    # As many as there are, as the 5 of a subject of MMLU.
+    words = ("--load", run[0], "--tasks", "capitals,zero", "--include-path", own_tasks, "--num-fewshot", 4)
     more = ("--log-samples", "--output", tmp_path / "out.json", "--batch-size", 1)
     code, out, err = call("evaluate", monkeypatch, console, *words, *more)
     assert code == 0, err
-    assert "zero is zero-shot by its configuration: --num-fewshot 2 does not count" in out
+    assert "zero is zero-shot by its configuration: --num-fewshot 4 does not count" in out
     prompts = {}
     for task in ("capitals", "zero"):
         lines = (tmp_path / f"out_samples_{task}.jsonl").read_text().splitlines()
@@ -91,10 +92,10 @@ def test_own_tasks_are_asked_with_examples_and_their_samples_are_written(
     answers = {"opens": "by day", "paints": "by night", "cuts": "by day", "lifts": "by night"}
     for prompt, asked in zip(prompts["capitals"], prompts["zero"], strict=True):
         *shots, question = prompt.split("\n\n")
-        assert question == asked and len(shots) == 2
+        assert question == asked and len(shots) == 4
         assert all(shot == f"{shot.split()[0]} it {answers[shot.split()[0]]}" for shot in shots)
     code, _, err = call("evaluate", monkeypatch, console, *words[:-1], 9)
-    assert code == 2 and "--num-fewshot 9: the task capitals has 4 records" in err and "at most 3" in err
+    assert code == 2 and "--num-fewshot 9: the task capitals has 4 records" in err and "at most 4" in err
     (own_tasks / "test.jsonl").unlink()
     code, _, err = call("evaluate", monkeypatch, console, *words)
     assert code == 2 and f"correct its file in --include-path {own_tasks}" in err, err
