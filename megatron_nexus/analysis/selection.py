@@ -95,9 +95,8 @@ def _candidates(
     if rule.select == "sample" and count < len(order):
         last = scores[order[count - 1]]
         close = np.abs(scores[order] - last) <= rule.margin
-        begin, end = int(close.argmax()), len(close) - int(close[::-1].argmax())
         order = order.copy()
-        rng.shuffle(order[begin:end])
+        order[close] = rng.permutation(order[close])  # which need not be neighbours in an order by rank
     return order
 
 

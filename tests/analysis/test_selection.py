@@ -57,6 +57,15 @@ def test_chance_decides_within_the_margin_only() -> None:
     assert len(set(sides)) > 15
 
 
+def test_chance_leaves_ranks_alone_whose_scores_are_beyond_the_margin() -> None:
+    # By mean rank 0, 2, 1, 3; the scores of the first and the last are within the margin of the second's.
+    order, scores = np.array([0, 1, 2, 3]), np.array([0.50, 0.90, 0.52, 0.10], np.float32)
+    for seed in range(20):
+        rule = SelectionRule(3, 1, "sample", margin=0.05, seed=seed)
+        forget = choose(order, scores, rule, none).forget
+        assert forget[1] == 1 and sorted(forget) == [0, 1, 2]
+
+
 def test_no_sample_is_on_both_sides_and_left_out_ones_are_counted() -> None:
     order, scores = ordered(SCORES, "score"), mean_scores(SCORES)
     chosen = choose(order, scores, SelectionRule(4, 4), lambda number: number == 0)
