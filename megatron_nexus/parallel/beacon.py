@@ -79,7 +79,7 @@ class Beacon:
         self._step = self._marks = self._steps = 0
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.observer: Callable[[Phase], None] | None = None
-        """Is called at each mark."""
+        """Is called by the rank's own thread where a phase begins."""
         self.mark(Phase.STARTING)
 
     @contextmanager
@@ -95,16 +95,19 @@ class Beacon:
 
     def mark(self, phase: Phase) -> None:
         """Say what this rank does from now on."""
-        self._marks += 1
         self._phase = phase
-        _RECORD.pack_into(self._memory, 0, self._step, self._marks, phase, time.monotonic())
+        self._show(phase)
         if self.observer is not None:
             self.observer(phase)
 
     def goes_on(self, phase: Phase) -> None:
         """Say that work in `phase` makes progress, also from another thread; nothing in another phase."""
         if self._phase == phase:
-            self.mark(phase)
+            self._show(phase)
+
+    def _show(self, phase: Phase) -> None:
+        self._marks += 1
+        _RECORD.pack_into(self._memory, 0, self._step, self._marks, phase, time.monotonic())
 
     @property
     def is_warm(self) -> bool:

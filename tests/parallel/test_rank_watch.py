@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.errors import EXIT_CODE_RESTART
+from megatron_nexus.parallel.beacon import Beacon, Phase
 from tests.parallel.rank_watch_worker import FAULTY_STEP
 from tests.support.cli import warm_ranks
 from tests.support.paths import TESTS
@@ -75,3 +76,14 @@ def test_work_between_steps_that_takes_too_long_names_its_own_flag(spawn: Spawn,
     assert program.end() == EXIT_CODE_RESTART, program.output()
     assert "no progress for 2 s (--distributed-timeout-minutes; raise it" in program.output()
     assert "--rank-heartbeat-timeout" not in program.output()
+
+
+def test_work_that_goes_on_is_progress_and_begins_no_phase() -> None:
+    beacon, begun = Beacon(), list[Phase]()
+    beacon.mark(Phase.CHECKPOINT)
+    beacon.observer = begun.append
+    marks = beacon.read()[0].marks
+    beacon.goes_on(Phase.CHECKPOINT)
+    beacon.goes_on(Phase.EVALUATION)
+    assert beacon.read()[0].marks == marks + 1
+    assert not begun, "a checkpoint's own thread has no part in the times of a step"
