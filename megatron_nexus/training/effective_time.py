@@ -80,7 +80,8 @@ class EffectiveTime:
 def effective_time(run_dir: Path) -> EffectiveTime | None:
     """Return where the time of a run went; None where its folder has no record of it."""
     events = list(_read_events(run_dir / RUN_TIMES_FILE))
-    begins = [event["time"] for event in events if event["what"] == "start"]
+    # A start on a machine whose clock is behind may bear an earlier time than the one before it.
+    begins = sorted(event["time"] for event in events if event["what"] == "start")
     if not begins:
         return None
     records = [record for record in read_metrics(run_dir / METRICS_FILE) if _is_timed(record)]
@@ -117,7 +118,13 @@ def _of_start(
     kept_s = sum(record["step_s"] for record in steps if not record.get("skipped"))
     skipped_s = sum(record["step_s"] for record in steps if record.get("skipped"))
     productive_s = max(0.0, kept_s - excess_s)
-    start_up_s = training - begin + excess_s
+    # An unlearning run is evaluated before its first step.
+    before_s = sum(
+        event.get("seconds", 0.0)
+        for event in events
+        if event["what"] == "evaluation" and event["time"] <= training
+    )
+    start_up_s = max(0.0, training - begin - before_s) + excess_s
     lost_s = spent("lost") + skipped_s
     checkpoint_s, evaluation_s = spent("checkpoint"), spent("evaluation")
     known_s = productive_s + start_up_s + lost_s + checkpoint_s + evaluation_s

@@ -52,6 +52,29 @@ def test_each_second_of_a_run_is_counted_once(tmp_path: Path) -> None:
     assert str(found).startswith("ETTR 14.9 % of 4 min in 2 starts: start-up 31.7 %, checkpoints 1.9 %")
 
 
+def test_a_start_whose_clock_is_behind_loses_no_time(tmp_path: Path) -> None:
+    # The second machine is 500 s behind, and its start bears a time before the first.
+    starts = [{"what": what, "time": t} for t in (1000.0, 700.0) for what in ("start", "training")]
+    write(tmp_path / RUN_TIMES_FILE, starts)
+    write(tmp_path / METRICS_FILE, [step_record(1, 1010.0), step_record(2, 710.0)])
+    found = effective_time(tmp_path)
+    assert found is not None
+    assert (found.productive_s, found.down_s, found.total_s) == (20.0, 290.0, 310.0)
+
+
+def test_an_evaluation_before_the_first_step_is_counted_once(tmp_path: Path) -> None:
+    events = [
+        {"what": "start", "time": 1000.0},
+        {"what": "evaluation", "time": 1040.0, "seconds": 25.0},
+        {"what": "training", "time": 1040.0},
+    ]
+    write(tmp_path / RUN_TIMES_FILE, events)
+    write(tmp_path / METRICS_FILE, [step_record(1, 1050.0)])
+    found = effective_time(tmp_path)
+    assert found is not None
+    assert (found.start_up_s, found.evaluation_s, found.total_s) == (15.0, 25.0, 50.0)
+
+
 def test_a_run_records_its_own_time_and_survives_what_is_cut_short(tmp_path: Path) -> None:
     assert effective_time(tmp_path) is None, "a run of an older version"
     times = RunTimes(tmp_path, writes=True)
