@@ -18,7 +18,7 @@ from megatron_nexus.parallel.world import World
 
 REFUSED_WAITS_S = 60.0
 """How long the others may take to come, where a rank was refused."""
-POLL_S, LEAVES_S = 0.05, 1.0
+POLL_S, LEAVES_S = 0.01, 1.0
 _ENDS_ALL_RANKS = ("local", "srun", "mpirun")
 """Launchers that end the ranks of all machines when one fails, srun by --kill-on-bad-exit."""
 _CAME, _REFUSED, _START = "rendezvous/came", "rendezvous/refused", "rendezvous/start"
