@@ -28,7 +28,7 @@ from tests.support.cli import (
 from tests.support.paths import TESTS
 from tests.support.ports import free_port
 from tests.support.subprocesses import WARM_PYTHON, Program, Spawn
-from tests.support.waiting import scaled_by_load
+from tests.support.waiting import scaled_by_load, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -117,8 +117,11 @@ def test_torchrun_and_mpirun_on_two_hosts_give_the_losses_of_one_and_a_frozen_ra
         assert path.read_bytes() == (command.folder / "torchrun" / path.parent.name / path.name).read_bytes()
 
     frozen = ["--inject", "rank_hung@5,rank=1", "--rank-heartbeat-timeout", str(HEARTBEAT_S)]
-    code, output = ended(mpirun(spawn, command.folder, (first, second), [*words, "mpirun", *frozen]))
+    program = mpirun(spawn, command.folder, (first, second), [*words, "mpirun", *frozen])
+    code, output = program.end(), program.output()
     assert code == EXIT_CODE_RESTART, output
+    # Its daemon on the other host ends when it hears of that, or that mpirun is gone.
+    wait_for(lambda: program.left() == {}, "the end of mpirun's daemon and of the frozen rank")
     assert "(--rank-heartbeat-timeout): rank 1 of hostb does not answer: stopped, killed or cut off" in output
     assert re.search(r"^step 5, forward pass: rank 0 waits$", output, re.MULTILINE), output
     assert command.losses("mpirun") == {step: whole[step] for step in range(1, 5)}
