@@ -47,7 +47,7 @@ def unit_rows(sketches: Tensor, named: Callable[[int], str]) -> Tensor:
 def cosines(rows: Rows, queries_QK: Tensor) -> Scores:
     """Return the cosine of each row [N, K], of length sqrt(K), with each query, float32 of length 1: [N, Q].
 
-    One query, which may be the mean of several, is read at about half of a core's memory bandwidth; a
+    One query, which may be the mean of several, is read at about a third of a core's memory bandwidth; a
     product with a few takes as long as one with each of them.
     """
     found = np.empty((len(rows), len(queries_QK)), np.float32)

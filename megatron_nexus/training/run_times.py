@@ -33,16 +33,21 @@ class RunTimes(Hook):
     """Records where the time of a run goes, on the rank that `writes`."""
 
     def __init__(self, run_dir: Path, writes: bool) -> None:
-        """Record the start of this process."""
+        """Record the start of this process, in a new folder with the first step: it may yet be refused."""
         self._path = run_dir / RUN_TIMES_FILE
         self._writes = writes
         self._in_span = False
         self._stepped = time.perf_counter()
-        self._append("start", time.time() - process_age_s())
+        self._started = time.time() - process_age_s()
+        self._knows_start = self._path.exists()
+        if self._knows_start:
+            self._append("start", self._started)
 
     def begin_training(self) -> None:
         """Record that the first step begins."""
         self._stepped = time.perf_counter()
+        if not self._knows_start:
+            self._append("start", self._started)
         self._append("training", time.time())
 
     def after_step(self, metrics: StepMetrics) -> None:
