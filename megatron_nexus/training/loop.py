@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import (
-    DataRecord,
-    EngineRecord,
-    GrownRegion,
-    JsonObject,
-    Manifest,
-    RunProgress,
-)
+from megatron_nexus.checkpoint.manifest import DataRecord, GrownRegion, JsonObject, Manifest, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
@@ -30,16 +23,15 @@ from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.training.corpus import Corpus, data_changes
+from megatron_nexus.training.continuation import begin_unlearning, continue_optimizer, continued_data
+from megatron_nexus.training.corpus import Corpus
 from megatron_nexus.training.engine import Batch, Engine, StepResult
 from megatron_nexus.training.evaluations import Evaluations
 from megatron_nexus.training.fault_injection import FaultInjector
 from megatron_nexus.training.faults import FiniteCheckpoints, StopRequest, is_finite, non_finite_error
-from megatron_nexus.training.grown_adam import install_bias_correction, needing_correction
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.machine import peak_memory_bytes
 from megatron_nexus.training.metrics import AnswerScores, StepMetrics, TaskScores, Validation
-from megatron_nexus.training.new_lr import continue_new_lr
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.profiler import profiling_hooks
 from megatron_nexus.training.rank_batches import rank_batches
@@ -144,58 +136,16 @@ class Trainer:
             )
         configure_groups(self.engine.optimizer.param_groups, self.config.optimizer)
         if begins:
-            self._begin_unlearning(checkpoint, manifest)
+            self.lineage = begin_unlearning(self.engine.state, checkpoint, manifest, self.config, self.data)
+            self._complete(0, checkpoint)
             return manifest
-        self._continue_optimizer(manifest)
-        if self.config.optimizer.has_new_lr:
-            newest, count = newest_regions(manifest), manifest.optimizer.step_count
-            logger.info("%s", continue_new_lr(self.engine.state, newest, count, self.config.optimizer))
+        self.grown_regions = continue_optimizer(self.engine.state, manifest, self.config, newest_regions)
         self.lineage = manifest.lineage
         self.progress = manifest.progress
-        if manifest.data.fingerprint in ("", self.data.fingerprint):
-            first_sample = manifest.data.first_sample
-        else:
-            first_sample = self.progress.samples
-            changes = data_changes(
-                manifest.config, self.config, self.data.description, manifest.data.description
-            )
-            logger.info(
-                "the training data differs from the checkpoint's (%s): it is read from its first sample, and "
-                "none of the %s tokens that the run has read is left out",
-                "; ".join(changes),
-                f"{self.progress.tokens:,}",
-            )
-        left_out = manifest.data.left_out if manifest.data.fingerprint == self.data.fingerprint else ()
-        self.data = dataclasses.replace(self.data, first_sample=first_sample, left_out=left_out)
+        self.data = continued_data(self.data, manifest, self.config)
         self._open_state = checkpoint, open_state
         self._complete(self.progress.step, checkpoint)
         return manifest
-
-    def _begin_unlearning(self, checkpoint: Location, manifest: Manifest) -> None:
-        """Begin at iteration 0 with the loaded weights, and enter where they come from in the lineage."""
-        self.engine.state.forget_moments()
-        self.engine.state.counters = EngineRecord(0, 0, 0)
-        origin: JsonObject = {
-            "unlearning": dataclasses.asdict(self.config.unlearning),
-            "samples": self.data.description,
-            "parent": str(checkpoint.resolve()),
-            "parent_step": manifest.progress.step,
-        }
-        self.lineage = [*manifest.lineage, origin]
-        self._complete(0, checkpoint)
-
-    def _continue_optimizer(self, manifest: Manifest) -> None:
-        """Keep the loaded moments, with a step count of its own for new weights; or reset all of it."""
-        optimizer, count = self.config.optimizer, manifest.optimizer.step_count
-        if self.config.checkpoint.reset_optimizer:
-            self.engine.state.forget_moments()
-            logger.info("optimizer state reset (moments and step count are zero)")
-            return
-        betas = (optimizer.adam_beta1, optimizer.adam_beta2)
-        self.grown_regions = needing_correction(manifest.optimizer.grown_regions, count, betas)
-        install_bias_correction(self.engine.state, self.grown_regions)
-        if self.grown_regions:
-            logger.info("newly grown weights use their own Adam step count for bias correction")
 
     def fit(self, stop: StopRequest) -> RunResult:
         """Train up to `train_iters` optimizer steps and validate; saves at intervals and at the end.
