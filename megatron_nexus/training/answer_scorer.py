@@ -9,7 +9,6 @@ N answers, B rows, T tokens, V the part of the vocabulary on this rank.
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,19 +107,22 @@ class AnswerScorer:
         lengths = [len(answers[n].ids) - answers[n].answer_start for n in mine]
         record = LogitsFile(f"logits_{mesh.rank}.npy", tuple(mine), tuple(lengths), columns)
         writes = bool(mine) and mesh.is_last_stage and columns[1] > columns[0]
-        with (
-            raise_on_all_ranks(mesh.control, "cannot keep the reference model's logits"),
-            folder.logits_file(record) if writes else nullcontext() as rows,
-        ):
-            first = 0
-            for numbers, logits_TV in self._outputs(answers, _as_float32, passes=1, batch_dim=1):
-                for number, each_TV in zip(numbers, logits_TV, strict=True):
-                    start = answers[number].answer_start - 1
-                    count = len(answers[number].labels) - start
-                    if rows is not None:
-                        found = each_TV[start : start + count, : columns[1] - columns[0]]
-                        rows[first : first + count] = found.cpu().numpy()
-                        first += count
+        cannot = "cannot keep the reference model's logits"
+        # Outside of the forward passes, in which other ranks would wait for one that has failed.
+        with raise_on_all_ranks(mesh.control, cannot):
+            rows = folder.open_logits(record) if writes else None
+        first = 0
+        for numbers, logits_TV in self._outputs(answers, _as_float32, passes=1, batch_dim=1):
+            for number, each_TV in zip(numbers, logits_TV, strict=True):
+                start = answers[number].answer_start - 1
+                count = len(answers[number].labels) - start
+                if rows is not None:
+                    found = each_TV[start : start + count, : columns[1] - columns[0]]
+                    rows[first : first + count] = found.cpu().numpy()
+                    first += count
+        with raise_on_all_ranks(mesh.control, cannot):
+            if rows is not None:
+                folder.close_logits(record, rows)
         return json.dumps(asdict(record)) if writes else ""
 
 

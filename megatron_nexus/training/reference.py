@@ -10,10 +10,10 @@ copy of the model is held, and a resumed run reads the same numbers, at any topo
 Each writing rank has a file of its own: ranks of several hosts never write to one file.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,16 +97,16 @@ class ReferenceFolder:
         for left in self._folder.iterdir():
             left.unlink()
 
-    @contextmanager
-    def logits_file(self, record: LogitsFile) -> Iterator[npt.NDArray[np.float32]]:
-        """Yield the rows [tokens, columns] of a rank's file to fill. Raises CheckpointError, OSError."""
+    def open_logits(self, record: LogitsFile) -> np.memmap[Any, np.dtype[np.float32]]:
+        """Return the rows [tokens, columns] of a rank's file to fill. Raises CheckpointError, OSError."""
         shape = sum(record.lengths), record.columns[1] - record.columns[0]
         require_space(self._folder, 4 * shape[0] * shape[1])
-        path = self._folder / record.name
-        rows = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        yield rows
+        return np.lib.format.open_memmap(self._folder / record.name, "w+", np.float32, shape)
+
+    def close_logits(self, record: LogitsFile, rows: np.memmap[Any, np.dtype[np.float32]]) -> None:
+        """Write the rows of a rank's file to the disk, durably. Raises OSError."""
         rows.flush()
-        fsync(path)
+        fsync(self._folder / record.name)
 
     def finish(self, log_p: Sequence[float], files: Sequence[LogitsFile]) -> None:
         """Write what names the rest; one rank does so, after all files. Raises OSError."""

@@ -19,6 +19,7 @@ from tests.support.cli import assert_refused
 from tests.support.eval_model import PIECES, write_tokenizer
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
+from tests.support.waiting import scaled_by_load
 from tests.training.test_resume import _losses as losses_of
 from tests.training.test_resume import _state as state_of
 
@@ -110,6 +111,15 @@ def test_every_topology_is_one_process_and_stopping_is_never_having_stopped(fold
     origin = manifest.lineage[-1]
     assert str(origin["parent"]).startswith(str(folder / "base")) and origin["samples"] == "3 to forget"
     assert losses_of(folder / "ga", "retain_nll") == {}
+
+
+@pytest.mark.law
+def test_all_ranks_leave_where_one_has_no_room_for_the_reference_logits(folder: Path) -> None:
+    # Only the last stage writes; the first would wait for it in the pipeline.
+    (folder / "full.json").write_text(json.dumps([words(folder, "full", "npo-klr", "--pp 2", 3)]))
+    worker = TESTS / "training" / "full_disk_worker.py"
+    run_ranks(2, worker, str(folder / "full.json"), timeout_s=scaled_by_load(60.0))
+    assert not list((folder / "full").glob("iter_*"))
 
 
 REFUSED = [
