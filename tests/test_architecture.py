@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"parallel", "data"},
     {"models", "checkpoint"},
     {"training", "growth", "evaluation", "interchange", "planner", "analysis"},
-    {"advice", "reports"},
+    {"advice", "comparison", "reports"},
     {"__main__", "api", "cli", "pretrain_nexus", "tools"},
 ]
 HEIGHT = {noun: height for height, layer in enumerate(LAYERS) for noun in layer}

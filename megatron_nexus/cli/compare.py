@@ -36,7 +36,7 @@ from megatron_nexus.errors import ConfigError, NexusError
 from megatron_nexus.parallel.local_ranks import die_with_parent
 
 EXIT_CODE_DIFFERENT = 1
-RECORDING_FILE = "recording.json"  # of training.recording, which imports torch
+RECORDING_FILE = "recording.json"  # of comparison.recording, which imports torch
 
 
 def make_parser() -> FlagParser:
@@ -187,9 +187,9 @@ def _start_flags(place: str, as_many_ranks: bool) -> list[str]:
 def _compare(folders: list[Path], own: argparse.Namespace) -> int:
     """Print what differs; return the exit code."""
     with log.importing("torch"):
-        from megatron_nexus.training.difference_report import report
-        from megatron_nexus.training.first_difference import compare
-        from megatron_nexus.training.recording import Recording
+        from megatron_nexus.comparison.difference_report import report
+        from megatron_nexus.comparison.first_difference import compare
+        from megatron_nexus.comparison.recording import Recording
     a, b = (Recording(folder) for folder in folders)
     found = compare(a, b, own.rtol)
     for line in report(a, b, found, own.all):

@@ -73,7 +73,7 @@ def _record_rank(
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import torch._dynamo
 
-        from megatron_nexus.training.record_steps import RecordSettings, record_steps
+        from megatron_nexus.comparison.record_steps import RecordSettings, record_steps
     settings = RecordSettings(Path(own.record), own.steps, own.samples, float64)
     try:
         record_steps(

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 
 from megatron_nexus.base.table import table
-from megatron_nexus.training.first_difference import Comparison, Difference
-from megatron_nexus.training.recording import Key, Phase, Recording
+from megatron_nexus.comparison.first_difference import Comparison, Difference
+from megatron_nexus.comparison.recording import Key, Phase, Recording
 
 SHOWN = 6
 

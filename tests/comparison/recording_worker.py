@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 from torch import Tensor, nn
 
+from megatron_nexus.comparison.record_steps import RecordSettings, record_steps
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.rules import check
 from megatron_nexus.models.attention import Attention
@@ -25,7 +26,6 @@ from megatron_nexus.spec import initialise
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box
 from megatron_nexus.training import gradient_reducer, loop
-from megatron_nexus.training.record_steps import RecordSettings, record_steps
 
 SAMPLES = 3
 RANK_BATCHES = loop.rank_batches

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_nexus.comparison.difference_report import report
+from megatron_nexus.comparison.first_difference import Comparison, compare
+from megatron_nexus.comparison.recording import Key, Phase, Recording
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
-from megatron_nexus.training.difference_report import report
-from megatron_nexus.training.first_difference import Comparison, compare
-from megatron_nexus.training.recording import Key, Phase, Recording
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
 from tests.training.test_parity import FAMILIES, FLAGS
@@ -64,7 +64,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for fault, (more, key) in FAULTS.items()
             ]
         (folder / "cases.json").write_text(json.dumps(cases))
-        worker = TESTS / "training" / "recording_worker.py"
+        worker = TESTS / "comparison" / "recording_worker.py"
         run_ranks(world, worker, str(folder / "cases.json"), str(folder))
     return folder
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_nexus.comparison.recording import Array, Copies, Held, Key, LogicalAxis, Phase, Place, Recording
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.training.recording import Array, Copies, Held, Key, LogicalAxis, Phase, Place, Recording
 
 Mask = npt.NDArray[np.bool_]
 

@@ -14,6 +14,8 @@ import torch
 
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
+from megatron_nexus.comparison.recording import Place, RecordedRun, RecordingWriter, finish_recording
+from megatron_nexus.comparison.tensor_recorder import TensorRecorder
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.run_data import RunData
@@ -27,9 +29,7 @@ from megatron_nexus.training.corpus import open_corpus
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import Trainer
-from megatron_nexus.training.recording import Place, RecordedRun, RecordingWriter, finish_recording
 from megatron_nexus.training.run import start_ranks
-from megatron_nexus.training.tensor_recorder import TensorRecorder
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from megatron_nexus.comparison.recording import Key, LogicalAxis, Phase, RecordingWriter
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.attention import Attention
 from megatron_nexus.models.decoder import Block, Embedding, Head
@@ -22,7 +23,6 @@ from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import Axis, Layout, ParamSpec
 from megatron_nexus.spec.shard import Box
 from megatron_nexus.training.engine import Batch, Engine, StepResult
-from megatron_nexus.training.recording import Key, LogicalAxis, Phase, RecordingWriter
 
 SCALAR = (LogicalAxis("value", 1),)
 
