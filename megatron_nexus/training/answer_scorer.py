@@ -157,4 +157,6 @@ def open_reference(
             scorer = AnswerScorer(config, mesh, engine)
             scorer.make_reference(batches.samples, losses.loss, losses.retain_loss, folder)
     with raise_on_all_ranks(mesh.control, "cannot read the reference model's numbers"):
-        batches.reference = folder.read(engine.vocabulary_range, engine.vocabulary_width)
+        # Other stages of a pipeline have no loss: they need not hold a [T, B, V] for each micro-batch.
+        width = engine.vocabulary_width if mesh.is_last_stage else 0
+        batches.reference = folder.read(engine.vocabulary_range, width)

@@ -74,7 +74,7 @@ class Reference:
             if sample is None or not self._width:
                 continue
             places = (labels_BT[row] != IGNORED_LABEL).nonzero()[:, 0]
-            for rows, first, length, column in self._parts[sample]:
+            for rows, first, length, column in self._parts.get(sample, ()):  # none of padding alone
                 low, high = max(start, column), min(stop, column + rows.shape[1])
                 found = np.array(rows[first : first + length, low - column : high - column])
                 made_TBV[places, row, low - start : high - start] = torch.from_numpy(found)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from megatron_nexus.data.answers import IGNORED_LABEL
 from megatron_nexus.models.decoder import Loss
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.reference import LogitsFile, Reference
 from megatron_nexus.training.unlearning_loss import AnswerTargets, UnlearningLoss
 
 T, B, V = 7, 4, 11
@@ -149,3 +151,11 @@ def test_simnpo_is_npo_of_the_mean_with_an_even_reference() -> None:
     _, gradient = loss_and_gradient(config, logits_TBV, targets)
     _, of_ga = loss_and_gradient(replace(config, loss="ga"), logits_TBV, targets)
     assert float((gradient - of_ga).norm() / of_ga.norm()) < 1e-5  # beta to 0: gradient ascent
+
+
+def test_a_rank_that_holds_padding_alone_has_no_reference_logits() -> None:
+    file = LogitsFile("logits_0.npy", samples=(0,), lengths=(2,), columns=(0, 8))
+    rows, labels_BT = np.ones((2, 8), np.float32), torch.tensor([[IGNORED_LABEL, 3, 4]])
+    held_TBV = Reference((), [(file, rows)], columns=(0, 8), width=10).logits([0], labels_BT)
+    assert held_TBV[1:, :, :8].eq(1.0).all() and held_TBV.sum() == rows.sum()
+    assert not Reference((), [(file, rows)], columns=(8, 8), width=10).logits([0], labels_BT).any()
