@@ -180,6 +180,8 @@ def check_save_folder(folder: Location, checkpoint: Location | None) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--save {folder} is a file: give a folder, or a name that does not exist yet")
+    if (folder / MANIFEST_FILE).is_file():
+        raise ConfigError(f"--save {folder} is a checkpoint, which is never changed: give another folder")
     newest = newest_checkpoint(folder)
     if newest is not None and (checkpoint is None or checkpoint.resolve() != newest.resolve()):
         raise ConfigError(

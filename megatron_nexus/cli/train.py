@@ -20,6 +20,7 @@ from megatron_nexus.base.invocation import program_words
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.run_dir import check_save_folder
 from megatron_nexus.cli.train_command import Start, TrainCommand, read_train_command
+from megatron_nexus.cli.unlearn_start import check_not_unlearned
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.injection import check_faults
@@ -67,6 +68,7 @@ def run(argv: list[str], verb: str = "train") -> NoReturn:
             config, ranks = command.config, needed if starts_ranks else world.size
             check(config, ranks)
             check_faults(command.faults, ranks, config.parallel.zero_stage, config.training.train_iters)
+            check_not_unlearned(command.start, config)
             run_data = open_files(command, world)
             if config.logging.log_dir and not starts_ranks:
                 log.also_to_file(Path(config.logging.log_dir) / f"rank_{world.rank}.log")

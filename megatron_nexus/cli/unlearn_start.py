@@ -67,6 +67,19 @@ def _continues(saved: SavedRun, load: str) -> bool:
     return str(named) in (began, began.rpartition("/")[0], str(own))
 
 
+def check_not_unlearned(saved: SavedRun | None, config: RunConfig) -> None:
+    """Raise ConfigError where `train` would go on in the folder of an unlearning run, on other data."""
+    if saved is None or config.unlearning.is_on or not saved.config.unlearning.is_on:
+        return
+    run, save = saved.checkpoint.parent, config.checkpoint.save
+    in_its_folder = location(save).resolve() == run.resolve() if save else not config.checkpoint.grow
+    if in_its_folder:
+        raise ConfigError(
+            f"--load {config.checkpoint.load}: {run} is an unlearning run, which train does not continue: "
+            "use the verb unlearn, or give another --save to pretrain its model"
+        )
+
+
 def base_of(saved: RunConfig, begins: bool, given: Mapping[str, Value]) -> RunConfig:
     """Return the configuration that the flags of an unlearning run change.
 

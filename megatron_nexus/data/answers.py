@@ -6,6 +6,7 @@
 Other fields are left alone, so that what `nexus retrieve` writes can be read again.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -71,6 +72,7 @@ def read_answers(path: Path) -> list[Answer]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}: give a .jsonl file with lines such as {_FORM}") from error
+    lines[0] = lines[0].removeprefix(BOM_UTF8)
     answers: list[Answer] = []
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):

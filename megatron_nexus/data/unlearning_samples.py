@@ -88,4 +88,22 @@ def read_unlearning_samples(config: RunConfig, record: TokenizerRecord) -> Unlea
                     "note: of %d of %d samples of --%s %s what exceeds --seq-length %d is cut off",
                     *(cut, len(sets[name]), name, file, seq_length),
                 )
+    if RETAIN in sets:
+        _check_overlap(sets, unlearning.forget, unlearning.retain)
     return UnlearningSamples(sets, tokenizer, seq_length, config.training.seed)
+
+
+def _check_overlap(sets: Mapping[str, Sequence[AnswerTokens]], forget: str, retain: str) -> None:
+    """Tell of samples that are to be forgotten and retained. Raises DataError where all to forget are."""
+    retained = set(sets[RETAIN])
+    both = sum(answer in retained for answer in sets[FORGET])
+    if both == len(sets[FORGET]):
+        raise DataError(
+            f"all {both:,} samples of --forget {forget} are in --retain {retain}, too: their losses are "
+            "opposed: remove them from one of the files"
+        )
+    if both:
+        logger.warning(
+            "%d of %d samples of --forget %s are in --retain %s, too: their losses are opposed",
+            *(both, len(sets[FORGET]), forget, retain),
+        )

@@ -73,7 +73,8 @@ def test_lines_are_read_in_both_forms_with_other_fields_left_alone(tmp_path: Pat
         {"index": 3, "score": 0.5, "rank": 0, "side": "forget", "prompt": "a", "answer": "b"},
         {"text": "c", "side": "retain"},
     ]
-    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    # As Windows' editors write it.
+    path.write_text("\r\n\r\n".join(map(json.dumps, lines)) + "\r\n", encoding="utf-8-sig", newline="")
     answers = read_answers(path)
     assert [answer.fields() for answer in answers] == [{"prompt": "a", "answer": "b"}, {"text": "c"}]
     assert answers[1].source == f"{path}:3"

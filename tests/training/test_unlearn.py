@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ import pytest
 
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.cli.main import main
+from megatron_nexus.cli.train_command import read_train_command
+from megatron_nexus.cli.unlearn_start import check_not_unlearned
+from megatron_nexus.errors import ConfigError
 from tests.support import checkpoints
 from tests.support.cli import assert_refused
 from tests.support.eval_model import PIECES, write_tokenizer
@@ -111,6 +115,10 @@ def test_every_topology_is_one_process_and_stopping_is_never_having_stopped(fold
     origin = manifest.lineage[-1]
     assert str(origin["parent"]).startswith(str(folder / "base")) and origin["samples"] == "3 to forget"
     assert losses_of(folder / "ga", "retain_nll") == {}
+    for flags, refused in (("", True), (f"--save {folder / 'ga'}", True), ("--save elsewhere", False)):
+        command = read_train_command(["--load", str(folder / "ga"), *flags.split()])
+        with pytest.raises(ConfigError, match="use the verb unlearn") if refused else nullcontext():
+            check_not_unlearned(command.start, command.config)
 
 
 @pytest.mark.law
@@ -156,6 +164,12 @@ REFUSED = [
         ["long.jsonl:1", "at most 32", "shorten"],
     ),
     ("--load base --save base {own} --retain retain.jsonl", "ConfigError", ["--save base", "another --save"]),
+    ("--load base --save new {own} --retain forget.jsonl", "DataError", ["all 3 samples", "remove them"]),
+    (
+        "--load base --save base/iter_0000040 {own} --retain retain.jsonl",
+        "ConfigError",
+        ["iter_0000040 is a checkpoint", "another folder"],
+    ),
     ("--load base --save new {own} --npo-beta 0", "ConfigError", ["--npo-beta 0.0 must be positive"]),
 ]
 
