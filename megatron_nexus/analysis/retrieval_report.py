@@ -29,8 +29,9 @@ class SideReport:
 
     samples: int
     asked_for: int
-    first_score: float
-    last_score: float
+    first_score: float | None
+    last_score: float | None
+    """None where there is no sample."""
     of_query_kind: float
     """Share of samples whose prompt is more like a query's than those of 95 % of the corpus."""
 
@@ -67,7 +68,9 @@ def make_report(
     kind = QueryKind(queries, [source.answer(int(number)) for number in np.sort(drawn)])
 
     def side(chosen: Sequence[int], asked_for: int) -> SideReport:
-        first, last = (float(scores[end].sum()) for end in (list(chosen[:1]), list(chosen[-1:])))
+        if not chosen:
+            return SideReport(0, asked_for, None, None, 0.0)
+        first, last = float(scores[chosen[0]]), float(scores[chosen[-1]])
         share = kind.share(source.answer(number) for number in chosen)
         return SideReport(len(chosen), asked_for, first, last, share)
 
@@ -78,7 +81,7 @@ def make_report(
         mean_score=float(scores.mean(dtype=np.float64)),
         spread=float(scores.std(dtype=np.float64)),
         sketch_error=1.0 / sqrt(sketch_size) if sketch_size else 0.0,
-        near_duplicates_left_out=selection.left_out,
+        near_duplicates_left_out=len(selection.left_out),
         forget=side(selection.forget, rule.forget),
         retain=side(selection.retain, rule.retain),
     )
@@ -93,6 +96,9 @@ def report_lines(report: RetrievalReport) -> list[str]:
         + (error if report.sketch_size else "exact gradients, no sketch"),
     ]
     for name, side in (("forget", report.forget), ("retain", report.retain)):
+        if side.first_score is None or side.last_score is None:
+            lines.append(f"{name}: no samples")
+            continue
         lines.append(
             f"{name}: {side.samples:,} samples, scores {side.first_score:+.4f} to {side.last_score:+.4f}; "
             f"{side.of_query_kind:.0%} ask what the queries ask"
@@ -111,9 +117,9 @@ def warning_lines(report: RetrievalReport) -> list[str]:
         enough = ceil((ENOUGH / report.spread) ** 2) if report.spread else 0
         remedy = f"give --sketch-size {enough:,} or more" if enough else "give other queries"
         found.append(
-            f"the scores spread by {report.spread:.4f}, less than {ENOUGH:.0f} errors of a sketch "
-            f"({report.sketch_error:.4f}): which samples are first is partly chance; {remedy}, or "
-            "--sketch-size 0 for exact gradients of a small model"
+            f"the standard deviation of the scores, {report.spread:.4f}, is less than {ENOUGH:.0f} x "
+            f"{report.sketch_error:.4f}, the error of a sketch: which samples are first is partly chance; "
+            f"{remedy}, or --sketch-size 0 for exact gradients of a small model"
         )
     for name, side in (("forget", report.forget), ("retain", report.retain)):
         if side.samples < side.asked_for:

@@ -41,7 +41,7 @@ class Selection:
 
     forget: list[int] = field(default_factory=list)
     retain: list[int] = field(default_factory=list)
-    left_out: int = 0
+    left_out: set[int] = field(default_factory=set)
     """Near-duplicates of queries that stood in their place."""
 
 
@@ -111,6 +111,6 @@ def _fill(
         if len(side) == count:
             return
         if is_left_out(int(number)):
-            selection.left_out += 1
+            selection.left_out.add(int(number))
         else:
             side.append(int(number))

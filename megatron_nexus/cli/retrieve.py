@@ -36,12 +36,13 @@ from megatron_nexus.errors import ConfigError, NexusError, path_errors
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
+from megatron_nexus.spec.cost import parameter_count
 
 if TYPE_CHECKING:
     from megatron_nexus.analysis.sketch_search import Scores
     from megatron_nexus.parallel.mesh import Mesh
 
-MOST_NUMBERS = 1 << 30
+DEFAULT_NUMBERS, MOST_NUMBERS = 8192, 1 << 30
 """Of a sketch."""
 
 
@@ -67,7 +68,7 @@ def make_parser() -> FlagParser:
     text = "where forget.jsonl, retain.jsonl and report.json are written (default: retrieved)"
     flag("--output", default=Path("retrieved"), type=Path, metavar="FOLDER", help=text)
     text = "K, numbers of a sketch; 0: whole gradients, of a small model (default: 8192)"
-    flag("--sketch-size", type=count, default=8192, metavar="K", help=text)
+    flag("--sketch-size", type=count, default=DEFAULT_NUMBERS, metavar="K", help=text)
     text = "keep the sketches of the corpus there: a search goes on from them, and other queries reuse them"
     flag("--save-sketches", type=Path, metavar="FOLDER", help=text)
     text = "the first N; those whose score is --threshold or more; the first N, the last of them by chance"
@@ -151,12 +152,15 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
         problems.append(f"--sketch-size {given.sketch_size:,} must be at most {MOST_NUMBERS:,}: give less")
     if (given.select == "threshold") != (given.threshold is not None):
         problems.append("--select threshold and --threshold COSINE belong together: give both, or neither")
+    if given.threshold is not None and not -1.0 <= given.threshold <= 1.0:
+        problems.append(f"--threshold {given.threshold} is no cosine: give one from -1 to 1, such as 0.2")
     problems += _output_problems("--output", given.output)
     if given.save_sketches is not None:
         problems += _output_problems("--save-sketches", given.save_sketches)
     if problems:
         raise ConfigError(problems)
     trained = find_model(given)
+    _check_sketch_size(given.sketch_size, trained)
     parallel = dataclasses.replace(
         trained.config.parallel,
         tensor_model_parallel_size=given.tp,
@@ -172,6 +176,16 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
     if cut:
         log.logger.info("%d queries are cut to the %d tokens of a sample", cut, config.training.seq_length)
     return _Search(given, trained, config, queries, tokens)
+
+
+def _check_sketch_size(numbers: int, trained: TrainedModel) -> None:
+    """Raise ConfigError for a sketch that is larger than what it stands for, and than the default."""
+    whole = parameter_count(trained.manifest.specs.values())
+    if numbers > max(whole, DEFAULT_NUMBERS):
+        raise ConfigError(
+            f"--sketch-size {numbers:,} is more than the {whole:,} parameters of the model: give less, or 0 "
+            "for exact gradients"
+        )
 
 
 def _output_problems(flag: str, folder: Path) -> list[str]:
@@ -308,6 +322,8 @@ def _write(search: _Search, source: AnswerSource, scores_NQ: "Scores", numbers: 
     for line in report_lines(report):
         log.logger.info("%s", line)
     log.logger.info("wrote %s, %s", given.output / FORGET_FILE, given.output / RETAIN_FILE)
+    if not (selection.forget and selection.retain):
+        return
     log.logger.info(
         "next: %s --load %s --save FOLDER --forget %s --retain %s --lr 1e-5 --train-iters 50",
         command("unlearn"),

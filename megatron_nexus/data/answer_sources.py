@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_nexus.data.answers import Answer, AnswerTokens, read_answers, tokenize_answer
 from megatron_nexus.data.corpus_description import check_tokenizer
-from megatron_nexus.data.indexed_dataset import IndexedDataset
+from megatron_nexus.data.indexed_dataset import IndexedDataset, idx_path
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.log import Progress
@@ -131,4 +131,10 @@ def open_answer_source(
         raise ConfigError(
             f"--corpus {' '.join(names)}: give {ENDING} files, or the prefix of one .bin/.idx pair"
         )
-    return DocumentPieces(Path(names[0]), tokenizer, seq_length, vocab_size)
+    prefix = Path(names[0])
+    if not idx_path(prefix).exists():
+        raise DataError(
+            f"--corpus {prefix} is no {ENDING} file, and {idx_path(prefix)} does not exist: give {ENDING} "
+            "files, or the prefix of a .bin/.idx pair"
+        )
+    return DocumentPieces(prefix, tokenizer, seq_length, vocab_size)

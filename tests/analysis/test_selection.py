@@ -69,7 +69,7 @@ def test_chance_leaves_ranks_alone_whose_scores_are_beyond_the_margin() -> None:
 def test_no_sample_is_on_both_sides_and_left_out_ones_are_counted() -> None:
     order, scores = ordered(SCORES, "score"), mean_scores(SCORES)
     chosen = choose(order, scores, SelectionRule(4, 4), lambda number: number == 0)
-    assert (chosen.forget, chosen.retain, chosen.left_out) == ([4, 2, 3, 5], [1], 2)
+    assert (chosen.forget, chosen.retain, chosen.left_out) == ([4, 2, 3, 5], [1], {0})
     drawn = choose(order, scores, SelectionRule(2, 4, retain_from="random"), none)
     assert sorted(drawn.forget + drawn.retain) == list(range(6))
 
@@ -108,3 +108,5 @@ def test_the_report_warns_of_chance_of_competing_answers_and_of_too_few() -> Non
     assert "21%" in line and "--retain-from random" in line
     (line,) = warning_lines(report_of(forget=replace(competing, samples=7)))
     assert "--forget 50" in line and "only 7" in line
+    empty = SideReport(samples=0, asked_for=50, first_score=None, last_score=None, of_query_kind=0.0)
+    assert "retain: no samples" in report_lines(report_of(retain=empty))

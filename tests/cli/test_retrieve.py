@@ -110,10 +110,16 @@ def test_a_corpus_of_documents_is_searched_by_two_ranks(folder: Path, spawn: Spa
     ("flags", "kind", "told"),
     [
         ("--corpus nowhere.jsonl", "DataError", ["nowhere.jsonl", "No such file"]),
-        ("--corpus nowhere", "DataError", ["nowhere"]),
+        ("--corpus nowhere", "DataError", ["nowhere.idx", "give .jsonl"]),
         ("--corpus documents corpus.jsonl", "ConfigError", ["--corpus", "one .bin/.idx pair"]),
         ("--corpus corpus.jsonl --forget 299", "ConfigError", ["--forget 299", "300 samples", "give less"]),
         ("--corpus corpus.jsonl --select threshold", "ConfigError", ["--threshold", "give both"]),
+        ("--corpus corpus.jsonl --select threshold --threshold nan", "ConfigError", ["nan", "from -1 to 1"]),
+        (
+            "--corpus corpus.jsonl --sketch-size 9000000",
+            "ConfigError",
+            ["--sketch-size 9,000,000", "give less"],
+        ),
         ("--corpus corpus.jsonl --tp 3", "ConfigError", ["--tp 3", "use 1, 2"]),
         ("--corpus corpus.jsonl --pp 9", "ConfigError", ["--pp 9", "--num-layers 2"]),
         ("--corpus corpus.jsonl --output q.jsonl", "ConfigError", ["--output q.jsonl", "give a folder"]),
