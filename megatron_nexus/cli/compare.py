@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from megatron_nexus.config.command_line import given_flags
 from megatron_nexus.config.config_file import CONFIG_FILE
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError, NexusError
 from megatron_nexus.parallel.local_ranks import die_with_parent
 
@@ -94,10 +95,16 @@ def run(argv: list[str]) -> None:
         return
     if len(runs) > 2:
         raise ConfigError(f"{len(runs)} runs were given: compare two")
+    if len(runs) == 1 and not own.b and not flags:
+        raise ConfigError(
+            f"{runs[0]} alone was given: name another run or recording, or the same with --b, such as --b "
+            '"--tp 2"'
+        )
     sides = [
         _side(name, place, flags, more, own)
         for name, place, more in zip("AB", [*runs, None, None][:2], (own.a, own.b), strict=True)
     ]
+    _check_one_model(sides)
     end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="compare-") as scratch:
         keep = own.keep or Path(scratch)
@@ -114,6 +121,7 @@ class Side:
     recording: Path | None
     flags: tuple[str, ...]
     world_size: int | None
+    config: RunConfig | None = None
 
 
 def _side(
@@ -136,7 +144,22 @@ def _side(
         check(config, known.world_size or config.model_parallel_size)
     except ConfigError as error:
         raise side_error(name, error) from None
-    return Side(name, None, tuple(flags), known.world_size)
+    return Side(name, None, tuple(flags), known.world_size, config)
+
+
+def _check_one_model(sides: Sequence[Side]) -> None:
+    """Raise ConfigError where two sides that are both to be run are of two models, which is known already."""
+    a, b = (side.config for side in sides)
+    if a is None or b is None:
+        return
+    facts = [asdict(config.model) | {"seq_length": config.training.seq_length} for config in (a, b)]
+    problems = [
+        f"{name} is {ours} in A and {facts[1][name]} in B: compare runs of one model"
+        for name, ours in facts[0].items()
+        if ours != facts[1][name]
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def side_error(name: str, error: NexusError) -> NexusError:

@@ -65,6 +65,9 @@ def test_a_run_goes_on_from_its_checkpoint_on_its_mesh(command: Command) -> None
         code, output, "ConfigError", "side B: --global-batch-size 4", "micro batch 3", "use 3 or 6"
     )
     assert "recording" not in output, "before anything is started"
+    code, output = compare(command, f"{shlex.join(SMALL)} --b '--ffn-hidden-size 25'")
+    assert_refused(code, output, "ConfigError", "ffn_hidden_size is 24 in A and 25 in B", "one model")
+    assert "recording" not in output, "before anything is started"
 
 
 def test_wrong_words_are_refused_before_anything_is_started(command: Command) -> None:
