@@ -145,12 +145,15 @@ def _fetched_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> Tasks
     try:
         with Progress("fetching the data of the tasks"):
             tasks: Tasks = manager.load(specs)["tasks"]
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+    except Exception as error:
+        # A task file may call any function, and of its data datasets raises what its readers happen to.
         if set(names) & {name for name in manager.all_tasks if own}:
             raise DataError(
                 f"a task of {', '.join(names)} cannot be opened ({_first_line(error)}): correct its file in "
                 f"--include-path {' '.join(own)}, or what that names as its data"
             ) from error
+        if not isinstance(error, OSError | ValueError | KeyError | yaml.YAMLError):
+            raise
         raise DataError(
             f"the data of {', '.join(names)} cannot be fetched ({error}): fetch it where there is a network "
             "and bring the cache along (HF_HOME), or give local files with --task-path (in training "
@@ -159,5 +162,7 @@ def _fetched_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> Tasks
     return tasks
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error, or of its cause, which datasets wraps in one that says nothing."""
+    lines = str(error.__cause__ or error).splitlines() or str(error).splitlines()
+    return (lines or [type(error).__name__])[0]

@@ -96,10 +96,12 @@ def test_own_tasks_are_asked_with_examples_and_their_samples_are_written(
         assert all(shot == f"{shot.split()[0]} it {answers[shot.split()[0]]}" for shot in shots)
     code, _, err = call("evaluate", monkeypatch, console, *words[:-1], 9)
     assert code == 2 and "--num-fewshot 9: the task capitals has 4 records" in err and "at most 4" in err
-    (own_tasks / "test.jsonl").unlink()
-    code, _, err = call("evaluate", monkeypatch, console, *words)
-    assert code == 2 and f"correct its file in --include-path {own_tasks}" in err, err
-    assert "Traceback" not in err
+    for contents in ("", "no JSON", None):
+        (own_tasks / "test.jsonl").unlink()
+        if contents is not None:
+            (own_tasks / "test.jsonl").write_text(contents)
+        code, _, err = call("evaluate", monkeypatch, console, *words)
+        assert code == 2 and f"correct its file in --include-path {own_tasks}" in err, err
 
 
 @pytest.mark.parametrize(
