@@ -164,7 +164,12 @@ def read_run(folder: Path, name: str) -> RecordedRun:
         )
     config = _config(folder, notes)
     manifest = _manifest(folder, notes)
-    growths = [_growth(entry) for entry in growths_of(manifest.lineage)] if manifest else []
+    lineage = manifest.lineage if manifest else ()
+    begun = [place for place, entry in enumerate(lineage) if "unlearning" in entry]
+    if begun:  # at step 0 of its own: earlier growths are those of its parent
+        notes.append(f"it unlearns, from the weights of {lineage[begun[-1]]['parent']}")
+        lineage = lineage[begun[-1] + 1 :]
+    growths = [_growth(entry) for entry in growths_of(lineage)]
     run = RecordedRun(folder, name, config, records, growths, _commands(folder), ())
     notes += _progress_notes(run, manifest)
     times = effective_time(folder)

@@ -1,5 +1,6 @@
 """The page of `nexus report`: its numbers are the metrics', what is missing is said, nothing is loaded."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, manifest_to_json, read_manifest
 from megatron_nexus.cli.report import run
 from megatron_nexus.config.config_file import CONFIG_FILE, config_text
 from megatron_nexus.config.run_config import RunConfig
@@ -170,10 +171,16 @@ def test_what_is_missing_is_said_in_the_page(folder: Path, tmp_path: Path) -> No
     path = runs / "grown" / METRICS_FILE
     path.write_text(path.read_text()[:-30])  # killed while it wrote
     (runs / "base" / CONFIG_FILE).write_text("model: [")
-    manifest = next((runs / FOREIGN).glob("iter_*")) / "manifest.json"
+    manifest = next((runs / FOREIGN).glob("iter_*")) / MANIFEST_FILE
     manifest.write_text(manifest.read_text().replace("lineage", "lineagf"))
     (runs / "new").mkdir()
     (runs / "new" / METRICS_FILE).write_text("")
+    shutil.copytree(runs / "grown", runs / "unlearned")
+    origin = {"unlearning": {}, "parent": "grown/iter_0000080", "parent_step": 80}
+    for checkpoint in (runs / "unlearned").glob("iter_*"):
+        entries = read_manifest(checkpoint)
+        changed = dataclasses.replace(entries, lineage=[*entries.lineage, origin])
+        (checkpoint / MANIFEST_FILE).write_text(manifest_to_json(changed))
     page = report(runs, output=tmp_path / "report.html")
     lines = len(path.read_bytes().splitlines())
     assert f"grown: 1 of {lines} lines" in page.words
@@ -181,6 +188,8 @@ def test_what_is_missing_is_said_in_the_page(folder: Path, tmp_path: Path) -> No
     assert "base: config.yaml cannot be read" in page.words
     assert f"{FOREIGN}: its checkpoints cannot be read" in page.words
     assert "new: no step is recorded" in page.words
+    assert "unlearned: it unlearns, from the weights of grown/iter_0000080" in page.words
+    assert "unlearned: its parent" not in page.words and "grown: its parent" not in page.words
 
 
 def test_a_page_follows_a_run_until_it_has_finished(folder: Path, tmp_path: Path) -> None:
