@@ -94,7 +94,8 @@ def record_steps(
 
 def recorded_bytes(config: RunConfig, mesh: Mesh, settings: RecordSettings) -> int:
     """Return about how many bytes all ranks write: state, and activations of all layers with gradients."""
-    model, samples = config.model, settings.samples
+    model = config.model
+    samples = min(settings.samples, config.training.global_batch_size)
     parameters = sum(spec.numel for spec in decoder_specs(model).values())
     state = parameters * (2 * mesh.dp_size + 3)
     units = 5 * model.hidden_size + 2 * model.attention_width + 2 * model.key_width + model.ffn_hidden_size

@@ -72,6 +72,11 @@ def _set_num_fewshot(name: str, task: Task, asked: int | None) -> None:
         task.set_config(key="num_fewshot", value=asked or 0)
     if not asked or own == 0:
         return
+    pool = task.fewshot_cfg
+    has_other_docs = task.has_training_docs() or task.has_validation_docs()
+    if pool.split is None and pool.samples is None and not has_other_docs:
+        # The harness leaves a question out of its own examples only where their split is named.
+        pool.split = task.config.test_split
     most = there = len(list(task.fewshot_docs() or ()))
     if task.fewshot_cfg.split == task.config.test_split:  # of these the question itself is no example
         most = max(0, there - 1)

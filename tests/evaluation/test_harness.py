@@ -1,5 +1,6 @@
 """The harness asks our model: tasks from local files, and what it is told; generation up to a stop."""
 
+import json
 import random
 from pathlib import Path
 
@@ -53,6 +54,22 @@ def test_a_task_from_a_file_is_judged_twice_alike(
     assert table[0].split() == [*PAPER_TASKS, "average"]
     assert table[1].split()[:2] == ["acc", f"{100 * right / ITEMS:.2f}"]
     assert run_harness(model, {"piqa": tasks["piqa"]}, limit=3)["piqa"].items == 3
+
+
+def test_a_question_is_not_its_own_example(tmp_path: Path) -> None:
+    goals = [f"goal {number};" for number in range(ITEMS)]
+    lines = [json.dumps({"goal": goal, "sol1": "a", "sol2": "b", "label": 0}) for goal in goals]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(lines))
+    task = open_tasks(["piqa"], tmp_path, num_fewshot=ITEMS - 1)["piqa"]
+    for goal, doc in zip(goals, task.test_docs(), strict=True):
+        prompt = task.fewshot_context(doc, ITEMS - 1)
+        assert [prompt.count(each) for each in goals] == [1] * ITEMS and prompt.rindex(goal) > len(
+            prompt
+        ) - 30
+    with pytest.raises(ConfigError, match=f"at most {ITEMS - 1}"):
+        open_tasks(["piqa"], tmp_path, num_fewshot=ITEMS)
+    hellaswag = open_tasks(["hellaswag"], write_task_files(tmp_path), num_fewshot=2)["hellaswag"]
+    assert hellaswag.fewshot_context(next(iter(hellaswag.test_docs())), 2).count("Washing dishes") == 3
 
 
 def test_wrong_tasks_are_told(tmp_path: Path) -> None:
