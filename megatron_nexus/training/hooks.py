@@ -1,4 +1,4 @@
-"""Hooks: what runs at five moments of the training loop, on every rank, in the order of the list.
+"""Hooks: what runs at six moments of the training loop, on every rank, in the order of the list.
 
 The loop's own metrics and its memory of good checkpoints are hooks (`metrics`, `faults`). A hook that calls a
 collective must do so on all ranks.
@@ -25,6 +25,9 @@ class Hook:
 
     def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
         """Run when the run has gone back to the checkpoint of a step; `record` says why."""
+
+    def on_end(self) -> None:
+        """Run when the run ends as it should, after its last save and evaluation."""
 
     def on_failure(self, error: NexusError) -> None:
         """Run when a step is not finite or a rank's weights differ, before the run ends with `error`."""

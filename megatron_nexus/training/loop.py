@@ -220,8 +220,8 @@ class Trainer:
                 evaluations = evaluations or self._evaluations.losses("validation", self.progress.step)
                 evaluations += self._evaluations.losses("test", self.progress.step)
                 task_scores = self._evaluations.task_scores(self.progress.step)
-        recorder.close()
-        self.times.end()
+        for hook in self.hooks:
+            hook.on_end()
         trained_tokens = self.progress.tokens - started.tokens
         return RunResult(
             progress=self.progress,

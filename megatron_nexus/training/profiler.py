@@ -57,18 +57,23 @@ class Profiler(Hook):
                 "note: --profile: steps %d to %d are over: give --profile-step-start %d or more",
                 *(self._first, self._end - 1, done + 1),
             )
+        self._done = done
         self._begin_after(done)
 
     def after_step(self, metrics: StepMetrics) -> None:
         """Begin or end."""
-        if self._is_running and metrics.step + 1 >= self._end:
-            self._finish(metrics.step)
+        self._done = metrics.step
+        if metrics.step + 1 >= self._end:
+            self._finish()
         self._begin_after(metrics.step)
 
     def on_failure(self, error: NexusError) -> None:
         """Write what there is."""
-        if self._is_running:
-            self._finish(self._end - 1)
+        self._finish()
+
+    def on_end(self) -> None:
+        """Write what there is of a run that was asked to stop."""
+        self._finish()
 
     def _begin_after(self, step: int) -> None:
         if self._is_running or not self._first <= step + 1 < self._end:
@@ -83,7 +88,9 @@ class Profiler(Hook):
         else:
             torch.cuda.cudart().cudaProfilerStart()
 
-    def _finish(self, last: int) -> None:
+    def _finish(self) -> None:
+        if not self._is_running:
+            return
         self._is_running = False
         if self._profile is None:
             torch.cuda.cudart().cudaProfilerStop()
@@ -91,6 +98,7 @@ class Profiler(Hook):
         self._profile.stop()
         folder = self._run_dir / "profile"
         folder.mkdir(parents=True, exist_ok=True)
+        last = max(self._first, self._done)  # a step that failed is not done
         path = folder / f"rank_{self._mesh.rank}_steps_{self._first}-{last}.json"
         self._profile.export_chrome_trace(str(path))
         order = "self_cuda_time_total" if self._mesh.device.type == "cuda" else "self_cpu_time_total"

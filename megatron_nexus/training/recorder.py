@@ -85,9 +85,10 @@ class MetricsRecorder(Hook):
 
     def on_failure(self, error: NexusError) -> None:
         """Close the files, and mark the run as failed where loggers have such a mark."""
-        self.close(failed=True)
+        if self._writer is not None:
+            self._writer.close(failed=True)
 
-    def close(self, failed: bool = False) -> None:
+    def on_end(self) -> None:
         """Close the files and finish the loggers."""
         if self._writer is not None:
-            self._writer.close(failed)
+            self._writer.close()

@@ -80,9 +80,9 @@ class RunTimes(Hook):
     def on_failure(self, error: NexusError) -> None:
         """Record the end, after a step that is not kept."""
         self.add("lost", time.perf_counter() - self._stepped)
-        self.end()
+        self.on_end()
 
-    def end(self) -> None:
+    def on_end(self) -> None:
         """Record that the run ends as it should."""
         self._append("end", time.time())
 

@@ -82,7 +82,7 @@ def test_a_run_records_its_own_time_and_survives_what_is_cut_short(tmp_path: Pat
     with times.span("checkpoint"), times.span("evaluation"):
         times.add("lost", 2.0)
     record_lost_steps(tmp_path, [step_record(3, 50.0), {"step": 3, "validation_loss": 1.0}])
-    RunTimes(tmp_path / "other", writes=False).end()
+    RunTimes(tmp_path / "other", writes=False).on_end()
     with (tmp_path / RUN_TIMES_FILE).open("a") as file:
         file.write('{"what": "check')
     found = effective_time(tmp_path)

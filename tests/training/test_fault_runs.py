@@ -58,8 +58,10 @@ def test_a_run_survives_a_frozen_rank_a_transient_fault_and_slices(command: Comm
     assert "Python stack of rank 0:" in output
     # The next slice is over before it has come to --save-interval, by a file.
     (command.folder / "torn" / "stop").touch()
-    code, output = command.run(words, warm_ranks(2))
+    profile = " --profile --profile-step-start 4 --profile-step-end 6"
+    code, output = command.run(words + profile, warm_ranks(2))
     assert code == 0, output
+    assert (command.folder / "torn" / "profile" / "rank_0_steps_4-4.json").is_file(), "of what it has taken"
     assert "rank_hung@5,rank=1: it has happened in this run, and will not again" in output
     assert "found torn/stop: saving a checkpoint and exiting" in output
     assert "stopped after iteration 4" in output
