@@ -208,8 +208,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise CheckpointError(
-            f"{folder} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB: make room, or "
-            "save elsewhere"
+            f"{folder} needs {size_in_words(needed_bytes)} and the disk has {size_in_words(free)}: make "
+            "room, or save elsewhere"
         )
 
 
@@ -239,3 +239,8 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
+
+
+def size_in_words(count: int) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_nexus.base.durable import size_in_words
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.comparison.recording import Place, RecordedRun, RecordingWriter, finish_recording
@@ -111,9 +112,9 @@ def require_room(config: RunConfig, mesh: Mesh, settings: RecordSettings) -> Non
     problem = ""
     if mesh.rank == 0 and wanted > free:
         problem = (
-            f"the recording needs about {wanted / 1e9:.1f} GB and {settings.folder} has {free / 1e9:.1f} GB "
-            "left: give another disk (TMPDIR, --keep or --record), --steps 1, --samples 1 or fewer "
-            "--num-layers"
+            f"the recording needs about {size_in_words(wanted)} and {settings.folder} has "
+            f"{size_in_words(free)} left: give another disk (TMPDIR, --keep or --record), --steps 1, "
+            "--samples 1 or fewer --num-layers"
         )
     if problem := mesh.control.broadcast_str(problem):
         raise ConfigError(problem)

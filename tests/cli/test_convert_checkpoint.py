@@ -154,7 +154,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=9))
     code, output = run("--load old --save new")
     assert code == 2
-    assert "the disk has 0.00 GB" in output
+    assert "the disk has 0.00 MB" in output
     assert not (folder / "new").exists() and not (folder / ".tmp_new").exists()
 
 

@@ -226,7 +226,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
         ("--save old/latest", ["--save old/latest is a file"]),
         ("--save /proc/new --nexus-m 20", ["--save /proc/new: No such file", "that can be written"]),
         ("--save old --dry-run", ["--save old holds iter_0000040", "never overwritten"]),
-        ("--nexus-m 10000000000", [" needs ", "GB and the disk has", "make room"]),
+        ("--nexus-m 10000000000", [" needs ", " and the disk has ", "make room"]),
         ("--save old", ["--save old holds iter_0000040", "never overwritten"]),
         ("--save old/iter_0000040/new", ["lies in the source"]),
         ("--load nowhere", ["nowhere: no such folder"]),
