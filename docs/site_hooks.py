@@ -42,6 +42,7 @@ WIDE = {
     "paper_numbers",
     "initial_values",
     "configuration",
+    "unlearning",
 }
 """Pages of wide tables, which take the place of the table of contents."""
 
