@@ -132,18 +132,22 @@ class StepTimes(Hook):
 
     def _name_straggler(self, busy_s: Sequence[float]) -> None:
         """Log which rank the others wait for; a collective call where there is one."""
-        found = straggler(busy_s, self._config.logging.straggler_threshold)
-        if found is None:
+        stages = self._mesh.pp_size
+        slow = straggler(busy_s, stages, self._config.logging.straggler_threshold)
+        if slow is None:
             return
+        found, usual_s = slow
         mine = socket.gethostname() if self._mesh.rank == found else ""
         host = self._mesh.control.all_gather_str(mine)[found]
         if self._mesh.rank == 0:
-            usual_s, tp = median_low(busy_s), self._mesh.tp_size
+            tp = self._mesh.tp_size
             group = f" (or another of its {tp} tensor-parallel ranks)" if tp > 1 else ""
             logger.info(
-                "straggler: rank %d on %s%s computes %.0f ms a step, %.1f x the median of the ranks "
+                "straggler: rank %d on %s%s computes %.0f ms a step, %.1f x the median of the ranks%s "
                 "(%.0f ms): they wait for it",
-                *(found, host, group, 1e3 * busy_s[found], busy_s[found] / usual_s, 1e3 * usual_s),
+                *(found, host, group, 1e3 * busy_s[found], busy_s[found] / usual_s),
+                " of its stage" if stages > 1 else "",
+                1e3 * usual_s,
             )
 
     def _log(self, step: int, of_ranks: Sequence[Mapping[Phase, float]]) -> None:
@@ -164,11 +168,17 @@ class StepTimes(Hook):
             hook.after_evaluation(shared)
 
 
-def straggler(busy_s: Sequence[float], threshold: float) -> int | None:
-    """Return the rank that computes longest, where that is `threshold` times the median, else None."""
-    slowest, usual_s = max(range(len(busy_s)), key=busy_s.__getitem__), median_low(busy_s)
-    is_slow = threshold > 0 and busy_s[slowest] >= max(threshold * usual_s, usual_s + LEAST_S)
-    return slowest if is_slow else None
+def straggler(busy_s: Sequence[float], stages: int, threshold: float) -> tuple[int, float] | None:
+    """Return the rank that computes longest beside its stage, and the median there; None: none does.
+
+    That is `threshold` times the median or more. Stages differ in their work, so they are not compared.
+    """
+    of_stage = len(busy_s) // stages
+    usual_s = [median_low(busy_s[first : first + of_stage]) for first in range(0, len(busy_s), of_stage)]
+    slowest = max(range(len(busy_s)), key=lambda rank: busy_s[rank] - usual_s[rank // of_stage])
+    usual = usual_s[slowest // of_stage]
+    is_slow = threshold > 0 and busy_s[slowest] >= max(threshold * usual, usual + LEAST_S)
+    return (slowest, usual) if is_slow else None
 
 
 def _shown(values: Sequence[float], option: str) -> str:
