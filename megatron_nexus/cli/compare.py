@@ -136,15 +136,19 @@ def _side(
         if more:
             raise ConfigError(f"--{name.lower()}: {place} is a recording, which has been run: drop the flags")
         return Side(name, Path(place), (), None)
+    asked_ranks = known.world_size
     if place is not None:
         flags = [*_start_flags(place, known.world_size is None), *flags]
         known, flags = parser.parse_known_args(flags, known)
     config = read_train_command(flags).config
+    ranks = known.world_size
+    if not asked_ranks and ranks and ranks % config.model_parallel_size:
+        ranks = None  # those of the checkpoint, and flags give it another mesh
     try:
-        check(config, known.world_size or config.model_parallel_size)
+        check(config, ranks or config.model_parallel_size)
     except ConfigError as error:
         raise side_error(name, error) from None
-    return Side(name, None, tuple(flags), known.world_size, config)
+    return Side(name, None, tuple(flags), ranks, config)
 
 
 def _check_one_model(sides: Sequence[Side]) -> None:

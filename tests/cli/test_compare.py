@@ -60,10 +60,11 @@ def test_a_run_goes_on_from_its_checkpoint_on_its_mesh(command: Command) -> None
     record(command, "loaded", "--load trained --steps 1")
     code, output = compare(command, "loaded trained --steps 1 --data-path corpus --split 8,2")
     assert code == 0, output
-    code, output = compare(command, "trained trained --b '--micro-batch-size 3'")
+    code, output = compare(command, "trained trained --b '--tp 2 --micro-batch-size 3'")
     assert_refused(
         code, output, "ConfigError", "side B: --global-batch-size 4", "micro batch 3", "use 3 or 6"
     )
+    assert "the world has" not in output, "a rank more is started for --tp 2"
     assert "recording" not in output, "before anything is started"
     code, output = compare(command, f"{shlex.join(SMALL)} --b '--ffn-hidden-size 25'")
     assert_refused(code, output, "ConfigError", "ffn_hidden_size is 24 in A and 25 in B", "one model")
