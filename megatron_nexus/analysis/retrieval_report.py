@@ -91,7 +91,7 @@ def report_lines(report: RetrievalReport) -> list[str]:
     """Return the report as text, with warnings."""
     error = f"the error of a sketch, 1/sqrt(K), {report.sketch_error:.4f}"
     lines = [
-        f"{report.samples:,} samples, {report.queries:,} queries",
+        f"{report.samples:,} samples, {report.queries:,} {'query' if report.queries == 1 else 'queries'}",
         f"scores: mean {report.mean_score:+.4f}, standard deviation {report.spread:.4f}; "
         + (error if report.sketch_size else "exact gradients, no sketch"),
     ]

@@ -151,7 +151,8 @@ class MetricsWriter:
         self.path = folder / METRICS_FILE
         self.dropped: Sequence[Mapping[str, Any]] = ()
         """The records that were dropped last."""
-        self._file = self._reopened(resumed_step)
+        # What an unlearning run measures before its first step, a run from step 0 measures again.
+        self._file = self._reopened(resumed_step or -1)
         self._loggers = loggers
         self._loss_name = loss_name
 

@@ -88,6 +88,12 @@ def test_a_resumed_run_drops_what_it_will_repeat(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
 
 
+def test_a_run_that_begins_again_measures_step_0_again(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0)
+    write(tmp_path, 1, 0)
+    assert [record["step"] for record in read_metrics(tmp_path / METRICS_FILE)] == [0]
+
+
 def test_what_a_crash_of_the_disk_left_behind_the_records_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, 1, 3)
     path = tmp_path / METRICS_FILE
