@@ -151,7 +151,7 @@ def run_harness(
 
 
 def sample_lines(of_task: Sequence[Mapping[str, Any]]) -> str:
-    """Return what the harness records of the items of a task as JSON lines, as its --log_samples does."""
+    """Return what the harness records of the items of a task as JSON lines, as --log-samples asks."""
     return "".join(
         json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n" for sample in of_task
     )

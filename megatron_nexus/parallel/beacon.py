@@ -32,9 +32,10 @@ class Phase(IntEnum):
     REDUCTION = 5
     OPTIMIZER = 6
     LOSS = 7
-    HOOKS = 8
-    EVALUATION = 9
-    CHECKPOINT = 10
+    TIMES = 8
+    HOOKS = 9
+    EVALUATION = 10
+    CHECKPOINT = 11
 
     def __str__(self) -> str:
         return _WORDS[self]
@@ -49,12 +50,13 @@ _WORDS = {
     Phase.REDUCTION: "reduction of the gradients",
     Phase.OPTIMIZER: "optimizer",
     Phase.LOSS: "reduction of the loss",
+    Phase.TIMES: "exchange of step times",
     Phase.HOOKS: "between steps",
     Phase.EVALUATION: "evaluation",
     Phase.CHECKPOINT: "checkpoint",
 }
 GONE, STOPPED = "its process was killed, or left", "its process is stopped (SIGSTOP, or a debugger)"
-IN_STEP = tuple(phase for phase in Phase if Phase.DATA <= phase <= Phase.LOSS)
+IN_STEP = tuple(phase for phase in Phase if Phase.DATA <= phase <= Phase.TIMES)
 
 
 @dataclass(frozen=True, order=True)

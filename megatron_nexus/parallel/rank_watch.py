@@ -182,7 +182,7 @@ class RankWatch:
             *(place.step, place.marks, place.phase),
             since=time.time() - age_s,
             limit_s=self._limit_s(place),
-            waits=waits or place.phase == Phase.LOSS,
+            waits=waits or place.phase in (Phase.LOSS, Phase.TIMES),
             stack="".join(traceback.format_list(frames[-_SHOWN_FRAMES:])),
         )
         self._store.set(self._key(self._world.rank), json.dumps(asdict(report)))

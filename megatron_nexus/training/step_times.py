@@ -100,7 +100,7 @@ class StepTimes(Hook):
 
     def __init__(self, config: RunConfig, mesh: Mesh, beacon: Beacon, hooks: Sequence[Hook]) -> None:
         """Watch the marks of `beacon`; `hooks` are told the times."""
-        self._config, self._mesh, self._hooks = config, mesh, hooks
+        self._config, self._mesh, self._beacon, self._hooks = config, mesh, beacon, hooks
         self._clock = PhaseClock(mesh.device.type)
         self._names = _LEVELS[self._config.logging.timing_log_level]
         self._steps = -FIRST_STEPS
@@ -120,11 +120,13 @@ class StepTimes(Hook):
             self._clock.reset()
         if self._steps <= 0 or metrics.step % self._config.logging.log_interval:
             return
+        self._beacon.mark(Phase.TIMES)  # a rank that is lost here is missed as soon as within a step
         every = torch.zeros(self._mesh.world_size, len(Phase), dtype=torch.float64)
         every[self._mesh.rank] = torch.tensor([*self._clock.seconds.values()])
         self._mesh.control.all_reduce(every)
         of_ranks = [dict(zip(Phase, seconds, strict=True)) for seconds in every.tolist()]
         self._name_straggler([sum(one[phase] for phase in COMPUTES) / self._steps for one in of_ranks])
+        self._beacon.mark(Phase.HOOKS)
         if self._names and self._mesh.rank == 0:
             self._log(metrics.step, of_ranks)
         self._steps = 0
