@@ -7,7 +7,7 @@
 ARG BASE_IMAGE=python:3.11-slim
 ARG GPU_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
 
-# ---- gpu: NVIDIA's torch and apex stay as the image has them; what it lacks is installed beside them.
+# ---- gpu: NVIDIA's torch and apex stay as the image has them; what it lacks is installed in addition.
 # hadolint ignore=DL3006
 FROM ${GPU_IMAGE} AS gpu
 WORKDIR /opt/megatron_nexus

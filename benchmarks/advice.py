@@ -114,7 +114,7 @@ def record(folders: Sequence[Path], experiment: str) -> None:
 
 @dataclass(frozen=True)
 class Forecasts:
-    """Intervals beside what came out."""
+    """Forecast intervals and the measured values."""
 
     pairs: list[tuple[Interval, float]]
 
@@ -144,7 +144,7 @@ def ends(runs: Sequence[Recorded]) -> Iterator[tuple[float, Forecasts]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A recorded growth with what is needed to judge advice on it; losses of the two ends."""
+    """A recorded growth with what is needed to score advice on it; losses of the two ends."""
 
     grown: Recorded
     base: Curve
@@ -209,7 +209,7 @@ def advice_by_pilots(case: Case, pilots: Sequence[Curve]) -> TargetAdvice:
 
 
 def known(case: Case, what: str, runs: Sequence[Recorded]) -> list[Curve]:
-    """What is known beside the small model's curve up to the growth."""
+    """What is known in addition to the small model's curve up to the growth."""
     if what == "pilots":
         return half_known(case, runs)
     return [case.scratch.until(SHARES[what] * case.scratch.last.tokens)]
@@ -218,9 +218,9 @@ def known(case: Case, what: str, runs: Sequence[Recorded]) -> list[Curve]:
 def show(case: Case, advice: TargetAdvice) -> None:
     """The advice as `nexus advise` words it, and what came out."""
     plan = Plan(case.grown.flops, Schedule(0.2, 0.1), case.base.last)
-    told = Advice(case.grown.curve.name, case.base.size, plan, STABLE, (advice,), ())
+    advised = Advice(case.grown.curve.name, case.base.size, plan, STABLE, (advice,), ())
     print("\n```text")
-    for line in report_lines(told, {}, None):
+    for line in report_lines(advised, {}, None):
         print(line)
     print(
         f"came out: small trained on {case.trained_on:.3f}, grown {case.grown.curve.last.loss:.3f}, "
@@ -249,7 +249,7 @@ HEAD = "n | inside the 95 % interval | half width | mean error | r.m.s. error |"
 
 
 def tell_forecasts(found: Sequence[Case], runs: Sequence[Recorded]) -> None:
-    """What was forecast of each growth beside what came out, and how the answers did."""
+    """The forecast and the result of each growth, and how often the answers were right."""
     print(f"\n| growths; what is known of the target | {HEAD}\n|---|---:|---:|---:|---:|---:|")
     answers: dict[tuple[str, Answer], list[Case]] = {}
     for share in SHARES:
@@ -267,9 +267,9 @@ def tell_forecasts(found: Sequence[Case], runs: Sequence[Recorded]) -> None:
         for what, pairs in rows.items():
             print(f"| {share}: {what} | {Forecasts(pairs).row()} |")
     print("\n| known of the target | answer | growths | gained | lost |\n|---|---|---:|---:|---:|")
-    for (share, answer), judged in answers.items():
-        better = sum(case.gain > 0 for case in judged)
-        print(f"| {share} | {answer} | {len(judged)} | {better} | {len(judged) - better} |")
+    for (share, answer), cases in answers.items():
+        better = sum(case.gain > 0 for case in cases)
+        print(f"| {share} | {answer} | {len(cases)} | {better} | {len(cases) - better} |")
 
 
 def tell_growths(found: Sequence[Case], runs: Sequence[Recorded]) -> None:

@@ -160,7 +160,7 @@ def train(
     """The loop that nobody can write shorter.
 
     bf16 means what it means on the real path: weights in fp32, products in bf16, gradients in fp32. A bf16
-    copy of the weights, made anew after every step, is faster than autocast, which makes it in every pass.
+    copy of the weights, made again after every step, is faster than autocast, which makes it in every pass.
     """
     if job.precision == "bf16":
         masters = [parameter.detach().clone() for parameter in module.parameters()]

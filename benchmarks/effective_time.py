@@ -141,10 +141,10 @@ def run_through(
     """Start the run once, and enter into `account` what the fault before it has cost, and what ended it."""
     run_dir, log = folder / "faulty", folder / "faulty.log"
     log.touch()
-    told = log.stat().st_size
+    read_before = log.stat().st_size
     code = start(folder, run_dir.name, steps, [*save_interval(given), *injection(planned)], log)
     ended = time.time()
-    text = log.read_bytes()[told:].decode(errors="replace")
+    text = log.read_bytes()[read_before:].decode(errors="replace")
     assert_nothing_left(folder)
     if stopped := account.stopped:
         resumed = re.search(r"^resumed \S+ at iteration (\d+)", text, re.MULTILINE)
@@ -278,7 +278,7 @@ def print_ettr(given: argparse.Namespace, outcomes: Sequence[Outcome], steps: in
     stops = [outcome for outcome in outcomes if outcome.restarts]
     # The time-out of this run becomes the cluster's.
     noticed_s = sum(o.noticed_s + (given.heartbeat - HEARTBEAT_S) * (o.kind in WAITS) for o in stops)
-    for told, back_s in (
+    for cause, back_s in (
         ("as measured here", sum(outcome.back_s for outcome in stops)),
         (f"of {given.restart_seconds:g} s", given.restart_seconds * len(stops)),
     ):
@@ -287,7 +287,7 @@ def print_ettr(given: argparse.Namespace, outcomes: Sequence[Outcome], steps: in
         print(
             "ETTR {:.2f} % with restarts {}: hours of lost steps {:.2f}, from faults to ends {:.2f}, to the "
             "next steps {:.2f}, of saves {:.2f}, in all {:.1f}".format(
-                100 * trained_s / total_s, told, *hours
+                100 * trained_s / total_s, cause, *hours
             )
         )
 

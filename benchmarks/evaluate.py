@@ -1,12 +1,12 @@
-"""How long tasks take through our model class, beside lm-evaluation-harness' own `hf` backend.
+"""How long tasks take through our model class, compared with lm-evaluation-harness' own `hf` backend.
 
     python pretrain_nexus.py --preset nexusformer-20m --train-iters 2 --save runs/bench
     python benchmarks/evaluate.py --load runs/bench
 
 The checkpoint is exported for transformers; then both backends answer the same tasks in turn, in one process
-with the same threads and precision. A ratio is taken within a round, and its median over the rounds is told:
+with the same threads and precision. Ratios are taken within a round; printed is their median over the rounds:
 above 1, ours is faster. Seconds are those of the whole evaluation, tokens of all texts included; those of
-CPU beside them are what neighbours on the machine disturb least. Without --task-path, records are made up of
+CPU are what other processes on the machine disturb least. Without --task-path, records are made up of
 words of Python's standard library, as many as items of the published sets have in the middle.
 """
 

@@ -77,7 +77,7 @@ def draw(gpus: int, days: float, seed: int, ranks: int = 2) -> list[Fault]:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a cluster: between saves, of a save, and of a fault beside the steps that it loses."""
+    """Seconds of a cluster: between saves, of a save, and of a fault besides the steps that it loses."""
 
     interval_s: float
     save_s: float

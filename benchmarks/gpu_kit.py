@@ -4,7 +4,7 @@
 
 Stages, correctness first: env, maths, compile, engine, sync, cli, growth, speed, loop, variants, peers. Each
 is caught, timed and appended to OUT/kit.jsonl at once, so that a kill loses one stage; at the end
-OUT/table.md has every measurement beside its prediction or bound. gpu_kit.md says how to carry the
+OUT/table.md has every measurement with its prediction or bound. gpu_kit.md says how to carry the
 packages to a machine without a network.
 """
 

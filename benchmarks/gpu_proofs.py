@@ -229,10 +229,10 @@ def growth(kit: Kit) -> Iterator[Row]:
     yield Row("verified", float("logits moved by at most" in said), at_least=1.0)
     grown = _train(kit, "grown", 14, "--load", str(kit.folder / "grown"))
     ungrown = _train(kit, "ungrown", 14, "--load", str(parent))
-    beside = next(record for record in ungrown if record["step"] == grown[0]["step"])
-    jump = abs(grown[0]["loss"] - beside["loss"])
+    reference = next(record for record in ungrown if record["step"] == grown[0]["step"])
+    jump = abs(grown[0]["loss"] - reference["loss"])
     yield Row(
-        "first loss of the grown model, beside that of the ungrown",
+        "first losses of the grown and the ungrown model",
         jump,
         "nats",
         at_most=1e-3 if not CUDA else 3e-3,

@@ -196,7 +196,7 @@ def variants(kit: Kit) -> Iterator[Row]:
 
 
 def peers(kit: Kit) -> Iterator[Row]:
-    """transformers' Qwen3 of qwen3-240m's shape, eager and compiled, beside ours on the same device."""
+    """transformers' Qwen3 of qwen3-240m's shape, eager and compiled, and ours on the same device."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     preset = "qwen3-240m" if CUDA else "qwen3-tiny"

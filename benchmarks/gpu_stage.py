@@ -120,7 +120,7 @@ def peak_gib() -> float:
 
 
 def reset_memory() -> None:
-    """Free cached memory and start counting the peak anew."""
+    """Free cached memory and reset the peak."""
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

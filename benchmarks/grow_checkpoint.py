@@ -1,4 +1,4 @@
-"""How long growing a checkpoint takes, beside copying and reading it once, and how much memory it needs.
+"""How long growing a checkpoint takes compared with copying and reading it, and how much memory it needs.
 
     python benchmarks/grow_checkpoint.py --gigabytes 20 --sparse      peak memory at any size, little disk
     python benchmarks/grow_checkpoint.py --gigabytes 5                times, on random numbers

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/growth_laws.py
 
-Checkpoints with random weights and moments are grown by the library and judged by the equations of
+Checkpoints with random weights and moments are grown by the library and checked by the equations of
 `tests/support/reference.py` in float64, as in `tests/growth/test_laws.py`, which asserts what this prints.
 """
 

@@ -1,4 +1,4 @@
-"""Memory of real runs beside the plan that `--dry-run` prints.
+"""Memory of real runs compared with the plan that `--dry-run` prints.
 
     PYTHONPATH=. python benchmarks/memory.py
 
@@ -162,7 +162,7 @@ def measure(config: RunConfig, keeps: bool, out: Path) -> None:
     del warm
     gc.collect()
     before = {"allocated": allocated_bytes(), "resident": resident_bytes("VmRSS")}
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     watch = Watch()
     engine, batches = Engine(config, mesh), random_batches(config)
     for _ in range(STEPS):

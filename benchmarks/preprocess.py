@@ -1,4 +1,4 @@
-"""Throughput of preprocess_data.py beside the tokenizer alone.
+"""Throughput of preprocess_data.py compared with the tokenizer alone.
 
     python benchmarks/preprocess.py --tokenizer-model spm.model --workers 2
 
@@ -128,14 +128,14 @@ def run_tool(source: Path, model: Path, workers: int) -> tuple[float, float]:
     command = [sys.executable, str(TOOL), "--input", str(source)]
     command += ["--output-prefix", str(source.with_name("corpus"))]
     command += ["--tokenizer-model", str(model), "--workers", str(workers), "--overwrite"]
-    told = subprocess.run([sys.executable, "-c", TIMED, *command], check=True, stdout=subprocess.PIPE)
-    seconds, cpu_s = map(float, told.stdout.split())
+    timed = subprocess.run([sys.executable, "-c", TIMED, *command], check=True, stdout=subprocess.PIPE)
+    seconds, cpu_s = map(float, timed.stdout.split())
     return seconds, cpu_s
 
 
 def main() -> None:
     """Run the rounds of the command line."""
-    parser = argparse.ArgumentParser(description="preprocess_data.py beside the tokenizer alone.")
+    parser = argparse.ArgumentParser(description="preprocess_data.py compared with the tokenizer alone.")
     parser.add_argument(
         "--tokenizer-model", type=Path, required=True, help="SentencePiece .model or tokenizer.json"
     )

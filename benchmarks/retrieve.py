@@ -1,4 +1,4 @@
-"""What a search costs beside its backward passes: sketching, scanning kept sketches, and memory.
+"""What a search costs in addition to its backward passes: sketching, scanning kept sketches, and memory.
 
     python pretrain_nexus.py --preset nexusformer-20m --train-iters 1 --save runs/bench
     python benchmarks/retrieve.py --load runs/bench
@@ -59,7 +59,7 @@ def peak_bytes(given: argparse.Namespace, kind: str, length: int) -> int:
 def peak_above(work: Callable[[], object]) -> int:
     """Bytes that this process holds at most while `work` runs, above those before it."""
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
     def status(name: str) -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if name in line)

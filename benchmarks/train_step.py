@@ -1,4 +1,4 @@
-"""Training throughput of the real path beside a bare loop of the same model and beside its peers.
+"""Training throughput of the real path, of a bare loop of the same model and of its peers.
 
     python benchmarks/train_step.py --threads 1 2 --precision fp32 bf16
 
@@ -233,12 +233,14 @@ def report(results: list[Result], threads: int, precision: Precision) -> None:
 
 def main() -> None:
     """Run all tables of the command line."""
-    parser = argparse.ArgumentParser(description="Training throughput beside a bare loop and peers.")
+    parser = argparse.ArgumentParser(description="Training throughput compared with a bare loop and peers.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of each contestant")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5, help="times each contestant is asked")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps it is asked for each time")
-    parser.add_argument("--only", nargs="+", help="builders to run beside the real path, such as bare litgpt")
+    parser.add_argument(
+        "--only", nargs="+", help="builders to run next to the real path, such as bare litgpt"
+    )
     parser.add_argument(
         "--compile",
         action="store_true",

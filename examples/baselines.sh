@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the tiny model of each family on the built-in corpus, one after the other, on the same samples in the
-# same order, and shows their validation losses beside their true sizes and costs:
+# same order, and shows their validation losses, true sizes and costs:
 #   bash examples/baselines.sh [OUT] [flags of nexus train, such as --train-iters 1000]
 # Everything made goes to OUT (baselines). PRESETS names other models, as in PRESETS="qwen3-240m nexusformer-240m".
 # What is there already is not trained again: after an interruption give the same command.

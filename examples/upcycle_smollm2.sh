@@ -16,7 +16,7 @@ print(next(path for place in places for path in sorted(pathlib.Path(place).rglob
 nexus generate --load "$out/llama" --prompt "$prompt" --temperature 0 --max-new-tokens 12
 echo
 
-# A Nexus-Rank beside each of Q, K and V: same logits, --verify shows it in float64.
+# A Nexus-Rank added to each of Q, K and V: same logits, --verify shows it in float64.
 [ -e "$out/upcycled" ] || nexus upcycle --load "$out/llama" --save "$out/upcycled" --verify
 nexus generate --load "$out/upcycled" --prompt "$prompt" --temperature 0 --max-new-tokens 12
 echo

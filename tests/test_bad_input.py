@@ -107,9 +107,9 @@ DATA = [
 ]
 
 TABLE = [
-    *((words, "ConfigError", told) for words, told in FLAGS),
-    *((words, "CheckpointError", told) for words, told in CHECKPOINTS),
-    *((words, "DataError", told) for words, told in DATA),
+    *((words, "ConfigError", named) for words, named in FLAGS),
+    *((words, "CheckpointError", named) for words, named in CHECKPOINTS),
+    *((words, "DataError", named) for words, named in DATA),
 ]
 
 COLD = [FLAGS[0][0], CHECKPOINTS[0][0], DATA[0][0]]
@@ -196,8 +196,8 @@ def test_a_mistake_ends_a_process_with_one_message_and_nothing_is_written(
     command: Command, words: str
 ) -> None:
     before = contents(command.folder)
-    kind, told = next((kind, told) for row, kind, told in TABLE if row == words)
-    assert_refused(*command.run(words, PYTHON if words in COLD else WARM), kind, *told)
+    kind, named = next((kind, named) for row, kind, named in TABLE if row == words)
+    assert_refused(*command.run(words, PYTHON if words in COLD else WARM), kind, *named)
     assert contents(command.folder) == before
 
 
@@ -211,13 +211,13 @@ def test_every_mistake_is_answered_with_one_message_and_nothing_is_written(
     monkeypatch.setattr(train, "_train", begin)
     monkeypatch.setattr(train, "run_local_ranks", begin)
     before, interrupt = contents(command.folder), signal.getsignal(signal.SIGINT)
-    for words, kind, told in TABLE:
+    for words, kind, named in TABLE:
         if words not in LATE:
             monkeypatch.setattr(sys, "argv", ["pretrain_nexus.py", *SMALL, *shlex.split(words)])
             with pytest.raises(SystemExit) as end:
                 main("train")
             assert isinstance(end.value.code, int), words
-            assert_refused(end.value.code, console.readouterr().err, kind, *told)
+            assert_refused(end.value.code, console.readouterr().err, kind, *named)
     signal.signal(signal.SIGINT, interrupt)
     assert contents(command.folder) == before
 
@@ -285,13 +285,13 @@ TOOLS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "words", "told"), TOOLS, ids=[f"{n} {words}" for n, words, _ in TOOLS])
-def test_tools_answer_alike(command: Command, name: str, words: str, told: list[str]) -> None:
+@pytest.mark.parametrize(("name", "words", "named"), TOOLS, ids=[f"{n} {words}" for n, words, _ in TOOLS])
+def test_tools_answer_alike(command: Command, name: str, words: str, named: list[str]) -> None:
     before = contents(command.folder)
     code, output = command.tool(name, words, PYTHON if (name, words) == TOOLS[0][:2] else WARM)
     assert code == 2, output
     assert "Traceback" not in output and "usage:" not in output
-    assert all(part in output for part in told), output
+    assert all(part in output for part in named), output
     assert contents(command.folder) == before
 
 

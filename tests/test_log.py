@@ -35,11 +35,11 @@ def test_progress_tells_begin_and_end(console: pytest.CaptureFixture[str]) -> No
 
 def test_long_work_tells_the_share_done_and_the_time_left(console: pytest.CaptureFixture[str]) -> None:
     log.configure(is_main_rank=True)
-    told: list[str] = []
+    printed: list[str] = []
 
     def tells(line: str) -> bool:
-        told.extend(console.readouterr().out.splitlines())
-        return any(re.fullmatch(line, x) for x in told[1:])
+        printed.extend(console.readouterr().out.splitlines())
+        return any(re.fullmatch(line, x) for x in printed[1:])
 
     with log.Progress("reading", total=4000, unit="bytes", interval_s=0.02) as progress:
         wait_for(lambda: tells(r"reading \.\.\. \d+ s"), "word of one long call that tells nothing itself")
@@ -64,7 +64,7 @@ def test_a_reader_that_has_enough_is_no_error_and_the_work_goes_on(
     with os.fdopen(writer, "w") as stream:
         log.configure(is_main_rank=True, stream=stream)
         with log.Progress("reading"):
-            log.logger.info("told to nobody")
+            log.logger.info("read by nobody")
     assert console.readouterr() == ("", "")
 
 

@@ -12,7 +12,7 @@ LONG = "x" * 300
 
 
 @pytest.mark.parametrize(
-    ("words", "path", "told"),
+    ("words", "path", "expected"),
     [
         (
             f"--tp 1 --save {LONG}",
@@ -28,12 +28,12 @@ LONG = "x" * 300
     ],
 )
 def test_a_path_is_named_by_its_flag(
-    monkeypatch: pytest.MonkeyPatch, words: str, path: str, told: str
+    monkeypatch: pytest.MonkeyPatch, words: str, path: str, expected: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["tool.py", *words.split()])
     with pytest.raises(ConfigError) as caught, path_errors():
         Path(path).stat()
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert "give a shorter name, of at most 255 bytes" in str(caught.value)
 
 

@@ -31,7 +31,7 @@ class Stage:
     until: float = 0.0
     """TFLOP of the whole run, this stage included, at which it ends; 0 in the last stage."""
     grow: str = ""
-    """What --grow takes beside the sizes: `depth_init=stack moments=copied`. In all stages but the first."""
+    """What --grow takes besides the sizes: `depth_init=stack moments=copied`. In all stages but the first."""
     flags: str = ""
     """More flags of this stage, such as --new-lr-ratio 1.3."""
     decays: bool = False

@@ -132,7 +132,7 @@ def draw_ceilings(found: Sequence[tuple[str, Estimate]], path: Path) -> Path | N
 
 
 def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]], top: float) -> None:
-    """Write a shape's name beside the end of each curve, no two of one budget on each other."""
+    """Write a shape's name next to the end of each curve, no two of one budget on each other."""
     bottom = min(loss for _, loss, _ in ends)
     used: dict[float, float] = {}
     for x, loss, shape in sorted(ends, key=lambda end: (round(end[0], 1), end[1])):
@@ -143,7 +143,7 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]], top: float)
 
 
 def _bars(axes: Axes, found: Sequence[Estimate | None], shift: float, colour: str, label: str) -> None:
-    """Draw estimates beside one another; without an interval as an open circle."""
+    """Draw estimates next to each other; without an interval as an open circle."""
     scale = 100.0 if label else 1.0
     for y, e in enumerate(found):
         if e is None:

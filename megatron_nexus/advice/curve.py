@@ -1,4 +1,4 @@
-"""The loss curve of a run, beside what the learning rate was and what each token cost."""
+"""The loss curve of a run, with its learning rate and the cost of each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

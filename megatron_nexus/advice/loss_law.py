@@ -4,7 +4,7 @@
     eta    the learning rate as a share of its peak: what a decay gains is G (1 - eta)
 
 For a given beta the law is linear, so beta is searched on a grid (variable projection) and the rest solved
-exactly, G beside what recorded runs had: a curve without a decay says nothing about it. Errors: residuals
+exactly, G with a prior from recorded runs: a curve without a decay says nothing about it. Errors: residuals
 are resampled in blocks (neighbours on a curve err together) and everything is fitted again; then the law errs
 by a share of the fall that it extrapolates, as on recorded runs (`benchmarks/advice.py`), because no curve
 follows a power law exactly. Sizes share nothing: with a common beta, forecasts of recorded runs were worse.

@@ -1,7 +1,7 @@
 """The recipes that a growth could be done by: every choice of `GrowthConfig`, where it makes a difference.
 
 Read off the code: a choice that is added to `GrowthConfig` is tried by itself. One that does nothing alone
-but something beside another, as Adam's moments of copied layers, is tried beside it.
+but something together with another, as Adam's moments of copied layers, is tried with it.
 """
 
 from dataclasses import dataclass, replace

@@ -110,7 +110,7 @@ def _percent(interval: Interval) -> str:
 
 def _probe_lines(probe: tuple["Probed", ...]) -> Iterator[str]:
     """Yield a table of the probe, the recipes of each target from the best on."""
-    yield "probe: nats per token beside the checkpoint without growth, on the same batches; 95 % over seeds"
+    yield "probe: nats per token against the checkpoint without growth, on the same batches; 95 % over seeds"
     head = ("target", "recipe", "first batch", "after the probe", "KL to the parent", "minus its best")
     rows = [(p.target, p.recipe, *map(str, (p.at_once, p.loss, p.kl, p.to_best))) for p in probe]
     yield from table([head, *rows], "<<>")

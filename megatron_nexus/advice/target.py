@@ -10,7 +10,7 @@ from megatron_nexus.advice.forecast import Forecast, Interval, Plan, forecast, m
 from megatron_nexus.advice.limits import Limit, limits
 from megatron_nexus.advice.loss_law import LossLaw, fit_law, law_of_size
 from megatron_nexus.advice.phase import Position
-from megatron_nexus.advice.verdict import Verdict, judge
+from megatron_nexus.advice.verdict import Verdict, decide
 
 LEAST_SIZES = 3
 """From so many sizes on, a law predicts one that no run had."""
@@ -61,7 +61,7 @@ def advise(
             found = forecast(laws[_key(run.size)], law, (run.size, size), plan, kept)
         end = found.end_tokens if found else _end_tokens(run.size, size, plan)
         notes = limits(run.size, size, plan.now.tokens, end, plan.flops)
-        verdict = judge(found, position, elsewhere)
+        verdict = decide(found, position, elsewhere)
         shown = None if kept is None else Interval.of(kept)
         made.append(TargetAdvice(name, size, evidence, shown, found, tuple(notes), verdict))
     return made

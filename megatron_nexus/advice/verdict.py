@@ -27,7 +27,7 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-def judge(found: Forecast | None, position: Position, elsewhere: str) -> Verdict:
+def decide(found: Forecast | None, position: Position, elsewhere: str) -> Verdict:
     """Answer for one target: by its ceiling, then by equal FLOPs, then by the schedule.
 
     `found` is None where no curve of the target is known; `elsewhere` says from where to grow where the

@@ -19,7 +19,7 @@ class ScalingLaw:
     """Slope and intercept of `n` points with 95 % intervals (Student's t).
 
     p-values of the slope: `p_constant` of its t test, `p_shuffled` the share of draws with shuffled losses
-    that are as steep, `p_trend` of its F test beside a linear trend in tokens: two series that both
+    that are as steep, `p_trend` of its F test next to a linear trend in tokens: two series that both
     drift are correlated, whatever they measure.
     """
 

@@ -186,7 +186,7 @@ def get_communicator(environment: Mapping[str, str]) -> Communicator:
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
             f"{started} processes were started and MPI cannot be used ({str(error).splitlines()[0]}): "
-            "pip install mpi4py beside an MPI library, or start one process"
+            "pip install mpi4py with an MPI library, or start one process"
         ) from None
     size = MPI.COMM_WORLD.Get_size()
     if size != started:

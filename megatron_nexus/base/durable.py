@@ -217,7 +217,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 def atomic_dir(folder: Path) -> Iterator[Path]:
     """Yield a folder to write in that becomes `folder`, durably, when the block ends without an error.
 
-    It lies beside it as `.tmp_<name>`; what a killed process left there is cleared. `folder` does not exist
+    It lies next to it as `.tmp_<name>`; what a killed process left there is cleared. `folder` does not exist
     or is empty.
 
     Raises BlockingIOError if another process is writing it, OSError.

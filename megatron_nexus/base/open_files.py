@@ -7,7 +7,7 @@ OTHER_FILES = 512
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit so that it can open `count` files or connections beside others."""
+    """Raise this process's limit so that it can open `count` more files or connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OTHER_FILES
     if hard != resource.RLIM_INFINITY:

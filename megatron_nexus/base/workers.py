@@ -1,6 +1,6 @@
 """Worker processes: a pool whose processes leave Ctrl-C to their parent and end with it, even by SIGKILL.
 
-fork         at once, with all that the parent has imported; not beside MPI or threads that hold locks
+fork         at once, with all that the parent has imported; not with MPI or threads that hold locks
 forkserver   forked off a server that starts early and imports what they need while the parent starts
 """
 

@@ -7,7 +7,7 @@ from megatron_nexus.checkpoint.chunks import full_box, split_box
 from megatron_nexus.checkpoint.store import StateReader
 
 READ_ELEMENTS = 1 << 22
-"""Elements read at a time, as float32, beside the tensor that they go to."""
+"""Elements read at a time, as float32, in addition to the tensor that they go to."""
 
 
 @torch.no_grad()

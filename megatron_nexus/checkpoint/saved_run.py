@@ -44,6 +44,6 @@ def saved_config(checkpoint: Location, manifest: Manifest) -> RunConfig:
     named = Path(config.data.tokenizer_model)
     moved = checkpoint.parent / TOKENIZER_FOLDER
     if named.name == TOKENIZER_FOLDER and not named.exists() and moved.is_dir():
-        # Imported with the model, it lies beside the checkpoint wherever both are now.
+        # Imported with the model, it lies next to the checkpoint wherever both are now.
         config = replace(config, data=replace(config.data, tokenizer_model=str(moved)))
     return config

@@ -54,7 +54,7 @@ class LocalFolder:
 
     @property
     def unfinished_name(self) -> str:
-        """The name beside it of the checkpoint that is to become this one."""
+        """The temporary name, in the same folder, of the checkpoint that becomes this one."""
         return f"{self.temporary}{self.path.name}"
 
     @property
@@ -62,7 +62,7 @@ class LocalFolder:
         return self.path.with_name(self.unfinished_name)
 
     def begin(self) -> None:
-        """Remove what crashed saves left beside this checkpoint, and create a folder for it."""
+        """Remove what crashed saves left next to this checkpoint, and create a folder for it."""
         root = self.path.parent
         root.mkdir(parents=True, exist_ok=True)
         for folder in root.glob(f"{self.replaced}{CHECKPOINT}*"):

@@ -2,7 +2,7 @@
 
 Every rank streams the chunks it owns into a temporary folder; when all have succeeded rank 0 writes the
 index and the manifest, renames the folder and replaces `latest`. Files are written by one thread of each
-rank; the ranks agree in their main threads only, so that no collective runs beside those of the training.
+rank; the ranks agree in their main threads only, so that no collective overlaps those of the training.
 """
 
 import json

@@ -51,7 +51,7 @@ def make_parser() -> FlagParser:
         "advise",
         "RUN [flags]",
         description=(
-            "Say whether to grow a run now, later or never, or that this cannot be told, with the reasons, "
+            "Say whether to grow a run now, later or never, or that this is unknown, with the reasons, "
             "and what would be saved, at equal FLOPs with those of the base included."
         ),
     )

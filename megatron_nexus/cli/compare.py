@@ -115,7 +115,7 @@ def run(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Side:
-    """A side: its recording, or the flags of train that it is recorded with, and its ranks if told."""
+    """A side: its recording, or the flags of train that it is recorded with, and its ranks where given."""
 
     name: str
     recording: Path | None

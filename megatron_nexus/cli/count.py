@@ -1,4 +1,4 @@
-"""The verb `count`: what a model costs, beside what the paper prints of it.
+"""The verb `count`: what a model costs, compared with what the paper prints of it.
 
     nexus count --preset nexusformer-240m --tp 2 --zero-stage 1 --world-size 8
     nexus count --all
@@ -55,7 +55,7 @@ def make_parser() -> FlagParser:
     parser = FlagParser(
         "count",
         "[flags]",
-        description="True parameters, FLOPs per token and bytes per rank of a model, beside what the paper "
+        description="True parameters, FLOPs per token and bytes per rank of a model, against what the paper "
         "prints of it. Takes the flags of `nexus train`: --preset, --config or --load name a model; sizes "
         "such as --nexus-m change it; --tp, --pp, --zero-stage and --precision lay it on ranks; attention is "
         "counted over --seq-length.",

@@ -64,7 +64,7 @@ def make_parser() -> FlagParser:
     parser.add_argument(
         "--log-samples",
         action="store_true",
-        help="write prompt, answers and scores of each item beside --output, a file for each task",
+        help="write prompt, answers and scores of each item next to --output, a file for each task",
     )
     parser.add_argument(
         "--batch-size",
@@ -140,7 +140,7 @@ def run(argv: list[str]) -> None:
 
 
 def _samples_file(output: Path, task: str) -> Path:
-    """Return the file of a task's items: scores_samples_piqa.jsonl beside scores.json."""
+    """Return the file of a task's items: scores_samples_piqa.jsonl next to scores.json."""
     return output.with_name(f"{output.stem}_samples_{task.replace(os.sep, '_')}.jsonl")
 
 
@@ -197,7 +197,7 @@ def _require_tasks_for(given: argparse.Namespace) -> None:
             "one after the other"
         )
     if given.log_samples and given.output is None:
-        problems.append("--log-samples writes beside --output, and there is none: add --output scores.json")
+        problems.append("--log-samples writes next to --output, and there is none: add --output scores.json")
     problems += [
         f"--include-path {folder} is not a folder: give one that holds task files (YAML)"
         for folder in given.include_path

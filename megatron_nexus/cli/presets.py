@@ -79,7 +79,8 @@ def _purpose(family: str, size: str) -> str:
     if family in GROWING and size in GROWN:
         return "grown from 240m"
     return PURPOSES.get(
-        size, f"the paper's {size.upper()}" if family != "nexusformer-released" else "beside nexusformer-240m"
+        size,
+        f"the paper's {size.upper()}" if family != "nexusformer-released" else "compare nexusformer-240m",
     )
 
 

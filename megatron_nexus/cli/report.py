@@ -91,7 +91,7 @@ def run(argv: list[str]) -> None:
     log.logger.info("%d run%s: %s", len(runs), "s" * (len(runs) != 1), given.output)
     if given.every is None:
         return
-    log.logger.info("written anew every %d s; Ctrl-C ends it", given.every)
+    log.logger.info("rewritten every %d s; Ctrl-C ends it", given.every)
     with suppress(KeyboardInterrupt):
         while any(one.is_unfinished for one in runs):
             time.sleep(given.every)

@@ -93,7 +93,7 @@ def end_refused_rank(error: NexusError, world: World | None) -> NoReturn:
     """End the process of a rank that has found a mistake of the user before torch is imported.
 
     `world` None: it could not be read. Every rank finds the same, and one on each machine says it. Ranks of
-    other machines, which may find nothing wrong, are told that this one was refused.
+    other machines, which may find nothing wrong, are informed that this one was refused.
     """
     if world is None or world.local_rank == 0:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -32,7 +32,7 @@ def make_parser() -> FlagParser:
         "upcycle",
         "--load RUN --save FOLDER [flags]",
         description=(
-            "Give the linear Q, K and V projections of a trained model Nexus-Ranks beside them, or its "
+            "Give the linear Q, K and V projections of a trained model additional Nexus-Ranks, or its "
             "attention a higher order, or both, without changing its function. The source is never touched."
         ),
         argument_default=argparse.SUPPRESS,

@@ -44,7 +44,7 @@ def parse_blend(flag: str, words: Sequence[str]) -> tuple[Source, ...]:
         lonely = next((word for word in words if len(words) > 1 and _number(word) is not None), None)
         if lonely is not None:
             raise ConfigError(
-                f"{flag} {' '.join(words)}: the weight {lonely} has no prefix beside it: write 0.7 a 0.3 b"
+                f"{flag} {' '.join(words)}: the weight {lonely} has no prefix after it: write 0.7 a 0.3 b"
             )
         sources = [Source(Path(prefix), None) for prefix in words]
     prefixes = [source.prefix for source in sources]

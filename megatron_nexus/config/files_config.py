@@ -57,7 +57,7 @@ class CheckpointConfig:
     )
     save_interval: int = config_field(0, "steps between checkpoints; 0: only at the end and on Ctrl-C")
     async_save: bool = config_field(
-        False, "write the checkpoints of --save-interval beside the training, from a copy in host memory"
+        False, "write the checkpoints of --save-interval while training continues, from a copy in host memory"
     )
     keep_latest: int = config_field(0, "newest checkpoints to keep, older ones are deleted; 0: all are kept")
     keep_every: int = config_field(
@@ -122,7 +122,7 @@ class LoggingConfig:
     eval_tasks_limit: int = config_field(0, "items of each task, the first ones; 0: all")
     growth_metrics_interval: int = config_field(
         0,
-        "steps between growth metrics: gradients, updates, activations and ranks of new weights beside old "
+        "steps between growth metrics: gradients, updates, activations and ranks of new weights against old "
         "ones; 0: none",
     )
     tensorboard_dir: str = config_field("", "folder of TensorBoard event files; empty: none are written")

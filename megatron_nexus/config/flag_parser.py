@@ -48,16 +48,16 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError; what is wrong with one flag is followed by what that flag takes."""
         see_help = f"; see {self.prog} --help" if self.add_help else ""
-        _, _, told = message.partition("argument ")
-        action = self._option_string_actions.get(told.split("/")[0].split(":")[0])
+        _, _, text = message.partition("argument ")
+        action = self._option_string_actions.get(text.split("/")[0].split(":")[0])
         if action is None:
             raise ConfigError(f"{message}{see_help}")
-        if "choose from" in told:
-            raise ConfigError(told)
-        if "not allowed with" in told:
-            raise ConfigError(f"{told}: drop one of the two")
+        if "choose from" in text:
+            raise ConfigError(text)
+        if "not allowed with" in text:
+            raise ConfigError(f"{text}: drop one of the two")
         value = action.metavar or self._get_formatter()._get_default_metavar_for_optional(action)
-        raise ConfigError(f"{told}: give {action.option_strings[-1]} {value}{see_help}")
+        raise ConfigError(f"{text}: give {action.option_strings[-1]} {value}{see_help}")
 
     def parse_args(  # type: ignore[override]  # no namespace of the caller's
         self, args: Sequence[str] | None = None

@@ -1,4 +1,4 @@
-"""What the Nexusformer paper prints of its own models, where this project prints the true numbers beside it.
+"""What the Nexusformer paper prints of its own models; this project prints the true numbers next to it.
 
 Its sizes by name are `PAPER_SIZES`, its configurations are the presets but for the rows below.
 """

@@ -1,7 +1,7 @@
 """Named configurations: the sizes of the Nexusformer paper (Tables 6 and 7) and small ones of each family.
 
 A preset is a set of field values over the defaults of `run_config`; flags win over it. The paper's names
-do not follow from its own configurations: the true parameter count is printed beside the name.
+do not follow from its own configurations: the true parameter count is printed next to the name.
 """
 
 Value = int | float | str | bool | tuple[str, ...]

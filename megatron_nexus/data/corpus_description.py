@@ -1,4 +1,4 @@
-"""What is known of a tokenized corpus beyond its `.bin` and `.idx`: the `.json` beside them.
+"""What is known of a tokenized corpus beyond its `.bin` and `.idx`: the `.json` next to them.
 
 Corpora of Megatron-LM have none; everything works without it, and with it a wrong tokenizer is refused.
 """

@@ -1,6 +1,6 @@
 """Hugging Face tokenizers: a `tokenizer.json`, read by the package `tokenizers`.
 
-The file does not say which token ends a document. That stands beside it, in `tokenizer_config.json` or
+The file does not say which token ends a document. That stands next to it, in `tokenizer_config.json` or
 `special_tokens_map.json`; where neither names one, the one customary name among its special tokens is taken.
 
 The text of a document is only ever text: `<|endoftext|>` written in it is spelt out in ordinary tokens.
@@ -94,7 +94,7 @@ class HuggingFaceTokenizer(WithBos):
             raise DataError(
                 f"the tokenizer {self.model_path} does not say which token ends a document (it has "
                 f"{', '.join(ends) or 'none of the customary ones'}): put a tokenizer_config.json with an "
-                '"eos_token" beside it'
+                '"eos_token" next to it'
             )
         return int(special[ends[0]])
 

@@ -227,7 +227,7 @@ class IndexedDatasetWriter:
         self.prefix = prefix
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.description = ""
-        """Text of the `.json` beside the pair, set within the block; empty: none, an old one is removed."""
+        """Text of the `.json` next to the pair, set within the block; empty: none, an old one is removed."""
         assert self.dtype in CODES and self.dtype.kind != "f", f"{dtype} is not a type of token ids"
         self._lengths = array("i")
         self._in_draft = in_draft

@@ -87,7 +87,7 @@ class SentencePieceTokenizer(WithBos):
         self._blank_bytes = blank_bytes
 
     def _beginning_of_text(self) -> tuple[int | None, tuple[int, ...]]:
-        """Return the model's BOS piece; it begins documents where the file beside the model says so.
+        """Return the model's BOS piece; it begins documents where the file next to the model says so.
 
         A model of its own does not say whether: the file is `tokenizer_config.json`, as of a Llama's folder.
         """

@@ -1,4 +1,4 @@
-"""What a tokenizer does not keep: a text beside what its tokens give back."""
+"""What a tokenizer does not keep: a text compared with what its tokens decode to."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Special tokens by name, from the files that Hugging Face puts beside a tokenizer."""
+"""Special tokens by name, from the files that Hugging Face puts next to a tokenizer."""
 
 import copy
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def special_token(model_path: Path, name: str, files: Sequence[str]) -> tuple[st
 
 
 def tokenizer_settings(model_path: Path, file: str) -> dict[str, object]:
-    """Return what a file beside a tokenizer says; nothing where it does not exist. Raises DataError."""
+    """Return what a file next to a tokenizer says; nothing where it does not exist. Raises DataError."""
     path = model_path.with_name(file)
     try:
         found = parse_json(path.read_bytes())
@@ -55,7 +55,7 @@ class WithBos:
             if self.bos_id is None:
                 raise DataError(
                     f"documents are to begin with BOS, and the tokenizer {self.model_path} names no such "
-                    f'token: put a {TOKENIZER_CONFIG} with a "bos_token" that it has beside it, or '
+                    f'token: put a {TOKENIZER_CONFIG} with a "bos_token" that it has next to it, or '
                     "preprocess with --no-prepend-bos"
                 )
             changed.document_prefix = (self.bos_id,)

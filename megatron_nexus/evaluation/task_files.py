@@ -20,7 +20,7 @@ from megatron_nexus.extras import install_command
 PAPER_TASKS = ("piqa", "openbookqa", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks of the paper's Table 1."""
 
-# The text fields of each task's records; beside them stand the choices and the answer.
+# The text fields of each task's records; the choices and the answer are apart.
 _TEXTS = {
     "piqa": ("goal", "sol1", "sol2"),
     "openbookqa": ("question_stem",),

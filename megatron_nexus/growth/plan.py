@@ -22,7 +22,7 @@ from megatron_nexus.spec.shard import Box
 class TensorPlan:
     """A tensor of the larger model: its spec, what it was or is a copy of, its boxes.
 
-    One that is drawn anew has no `old`.
+    One that is initialised has no `old`.
     """
 
     spec: ParamSpec

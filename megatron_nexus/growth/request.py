@@ -101,7 +101,7 @@ def _depth_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthCo
     problems = []
     if growth.depth_init != GrowthConfig.depth_init and sizes.get("num_layers", 0) <= old.num_layers:
         problems.append(
-            f"--depth-init {growth.depth_init} is about new layers, and none are asked for beside the "
+            f"--depth-init {growth.depth_init} is about new layers, and none are requested besides the "
             f"checkpoint's {old.num_layers}: give a larger --num-layers, or drop the flag"
         )
     if growth.moments != GrowthConfig.moments and not sizes:
@@ -179,7 +179,7 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     if new.attention_order > old.attention_order:
         # Gates of zero: the function of order 1.
         new = replace(new, attention_inner=growth.attention_inner, attention_gate=True)
-    # The scale of a Pattention stays that of its birth, or is the root of its slots as it is.
+    # The scale of a Pattention stays that of its base size, or is the root of its slots as it is.
     keeps = growth.init != "random"
     if new.pattention_slots > old.pattention_slots:
         slots = old.attention_scale_slots * (2 if copies else 1)
@@ -205,7 +205,7 @@ def with_empty_branch(saved: RunConfig) -> RunConfig:
     if saved.model.projection != "linear":
         raise ConfigError(
             f"the checkpoint's projections are {saved.model.projection}, and only linear ones can be "
-            "given Nexus-Ranks beside them: enlarge those it has with "
+            "given additional Nexus-Ranks: enlarge those it has with "
             f"{command('grow')}"
         )
     model = replace(saved.model, projection="linear_nexus", nexus_m=0, nexus_a=0)

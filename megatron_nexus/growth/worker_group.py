@@ -114,13 +114,13 @@ def os_error_message(error: OSError) -> str:
 def make_worker_group(workers: int) -> WorkerGroup:
     """Return the group that this process belongs to.
 
-    Raises ConfigError: workers below 1, or beside mpirun, or mpirun without MPI.
+    Raises ConfigError: workers below 1, or together with mpirun, or mpirun without MPI.
     """
     comm = get_communicator(os.environ)
     if workers < 1:
         raise ConfigError(f"--workers {workers} must be positive: give 1 or more")
     if comm.size > 1 and workers > 1:
         raise ConfigError(
-            f"--workers {workers} beside {comm.size} started processes: drop one, both split the same work"
+            f"--workers {workers} under {comm.size} started processes: drop one, both split the same work"
         )
     return WorkerGroup(comm, workers)

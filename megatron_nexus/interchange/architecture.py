@@ -34,7 +34,7 @@ QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM")
 OLMO2 = Architecture("olmo2", "Olmo2ForCausalLM")
 SMOLLM3 = Architecture("smollm3", "SmolLM3ForCausalLM")
 STOCK = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, SMOLLM3)
-"""transformers' own, beside which each but Llama has one thing more: see `architecture_of`."""
+"""transformers' own; each but Llama has one more thing in addition: see `architecture_of`."""
 
 NEXUSFORMER_KEYS = {
     "attention_order": "attention_order",
@@ -64,7 +64,7 @@ NEXUSFORMER_KEYS = {
     "base_nexus_a": "base_nexus_a",
     "base_ffn_nexus_m": "base_ffn_nexus_m",
 }
-"""The keys that the `config.json` of a Nexusformer has beside a Llama's, and the fields of ModelConfig."""
+"""The keys that the `config.json` of a Nexusformer has besides a Llama's, and the fields of ModelConfig."""
 
 
 def architecture_of(model: ModelConfig, origin: str = "") -> Architecture:

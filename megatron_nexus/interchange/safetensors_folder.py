@@ -46,9 +46,9 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).is_file():
         held = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".gguf"))
-        beside = f", but {', '.join(held)}: pickles are never loaded" if held else ""
+        pickles = f", but {', '.join(held)}: pickles are never loaded" if held else ""
         raise CheckpointError(
-            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{beside}; give a folder with safetensors, "
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{pickles}; give a folder with safetensors, "
             "or a .gguf file"
         )
     places = _read_json(folder / INDEX_FILE).get("weight_map")

@@ -1,7 +1,7 @@
 """The tokenizer of an export: the files by which transformers gives the same ids as training did.
 
 A SentencePiece model becomes a `tokenizer.json`, which is compared with it on real text before it is kept;
-what has a `tokenizer.json` already is copied with the settings beside it.
+what has a `tokenizer.json` already is copied with the settings next to it.
 """
 
 import json
@@ -101,7 +101,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     Corpora that were tokenized by that model know it by its fingerprint. Raises OSError.
     """
     made = _is_conversion(source / JSON_NAME, source / MODEL_NAME)
-    # What begins a text stands beside the model.
+    # What begins a text stands next to the model.
     for name in (MODEL_NAME, CONFIG_NAME) if made else (JSON_NAME, *COMPANIONS):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -133,7 +133,7 @@ def _write_config(folder: Path, tokenizer: Tokenizer, tokens: dict[str, str], ma
 
 
 def _name_bos(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write the BOS token's name, or none, into the files beside a tokenizer.json."""
+    """Write the BOS token's name, or none, into the files next to a tokenizer.json."""
     for name in (CONFIG_NAME, SPECIAL_TOKENS_MAP):
         if not (folder / name).is_file():
             continue

@@ -6,7 +6,7 @@
     FOLDER/global_step40/zero/optimizer_state.pt              hyper-parameters of the groups
     FOLDER/global_step40/zero/<parameter>/fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt
 
-<parameter> is what the module that loads it calls a parameter. Beside a tensor stands the axis along which
+<parameter> is what the module that loads it calls a parameter. With a tensor goes the axis along which
 tensor-parallel ranks cut it, in equal parts and without padding: such widths must divide by their number, but
 for the vocabulary, which DeepSpeed pads. Its ZeRO 3 does not cut by tensor-parallel ranks, and hands one
 count of steps to all buffers, each of which advances it under torch's AdamW: give each state a copy then.

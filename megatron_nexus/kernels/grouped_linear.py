@@ -4,7 +4,7 @@
     grouped         y_g = x_g W_g^T      one batched product
 
 The weights stay tensors of their own. They are put together at each use, forward and backward, and not kept:
-a copy of a few MB beside products of thousands of rows. In backward of the first the G gradients of x are one
+a few MB copied for products of thousands of rows. In backward of the first the G gradients of x are one
 product, which sums them in float32; of separate maps each is rounded to the type of x before the sum.
 
 G maps, k inputs and n outputs of each.

@@ -2,7 +2,7 @@
 
 Positions [B, T] count each token's place in its document from 0, so a 0 is where a document begins; what
 a sample holds of a document that began before it counts from 0 too. They are all that pipeline stages
-send each other beside the activations.
+send each other with the activations.
 
 T tokens, B batch.
 """

@@ -8,7 +8,7 @@ slot more rescales all others. Here tau is that of the n that the model was born
 
 **Growth.** A new slot with zero keys has A = 0: the norm stays, gelu(0) = 0, the function stays. With random
 values a gradient reaches its keys, through gelu'(0) = 1/2, and after their first step its values: exactly
-one zero factor, `out_rand`. Random keys beside zero values, `in_rand`, enter the norm at once and so change
+one zero factor, `out_rand`. Random keys with zero values, `in_rand`, enter the norm at once and so change
 every other slot's share, which is why it is refused. Padding is a slot whose values are zero too: inert.
 
 **Over t tensor-parallel ranks** slots or output columns can be split. f = (t - 1) / t; elements moved per

@@ -91,7 +91,7 @@ class LinearProjections(SpecModule):
 
 
 class BranchedProjections(nn.Module):
-    """A matrix for each projection, and a Nexus-Rank beside it."""
+    """A matrix for each projection, and a Nexus-Rank in addition."""
 
     def __init__(
         self, model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: LayerContext

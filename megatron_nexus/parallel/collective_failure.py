@@ -57,11 +57,11 @@ def describe_collective_failure(error: BaseException, rank: int) -> str:
         type(error).__name__.startswith("Dist") or _OF_COLLECTIVES.search(text)
     ):
         return ""
-    told = next((sentence for pattern, sentence in _CAUSES if re.search(pattern, text)), _LOST)
+    description = next((sentence for pattern, sentence in _CAUSES if re.search(pattern, text)), _LOST)
     prefix = next((os.environ[name] for name in TRACE_PREFIX if os.environ.get(name)), "")
     if prefix and "nccl" in text.lower():
-        told += f"; after a time-out {prefix}* have the last collectives of each rank"
-    return f"rank {rank} on {socket.gethostname()} {told} ({_reason(text)})"
+        description += f"; after a time-out {prefix}* have the last collectives of each rank"
+    return f"rank {rank} on {socket.gethostname()} {description} ({_reason(text)})"
 
 
 def _reason(text: str) -> str:

@@ -3,7 +3,7 @@
 A thread of each rank reads the rank's own beacon (`parallel/beacon.py`) and nothing else while all goes well:
 a step costs a few writes to memory, no message and no synchronisation. A rank whose beacon has not moved for
 most of the time-out puts its place and Python stack into the ranks' store, over a connection of its own. At
-the time-out the first of them is the judge: it reads what all have put there. To blame is a rank that has put
+the time-out the first of them reports: it reads what all have put there. To blame is a rank that has put
 nothing there, because it is stopped, killed or cut off; else the one that is furthest behind and not in a
 collective. The ranks that wait for it are its victims: they stand further on, in a collective.
 """
@@ -32,7 +32,7 @@ from megatron_nexus.parallel.rendezvous import store_prefix
 from megatron_nexus.parallel.world import World
 
 SPEAKS_AT = 0.8
-"""Of the time-out: when a rank says where it stands, so that the judge finds all of them."""
+"""Of the time-out: when a rank says where it stands, so that the report has all of them."""
 OF_LONGEST_STEP = 3.0
 POLL_S, STORE_S, VERDICT_S, LEAVES_S, LOST_S = 1.0, 5.0, 20.0, 1.0, 3.0
 STACK_FILE = "stacks_rank_{:05d}.txt"
@@ -108,10 +108,10 @@ class RankWatch:
         try:
             yield
         except RuntimeError as error:
-            told = describe_collective_failure(error, self._world.rank)
-            if not told:
+            description = describe_collective_failure(error, self._world.rank)
+            if not description:
                 raise
-            raise RestartError(self._name_lost(told)) from error
+            raise RestartError(self._name_lost(description)) from error
 
     # The thread.
 
@@ -136,7 +136,7 @@ class RankWatch:
                     self._speak(place, age_s)
                 self._look_around(place)
                 if age_s > self._limit_s(place):
-                    self._judge(place)
+                    self._report(place)
             except RuntimeError:
                 # Rank 0 serves the store, or the launcher does.
                 if age_s > self._limit_s(place):
@@ -159,7 +159,7 @@ class RankWatch:
         elif time.monotonic() - self._gone_since > BREAKS_S:
             # gloo has broken the connections long ago; NCCL may wait for ever.
             self._leaving.set()
-            if self._store.add("judge", 1) == 1:
+            if self._store.add("reporter", 1) == 1:
                 self._say(f"{said}; rank {self._world.rank} on {self._host} waits in {place}; {_REMEDY}")
             self._leave()
 
@@ -187,15 +187,15 @@ class RankWatch:
         )
         self._store.set(self._key(self._world.rank), json.dumps(asdict(report)))
 
-    def _judge(self, place: Place) -> None:
-        """Be the judge, or wait for the judge's verdict and leave. Raises RuntimeError without a store."""
+    def _report(self, place: Place) -> None:
+        """Report, or wait for the report of another and leave. Raises RuntimeError without a store."""
         store = self._store
-        if store.add("judge", 1) > 1:
+        if store.add("reporter", 1) > 1:
             deadline = time.monotonic() + VERDICT_S
             while time.monotonic() < deadline and self._beacon.read()[0] == place:
                 if store.has("verdict"):
                     self._leave()
-                if not store.has("judge"):
+                if not store.has("reporter"):
                     return
                 time.sleep(0.2)
             return
@@ -203,7 +203,7 @@ class RankWatch:
         lost = [rank for rank in range(self._world.size) if rank not in reports]
         behind = [] if lost else self._furthest_behind(reports)
         if behind and any(_may_stay(reports[rank]) for rank in behind):
-            store.delete("judge")  # a long evaluation, or a save: it says so when its time is up
+            store.delete("reporter")  # a long evaluation, or a save: it says so when its time is up
             return
         self._leaving.set()
         self._say(self._verdict(place, reports, lost or behind))
@@ -308,8 +308,8 @@ class RankWatch:
 
     # What both need.
 
-    def _name_lost(self, told: str) -> str:
-        """Return `told`, and which rank is gone where one of its machine has said so."""
+    def _name_lost(self, description: str) -> str:
+        """Return `description`, and which rank is gone where one of its machine has said so."""
         named, deadline = "", time.monotonic() + LOST_S
         with suppress(RuntimeError):
             store = self._store
@@ -323,7 +323,7 @@ class RankWatch:
                     named = store.get("gone")
                 else:
                     time.sleep(0.1)
-        where = f"in {self._beacon.read()[0]}, {told}; {_REMEDY}"
+        where = f"in {self._beacon.read()[0]}, {description}; {_REMEDY}"
         return f"{named}; {where}" if named else where
 
     def _host_of(self, rank: int) -> str:

@@ -47,9 +47,9 @@ def refuse(world: World, message: str) -> None:
     if world.size == world.local_size or world.launcher in _ENDS_ALL_RANKS:
         return
     timeout = timedelta(seconds=REFUSED_WAITS_S)
-    told = f"rank {world.rank} on {socket.gethostname()} was refused: {message}"
+    refusal = f"rank {world.rank} on {socket.gethostname()} was refused: {message}"
     with suppress(ConfigError, RuntimeError):
-        _meet(world, _store(world, timeout), told, timeout)
+        _meet(world, _store(world, timeout), refusal, timeout)
 
 
 def store_prefix() -> str:

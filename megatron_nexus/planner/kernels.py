@@ -70,7 +70,7 @@ class Operation:
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 NO_KERNEL = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
-# They touch the rows that they are told of, not the table.
+# They touch the rows that they are given, not the table.
 ROWS = ("embedding", "gather", "index", "scatter_add_", "index_select")
 
 

@@ -1,6 +1,6 @@
 """Predicted seconds of an optimizer step: the kernels of the traced model on a device, and what is around.
 
-    step = (m + pp - 1) x (the dearest stage's micro-batch + its sends) + data-parallel traffic + optimizer
+    step = (m + pp - 1) x (the slowest stage's micro-batch + its sends) + data-parallel traffic + optimizer
 
 m micro-batches. A micro-batch takes as long as its kernels on the device, or as the host needs to launch
 them. A prediction, not measured: docs/planning.md says what it rests on.
@@ -80,10 +80,10 @@ def step_time(config: RunConfig, world_size: int, device: Device, work: Work | N
     work = work or traced_work(config)
     micro_batches, copies = config.accumulation_steps(world_size), config.data_parallel_size(world_size)
     stages = [_micro_batch(config, layers, roofline, work) for layers in stage_ranges(config)]
-    dearest = max((spent for spent, _ in stages), key=lambda spent: sum(spent.values()))
+    slowest = max((spent for spent, _ in stages), key=lambda spent: sum(spent.values()))
     size = max((size for _, size in stages), key=lambda size: size.elements)
-    micro_batch_s = sum(dearest.values())
-    seconds = {cause: micro_batches * one for cause, one in dearest.items()}
+    micro_batch_s = sum(slowest.values())
+    seconds = {cause: micro_batches * one for cause, one in slowest.items()}
     if pp > 1:
         # Activations one way and their gradient the other.
         sent = 2 * stage_shape(config, range(2), "cuda").output_bytes

@@ -20,9 +20,9 @@ class Traffic:
     exposed: float
     """While nothing is computed."""
     beside_all: float
-    """Beside the forward and backward passes of all micro-batches."""
+    """Overlapping the forward and backward passes of all micro-batches."""
     beside_last_backward: float
-    """Beside the last micro-batch's backward pass alone."""
+    """Overlapping the last micro-batch's backward pass alone."""
     messages: int
 
 
@@ -36,7 +36,7 @@ class StageSize:
 
 
 HIDDEN_BY_ZERO_3 = 0.5
-"""Of ZeRO 3's traffic, that is sent beside computation: a guess, its prefetching is not modelled."""
+"""Of ZeRO 3's traffic, that overlaps computation: a guess, its prefetching is not modelled."""
 
 
 def data_parallel_traffic(config: RunConfig, world_size: int, size: StageSize) -> Traffic:
@@ -53,7 +53,7 @@ def data_parallel_traffic(config: RunConfig, world_size: int, size: StageSize) -
     share = (copies - 1) / copies * size.elements
     weights = width * share
     if stage == 3:
-        # Weights are gathered in forward and in backward, gradients reduce-scattered, beside both.
+        # Weights are gathered in forward and in backward, gradients reduce-scattered, overlapping both.
         sent = micro_batches * (2 * weights + summed * share)
         hidden = HIDDEN_BY_ZERO_3 * sent
         return Traffic(sent - hidden, hidden, 0.0, micro_batches * 3 * size.tensors)

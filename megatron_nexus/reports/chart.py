@@ -177,7 +177,7 @@ def _curve(one: Series, places: Points, points: Points, x: Axis, y: Axis) -> Ite
 
 
 def legend(series: Sequence[Series]) -> str:
-    """Return the names of curves beside their colours; "" of a single one."""
+    """Return the names of curves with their colours; "" of a single one."""
     seen = {one.name: one for one in series}
     if len(seen) < 2:
         return ""

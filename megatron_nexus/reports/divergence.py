@@ -44,7 +44,7 @@ TOKENS_PER_PASS = 2048
 
 @dataclass(frozen=True)
 class Divergence:
-    """A checkpoint beside the parent at the growth: nats per token, and the standard error."""
+    """A checkpoint compared with the parent at the growth: nats per token, and the standard error."""
 
     run: str
     of: str

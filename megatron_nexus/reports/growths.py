@@ -1,4 +1,4 @@
-"""What a growth did to a run: the seam, the gap to the continued parent, new weights beside old ones."""
+"""What a growth did to a run: the seam, the gap to the continued parent, new weights against old ones."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -33,7 +33,7 @@ def paragraph(text: str) -> str:
 
 
 def charts(*figures: str) -> str:
-    """Return figures beside one another, as many as fit."""
+    """Return figures next to each other, as many as fit."""
     content = "".join(figures)
     return f'<div class="charts">{content}</div>' if content else ""
 

@@ -207,7 +207,7 @@ def grown_boxes(
 ) -> list[FilledBox]:
     """Return the boxes that make up the tensor `new`, which was `old`.
 
-    `split_share`: of the outgoing weights of an old unit, beside a copy of it.
+    `split_share`: of the outgoing weights of an old unit, next to a copy of it.
     """
     axes = zip(old.axes, new.axes, new.growth_roles, strict=True)
     rows = [_runs(before, after, flow, init) for before, after, flow in axes]

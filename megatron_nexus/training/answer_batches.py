@@ -1,4 +1,4 @@
-"""Micro-batches of answers: tokens, and what the losses of unlearning need beside logits.
+"""Micro-batches of answers: tokens, and what the losses of unlearning need besides logits.
 
 B micro batch, T sequence length, V the part of the vocabulary on this rank.
 """

@@ -1,4 +1,4 @@
-"""Several runs beside each other: their losses in one picture and one table, read from their metrics.
+"""Several runs compared: their losses in one picture and one table, read from their metrics.
 
 Made for runs that begin where another ended: one that was grown, moved to another topology, or given another
 schedule. Runs that begin from the same checkpoint read the same samples, so that their first losses are

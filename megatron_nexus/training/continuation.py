@@ -1,4 +1,4 @@
-"""What a run takes over from the checkpoint that it continues, beside the engine's tensors."""
+"""What a run takes over from the checkpoint that it continues, besides the engine's tensors."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -34,7 +34,7 @@ class EffectiveTime:
     start_up_s: float
     """From the start of the process to the first step: imports, data, model, loading; and compilation."""
     checkpoint_s: float
-    """While training waited for a save; what a save writes beside the training is not counted."""
+    """While training waited for a save; what an asynchronous save writes is not counted."""
     evaluation_s: float
     """Validations, tests, tasks, growth metrics."""
     lost_s: float

@@ -105,7 +105,7 @@ def _zero3_init(config: Json, grid: Grid) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pipeline_module_on(grid: Grid) -> Iterator[None]:
-    """Have a PipelineModule take `grid` for its own: it can only be told a topology, and makes N groups."""
+    """Have a PipelineModule take `grid` for its own: it only takes a topology, and makes N groups."""
     makes_its_own = pipe_module.PipelineParallelGrid
     pipe_module.PipelineParallelGrid = lambda process_group, topology: grid
     try:
@@ -295,7 +295,7 @@ class Engine:
     def undo_counters(self, before: EngineRecord) -> None:
         """Make the engine ready to compute a step again that was not made; a collective call.
 
-        The model's weights are cast from the master weights anew: its own may be what was wrong.
+        The model's weights are cast from the master weights again: its own may be what was wrong.
         """
         self.state.counters = before
         self.state.refresh_model()

@@ -22,7 +22,7 @@ from megatron_nexus.checkpoint.manifest import GrownRegion
 from megatron_nexus.training.zero_state import ZeroState, memory_address
 
 VISIBLE = 2.0**-25
-"""beta^k below this is lost beside 1 in float32."""
+"""beta^k below this is lost when subtracted from 1 in float32."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Growth metrics: how the new elements and units of a grown model fare beside the old ones, by tensor.
+"""Growth metrics: the new elements and units of a grown model compared with the old ones, by tensor.
 
 Every --growth-metrics-interval steps, at any topology and ZeRO stage, equal to those of one process up to the
 order of sums. New is what the latest growth added, as the checkpoint's lineage says; without a growth there

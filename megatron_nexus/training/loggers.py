@@ -1,4 +1,4 @@
-"""Loggers: where a run's numbers go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow. On rank 0.
+"""Loggers: where a run's numbers go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow. On rank 0.
 
 A run that is resumed in its --save folder goes on under the identifiers that it has in LOGGED_RUNS_FILE.
 """

@@ -78,7 +78,7 @@ def set_environment(config: RunConfig) -> None:
 def set_trace_prefix(run_dir: Path) -> None:
     """Have NCCL's flight recorder write into the folder of the run, unless the user has said where.
 
-    It reads this when it writes for the first time; before, rank 0 has not told the others the folder.
+    It reads this when it writes for the first time; before, rank 0 has not broadcast the folder.
     """
     if not set(TRACE_PREFIX) & os.environ.keys():
         os.environ.update(dict.fromkeys(TRACE_PREFIX, str(run_dir.absolute() / "nccl_trace_rank_")))

@@ -96,7 +96,7 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class GrowthMetrics:
-    """Numbers of each tensor at a step, old elements beside new: `training.growth_metrics` says which."""
+    """Numbers of each tensor at a step, old elements and new: `training.growth_metrics` says which."""
 
     step: int
     seconds: float

@@ -1,4 +1,4 @@
-"""Pipeline phases: what a rank does in a step of DeepSpeed's PipelineEngine, told to its beacon."""
+"""Pipeline phases: what a rank does in a step of DeepSpeed's PipelineEngine, reported to its beacon."""
 
 from collections.abc import Callable
 from typing import Any, Protocol

@@ -3,7 +3,7 @@
 Data-parallel ranks hold the same weights at ZeRO 0 to 2, tensor-parallel ranks the same norm gains. A copy
 that differs comes from a fault of a memory, a link or a kernel, and nothing else would tell: every rank goes
 on, with gradients of another model. Weights are compared by CRC-32 on the host. Which of two data-parallel
-copies is wrong is found by casting and gathering the master weights anew: it is the one that this changes.
+copies is wrong is found by casting and gathering the master weights again: it is the one that this changes.
 """
 
 import json
@@ -57,10 +57,10 @@ def diverged_ranks(engine: Engine, mesh: Mesh) -> dict[int, str]:
 
 def diverged_error(step: int, found: dict[int, str]) -> RestartError:
     """Return the error of ranks whose weights differ."""
-    told = "; ".join(f"rank {rank} on {text}" for rank, text in found.items())
+    wrong = "; ".join(f"rank {rank} on {text}" for rank, text in found.items())
     return RestartError(
         f"before step {step} weights differ from those of their replicas "
-        f"(--check-weight-hash-across-dp-replicas-interval): {told}: a memory, a link or a kernel fails: "
+        f"(--check-weight-hash-across-dp-replicas-interval): {wrong}: a memory, a link or a kernel fails: "
         f"take that machine out of the job; exit code {EXIT_CODE_RESTART}: start the same command again, "
         "with --load auto"
     )

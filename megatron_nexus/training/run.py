@@ -265,5 +265,5 @@ def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Location | None) -> 
 
 
 def _run_dir(save: Location) -> Path:
-    """Where a run's configuration, metrics and lock lie: beside its checkpoints, or on this disk."""
+    """Where a run's configuration, metrics and lock lie: next to its checkpoints, or on this disk."""
     return save if isinstance(save, Path) else Path("runs") / save.key.replace("/", "-")

@@ -1,4 +1,4 @@
-"""Run times: what a run records of its time beside the steps, in `run_times.jsonl`. Written by rank 0.
+"""Run times: what a run records of its time outside the steps, in `run_times.jsonl`. Written by rank 0.
 
     {"what": "start", "time": ...}                       a process of the run has started
     {"what": "training", "time": ...}                    its first step begins

@@ -76,7 +76,7 @@ class PhaseClock:
         del self._stamps[:-1]
 
     def reset(self) -> None:
-        """Begin to sum anew."""
+        """Reset the sums."""
         self.seconds = dict.fromkeys(Phase, 0.0)
 
     def _now(self) -> Stamp:
@@ -99,7 +99,7 @@ class StepTimes(Hook):
     """Shares the times of all ranks at --log-interval: names a straggler, and logs --timing-log-level."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, beacon: Beacon, hooks: Sequence[Hook]) -> None:
-        """Watch the marks of `beacon`; `hooks` are told the times."""
+        """Watch the marks of `beacon`; `hooks` receive the times."""
         self._config, self._mesh, self._beacon, self._hooks = config, mesh, beacon, hooks
         self._clock = PhaseClock(mesh.device.type)
         self._names = _LEVELS[self._config.logging.timing_log_level]
@@ -171,7 +171,7 @@ class StepTimes(Hook):
 
 
 def straggler(busy_s: Sequence[float], stages: int, threshold: float) -> tuple[int, float] | None:
-    """Return the rank that computes longest beside its stage, and the median there; None: none does.
+    """Return the rank that computes longest within its stage, and the median there; None: none does.
 
     That is `threshold` times the median or more. Stages differ in their work, so they are not compared.
     """

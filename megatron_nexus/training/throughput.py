@@ -7,7 +7,7 @@ from megatron_nexus.training.peak_flops import peak_flops_per_s
 
 
 class Throughput:
-    """The FLOP/s of a run beside those of a matrix product on all ranks, and the peak where it is known."""
+    """The FLOP/s of a run and those of a matrix product on all ranks, and the peak where it is known."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, flops_per_token: int, gemm_flops_per_s: float) -> None:
         self._flops_per_token, self._gemm_flops_per_s = flops_per_token, gemm_flops_per_s

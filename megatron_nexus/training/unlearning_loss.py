@@ -33,7 +33,7 @@ from megatron_nexus.parallel.cross_entropy import (
 
 
 class AnswerTargets(NamedTuple):
-    """What the loss of a micro-batch needs beside its logits."""
+    """What the loss of a micro-batch needs besides its logits."""
 
     labels_BT: Tensor
     """The token to predict at each place of the answer, IGNORED_LABEL elsewhere."""

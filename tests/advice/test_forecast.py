@@ -10,7 +10,7 @@ from megatron_nexus.advice.forecast import Forecast, Interval, Plan, forecast
 from megatron_nexus.advice.limits import limits, stack_tokens
 from megatron_nexus.advice.loss_law import DRAWS, LossLaw
 from megatron_nexus.advice.phase import Phase, Position, position_of, schedule_of
-from megatron_nexus.advice.verdict import Answer, judge, overall
+from megatron_nexus.advice.verdict import Answer, decide, overall
 from megatron_nexus.config.command_line import build
 
 ONES, NONE = np.ones(DRAWS), np.zeros(DRAWS)
@@ -47,9 +47,9 @@ def test_it_is_time_to_grow_where_the_small_model_is_slower_at_the_same_loss() -
     plan = Plan(6e10, FLAT, NOW)
     near_its_floor = forecast(law(2.9, 40), law(2.2, 150), (small, target), plan, ONES)
     assert near_its_floor.gain.low > 0 and near_its_floor.best_tokens == NOW.tokens
-    assert judge(near_its_floor, STABLE, "").answer is Answer.NOW
+    assert decide(near_its_floor, STABLE, "").answer is Answer.NOW
     useless = forecast(law(2.5, 100), law(2.5, 300), (small, target), plan, ONES)
-    assert judge(useless, STABLE, "").answer is Answer.NEVER
+    assert decide(useless, STABLE, "").answer is Answer.NEVER
 
 
 def test_what_a_run_cost_before_it_grew_is_left_to_all_alternatives() -> None:
@@ -103,17 +103,17 @@ FOUND = Forecast(
     ],
 )
 def test_answers_follow_from_the_intervals(changes: dict[str, Interval], answer: Answer, said: str) -> None:
-    verdict = judge(replace(FOUND, **changes), STABLE, "")
+    verdict = decide(replace(FOUND, **changes), STABLE, "")
     assert verdict.answer is answer and said in verdict.reasons[0]
 
 
 def test_a_decay_makes_now_later_and_names_a_checkpoint_and_nothing_known_cannot_tell() -> None:
-    verdict = judge(FOUND, Position(Phase.DECAY, "cosine", 0), "runs/a/iter_5")
+    verdict = decide(FOUND, Position(Phase.DECAY, "cosine", 0), "runs/a/iter_5")
     assert verdict.answer is Answer.LATER and "runs/a/iter_5" in verdict.reasons[0]
-    early = judge(FOUND, Position(Phase.WARMUP, "cosine", 0), "")
+    early = decide(FOUND, Position(Phase.WARMUP, "cosine", 0), "")
     assert "--lr-decay-style WSD" in early.reasons[0] and "wait" not in early.reasons[0]
-    assert judge(None, STABLE, "").answer is Answer.UNKNOWN
-    verdicts = {"a": judge(None, STABLE, ""), "b": judge(FOUND, STABLE, ""), "c": judge(FOUND, STABLE, "")}
+    assert decide(None, STABLE, "").answer is Answer.UNKNOWN
+    verdicts = {"a": decide(None, STABLE, ""), "b": decide(FOUND, STABLE, ""), "c": decide(FOUND, STABLE, "")}
     assert overall(verdicts, {"b": 0.1, "c": 0.2}) == (Answer.NOW, "c")
 
 

@@ -32,7 +32,7 @@ def test_recipes_are_all_choices_of_the_code_that_make_a_difference(tmp_path: Pa
     assert inits | {"as asked for", "moments=reset"} <= widths  # in_rand is what was asked for
     assert not any("depth" in name for name in widths)  # which no width depends on
     depth = {r.name for r in recipes(saved, read_request("num_layers=4"))}
-    # What does nothing alone is tried beside what it needs: another place beside layers that are not stacked.
+    # What does nothing alone is tried with what it needs: another place with layers that are not stacked.
     assert {"depth_init=copy", "depth_init=copy depth_placement=end", "moments=kept"} <= depth
     assert "depth_placement=end" not in depth
     asked = recipes(saved, read_request("num_layers=4 depth_init=copy"))[0]

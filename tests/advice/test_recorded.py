@@ -30,7 +30,7 @@ def test_what_came_out_is_in_the_intervals_of_the_runs_that_the_page_shows(
     assert advice.forecast.trained_on.low <= case.trained_on <= advice.forecast.trained_on.high
 
 
-def test_no_recorded_growth_is_judged_against_what_came_out(
+def test_no_recorded_growth_has_the_opposite_advice_of_its_result(
     runs: list[Recorded], found: dict[str, Case]
 ) -> None:
     for case in found.values():

@@ -73,16 +73,16 @@ def test_a_cycle_is_found_and_noise_and_walks_are_not_taken_for_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "series", "told"),
+    ("times", "series", "expected"),
     [
         (TIMES[:5], [0.1, 0.2, 0.1, 0.3, 0.2], "5 points, and it needs 6"),
         (TIMES, [0.01 * i for i in range(16)], "16 points that lie on a line"),
         (TIMES, [0.0] * 16, "16 points that lie on a line"),
     ],
 )
-def test_what_cannot_be_fitted_is_said(times: list[float], series: list[float], told: str) -> None:
+def test_what_cannot_be_fitted_is_said(times: list[float], series: list[float], expected: str) -> None:
     for fit in (fit_cycle(times, series, 0), fisher_g(times, series, 0)):
-        assert isinstance(fit, str) and told in fit
+        assert isinstance(fit, str) and expected in fit
 
 
 def test_fisher_s_g_needs_even_steps_and_the_harmonic_does_not() -> None:

@@ -49,9 +49,9 @@ def test_without_flock_work_goes_on_and_one_warning_says_so(
     for _ in range(2):
         with dir_lock(tmp_path):
             assert (tmp_path / LOCK_FILE).exists()
-    told = console.readouterr().out
-    assert told.count("warning: ") == 1
-    assert f"{tmp_path} is on a file system without file locks (flock: {os.strerror(number)})" in told
+    text = console.readouterr().out
+    assert text.count("warning: ") == 1
+    assert f"{tmp_path} is on a file system without file locks (flock: {os.strerror(number)})" in text
     assert LocalFolder(checkpoint).delete()
     assert not checkpoint.exists()
     assert not (tmp_path / LOCK_FILE).exists()

@@ -13,7 +13,7 @@ DIGITS = "1" * 5000
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
@@ -27,8 +27,8 @@ DIGITS = "1" * 5000
         ("", "Expecting"),
     ],
 )
-def test_a_text_that_cannot_be_used_is_a_value_error(text: str | bytes, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_a_text_that_cannot_be_used_is_a_value_error(text: str | bytes, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         parse_json(text)
 
 

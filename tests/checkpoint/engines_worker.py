@@ -232,7 +232,7 @@ class Run:
 def resume_exactly(base: Mesh, kind: Kind, folder: Path) -> dict[str, object]:
     """Train 6 steps, saving at 0, 3 and 6; in a new engine go on from 3, save, then start again from 0.
 
-    The save at 3 goes on beside the training.
+    The save at 3 is asynchronous.
     """
     run = Run(base, kind)
     optimizer = run.engine.optimizer

@@ -26,7 +26,7 @@ EDGE, STRIDE = 24, 13
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A sound checkpoint and one of format version 2, each with an older one beside it."""
+    """A sound checkpoint and one of format version 2, each next to an older one."""
     root = tmp_path_factory.mktemp("damage")
     for name in ("new", "old"):
         write(root / name, 1)

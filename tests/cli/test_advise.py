@@ -85,9 +85,9 @@ def test_where_nothing_is_known_it_says_so_and_its_pilots_can_be_started(
 ) -> None:
     monkeypatch.chdir(folder)
     run(["small/iter_0000200"])
-    told = console.readouterr().out
-    assert "answer: cannot tell" in told
-    pilots = re.findall(r"pilot, [\d.e+]+ FLOPs.*?: (.*)", told)
+    output = console.readouterr().out
+    assert "answer: cannot tell" in output
+    pilots = re.findall(r"pilot, [\d.e+]+ FLOPs.*?: (.*)", output)
     assert len(pilots) == 4  # depth, D, M and A, FFN
     for command in pilots:
         words = shlex.split(command)
@@ -110,7 +110,7 @@ def test_the_command_of_a_growth_that_pays_can_be_started(
 
 
 @pytest.mark.parametrize(
-    ("words", "kind", "told"),
+    ("words", "kind", "expected"),
     [
         ("nowhere", CheckpointError, "nowhere: no such folder"),
         ("short", ConfigError, "short has 3 losses after its first third, 6 are needed: train it on"),
@@ -128,8 +128,8 @@ def test_the_command_of_a_growth_that_pays_can_be_started(
     ],
 )
 def test_bad_input_is_answered_at_once(
-    words: str, kind: type[NexusError], told: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, kind: type[NexusError], expected: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    with pytest.raises(kind, match=re.escape(told)):
+    with pytest.raises(kind, match=re.escape(expected)):
         run(words.split())

@@ -147,7 +147,7 @@ def test_weights_that_are_not_finite_are_answered(folder: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("words", "kind", "told"),
+    ("words", "kind", "message"),
     [
         ("base", ConfigError, "base has never grown"),
         ("nowhere", CheckpointError, "nowhere: no such folder"),
@@ -164,10 +164,10 @@ def test_weights_that_are_not_finite_are_answered(folder: Path, monkeypatch: pyt
     ],
 )
 def test_bad_input_is_answered_at_once(
-    words: str, kind: type[NexusError], told: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, kind: type[NexusError], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    with pytest.raises(kind, match=re.escape(told)):
+    with pytest.raises(kind, match=re.escape(message)):
         run(words.split())
 
 

@@ -72,14 +72,14 @@ def test_a_run_goes_on_from_its_checkpoint_on_its_mesh(command: Command) -> None
 
 
 def test_wrong_words_are_refused_before_anything_is_started(command: Command) -> None:
-    for words, told in {
+    for words, expected in {
         "--b '--tpp 2'": ("unknown flag --tpp", "did you mean --tp?"),
         "a b c": ("3 runs were given", "compare two"),
         "--record x --a '--tp 2'": ("--record records one side", "drop"),
         "--steps 0": ("--steps", "above 0"),
     }.items():
         code, output = compare(command, words)
-        assert_refused(code, output, "ConfigError", *told)
+        assert_refused(code, output, "ConfigError", *expected)
         assert "recording" not in output or "--record" in words
     code, output = compare(command, "nowhere elsewhere")
     assert_refused(code, output, "CheckpointError", "nowhere")

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command's main in `folder`: its exit code, what it told."""
+    """Run the command's main in `folder`: its exit code, what it printed."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(folder)
 
@@ -43,8 +43,8 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFi
         monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words.split()])
         with pytest.raises(SystemExit) as ended:
             main("convert")
-        told = console.readouterr()
-        return int(ended.value.code or 0), told.out + told.err
+        printed = console.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
 
     yield run
     signal.signal(signal.SIGTERM, before)
@@ -60,8 +60,8 @@ def test_a_plain_file_holds_every_tensor_by_its_logical_name(
 ) -> None:
     monkeypatch.setattr(safetensors_writer, "BLOCK_ELEMENTS", block)
     before = contents(folder / "old")
-    code, told = run("--load old --save new --moments")
-    assert code == 0, told
+    code, output = run("--load old --save new --moments")
+    assert code == 0, output
     for state, file in (("fp32", "model"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
         found = load_file(folder / "new" / f"{file}.safetensors")
         expected = checkpoints.tensors(folder / "old" / "iter_0000040", state)
@@ -72,8 +72,8 @@ def test_a_plain_file_holds_every_tensor_by_its_logical_name(
 
 
 def test_bf16_is_the_nearest_and_the_header_tells_the_model(run: Run, folder: Path) -> None:
-    code, told = run("--load old/iter_0000040 --save deep/er/new --dtype bf16 --names names.json")
-    assert code == 0, told
+    code, output = run("--load old/iter_0000040 --save deep/er/new --dtype bf16 --names names.json")
+    assert code == 0, output
     path = folder / "deep" / "er" / "new" / "model.safetensors"
     found = load_file(path)
     assert "head.weight" not in found
@@ -89,7 +89,7 @@ def test_bf16_is_the_nearest_and_the_header_tells_the_model(run: Run, folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--load nowhere --save new", ["nowhere: no such folder"]),
         ("--load old --save old", ["old holds files", "nothing is ever overwritten"]),
@@ -108,19 +108,19 @@ def test_bf16_is_the_nearest_and_the_header_tells_the_model(run: Run, folder: Pa
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(
-    words: str, told: list[str], run: Run, folder: Path
+    words: str, expected: list[str], run: Run, folder: Path
 ) -> None:
     before = contents(folder)
     code, output = run(words)
     assert code == 2, output
-    assert all(part in output for part in told), output
+    assert all(part in output for part in expected), output
     assert "Traceback" not in output
     assert contents(folder) == before
     assert sorted(path.name for path in folder.iterdir()) == ["names.json", "old"]
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "expected"),
     [
         (["head.weight"], "is not a JSON object"),
         ({"heat.weight": "x"}, "'heat.weight', which is not a parameter"),
@@ -129,11 +129,11 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
         ({"head.weight": "embedding.weight"}, "calls embedding.weight and head.weight"),
     ],
 )
-def test_wrong_names_are_told(names: object, told: str, run: Run, folder: Path) -> None:
+def test_wrong_names_are_refused(names: object, expected: str, run: Run, folder: Path) -> None:
     (folder / "names.json").write_text(json.dumps(names))
     code, output = run("--load old --save new --format universal --names names.json")
     assert code == 2, output
-    assert told in output
+    assert expected in output
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "universal"])

@@ -81,9 +81,11 @@ def test_every_preset_has_a_row_and_the_paper_s_other_sizes_one_of_their_own() -
 
 
 def test_flags_change_sizes_and_lay_the_model_on_ranks() -> None:
-    told = "\n".join(count(shlex.split("--preset nexusformer-240m --nexus-m 1088 --nexus-a 1228 --tp 2")))
-    assert told.startswith("nexusformer-240m, resized: 225,003,264 parameters\n"), "another model has no name"
-    assert "tensor 2 x pipeline 1 x data 1, ZeRO 1" in told
+    output = "\n".join(count(shlex.split("--preset nexusformer-240m --nexus-m 1088 --nexus-a 1228 --tp 2")))
+    assert output.startswith("nexusformer-240m, resized: 225,003,264 parameters\n"), (
+        "another model has no name"
+    )
+    assert "tensor 2 x pipeline 1 x data 1, ZeRO 1" in output
     halves = json.loads("\n".join(count(["--tp", "2", "--pp", "2", "--json"])))
     assert len(halves["bytes_per_rank_of_each_stage"]) == 2
 
@@ -98,7 +100,7 @@ def test_a_checkpoint_is_counted_and_nothing_is_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--all --preset qwen3-tiny", "--all counts every preset: drop it, or drop --preset"),
         ("--preset nexusformer-240m --tp 5", "--tp 5 does not divide --num-attention-heads 12"),
@@ -106,8 +108,8 @@ def test_a_checkpoint_is_counted_and_nothing_is_started(tmp_path: Path) -> None:
         ("--tp 2 --world-size 3", "the world has 3 ranks"),
     ],
 )
-def test_wrong_flags_are_answered_as_a_run_answers(words: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_wrong_flags_are_answered_as_a_run_answers(words: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
         count(words.split())
 
 

@@ -35,7 +35,7 @@ def test_it_tells_what_a_checkpoint_holds_and_finds_it_sound(checkpoint: Path) -
     specs = read_manifest(checkpoint).specs
     count = parameter_count(specs.values())
     total = sum(path.stat().st_size for path in checkpoint.iterdir())
-    for told in (
+    for message in (
         f"{checkpoint}, format version",
         "step 40: 160 samples, 4,000 tokens, 1e+09 FLOPs",
         f"{count:,} parameters (true count)",
@@ -44,7 +44,7 @@ def test_it_tells_what_a_checkpoint_holds_and_finds_it_sound(checkpoint: Path) -
         f"{total:,} bytes",
         *specs,
     ):
-        assert told in output, told
+        assert message in output, message
 
 
 def test_damage_ends_it_with_the_file_and_the_tensor(checkpoint: Path) -> None:

@@ -57,7 +57,7 @@ def test_it_starts_the_ranks_and_says_how_to_resume(command: Command, spawn: Spa
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--num_gpus 2 train --tp 3", "--tp 3 does not divide"),
         ("--num_gpus 2 evaluate", "launch ... train"),
@@ -65,10 +65,10 @@ def test_it_starts_the_ranks_and_says_how_to_resume(command: Command, spawn: Spa
     ],
 )
 def test_its_exit_code_is_that_of_the_run(
-    words: str, told: str, command: Command, spawn: Spawn, nexus: str
+    words: str, expected: str, command: Command, spawn: Spawn, nexus: str
 ) -> None:
     code, output = ended(spawn([nexus, "launch", *words.split()], command.folder))
-    assert code == 2 and told in output and "Traceback" not in output, output
+    assert code == 2 and expected in output and "Traceback" not in output, output
 
 
 def test_ctrl_c_waits_until_the_ranks_have_saved(command: Command, spawn: Spawn, nexus: str) -> None:

@@ -23,8 +23,8 @@ def call(
     monkeypatch.setattr(sys, "argv", ["/usr/bin/nexus", *words])
     with pytest.raises(SystemExit) as ended:
         main()
-    told = console.readouterr()
-    return int(ended.value.code or 0), told.out, told.err
+    output = console.readouterr()
+    return int(ended.value.code or 0), output.out, output.err
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["--local_rank=0", "--help"]])

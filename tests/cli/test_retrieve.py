@@ -77,7 +77,7 @@ def test_a_search_that_was_killed_goes_on_bit_for_bit(folder: Path, spawn: Spawn
     assert files(folder / "resumed") == files(folder / "whole")
 
     # All sketches are there: other queries cost their own gradients, and what they belong to is checked.
-    for flags, told in (
+    for flags, expected in (
         ("--load other", ["kept", "checkpoint", "give another folder"]),
         ("--seed 7", ["seed 1,234, not 7"]),
         ("--sketch-size 128", ["sketch_size 256, not 128"]),
@@ -85,7 +85,7 @@ def test_a_search_that_was_killed_goes_on_bit_for_bit(folder: Path, spawn: Spawn
         ("--corpus q.jsonl --forget 1 --retain 1", ["corpus", "samples 300, not 2"]),
     ):
         code, output = run_tool(spawn, folder, TOOL, f"{words} {flags}")
-        assert_refused(code, output, "ConfigError", *told)
+        assert_refused(code, output, "ConfigError", *expected)
     (folder / "kept" / SHARDS[1]).write_bytes(b"short")
     code, output = run_tool(spawn, folder, TOOL, words)
     assert_refused(code, output, "DataError", SHARDS[1], "has 5 bytes", "remove it")
@@ -107,7 +107,7 @@ def test_a_corpus_of_documents_is_searched_by_two_ranks(folder: Path, spawn: Spa
 
 
 @pytest.mark.parametrize(
-    ("flags", "kind", "told"),
+    ("flags", "kind", "expected"),
     [
         ("--corpus nowhere.jsonl", "DataError", ["nowhere.jsonl", "No such file"]),
         ("--corpus nowhere", "DataError", ["nowhere.idx", "give .jsonl"]),
@@ -128,8 +128,8 @@ def test_a_corpus_of_documents_is_searched_by_two_ranks(folder: Path, spawn: Spa
     ],
 )
 def test_mistakes_are_answered_before_torch(
-    flags: str, kind: str, told: list[str], folder: Path, spawn: Spawn
+    flags: str, kind: str, expected: list[str], folder: Path, spawn: Spawn
 ) -> None:
     code, output = run_tool(spawn, folder, TOOL, f"{FLAGS} --output refused {flags}")
-    assert_refused(code, output, kind, *told)
+    assert_refused(code, output, kind, *expected)
     assert "importing torch" not in output and not (folder / "refused").exists()

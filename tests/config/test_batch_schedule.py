@@ -33,7 +33,7 @@ def test_steps_and_samples_are_those_of_walking_there(ramp: BatchSchedule, consu
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("4 4", "--rampup-batch-size 4 4 is not three whole numbers"),
         ("4 -4 9", "is not three whole numbers"),
@@ -43,6 +43,6 @@ def test_steps_and_samples_are_those_of_walking_there(ramp: BatchSchedule, consu
         ("2 4 9", "2 and steps of 4 do not reach .* such as 6"),
     ],
 )
-def test_a_ramp_that_does_not_reach_the_batch_is_refused(words: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_ramp_that_does_not_reach_the_batch_is_refused(words: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         batch_schedule(words.split(), 8)

@@ -115,7 +115,7 @@ def test_the_launcher_s_local_rank_is_accepted_and_is_no_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("--learning-rate 1", ["unknown flag --learning-rate"]),
         ("--tensor-parallel-size 2", ["--tensor-parallel-size: did you mean --tensor-model-parallel-size?"]),
@@ -135,9 +135,9 @@ def test_the_launcher_s_local_rank_is_accepted_and_is_no_field() -> None:
         ("--nexus-inner-norm=yes", ["--nexus-inner-norm", "'yes'"]),
     ],
 )
-def test_what_cannot_be_read_is_named_with_the_nearest_remedy(words: str, told: list[str]) -> None:
+def test_what_cannot_be_read_is_named_with_the_nearest_remedy(words: str, message: list[str]) -> None:
     text = complaint(*words.split())
-    assert all(part in text for part in told), text
+    assert all(part in text for part in message), text
 
 
 def test_a_flag_is_never_guessed_from_its_beginning() -> None:

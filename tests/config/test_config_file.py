@@ -1,4 +1,4 @@
-"""A configuration file sets what flags set, loses against them, and is told what is wrong with it."""
+"""A configuration file sets what flags set, loses against them, and has its mistakes named."""
 
 import dataclasses
 import re
@@ -122,11 +122,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG)
-def test_what_a_file_gets_wrong_is_named_with_its_place(tmp_path: Path, text: str, told: list[str]) -> None:
+@pytest.mark.parametrize(("text", "expected"), WRONG)
+def test_what_a_file_gets_wrong_is_named_with_its_place(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
     with pytest.raises(ConfigError) as caught:
         read_config_file(write(tmp_path, text))
-    assert all(part in str(caught.value) for part in told), caught.value
+    assert all(part in str(caught.value) for part in expected), caught.value
     assert "run.yaml" in str(caught.value)
 
 

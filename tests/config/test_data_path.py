@@ -29,9 +29,9 @@ def test_a_blend_is_its_corpora_and_weights(words: str, expected: list[tuple[str
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        ("0.7 a b", "the weight 0.7 has no prefix beside it"),
+        ("0.7 a b", "the weight 0.7 has no prefix after it"),
         ("0.7 a x b", "the weight 'x' of b is not a finite number above 0"),
         ("0.7 a 0 b", "the weight '0' of b"),
         ("0.7 a -1 b", "the weight '-1' of b"),
@@ -46,10 +46,10 @@ def test_a_blend_is_its_corpora_and_weights(words: str, expected: list[tuple[str
         ("a a", "names a twice"),
     ],
 )
-def test_words_that_are_no_blend_are_refused(words: str, told: str) -> None:
+def test_words_that_are_no_blend_are_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_blend("--data-path", words.split())
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_sets_have_names_or_are_one_blend() -> None:
@@ -63,8 +63,8 @@ def test_sets_have_names_or_are_one_blend() -> None:
     }
     # A slash before the sign: no name, a folder.
     assert list(parse_sets("--valid-data-path", "validation", ["/data/k=v/a"])) == ["validation"]
-    for words, told in {"web=a b": "'b' has no name", "web=a web=b": "two sets 'web'"}.items():
-        with pytest.raises(ConfigError, match=told):
+    for words, message in {"web=a b": "'b' has no name", "web=a web=b": "two sets 'web'"}.items():
+        with pytest.raises(ConfigError, match=message):
             parse_sets("--valid-data-path", "validation", words.split())
 
 
@@ -102,4 +102,4 @@ def test_flags_that_contradict_each_other_are_refused(words: str, problems: list
     with pytest.raises(ConfigError) as caught:
         check(build(given_flags(words.split())), 1)
     assert len(caught.value.problems) == len(problems)
-    assert all(told in problem for told, problem in zip(problems, caught.value.problems, strict=True))
+    assert all(message in problem for message, problem in zip(problems, caught.value.problems, strict=True))

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told follows from the run's own configuration."""
+"""DeepSpeed's configuration follows from the run's own."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ def test_there_is_always_a_master_copy_so_stage_0_is_served_as_1(asked: int, ser
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_gradients_accumulate_in_fp32_whatever_the_precision(precision: str) -> None:
-    told = deepspeed_config(build(given_flags([f"--{precision}"])), 1)
-    bf16 = told["bf16"]
+    settings = deepspeed_config(build(given_flags([f"--{precision}"])), 1)
+    bf16 = settings["bf16"]
     assert isinstance(bf16, dict) and bf16["enabled"] is (precision == "bf16")
-    assert told["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert told["communication_data_type"] == "fp32"
-    assert "fp16" not in told
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["communication_data_type"] == "fp32"
+    assert "fp16" not in settings
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -54,17 +54,17 @@ def test_the_global_batch_is_micro_batch_times_copies_times_steps(
     config = build(given_flags(["--global-batch-size", "32", "--micro-batch-size", "8", *words.split()]))
     check(config, world_size)
     assert config.data_parallel_size(world_size) == data
-    told = deepspeed_config(config, world_size)
-    assert told["gradient_accumulation_steps"] == config.accumulation_steps(world_size) == steps
-    micro = told["train_micro_batch_size_per_gpu"]
+    settings = deepspeed_config(config, world_size)
+    assert settings["gradient_accumulation_steps"] == config.accumulation_steps(world_size) == steps
+    micro = settings["train_micro_batch_size_per_gpu"]
     assert isinstance(micro, int)
-    assert told["train_batch_size"] == config.training.global_batch_size == micro * data * steps
+    assert settings["train_batch_size"] == config.training.global_batch_size == micro * data * steps
 
 
 def test_clipping_is_passed_on_and_all_of_it_is_json() -> None:
-    told = deepspeed_config(build(given_flags(["--clip-grad", "0.25"])), 1)
-    assert told["gradient_clipping"] == 0.25
-    assert json.loads(json.dumps(told)) == told
+    settings = deepspeed_config(build(given_flags(["--clip-grad", "0.25"])), 1)
+    assert settings["gradient_clipping"] == 0.25
+    assert json.loads(json.dumps(settings)) == settings
 
 
 def merged(folder: Path, given: object, *words: str) -> Json:
@@ -102,7 +102,7 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ({"train_batch_size": 7}, ["train_batch_size is 7", "make it 32", "--global-batch-size"]),
         ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage is 3", "make it 1", "--zero-stage"]),
@@ -128,11 +128,11 @@ def test_a_file_sets_what_is_deepspeed_s_own_and_may_repeat_what_the_flags_say(t
     ],
 )
 def test_what_a_file_may_not_set_is_named_with_both_values(
-    tmp_path: Path, given: object, told: list[str]
+    tmp_path: Path, given: object, expected: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         merged(tmp_path, given)
-    assert all(part in str(caught.value) for part in told), caught.value
+    assert all(part in str(caught.value) for part in expected), caught.value
 
 
 def test_a_missing_file_is_named() -> None:

@@ -15,7 +15,7 @@ def test_a_name_with_numbers_over_it_or_numbers_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("h10", ["h10", "h100 is the nearest", "memory=GiB"]),
         ("", ["--device ''"]),
@@ -31,10 +31,10 @@ def test_a_name_with_numbers_over_it_or_numbers_alone() -> None:
         ("h100,speed=3,memory=x", ["speed=", "memory=x"]),
     ],
 )
-def test_every_problem_of_a_device_is_told(text: str, told: list[str]) -> None:
+def test_every_problem_of_a_device_is_named(text: str, expected: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_device(text)
-    assert all(part in str(caught.value) for part in told), caught.value
+    assert all(part in str(caught.value) for part in expected), caught.value
 
 
 def test_what_torch_calls_a_device_is_found_by_its_most_specific_name() -> None:

@@ -33,20 +33,20 @@ def test_another_word_is_refused_with_one_that_is_right(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "zero_stage", "told"),
+    ("word", "zero_stage", "expected"),
     [
         ("nan@3,rank=2", 1, "--inject nan@3,rank=2: the world has 2 ranks: give a rank from 0 to 1"),
         ("bit_flip@3", 3, "at --zero-stage 3 no rank holds a whole weight: use --zero-stage 0 to 2"),
         ("nan@11", 1, "--inject nan@11,rank=0: the run ends at step 10: give a step up to that"),
     ],
 )
-def test_a_fault_that_cannot_happen_is_refused(word: str, zero_stage: int, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_fault_that_cannot_happen_is_refused(word: str, zero_stage: int, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         check_faults(parse_faults([word]), 2, zero_stage, 10)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--profile-step-start 5 --profile-step-end 5", "--profile-step-end 5 .*: give more than 5"),
         ("--profile-step-end 102", "--profile-step-end 102: the run ends at step 100: give at most 101"),
@@ -54,8 +54,8 @@ def test_a_fault_that_cannot_happen_is_refused(word: str, zero_stage: int, told:
         ("--profile-ranks first", "--profile-ranks first: .* give numbers from 0 to 1"),
     ],
 )
-def test_what_cannot_be_profiled_is_refused(words: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_profiled_is_refused(words: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         check(build(given_flags(["--profile", *words.split()])), 2)
     check(build(given_flags(words.split())), 2)
 

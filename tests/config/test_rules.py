@@ -105,13 +105,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "world_size", "told"), REFUSED)
+@pytest.mark.parametrize(("words", "world_size", "expected"), REFUSED)
 def test_a_broken_rule_is_told_with_value_rule_and_remedy(
-    words: str, world_size: int, told: list[str]
+    words: str, world_size: int, expected: list[str]
 ) -> None:
     found = problems(words, world_size)
     assert len(found) == 1, found
-    assert all(part in found[0] for part in told), found[0]
+    assert all(part in found[0] for part in expected), found[0]
 
 
 def test_every_number_is_checked_against_the_bounds_of_its_field() -> None:

@@ -34,7 +34,7 @@ BOS = "<s>"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json that puts BOS before texts, with its settings beside it; and texts."""
+    """A tokenizer.json that puts BOS before texts, with its settings next to it; and texts."""
     folder = tmp_path_factory.mktemp("bos")
     template = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
     train(folder / "tokenizer", [END, BOS], post_processor=template)
@@ -92,8 +92,10 @@ def test_a_corpus_begins_its_documents_as_the_tokenizer_does_unless_told(folder:
         assert begins_with(IndexedDataset(prefix), 1) is begins
         assert find_problems(IndexedDataset(prefix), description, tokenizer) == []
         assert (description.lossless, description.unknown_share) == (True, 0.0)
-    told = dataclasses.replace(read_description(without), prepend_bos=True, bos_id=1)
-    assert "2 documents do not begin" in "".join(find_problems(IndexedDataset(without), told, tokenizer))
+    description = dataclasses.replace(read_description(without), prepend_bos=True, bos_id=1)
+    assert "2 documents do not begin" in "".join(
+        find_problems(IndexedDataset(without), description, tokenizer)
+    )
 
 
 def test_a_run_reads_the_decision_off_its_corpora_which_must_agree(folder: Path) -> None:
@@ -132,7 +134,9 @@ def test_a_sentencepiece_model_begins_documents_where_it_is_told(
 ) -> None:
     tokenizer = open_tokenizer(sentencepiece_model)
     assert (tokenizer.bos_id, tokenizer.document_prefix) == (1, ())
-    corpora = [write(folder, sentencepiece_model, f"spm-{told}", prepend_bos=told) for told in (None, True)]
+    corpora = [
+        write(folder, sentencepiece_model, f"spm-{prepend}", prepend_bos=prepend) for prepend in (None, True)
+    ]
     without, having = map(documents, corpora)
     assert having == [[1, *ids] for ids in without]
     config = sentencepiece_model.with_name("tokenizer_config.json")
@@ -154,9 +158,9 @@ def test_what_a_tokenizer_loses_is_told_and_kept(
 
     configure(is_main_rank=True)
     description = read_description(write(folder, sentencepiece_model, "lossy"))
-    told = console.readouterr().out
-    assert "loses text: 2 of 2 documents" in told and told.count("loses text") == 1
-    assert "'def f(x):\\n    if x:\\n        return  1\\n' -> 'def f(x): if x: return 1'" in told
+    output = console.readouterr().out
+    assert "loses text: 2 of 2 documents" in output and output.count("loses text") == 1
+    assert "'def f(x):\\n    if x:\\n        return  1\\n' -> 'def f(x): if x: return 1'" in output
     assert description is not None and description.lossless is False
     assert description.unknown_share is not None and 0 <= description.unknown_share < 1
     write(folder, folder / "tokenizer", "kept")

@@ -181,7 +181,7 @@ def test_a_column_that_is_no_text_is_answered_by_those_that_are_there(tmp_path: 
     )
     pq.write_table(table, tmp_path / "a.parquet")
     there = "only doc.text, doc.inner.n, digest"
-    for key, told in {
+    for key, message in {
         **{key: f"no column {key!r}, {there}" for key in ("doc", "doc.inner", "doc.nothing", "words")},
         "words.list.element": there,
         "doc.inner.n": "type INT64",
@@ -189,7 +189,7 @@ def test_a_column_that_is_no_text_is_answered_by_those_that_are_there(tmp_path: 
     }.items():
         with pytest.raises(ConfigError) as caught:
             read(tmp_path / "a.parquet", RecordFormat(key, "file"))
-        assert told in str(caught.value) and "--json-keys" in str(caught.value), key
+        assert message in str(caught.value) and "--json-keys" in str(caught.value), key
 
 
 def test_a_parquet_text_that_is_not_utf8_costs_nothing_but_itself(tmp_path: Path) -> None:

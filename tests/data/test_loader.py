@@ -92,6 +92,6 @@ def test_packed_batches_carry_positions(tmp_path: Path) -> None:
     windows = TokenWindows(dataset, split_documents(dataset, "1").train, SEQ_LENGTH, seed=7, vocab_size=60)
     (tokens_BT, positions_BT), labels_BT = next(micro_batches(windows, 0, 5, 5, 0, 1, packed=True))
     assert torch.equal(labels_BT, tokens_BT + 1)
-    # Documents are of three tokens; a window's first token counts from 0 whatever it is.
+    # Documents are of three tokens; a window's first token counts from 0 in any case.
     since_document, since_window = tokens_BT % 3, torch.arange(SEQ_LENGTH).expand(5, -1)
     assert torch.equal(positions_BT, torch.minimum(since_document, since_window))

@@ -333,7 +333,7 @@ def test_inputs_that_are_all_empty_are_refused(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected"),
     [
         (
             "in.jsonl",
@@ -346,12 +346,12 @@ def test_inputs_that_are_all_empty_are_refused(folder: Path, tmp_path: Path) -> 
     ],
 )
 def test_inputs_without_documents_are_refused(
-    folder: Path, tmp_path: Path, name: str, content: bytes, told: list[str]
+    folder: Path, tmp_path: Path, name: str, content: bytes, expected: list[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match="hold no document:") as caught:
         preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(tmp_path / name)]), SingleProcess())
-    assert all(part in str(caught.value) for part in told), caught.value
+    assert all(part in str(caught.value) for part in expected), caught.value
     assert ("--json-keys" in str(caught.value)) == (name == "in.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

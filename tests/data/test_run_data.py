@@ -34,7 +34,7 @@ print(len(run_data.datasets), run_data.training.sample(len(prefixes)).tolist())
 
 
 @pytest.mark.parametrize(
-    ("most", "told"),
+    ("most", "expected"),
     [
         (4096, f"{CORPORA} [0, 1, 2, 3, 4, 5, 6, 7, 8]"),
         (600, "cannot be opened (Too many open files): raise the limit"),
@@ -42,7 +42,7 @@ print(len(run_data.datasets), run_data.training.sample(len(prefixes)).tolist())
 )
 @pytest.mark.slow
 def test_a_blend_may_have_more_corpora_than_files_are_open_at_first(
-    tmp_path: Path, most: int, told: str
+    tmp_path: Path, most: int, expected: str
 ) -> None:
     for number in range(CORPORA):
         with IndexedDatasetWriter(tmp_path / f"c{number}", np.uint16) as writer:
@@ -56,7 +56,7 @@ def test_a_blend_may_have_more_corpora_than_files_are_open_at_first(
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (512, most)),
     )
-    assert told in done.stdout + done.stderr
+    assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -66,9 +66,9 @@ def test_parts_add_up_to_the_text_and_hold_whole_characters(
 def test_a_long_text_and_cut_off_characters_are_told_too(tokenizer: SentencePieceTokenizer) -> None:
     ids = tokenizer.encode("The old man paints the river at night. \U0001f680" * 9)[:-1]
     stream = TextStream(tokenizer, [tokenizer.eod_id])
-    told = "".join(map(stream.push, ids))
-    assert told + stream.finish() == tokenizer.decode(ids)
+    streamed = "".join(map(stream.push, ids))
+    assert streamed + stream.finish() == tokenizer.decode(ids)
     second_byte = tokenizer.encode("\U0001f680")[1]
     stream = TextStream(tokenizer, tokenizer.encode("She"))
-    told = "".join(stream.push(second_byte) for _ in range(9))
-    assert len(told) == 9 - 3, "characters that no later byte can complete do not wait"
+    streamed = "".join(stream.push(second_byte) for _ in range(9))
+    assert len(streamed) == 9 - 3, "characters that no later byte can complete do not wait"

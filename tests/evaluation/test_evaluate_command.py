@@ -105,7 +105,7 @@ def test_own_tasks_are_asked_with_examples_and_their_samples_are_written(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("--perplexity", "a.txt", "--num-fewshot", 2), "--num-fewshot 2 belongs to --tasks"),
         (("--tasks", "piqa", "--log-samples"), "add --output scores.json"),
@@ -124,7 +124,7 @@ def test_own_tasks_are_asked_with_examples_and_their_samples_are_written(
 )
 def test_mistakes_are_answered(
     words: tuple[str, ...],
-    told: str,
+    expected: str,
     run: tuple[Path, RunConfig],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,7 +138,7 @@ def test_mistakes_are_answered(
     (tmp_path / "tasks" / "hellaswag.jsonl").write_text("{}")
     code, _, err = call("evaluate", monkeypatch, console, "--load", run[0], *words)
     assert code == 2
-    assert told in err
+    assert expected in err
     assert "Traceback" not in err
 
 

@@ -43,7 +43,7 @@ def test_an_empty_prompt_begins_a_document(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("--load", "nowhere"), "CheckpointError: nowhere: no such folder"),
         (("--prompt", "\udcff"), "DataError: the prompt is not UTF-8 text"),
@@ -54,7 +54,7 @@ def test_an_empty_prompt_begins_a_document(
 )
 def test_mistakes_are_answered(
     words: tuple[str, str],
-    told: str,
+    expected: str,
     run: tuple[Path, RunConfig],
     monkeypatch: pytest.MonkeyPatch,
     console: Console,
@@ -62,5 +62,5 @@ def test_mistakes_are_answered(
     code, out, err = call("generate", monkeypatch, console, "--load", run[0], "--prompt", "x", *words)
     assert code == 2
     assert out == ""
-    assert told in err
+    assert expected in err
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""The harness asks our model: tasks from local files, and what it is told; generation up to a stop."""
+"""The harness asks our model: tasks from local files, and the answers it gets; generation up to a stop."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def log_p(loaded: LoadedModel, tokenizer: SentencePieceTokenizer, context: str, 
     return LocalScorer(loaded).score([request])[0].log_likelihood
 
 
-def test_a_task_from_a_file_is_judged_twice_alike(
+def test_a_task_from_a_file_scores_twice_alike(
     loaded: LoadedModel, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     folder = write_task_files(tmp_path)

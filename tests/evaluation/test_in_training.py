@@ -1,4 +1,4 @@
-"""Tasks evaluated by a run while it trains: what is told, recorded, and equal to its checkpoint's scores."""
+"""Tasks evaluated by a run while it trains: what is logged and recorded equals its checkpoint's scores."""
 
 import json
 import shlex
@@ -75,7 +75,7 @@ def test_a_run_tells_what_its_checkpoint_scores(folder: Path, spawn: Spawn) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "kind", "told"),
+    ("words", "kind", "expected"),
     [
         ("--eval-tasks winogrande", "ConfigError", "no local format is known for the task 'winogrande'"),
         ("--eval-task-path gone", "ConfigError", "has no file hellaswag.jsonl"),
@@ -85,8 +85,8 @@ def test_a_run_tells_what_its_checkpoint_scores(folder: Path, spawn: Spawn) -> N
     ],
 )
 def test_mistakes_are_answered_before_anything_starts(
-    words: str, kind: str, told: str, folder: Path, spawn: Spawn
+    words: str, kind: str, expected: str, folder: Path, spawn: Spawn
 ) -> None:
     code, output = train(f"--save run {words}", folder, spawn)
-    assert_refused(code, output, kind, told)
+    assert_refused(code, output, kind, expected)
     assert not (folder / "run").exists()

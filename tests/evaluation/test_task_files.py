@@ -32,7 +32,7 @@ def test_unknown_tasks_and_missing_files_are_told_together(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("task", "changes", "told"),
+    ("task", "changes", "expected"),
     [
         ("piqa", {"goal": None}, "has no text 'goal'"),
         ("piqa", {"label": 2}, "has the label 2, not 0 or 1"),
@@ -45,19 +45,19 @@ def test_unknown_tasks_and_missing_files_are_told_together(tmp_path: Path) -> No
     ],
 )
 def test_a_record_of_another_shape_is_named(
-    task: str, changes: dict[str, object], told: str, tmp_path: Path
+    task: str, changes: dict[str, object], expected: str, tmp_path: Path
 ) -> None:
     path = task_file(write_task_files(tmp_path), task)
     lines = path.read_text().splitlines()
     lines[4] = json.dumps({**json.loads(lines[4]), **changes})
     path.write_text("\n".join(lines))
-    with pytest.raises(DataError, match=rf"{task}\.jsonl:5 {told}"):
+    with pytest.raises(DataError, match=rf"{task}\.jsonl:5 {expected}"):
         read_task_file(path, task)
 
 
-@pytest.mark.parametrize(("text", "told"), [("", "has no records"), ("{", "is not JSON"), ("[1]", "no")])
-def test_a_file_of_another_kind_is_named(text: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "expected"), [("", "has no records"), ("{", "is not JSON"), ("[1]", "no")])
+def test_a_file_of_another_kind_is_named(text: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "piqa.jsonl"
     path.write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=expected):
         read_task_file(path, "piqa")

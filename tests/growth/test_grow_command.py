@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command's main in `folder`: its exit code, what it told."""
+    """Run the command's main in `folder`: its exit code, what it printed."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(folder)
 
@@ -51,8 +51,8 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFi
         monkeypatch.setattr(sys, "argv", ["tools/grow_sharded_checkpoint.py", *words.split()])
         with pytest.raises(SystemExit) as ended:
             main("grow")
-        told = console.readouterr()
-        return int(ended.value.code or 0), told.out + told.err
+        printed = console.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
 
     yield run
     signal.signal(signal.SIGTERM, before)
@@ -64,17 +64,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_it_grows_verifies_and_says_how_to_go_on(run: Run, folder: Path) -> None:
     before = contents(folder / "old")
-    code, told = run(
+    code, printed = run(
         "--load old --save new --nexus-m 20 --num-layers 3 --depth-init copy --vocab-size 40 --pp 2 --verify"
     )
-    assert code == 0, told
+    assert code == 0, printed
     # The inner norm would see what `in_rand` makes.
-    assert "new units                out_rand" in told
-    assert "new layers               copy, interleaved" in told
-    assert "nexus_m                  15 -> 20" in told
-    assert "verified in float64: logits moved by at most" in told
-    assert "new tokens raise the loss by" in told
-    assert "deepspeed --num_gpus 2 pretrain_nexus.py --tp 1 --pp 2 --load new" in told
+    assert "new units                out_rand" in printed
+    assert "new layers               copy, interleaved" in printed
+    assert "nexus_m                  15 -> 20" in printed
+    assert "verified in float64: logits moved by at most" in printed
+    assert "new tokens raise the loss by" in printed
+    assert "deepspeed --num_gpus 2 pretrain_nexus.py --tp 1 --pp 2 --load new" in printed
     assert contents(folder / "old") == before
     manifest = read_manifest(find_checkpoint(folder / "new"))
     assert manifest.lineage[-1]["verification"]["largest_error"] <= 1e-12
@@ -90,16 +90,16 @@ def test_it_grows_verifies_and_says_how_to_go_on(run: Run, folder: Path) -> None
     ],
 )
 def test_a_function_that_changed_is_not_called_verified(words: str, flag: str, run: Run) -> None:
-    code, told = run(f"--load old --save new {words} --verify")
-    assert code == 0, told
-    assert f"{flag} changes the function" in told
-    assert f"the function changed, as {flag} does: in float64 logits moved by at most" in told
-    assert "verified" not in told
-    assert ("--depth-init copy keeps it" in told) == (flag == "--depth-init stack")
+    code, printed = run(f"--load old --save new {words} --verify")
+    assert code == 0, printed
+    assert f"{flag} changes the function" in printed
+    assert f"the function changed, as {flag} does: in float64 logits moved by at most" in printed
+    assert "verified" not in printed
+    assert ("--depth-init copy keeps it" in printed) == (flag == "--depth-init stack")
 
 
 @pytest.mark.parametrize(
-    ("options", "steps", "told"),
+    ("options", "steps", "lost"),
     [
         ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20, "train_iters": 60}, (20, 40), None),
         (
@@ -117,15 +117,15 @@ def test_a_function_that_changed_is_not_called_verified(words: str, flag: str, r
     ],
 )
 def test_growing_a_decayed_run_says_what_it_costs_and_what_to_grow(
-    options: dict, steps: tuple[int, ...], told: str | None, run: Run, folder: Path
+    options: dict, steps: tuple[int, ...], lost: str | None, run: Run, folder: Path
 ) -> None:
     config = checkpoints.configure(**options)
     for step in steps:
         checkpoints.write_checkpoint(folder / "decayed", config, step=step)
     code, output = run("--load decayed --nexus-m 20 --dry-run")
     assert code == 0, output
-    assert ("13.7 % lost" in output) == (told is not None), output
-    assert told is None or f"lost: grow {told}" in output
+    assert ("13.7 % lost" in output) == (lost is not None), output
+    assert lost is None or f"lost: grow {lost}" in output
 
 
 @pytest.mark.parametrize("unit", ["iters", "samples"])
@@ -165,12 +165,12 @@ def test_a_disk_that_is_full_is_told_with_the_file_and_a_remedy(
     before, limits = contents(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))  # to the system a disk of files so small
     try:
-        code, told = run(f"--load old --save new --nexus-m 20 --workers {workers}")
+        code, printed = run(f"--load old --save new --nexus-m 20 --workers {workers}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 2, told
-    assert "/rank_00000.safetensors: File too large: make room, or save to another disk" in told
-    assert "Errno" not in told
+    assert code == 2, printed
+    assert "/rank_00000.safetensors: File too large: make room, or save to another disk" in printed
+    assert "Errno" not in printed
     assert contents(folder) == before
 
 
@@ -187,17 +187,17 @@ def test_the_file_is_named_where_a_piece_does_not_fit() -> None:
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
-    code, told = run("--load old --preset nexusformer-tiny --init zero --tp 2 --dry-run")
-    assert code == 0, told
-    assert "no gradient will ever reach the new blocks" in told
-    assert "head.weight" in told and "4096 x 128" in told
-    assert "layers.0.attention.q.w_m" in told and "kept 180, zero 20,300" in told
-    assert "training FLOPs per token" in told
+    code, printed = run("--load old --preset nexusformer-tiny --init zero --tp 2 --dry-run")
+    assert code == 0, printed
+    assert "no gradient will ever reach the new blocks" in printed
+    assert "head.weight" in printed and "4096 x 128" in printed
+    assert "layers.0.attention.q.w_m" in printed and "kept 180, zero 20,300" in printed
+    assert "training FLOPs per token" in printed
     assert [path.name for path in folder.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--nexus-m 14", ["--nexus-m 14 is below the checkpoint's 15", "never shrinks"]),
         ("--nexus-m 15", ["nexus_m 15: the checkpoint has these sizes already"]),
@@ -233,12 +233,12 @@ def test_a_dry_run_tells_all_and_writes_nothing(run: Run, folder: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(
-    words: str, told: list[str], run: Run, folder: Path
+    words: str, expected: list[str], run: Run, folder: Path
 ) -> None:
     before = contents(folder)
     code, output = run(f"--load old --save new {words}")
     assert code == 2, output
-    assert all(part in output for part in told), output
+    assert all(part in output for part in expected), output
     assert "Traceback" not in output
     assert contents(folder) == before
     assert not (folder / "new").exists()

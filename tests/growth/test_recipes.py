@@ -57,7 +57,7 @@ def test_new_layers_are_copies_of_old_ones(
                 zero = depth_init == "copy" and name.endswith(WRITERS)
                 assert np.array_equal(found, np.zeros_like(found) if zero else before[name]), (name, layer)
     manifest = read_manifest(made)
-    # What is copied goes on with the step count of its source; the rest begins anew.
+    # What is copied goes on with the step count of its source; the rest starts from zero.
     begun = {region.tensor for region in manifest.optimizer.grown_regions}
     names = [n for n in manifest.specs if n.startswith("layers.")]
     expected = {
@@ -181,7 +181,7 @@ def test_adam_parts_units_whose_outgoing_weights_have_opposite_signs_and_no_othe
 
 
 @pytest.mark.parametrize(
-    ("options", "sizes", "settings", "told"),
+    ("options", "sizes", "settings", "message"),
     [
         ({}, {"nexus_m": 31}, {"init": "split"}, ["--nexus-m 15", "up to 30"]),
         ({}, {"hidden_size": 20}, {"init": "split"}, ["--hidden-size 20", "give 24"]),
@@ -199,11 +199,11 @@ def test_adam_parts_units_whose_outgoing_weights_have_opposite_signs_and_no_othe
     ],
 )
 def test_what_a_division_cannot_keep_is_refused(
-    options: dict, sizes: dict[str, int], settings: dict, told: list[str]
+    options: dict, sizes: dict[str, int], settings: dict, message: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         plan_growth(checkpoints.configure(**options), GrowthRequest(sizes, GrowthConfig(**settings)))
-    assert all(part in str(caught.value) for part in told), caught.value
+    assert all(part in str(caught.value) for part in message), caught.value
 
 
 def test_a_size_that_is_no_number_is_told_without_a_command_that_does_not_exist() -> None:

@@ -112,33 +112,33 @@ def test_the_tool_writes_verifies_and_refuses(
         monkeypatch.setattr(sys, "argv", ["tools/upcycle_checkpoint.py", *words.split()])
         with pytest.raises(SystemExit) as ended:
             main("upcycle")
-        told = console.readouterr()
-        return int(ended.value.code or 0), told.out + told.err
+        output = console.readouterr()
+        return int(ended.value.code or 0), output.out + output.err
 
-    code, told = run("--load linear --save made --verify --workers 2")
-    assert code == 0, told
-    assert "verified in float64" in told
+    code, output = run("--load linear --save made --verify --workers 2")
+    assert code == 0, output
+    assert "verified in float64" in output
     config = RunConfig.from_dict(read_manifest(find_checkpoint(tmp_path / "made")).config)
     assert (config.model.nexus_m, config.model.nexus_a) == (15, 18)
-    code, told = run("--load made --save higher --attention-order 2 --verify --tp 2")
-    assert code == 2 and "--tp 2 does not divide --num-query-groups 1" in told, told
-    code, told = run("--load made --save higher --attention-order 2 --verify")
-    assert code == 0 and "verified in float64" in told, told
+    code, output = run("--load made --save higher --attention-order 2 --verify --tp 2")
+    assert code == 2 and "--tp 2 does not divide --num-query-groups 1" in output, output
+    code, output = run("--load made --save higher --attention-order 2 --verify")
+    assert code == 0 and "verified in float64" in output, output
     config = RunConfig.from_dict(read_manifest(find_checkpoint(tmp_path / "higher")).config)
     assert (config.model.attention_order, config.model.attention_inner) == (2, "self")
     assert (config.model.attention_gate, config.model.nexus_m) == (True, 15), "no branch was asked for"
-    code, told = run(
+    code, output = run(
         "--load linear --save both --attention-order 3 --attention-inner cross --nexus-m 16 --verify"
     )
-    assert code == 0 and "verified in float64" in told, told
+    assert code == 0 and "verified in float64" in output, output
     model = RunConfig.from_dict(read_manifest(find_checkpoint(tmp_path / "both")).config).model
     assert (model.projection, model.nexus_m, model.attention_order) == ("linear_nexus", 16, 3)
-    code, told = run("--load higher --save again --attention-order 3")
-    assert code == 2 and "only order 1 can be raised" in told, told
-    code, told = run("--load made --save again --attention-order 1")
-    assert code == 2 and "has these sizes already" in told, told
-    code, told = run("--load linear --save again --attention-inner cross")
-    assert code == 2 and "belongs to an --attention-order above the checkpoint's 1" in told, told
-    code, told = run("--load made --save again")
-    assert code == 2 and "tools/grow_sharded_checkpoint.py" in told, told
+    code, output = run("--load higher --save again --attention-order 3")
+    assert code == 2 and "only order 1 can be raised" in output, output
+    code, output = run("--load made --save again --attention-order 1")
+    assert code == 2 and "has these sizes already" in output, output
+    code, output = run("--load linear --save again --attention-inner cross")
+    assert code == 2 and "belongs to an --attention-order above the checkpoint's 1" in output, output
+    code, output = run("--load made --save again")
+    assert code == 2 and "tools/grow_sharded_checkpoint.py" in output, output
     assert not (tmp_path / "again").exists()

@@ -125,8 +125,8 @@ def _holder(name: str, known: Path) -> "subprocess.Popen[str]":
         text=True,
     )
     assert holder.stdout is not None
-    told = holder.stdout.readline()
-    assert told == "ready\n", f"{name}: {told}"
+    line = holder.stdout.readline()
+    assert line == "ready\n", f"{name}: {line}"
     return holder
 
 

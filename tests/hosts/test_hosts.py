@@ -70,9 +70,17 @@ def on_hosts(
             },
             "deepspeed": {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_SIZE": per_host},
         }[launcher]
-        told = [f"{name}={value}" for name, value in names.items()]
-        told += [f"MASTER_ADDR={hosts[0].name}", f"MASTER_PORT={port}"]
-        command = [WARM_PYTHON, ON_HOST, str(host.pid), *told, "pretrain_nexus.py", *SMALL, *words.split()]
+        variables = [f"{name}={value}" for name, value in names.items()]
+        variables += [f"MASTER_ADDR={hosts[0].name}", f"MASTER_PORT={port}"]
+        command = [
+            WARM_PYTHON,
+            ON_HOST,
+            str(host.pid),
+            *variables,
+            "pretrain_nexus.py",
+            *SMALL,
+            *words.split(),
+        ]
         started.append(spawn(command, folder))
     return started
 
@@ -175,6 +183,6 @@ def test_a_host_that_is_refused_keeps_none_waiting(
     output = programs[refused].output()
     assert codes == [EXIT_CODE_USER_ERROR] * 2, output
     assert_refused(codes[refused], output, "DataError", f"{folder.name}/corpus.idx")
-    told = f"rank {refused} on {hosts[refused].name} was refused: "
-    assert_refused(codes[1 - refused], programs[1 - refused].output(), "RefusedError", told)
+    expected = f"rank {refused} on {hosts[refused].name} was refused: "
+    assert_refused(codes[1 - refused], programs[1 - refused].output(), "RefusedError", expected)
     assert not (command.folder / "never").exists()

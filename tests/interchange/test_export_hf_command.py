@@ -123,7 +123,7 @@ def test_what_comes_back_knows_the_corpora_of_its_tokenizer(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--load {source}/run --output {source}/run", "holds files, and nothing is ever overwritten"),
         ("--load {source}/run --output {source}/run/iter_0000040/hf", "never touched"),
@@ -140,11 +140,11 @@ def test_mistakes_are_answered_and_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
     console: pytest.CaptureFixture[str],
     words: str,
-    told: str,
+    expected: str,
 ) -> None:
     code = export(monkeypatch, *words.format(source=source, new=tmp_path / "new").split())
     error = console.readouterr().err
-    assert code == 2 and told in error and "Traceback" not in error, error
+    assert code == 2 and expected in error and "Traceback" not in error, error
     assert list(tmp_path.iterdir()) == []
 
 

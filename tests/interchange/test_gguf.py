@@ -233,7 +233,7 @@ def test_sentencepiece_tokenizers_give_the_ids_of_the_original(documents: list[s
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"tokenizer.ggml.pre": "somebody"}, "cuts words as 'somebody' does"),
         ({"tokenizer.ggml.model": "bert"}, "is of the kind 'bert'"),
@@ -242,10 +242,10 @@ def test_sentencepiece_tokenizers_give_the_ids_of_the_original(documents: list[s
     ],
 )
 def test_a_tokenizer_that_is_not_known_is_refused(
-    change: dict[str, object], told: str, documents: list[str], tmp_path: Path
+    change: dict[str, object], message: str, documents: list[str], tmp_path: Path
 ) -> None:
     fields = tokenizer_fields(byte_level(documents[:5], [], VOCABULARY), "gpt-2")
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         write_gguf_tokenizer({**fields, **change}, tmp_path)
 
 
@@ -264,12 +264,12 @@ def test_an_alignment_that_is_not_a_power_of_two_is_refused(alignment: int, tmp_
 
 
 @pytest.mark.parametrize(
-    ("contents", "told"),
+    ("contents", "message"),
     [(b"no such thing", "is not a GGUF file"), (b"GGUF", "is not a GGUF file"), (None, "No such file")],
 )
 def test_a_file_that_is_none_is_refused(
     contents: bytes | None,
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     console: pytest.CaptureFixture[str],
@@ -281,5 +281,5 @@ def test_a_file_that_is_none_is_refused(
     with pytest.raises(SystemExit) as end:
         main("import")
     error = console.readouterr().err
-    assert end.value.code == 2 and told in error and "Traceback" not in error, error
+    assert end.value.code == 2 and message in error and "Traceback" not in error, error
     assert not (tmp_path / "run").exists()

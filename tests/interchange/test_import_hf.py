@@ -276,18 +276,18 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
 def test_what_this_decoder_does_not_compute_is_refused_with_the_reason(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
-    change, told = REFUSED[case]
+    change, message = REFUSED[case]
     random_model("llama").save_pretrained(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     code = run(monkeypatch, "--input", tmp_path / "hf", "--save", tmp_path / "run")
     error = console.readouterr().err
-    assert code == 2 and told in error and "Traceback" not in error, error
+    assert code == 2 and message in error and "Traceback" not in error, error
     assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B "),
         ("models/gone.gguf", "give a .gguf file"),
@@ -296,7 +296,7 @@ def test_what_this_decoder_does_not_compute_is_refused_with_the_reason(
 )
 def test_what_is_not_on_this_disk_is_answered_by_how_to_get_it(
     given: str,
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     console: pytest.CaptureFixture[str],
@@ -304,7 +304,7 @@ def test_what_is_not_on_this_disk_is_answered_by_how_to_get_it(
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "--input", given, "--save", "run") == 2
     error = console.readouterr().err
-    assert told in error and not list(tmp_path.iterdir()), error
+    assert message in error and not list(tmp_path.iterdir()), error
     if "hf download" in error:
         command = Path(sys.executable).with_name("hf")
         usage = subprocess.run([command, "download", "--help"], capture_output=True, text=True, check=True)
@@ -355,7 +355,7 @@ def break_config(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (break_extra, "q_proj.bias: in the files, not in the model"),
         (break_missing, "up_proj.weight: nothing in the files, 40 x 24 in the model"),
@@ -369,7 +369,7 @@ def break_config(folder: Path) -> None:
 )
 def test_damaged_files_are_named_and_nothing_is_left(
     damage: "object",
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     console: pytest.CaptureFixture[str],
@@ -378,6 +378,6 @@ def test_damaged_files_are_named_and_nothing_is_left(
     damage(tmp_path / "hf")
     code = run(monkeypatch, "--input", tmp_path / "hf", "--save", tmp_path / "run")
     error = console.readouterr().err
-    assert code == 2 and told in error and "Traceback" not in error, error
+    assert code == 2 and message in error and "Traceback" not in error, error
     assert "inv_freq" not in error, "old files of Llama hold it"
     assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]

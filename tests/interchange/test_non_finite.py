@@ -58,14 +58,14 @@ def run(
         monkeypatch.setattr(sys, "argv", ["nexus", *words.split()])
         with pytest.raises(SystemExit) as end:
             main(verb)
-        told = console.readouterr()
-        return int(end.value.code or 0), told.out + told.err
+        printed = console.readouterr()
+        return int(end.value.code or 0), printed.out + printed.err
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wrong", "told"),
+    ("dtype", "wrong", "expected"),
     [
         ("float32", {GAIN: [np.nan]}, f"{GAIN}: 1"),
         ("float16", {HEAD: [np.inf, 1.0, -np.inf]}, f"{HEAD}: 2"),
@@ -73,11 +73,15 @@ def run(
     ],
 )
 def test_an_import_is_refused_by_tensor_and_count(
-    dtype: str, wrong: dict[str, list[float]], told: str, tmp_path: Path, run: Callable[..., tuple[int, str]]
+    dtype: str,
+    wrong: dict[str, list[float]],
+    expected: str,
+    tmp_path: Path,
+    run: Callable[..., tuple[int, str]],
 ) -> None:
     write_source(tmp_path / "hf", dtype, wrong)
     code, output = run("import", "--input hf --save run")
-    assert code == 2 and told in output and "--allow-nonfinite" in output, output
+    assert code == 2 and expected in output and "--allow-nonfinite" in output, output
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

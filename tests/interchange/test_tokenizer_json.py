@@ -1,4 +1,4 @@
-"""A SentencePiece BPE and the tokenizer.json made of it give the same ids; what cannot be told is refused."""
+"""A SentencePiece BPE and the tokenizer.json made of it give the same ids; others are refused."""
 
 import io
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_of_models_with_other_settings(documents: list[str], tmp_path: Path, nam
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ({"model_type": "unigram"}, "is of the kind unigram"),
         ({"user_defined_symbols": ["def"]}, "adds a blank before a text and has user-defined pieces"),
@@ -82,10 +82,10 @@ def test_of_models_with_other_settings(documents: list[str], tmp_path: Path, nam
     ],
 )
 def test_what_cannot_be_told_is_refused(
-    documents: list[str], tmp_path: Path, settings: dict[str, object], told: str
+    documents: list[str], tmp_path: Path, settings: dict[str, object], expected: str
 ) -> None:
     model = read_sentencepiece_model(train(documents[:50], tmp_path / "spm.model", **settings))
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=expected):
         tokenizer_json(model)
 
 

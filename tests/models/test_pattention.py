@@ -1,4 +1,4 @@
-"""Pattention and the LayerNorm beside it where the float64 laws do not look: zeros, and half precision."""
+"""Pattention and its LayerNorm where the float64 laws do not look: zeros, and half precision."""
 
 import dataclasses
 

@@ -54,18 +54,18 @@ def compare(rank: int, size: int, tree: HostTree) -> None:
 
 
 def check_devices(rank: int, size: int, tree: HostTree) -> None:
-    """Ranks with devices of their own pass; where the last two share one, or kinds differ, all are told."""
+    """Ranks with devices of their own pass; where the last two share one, or kinds differ, all raise."""
     require_own_device(tree, "here", "cuda", f"GPU-{rank}")
-    for kind, uuid, told in (
+    for kind, uuid, message in (
         ("cuda", f"GPU-{min(rank, size - 2)}", f"ranks {size - 2}, {size - 1} on here share one device"),
         ("cpu" if rank == size - 1 else "cuda", f"GPU-{rank}", f"rank {size - 1} has cpu"),
     ):
         try:
             require_own_device(tree, "here", kind, uuid)
         except ConfigError as error:
-            assert told in str(error), error
+            assert message in str(error), error
         else:
-            raise AssertionError(told)
+            raise AssertionError(message)
 
 
 def main() -> None:

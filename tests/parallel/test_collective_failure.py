@@ -21,7 +21,7 @@ def no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told", "reason"),
+    ("error", "expected", "reason"),
     [
         (
             nccl("invalid usage", "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"),
@@ -82,11 +82,11 @@ def no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_failed_collective_is_one_line_with_reason_and_remedy(
-    error: RuntimeError, told: str, reason: str
+    error: RuntimeError, expected: str, reason: str
 ) -> None:
     line = describe_collective_failure(error, 3)
     assert line.startswith("rank 3 on ")
-    assert told in line
+    assert expected in line
     assert reason in line
     assert "\n" not in line
     assert ".cpp" not in line

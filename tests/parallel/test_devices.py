@@ -1,4 +1,4 @@
-"""Devices that torch does not see; what ranks that share one are told is in host_tree_worker."""
+"""Devices that torch does not see; the error of ranks that share one is in host_tree_worker."""
 
 import pytest
 
@@ -8,7 +8,7 @@ TWO = ["/dev/nvidia0", "/dev/nvidia1"]
 
 
 @pytest.mark.parametrize(
-    ("files", "build", "environment", "told"),
+    ("files", "build", "environment", "expected"),
     [
         ([], None, {}, None),
         (TWO, None, {}, "build for CPUs: install"),
@@ -20,12 +20,12 @@ TWO = ["/dev/nvidia0", "/dev/nvidia1"]
     ],
 )
 def test_a_machine_whose_devices_torch_does_not_see_is_told_why(
-    files: list[str], build: str | None, environment: dict[str, str], told: str | None
+    files: list[str], build: str | None, environment: dict[str, str], expected: str | None
 ) -> None:
     problem = unseen_devices(files, build, environment)
-    if told is None:
+    if expected is None:
         assert problem == ""
     else:
-        assert told in problem
+        assert expected in problem
         assert ", ".join(files) in problem
         assert "CUDA_VISIBLE_DEVICES= (empty)" in problem

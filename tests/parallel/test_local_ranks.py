@@ -198,7 +198,7 @@ def world(launcher: str, size: int = 1) -> World:
     [
         ("none", 1, 4, True),
         ("none", 1, 1, False),
-        ("deepspeed", 2, 4, False),  # it was told how many
+        ("deepspeed", 2, 4, False),  # the number was given
         ("torchrun", 1, 4, False),
         ("srun", 1, 4, False),
         ("mpirun", 1, 4, False),

@@ -28,7 +28,7 @@ def test_ranks_have_more_connections_than_files_are_open_at_first() -> None:
 
 @pytest.mark.law
 def test_ranks_wait_long_for_the_first_step_and_less_in_later_ones() -> None:
-    """Beside the model, for a checkpoint or an evaluation, they wait as long as before."""
+    """Outside the model, for a checkpoint or an evaluation, they wait as long as before."""
     run_ranks(2, TESTS / "parallel" / "timeout_worker.py")
 
 

@@ -29,7 +29,7 @@ def start(spawn: Spawn, folder: Path, fault: str, rank: int) -> Program:
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "told"),
+    ("fault", "rank", "expected"),
     [
         ("frozen", 2, f", last seen in step {FAULTY_STEP}, reading data \\d+ s ago: its process is stopped"),
         ("frozen", 0, f", last seen in step {FAULTY_STEP}, reading data \\d+ s ago: its process is stopped"),
@@ -37,7 +37,7 @@ def start(spawn: Spawn, folder: Path, fault: str, rank: int) -> Program:
     ],
 )
 def test_a_rank_that_hangs_is_named_and_the_others_leave(
-    spawn: Spawn, tmp_path: Path, fault: str, rank: int, told: str
+    spawn: Spawn, tmp_path: Path, fault: str, rank: int, expected: str
 ) -> None:
     began = time.monotonic()
     program = start(spawn, tmp_path, fault, rank)
@@ -46,7 +46,7 @@ def test_a_rank_that_hangs_is_named_and_the_others_leave(
     assert time.monotonic() - began < scaled_by_load(30.0)
     assert len(re.findall("no progress for ", output)) == 1, output
     named = rf"\(--rank-heartbeat-timeout\): rank {rank} on \S+ \(process \d+\)"
-    assert re.search(named + told, output), output
+    assert re.search(named + expected, output), output
     assert f"exit code {EXIT_CODE_RESTART}: start the same command again, with --load auto" in output
     stacks = sorted(path.name for path in (tmp_path / "stacks").iterdir())
     living = [r for r in range(RANKS) if r != rank or fault == "slow"]

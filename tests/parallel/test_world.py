@@ -72,7 +72,7 @@ def test_of_nested_launchers_the_innermost_counts(environment: dict[str, str], l
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "expected"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, ["deepspeed left LOCAL_RANK at 'nothing'"]),
         ({"RANK": "1"}, ["left WORLD_SIZE at 'nothing'", "left LOCAL_RANK at 'nothing'"]),
@@ -88,11 +88,11 @@ def test_of_nested_launchers_the_innermost_counts(environment: dict[str, str], l
         ({**MPICH}, ["several hosts and MASTER_ADDR is not set"]),
     ],
 )
-def test_incomplete_variables_are_named(environment: dict[str, str], told: list[str]) -> None:
+def test_incomplete_variables_are_named(environment: dict[str, str], expected: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         read_world(environment)
-    assert len(caught.value.problems) == len(told)
-    for part, problem in zip(told, caught.value.problems, strict=True):
+    assert len(caught.value.problems) == len(expected)
+    for part, problem in zip(expected, caught.value.problems, strict=True):
         assert part in problem
 
 

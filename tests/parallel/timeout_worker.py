@@ -1,4 +1,4 @@
-"""One of two ranks, of which the second is late: in the first step, beside the model, and in later steps."""
+"""One of two ranks, of which the second is late: in the first step, outside the model, and in later steps."""
 
 import os
 import time
@@ -36,9 +36,9 @@ def main() -> None:
             try:
                 dist.all_reduce(torch.ones(1), group=group)
             except RuntimeError as error:
-                told = describe_collective_failure(error, mesh.rank)
-                assert "--distributed-timeout-seconds-after-init" in told, error
-                assert f"{1000 * SHORT_S:.0f}ms" in told, error
+                message = describe_collective_failure(error, mesh.rank)
+                assert "--distributed-timeout-seconds-after-init" in message, error
+                assert f"{1000 * SHORT_S:.0f}ms" in message, error
             else:
                 raise AssertionError("the other rank has not called it")
         mesh.control.barrier()  # the other rank waits here, and so long

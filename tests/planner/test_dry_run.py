@@ -103,7 +103,7 @@ def test_ranks_that_hold_the_same_share_a_row_and_only_rank_0_speaks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (
             "--dry-run --tp 3 --lr 0 --global-batch-size 33 --world-size 6",
@@ -117,12 +117,12 @@ def test_ranks_that_hold_the_same_share_a_row_and_only_rank_0_speaks() -> None:
         ("--dry-run --world-size 3 --tp 2", ["the world has 3 ranks", "start 2 ranks"]),
     ],
 )
-def test_every_problem_at_once(words: str, told: list[str]) -> None:
+def test_every_problem_at_once(words: str, expected: list[str]) -> None:
     done = dry_run(*words.split())
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    assert all(part in done.stderr for part in told), done.stderr
+    assert all(part in done.stderr for part in expected), done.stderr
 
 
 @pytest.mark.parametrize(("ranks", "flags"), CASES, ids=lambda value: str(value))

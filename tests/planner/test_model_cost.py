@@ -68,9 +68,9 @@ def test_the_state_of_a_rank_is_that_of_the_whole_plan(ranks: int, flags: dict[s
     if config.parallel.zero_stage >= 2 or config.training.precision == "bf16":
         # Of the gradients on their way into the bucket, or the fp32 ones, two may live at once: the
         # embedding's is the largest.
-        passing = expected[0].pop("gradients") - (told := dict(state.pop())).pop("gradients")
+        passing = expected[0].pop("gradients") - (planned := dict(state.pop())).pop("gradients")
         assert 0 <= passing <= 2 * 301 * 32 * DTYPES[config.training.precision].itemsize
-        state = [told]
+        state = [planned]
     assert state == expected
 
 

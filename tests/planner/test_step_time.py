@@ -154,7 +154,7 @@ def test_small_steps_wait_for_the_host() -> None:
 
 
 def test_reduced_gradients_and_gathered_weights_are_six_bytes_a_parameter() -> None:
-    """4 f of fp32 gradients, most beside backward, and 2 f of bf16 weights; an all-reduce sends 4 f more."""
+    """4 f of fp32 gradients, most during backward, and 2 f of bf16 weights; an all-reduce sends 4 f more."""
     size = StageSize(400_000_000, 300)
 
     def traffic(**flags: Value) -> Traffic:

@@ -116,7 +116,7 @@ class Slurm:
     def start_now(self, number: str) -> None:
         """Do without most of the two minutes that SLURM waits before it starts a requeued job again.
 
-        But of two seconds: a node refuses a start in the second in which it was told to end the job.
+        But of two seconds: a node refuses a start in the second in which it was asked to end the job.
         """
         time.sleep(2)
         command = ["scontrol", "update", f"JobId={number}", "StartTime=now"]

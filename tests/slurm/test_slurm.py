@@ -70,15 +70,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def user(**variables: str) -> dict[str, str]:
-    """A user's environment: the commands of this Python, and what is told at submission."""
+    """A user's environment: the commands of this Python, and the variables of the submission."""
     path = f"{BIN}:{os.environ['PATH']}:/usr/sbin"
     return {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
 
 
 def submit(cluster: Slurm, folder: Path, *flags: str, **variables: str) -> str:
     """Submit the batch script as it stands; the job's number."""
-    told = cluster.run("sbatch", "--parsable", *flags, str(PRETRAIN), cwd=folder, extra=user(**variables))
-    return told.strip()
+    printed = cluster.run("sbatch", "--parsable", *flags, str(PRETRAIN), cwd=folder, extra=user(**variables))
+    return printed.strip()
 
 
 def log_of(folder: Path, job: str) -> Path:
@@ -102,13 +102,13 @@ def finish(cluster: Slurm, log: Path, job: str) -> str:
 def wait_for_step(cluster: Slurm, job: str, log: Path, step: int) -> None:
     """Wait until the job's log tells of a step; fails where the job ends before."""
 
-    def told() -> bool:
+    def logged() -> bool:
         text = log.read_text() if log.exists() else ""
         state = cluster.job(job)["JobState"]
         assert state in ALIVE, f"{state}:\n{text[-3000:]}"
         return re.search(rf"iteration +{step}/", text) is not None
 
-    wait_for(told, f"step {step} of job {job}")
+    wait_for(logged, f"step {step} of job {job}")
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -124,11 +124,11 @@ def go_on(cluster: Slurm, job: str, log: Path, resumed: int = 1) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not pattern.search(log.read_text()):
         known = cluster.job(job)
-        told = (
+        state = (
             f"{known['JobState']}, restarts {known['Restarts']}:\n{log.read_text()[-3000:]}\n{cluster.logs()}"
         )
-        assert known["JobState"] in ALIVE, told
-        assert time.monotonic() < deadline, told
+        assert known["JobState"] in ALIVE, state
+        assert time.monotonic() < deadline, state
         if known["JobState"] == "PENDING" and known["Restarts"] != "0":
             cluster.start_now(job)
         time.sleep(0.3)
@@ -169,8 +169,8 @@ def test_a_job_with_a_frozen_rank_ends_with_75_and_starts_again(cluster: Slurm, 
     job = submit(cluster, folder, "--nodes=2", CONFIG_FLAGS=flags, SAVE="frozen", SAVE_INTERVAL="2")
     text = finish(cluster, log_of(folder, job), job)
     assert cluster.job(job)["Restarts"] == "1", text
-    told = r"\(--rank-heartbeat-timeout\): rank 1 (on|of) .*(its process is stopped|does not answer)"
-    assert len(re.findall(told, text)) == 1, text
+    lost = r"\(--rank-heartbeat-timeout\): rank 1 (on|of) .*(its process is stopped|does not answer)"
+    assert len(re.findall(lost, text)) == 1, text
     assert re.search(r"^srun: error: .*: task 0: Exited with exit code 75$", text, re.MULTILINE), text
     assert "resumed frozen/iter_0000004 at iteration 4" in text
     assert list(losses(folder / "frozen")) == list(range(1, 7))
@@ -197,22 +197,22 @@ def test_a_job_pretrains_grows_and_goes_on_and_a_requeue_repeats_nothing(
     cluster.run("scontrol", "requeue", job)
     wait_for(lambda: cluster.job(job).get("Restarts") == "1", "the requeue")
     go_on(cluster, job, text, resumed=2)
-    told = text.read_text()
-    assert told.count("finished after iteration 4") == 1
-    assert told.count("verified in float64") == 1
-    assert told.count("resumed phases/grown/iter_0000004 at iteration 4") == 1
+    printed = text.read_text()
+    assert printed.count("finished after iteration 4") == 1
+    assert printed.count("verified in float64") == 1
+    assert printed.count("resumed phases/grown/iter_0000004 at iteration 4") == 1
     assert list(losses(folder / "phases" / "base")) == [1, 2, 3, 4]
     after = list(losses(folder / "phases" / "grown"))
     assert after == list(range(5, 5 + len(after)))
 
 
 def test_a_chain_of_growths_is_jobs_that_wait_for_each_other(cluster: Slurm, folder: Path) -> None:
-    told = cluster.run(
+    printed = cluster.run(
         *("bash", str(CHAIN), "--num-layers 3 --nexus-m 24 --depth-init copy"),
         cwd=folder,
         extra=user(CONFIG_FLAGS=SMALL, MESH_FLAGS="--tp 2", STEPS="2 4", OUT="chain", SAVE_INTERVAL="1"),
     )
-    jobs = {name: number for number, name in map(str.split, told.splitlines())}
+    jobs = {name: number for number, name in map(str.split, printed.splitlines())}
     assert list(jobs) == ["train-0", "grow-1", "train-1"]
     assert f"afterok:{jobs['grow-1']}" in cluster.job(jobs["train-1"])["Dependency"]
     finish(cluster, log_of(folder, jobs["train-1"]), jobs["train-1"])
@@ -240,8 +240,8 @@ def test_srun_and_mpirun_start_the_same_run(cluster: Slurm, folder: Path) -> Non
 
 
 def test_help_is_told_once(cluster: Slurm, folder: Path) -> None:
-    told = cluster.run("srun", "-n", "2", str(BIN / "nexus"), "train", "--help", cwd=folder, extra=user())
-    assert told.count("usage:") == 1
+    printed = cluster.run("srun", "-n", "2", str(BIN / "nexus"), "train", "--help", cwd=folder, extra=user())
+    assert printed.count("usage:") == 1
 
 
 def test_two_nodes_make_the_corpus_that_one_process_makes(cluster: Slurm, folder: Path) -> None:
@@ -249,8 +249,8 @@ def test_two_nodes_make_the_corpus_that_one_process_makes(cluster: Slurm, folder
     texts.mkdir()
     for number in range(40):
         (texts / f"{number}.txt").write_text(f"Text {number}: " + "a few words of no meaning. " * number)
-    told = ["--input", "texts", "--vocab-size", "300", "--output", "spm.model"]
-    cluster.run(str(BIN / "nexus"), "train-tokenizer", *told, cwd=folder, extra=user())
+    flags = ["--input", "texts", "--vocab-size", "300", "--output", "spm.model"]
+    cluster.run(str(BIN / "nexus"), "train-tokenizer", *flags, cwd=folder, extra=user())
     made = ["--input", "texts", "--tokenizer-model", "spm.model", "--output-prefix", "alone"]
     cluster.run(str(BIN / "nexus"), "preprocess", *made, cwd=folder, extra=user())
     job = cluster.run(

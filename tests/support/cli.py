@@ -90,13 +90,13 @@ def summary(output: str, name: str) -> str:
     return found[1]
 
 
-def assert_refused(code: int, output: str, kind: str, *told: str) -> None:
-    """A mistake of the user: code 2, one message that names all of `told`, no traceback."""
+def assert_refused(code: int, output: str, kind: str, *expected: str) -> None:
+    """A mistake of the user: code 2, one message that names all of `expected`, no traceback."""
     assert code == 2, output
     assert "Traceback" not in output
     assert len(re.findall(r"^\w+Error: ", output, re.MULTILINE)) == 1, output
     message = output[output.index(f"{kind}: ") :]
-    assert all(part in message for part in told), message
+    assert all(part in message for part in expected), message
 
 
 def commands(folder: Path, logs: Path) -> Iterator[Command]:

@@ -40,7 +40,7 @@ def pattention(x: Tensor, w: dict[str, Tensor], name: str, born: int) -> Tensor:
 
 
 def nexus_rank(x: Tensor, w: dict[str, Tensor], name: str, model: dict, ffn: bool = False) -> Tensor:
-    """With an inner norm each stage has the length sqrt(D), or that of its width, as at birth."""
+    """With an inner norm each stage has the length sqrt(D), or that of its width, as before growth."""
     m, a = ("ffn_nexus_m", "ffn_hidden_size") if ffn else ("nexus_m", "nexus_a")
 
     def act(h: Tensor, width: str) -> Tensor:

@@ -3,7 +3,7 @@
     python tests/training/killed_saves_worker.py FOLDER --kills 50
 
 Every life of the run is a real one of the command, on one rank and now and then on two, saving after each
-step, by turns at once and beside the training; it ends by SIGKILL. torch is imported once, every rank forked.
+step, by turns synchronous and asynchronous; it ends by SIGKILL. torch is imported once, every rank forked.
 """
 
 import argparse
@@ -51,9 +51,15 @@ def live(argv: list[str], output: Path) -> None:
         run(config, world, checkpoint, argv)
 
 
-def begin(root: Path, ranks: int, beside: bool) -> list[BaseProcess]:
+def begin(root: Path, ranks: int, async_save: bool) -> list[BaseProcess]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    argv = [*SMALL, *MODEL_PARALLEL[ranks], *FLAGS.split(), str(root), *(["--async-save"] if beside else [])]
+    argv = [
+        *SMALL,
+        *MODEL_PARALLEL[ranks],
+        *FLAGS.split(),
+        str(root),
+        *(["--async-save"] if async_save else []),
+    ]
     started = []
     for rank in range(ranks):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
@@ -86,11 +92,11 @@ def losses_of(root: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
 
 
-def life_and_death(root: Path, ranks: int, beside: bool, chance: random.Random) -> tuple[str, int]:
+def life_and_death(root: Path, ranks: int, async_save: bool, chance: random.Random) -> tuple[str, int]:
     """Start a run, kill it around a save; what of that save lay in the folder then, and the step reported."""
     before, output = newest_checkpoint(root), output_of(root, 0)
     output.unlink(missing_ok=True)
-    started = begin(root, ranks, beside)
+    started = begin(root, ranks, async_save)
     wait(lambda: output.exists() and SAVED.search(output.read_text()), started, root)
     time.sleep(chance.uniform(0, 0.3))
     if chance.random() < 0.7:  # else at any moment
@@ -113,7 +119,7 @@ def kill_often(folder: Path, kills: int, ranks: int, chance: random.Random) -> C
     found: Counter[str] = Counter()
     known: dict[int, float] = {}
     for number in range(kills):
-        state, reported = life_and_death(root, ranks, beside=number % 2 == 1, chance=chance)
+        state, reported = life_and_death(root, ranks, async_save=number % 2 == 1, chance=chance)
         found[f"{'async' if number % 2 else 'sync'}: {state}"] += 1
         newest = newest_checkpoint(root)
         assert newest is not None and int(newest.name[5:]) >= reported, (newest, reported, names(root))

@@ -109,7 +109,7 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
 def test_a_launcher_that_was_told_a_count_gives_the_ranks(
     command: Command, kept: str, launcher: list[str]
 ) -> None:
-    save = f"told-{Path(launcher[0]).name}"
+    save = f"given-{Path(launcher[0]).name}"
     launcher = [str(free_port()) if word == "free" else word for word in launcher]
     code, output = command.run(f"--tp 2 --save {save} --train-iters 4", launcher)
     assert code == 0, output
@@ -281,10 +281,10 @@ def test_libraries_do_at_the_end_of_a_run_what_they_do_at_exit(command: Command,
     assert code == 0, output
     assert all((command.folder / f"exit-{rank}").exists() for rank in range(2)), output
     (loss_file,) = command.folder.rglob("lm_loss.csv")
-    told = [line.split(",") for line in loss_file.read_text().splitlines()[1:]]
+    rows = [line.split(",") for line in loss_file.read_text().splitlines()[1:]]
     losses = command.losses("monitored")
-    assert [float(loss) for _, loss in told] == [*losses.values()], "DeepSpeed's monitors are fed"
-    assert [int(samples) for samples, _ in told] == [4, 8]
+    assert [float(loss) for _, loss in rows] == [*losses.values()], "DeepSpeed's monitors are fed"
+    assert [int(samples) for samples, _ in rows] == [4, 8]
     assert output.splitlines()[-1].startswith("  resume with"), "nothing is said at exit"
 
 

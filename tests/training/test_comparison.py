@@ -1,4 +1,4 @@
-"""Runs beside each other: names that tell them apart, a table of how they begin and end, a picture."""
+"""Runs compared: names that differ, a table of how they begin and end, a picture."""
 
 import json
 from pathlib import Path

@@ -13,7 +13,7 @@ BEFORE = json.loads(json.dumps(dataclasses.asdict(SAVED)))
 
 
 @pytest.mark.parametrize(
-    ("words", "now", "told"),
+    ("words", "now", "expected"),
     [
         ("--seq-length 128", "1 a 0:100", ["--seq-length 128, was 64"]),
         ("--seed 5", "1 a 0:100", ["--seed 5, was 1234"]),
@@ -29,5 +29,5 @@ BEFORE = json.loads(json.dumps(dataclasses.asdict(SAVED)))
         ),
     ],
 )
-def test_what_differs_is_named(words: str, now: str, told: list[str]) -> None:
-    assert data_changes(BEFORE, build(given_flags(words.split()), SAVED), now, "1 a 0:100") == told
+def test_what_differs_is_named(words: str, now: str, expected: list[str]) -> None:
+    assert data_changes(BEFORE, build(given_flags(words.split()), SAVED), now, "1 a 0:100") == expected

@@ -109,8 +109,8 @@ def test_phases_read_ranges_of_their_own_and_sets_have_names(
     assert second.first_sample == third.first_sample == last.first_sample == 32
     assert first.fingerprint != second.fingerprint == third.fingerprint == last.fingerprint
     assert second.description.endswith("600:1,200")
-    told = [(r["name"], r["step"]) for r in read_metrics(save / "metrics.jsonl") if "name" in r]
-    assert told == [
+    evaluated = [(r["name"], r["step"]) for r in read_metrics(save / "metrics.jsonl") if "name" in r]
+    assert evaluated == [
         *(("validation", step) for step in (4, 6, 8)),
         ("validation web", 9),
         ("validation code", 9),

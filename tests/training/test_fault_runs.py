@@ -95,7 +95,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(command: Comman
     assert output.count("WARNING: going back to damaged/iter_0000012, the checkpoint before: ") == 1
     assert "its CRC-32 differs" in output
     assert command.losses("damaged") == command.losses(whole)
-    assert state(path.parent) == state(command.folder / whole / "iter_0000014"), "written anew"
+    assert state(path.parent) == state(command.folder / whole / "iter_0000014"), "written again"
     contents[-9] ^= 2
     path.write_bytes(contents)
     code, output = command.run(f"--load {path.parent} --save other --train-iters 15", warm_ranks(2))
@@ -131,8 +131,8 @@ def test_diverged_weights_name_the_rank(command: Command) -> None:
     words = "--save flipped --inject bit_flip@4,rank=1 --check-weight-hash-across-dp-replicas-interval 2"
     code, output = command.run(EVERY + words, warm_ranks(2))
     assert code == EXIT_CODE_RESTART, output
-    told = re.search(r"^RestartError: before step 4 .*: (rank .*): a memory", output, re.MULTILINE)
-    assert told and re.fullmatch(r"rank 1 on \S+: [\w.]+, not as its master weights", told[1]), output
+    message = re.search(r"^RestartError: before step 4 .*: (rank .*): a memory", output, re.MULTILINE)
+    assert message and re.fullmatch(r"rank 1 on \S+: [\w.]+, not as its master weights", message[1]), output
 
 
 def test_a_spike_that_comes_again_is_skipped_or_rewound(command: Command, whole: str) -> None:

@@ -1,6 +1,6 @@
 """Law: growth metrics are those of whole gradients, weights and activations, at every topology.
 
-Compared with plain PyTorch in one process: new elements are told by the sizes before the growth, ranks come
+Compared with plain PyTorch in one process: new elements follow from the sizes before the growth, ranks come
 from a singular value decomposition, activations from the equations. And training does not notice.
 """
 

@@ -26,10 +26,10 @@ def test_a_host_without_memory_is_told_what_needs_less() -> None:
             explaining_memory_errors(configure("--micro-batch-size 8"), 3, 4, CPU, beacon),
         ):
             torch.empty(2**50)
-    told = str(caught.value)
-    assert "out of memory: rank 3 on" in told
+    message = str(caught.value)
+    assert "out of memory: rank 3 on" in message
     for flag in ("--micro-batch-size 4", "--recompute-granularity selective", "--zero-stage 2", "--tp"):
-        assert flag in told
+        assert flag in message
     full = configure("--micro-batch-size 1 --recompute-granularity full --zero-stage 3")
     with pytest.raises(TrainingError) as caught, explaining_memory_errors(full, 0, 1, CPU, beacon):
         raise MemoryError
@@ -47,15 +47,15 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("--record-memory-history", "--record-memory-history .* on CPUs: drop it"),
         ("--profile --no-use-pytorch-profiler", "--no-use-pytorch-profiler .* needs CUDA"),
     ],
 )
-def test_what_only_cuda_has_is_refused_on_cpus(words: str, told: str) -> None:
+def test_what_only_cuda_has_is_refused_on_cpus(words: str, expected: str) -> None:
     config = configure(words)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=expected):
         require_cuda_for_profile(config, "cpu")
     require_cuda_for_profile(config, "cuda")
     require_cuda_for_profile(configure("--profile"), "cpu")

@@ -214,8 +214,8 @@ def test_every_set_is_told_under_its_own_name(tmp_path: Path, console: pytest.Ca
     for name, loss in [("validation web", 3.0), ("validation code", 2.0), ("test", 1.0)]:
         writer.validation(make_validation(name, 4, loss, 100, 300))
     writer.close()
-    told = [line.split(" nats")[0] for line in console.readouterr().out.splitlines()]
-    assert told == [
+    output = [line.split(" nats")[0] for line in console.readouterr().out.splitlines()]
+    assert output == [
         "validation web at 4 | loss 3.0000",
         "validation code at 4 | loss 2.0000",
         "test at 4 | loss 1.0000",

@@ -142,7 +142,7 @@ def test_damage_and_absence_are_named(command: Command, killed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "kind", "told"),
+    ("words", "kind", "expected"),
     [
         (
             "--load s3://bucket/nowhere",
@@ -154,6 +154,6 @@ def test_damage_and_absence_are_named(command: Command, killed: int) -> None:
     ],
 )
 def test_what_cannot_be_reached_is_answered_with_one_message(
-    command: Command, words: str, kind: str, told: list[str]
+    command: Command, words: str, kind: str, expected: list[str]
 ) -> None:
-    assert_refused(*command.run(f"{words} --train-iters 1"), kind, *told)
+    assert_refused(*command.run(f"{words} --train-iters 1"), kind, *expected)

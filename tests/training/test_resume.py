@@ -100,7 +100,7 @@ def test_resuming_is_never_having_stopped(
     for name, flags in TOPOLOGIES[ranks].items():
         once, twice = tmp_path / f"{name}-once", tmp_path / f"{name}-twice"
         if name in DEEPSPEED_ADAM:
-            # Its CPU operator carries the powers of the betas from step to step and computes them anew after
+            # Its CPU operator carries the powers of the betas from step to step and recomputes them after
             # a start; and it is one equation in another program than torch's. Both touch last bits only.
             torch_s = _losses(tmp_path / f"{name.removesuffix('-adam')}-once")
             assert _losses(once) == pytest.approx(torch_s, rel=1e-5), name

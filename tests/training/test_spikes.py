@@ -38,7 +38,7 @@ def test_what_is_not_finite_is_a_spike_from_the_first_step(loss: float, norm: fl
     assert SpikeDetector(128, 6.0).score(1e9, 1e9) == 0.0, "nothing is known yet"
 
 
-def test_few_steps_judge_nothing_and_old_ones_are_forgotten() -> None:
+def test_few_steps_raise_no_spike_and_old_ones_are_forgotten() -> None:
     assert detector(length=12).admits(1e9, 1e9), "fewer than half of the interval"
     full = detector(length=4)
     for _ in range(4):
@@ -65,9 +65,15 @@ def test_steps_without_a_finite_norm_are_known_again_after_a_restart(tmp_path: P
 
 
 def test_a_spike_that_ends_a_run_is_answered_with_another_policy_than_the_one_it_has() -> None:
-    told = {policy: str(spike_error(4, "", "", policy)) for policy in ("stop", "skip", "rewind")}
-    assert "--spike-policy skip or rewind" in told["stop"] and "--spike-policy skip," in told["rewind"]
-    assert "rewind" not in told["rewind"] and "--spike-policy" not in told["skip"] and "--lr" in told["skip"]
+    messages = {policy: str(spike_error(4, "", "", policy)) for policy in ("stop", "skip", "rewind")}
+    assert (
+        "--spike-policy skip or rewind" in messages["stop"] and "--spike-policy skip," in messages["rewind"]
+    )
+    assert (
+        "rewind" not in messages["rewind"]
+        and "--spike-policy" not in messages["skip"]
+        and "--lr" in messages["skip"]
+    )
 
 
 def step_of(step: int, loss: float) -> StepMetrics:

@@ -1,4 +1,4 @@
-"""The rank that the others wait for is told from the ranks of its own pipeline stage."""
+"""The rank that the others wait for is found by comparison with its own pipeline stage."""
 
 import pytest
 

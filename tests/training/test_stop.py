@@ -46,7 +46,7 @@ def test_under_nohup_the_end_of_the_terminal_is_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "expected"),
     [
         (["SIGFOO"], "--exit-signal SIGFOO is not a signal: use names such as SIGTERM"),
         (["12"], "--exit-signal 12 is not a signal"),
@@ -55,6 +55,6 @@ def test_under_nohup_the_end_of_the_terminal_is_ignored() -> None:
         ([], "--exit-signal names no signal"),
     ],
 )
-def test_what_cannot_ask_a_run_to_stop_is_refused(names: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_ask_a_run_to_stop_is_refused(names: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         parse_exit_signals(names)

@@ -182,7 +182,7 @@ def test_what_cannot_be_unlearned_is_told_with_value_rule_and_remedy(
     (folder / "long.jsonl").write_text(json.dumps({"prompt": "Why?", "answer": " the river" * 40}))
     interrupt = signal.getsignal(signal.SIGINT)
     before = sorted(folder.rglob("*"))
-    for words, kind, told in REFUSED:
+    for words, kind, message in REFUSED:
         own = "--lr 1e-3 --train-iters 3 --forget forget.jsonl --micro-batch-size 1 --global-batch-size 4"
         argv = words.format(own=own)
         if "--retain" not in argv:
@@ -190,6 +190,6 @@ def test_what_cannot_be_unlearned_is_told_with_value_rule_and_remedy(
         monkeypatch.setattr(sys, "argv", ["nexus", "unlearn", *argv.split()])
         with pytest.raises(SystemExit) as end:
             main()
-        assert_refused(end.value.code, capsys.readouterr().err, kind, *told)
+        assert_refused(end.value.code, capsys.readouterr().err, kind, *message)
     signal.signal(signal.SIGINT, interrupt)
     assert sorted(folder.rglob("*")) == before

@@ -130,12 +130,12 @@ class NexusformerConfig(PreTrainedConfig):
 
     @property
     def norm_size(self) -> int:
-        """The number that a norm's mean divides by: the hidden size at birth."""
+        """The number that a norm's mean divides by: the hidden size before growth."""
         return self.base_hidden_size or self.hidden_size
 
     @property
     def rotary_channels(self) -> int:
-        """Channels of each head that turn, the first ones: the head size at birth."""
+        """Channels of each head that turn, the first ones: the head size before growth."""
         return self.base_head_dim or self.head_dim
 
 

@@ -18,13 +18,13 @@
     feed_forward  = (silu(x W_gate) * (x W_up)) W_down
     block         = x + attention(norm(x)), then x + feed_forward(norm(x))
 
-The configuration may put other maps in their places: a linear one beside or instead of a Nexus-Rank,
+The configuration may put other maps in their places: a linear one in addition to or instead of a Nexus-Rank,
 Pattention (Tokenformer), attention of a higher order, LayerNorm without parameters.
 
 B batch, T tokens, S tokens with those of the cache, D hidden, N heads, G heads of keys and values, H head
-size, R <= H the channels of a head that turn. Sizes that have grown after birth leave the function
-as it was: norms divide by the hidden size at birth, scores by the root of the head size at birth, and the
-slots of a Pattention are scaled by the root of their number at birth.
+size, R <= H the channels of a head that turn. Sizes that have grown leave the function
+as it was: norms divide by the base hidden size, scores by the root of the base head size, and the
+slots of a Pattention are scaled by the root of their base number.
 """
 
 import math
@@ -54,7 +54,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 class NexusformerRMSNorm(nn.Module):
-    """y = x / sqrt(sum(x^2) / S + eps) * gain over a last axis of D, where S is what D was at birth."""
+    """y = x / sqrt(sum(x^2) / S + eps) * gain over a last axis of D, where S is D before growth."""
 
     def __init__(self, size: int, birth_size: int, epsilon: float) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class NexusformerRMSNorm(nn.Module):
 
 
 class NexusformerLayerNorm(nn.Module):
-    """y = (x - m) / sqrt(|x - m|^2 / S + eps), m the mean of the first S of D units: those at birth.
+    """y = (x - m) / sqrt(|x - m|^2 / S + eps), m the mean of the first S of D units: those before growth.
 
     Later units are scaled and counted as the others, but neither enter m nor have it subtracted.
     """
@@ -175,7 +175,7 @@ class LinearNexusRank(NexusRank):
 class Pattention(nn.Module):
     """Y = gelu(A / ||A||_2 * tau) V, A = X K^T: attention over parameter tokens (Tokenformer).
 
-    tau is the root of the number of slots at birth. A scores vector of zeros has no direction: it gives zero.
+    tau is the root of the number of slots before growth. Scores of zeros have no direction: they give zero.
     """
 
     def __init__(self, inputs: int, outputs: int, slots: int, slots_at_birth: int) -> None:
@@ -357,7 +357,7 @@ class NexusformerAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Queries [B, N, T, H] and keys [B, G, T, H] of a higher order, each read from those of its side.
 
-        Q_m = softmax(Q_(m-1) Q_(m-1)^T / sqrt(H)) Q, K_m alike; scores are of the channels at birth.
+        Q_m = softmax(Q_(m-1) Q_(m-1)^T / sqrt(H)) Q, K_m alike; scores are of the base channels.
         """
         q_values, k_values = kept(1, q, k)
         first_q, first_k = q, k
