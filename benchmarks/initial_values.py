@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.data.default_corpus import cache_folder, prepare_default_corpus
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.models.decoder import DecoderStage, Loss

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_nexus.checkpoint.manifest import OptimizerRecord
 from megatron_nexus.checkpoint.saved_run import SavedRun
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.plan import TensorPlan, grown_manifest, plan_growth
 from megatron_nexus.growth.request import GrowthRequest

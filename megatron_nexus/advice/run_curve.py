@@ -10,7 +10,7 @@ import numpy as np
 from megatron_nexus.advice.curve import Curve, GrownFrom, Point, Size
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.growth.generations import growths_of
 from megatron_nexus.models.decoder import decoder_specs, training_flops_per_token

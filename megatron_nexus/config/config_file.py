@@ -17,8 +17,9 @@ from typing import cast, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_nexus.base.json_text import fits
+from megatron_nexus.config.model_config import INNER_BEFORE_IT_WAS_RECORDED
 from megatron_nexus.config.presets import PRESETS, Value
-from megatron_nexus.config.run_config import ALL_SECTIONS, INNER_BEFORE_IT_WAS_RECORDED, SECTIONS, RunConfig
+from megatron_nexus.config.run_config import ALL_SECTIONS, SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"

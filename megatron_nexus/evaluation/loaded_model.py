@@ -9,7 +9,7 @@ from megatron_nexus.base.invocation import command
 from megatron_nexus.checkpoint.full_tensors import read_full_tensor
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.models.decoder import DecoderStage, decoder_specs
 from megatron_nexus.models.layer_context import LayerContext

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from megatron_nexus.config.config_field import flag_of
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.spec.growth_rule import Init
 
 UNITS = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_nexus.checkpoint.chunks import full_box, intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion, JsonObject, Manifest
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.growth.plan import plan_tensors, translate
 from megatron_nexus.growth.request import model_before
 from megatron_nexus.growth.settings import GrowthConfig, recorded_settings

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_nexus.checkpoint.chunks import intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest, OptimizerRecord
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.config.model_config import ModelConfig
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.layer_origins import LayerOrigin, layer_origins
 from megatron_nexus.growth.request import GROWING, GrowthRequest, grown_config
 from megatron_nexus.growth.settings import GrowthConfig, changes_of_function

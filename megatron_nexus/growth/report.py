@@ -8,7 +8,8 @@ from megatron_nexus.base.table import table
 from megatron_nexus.checkpoint.data_file import DTYPE, STATES
 from megatron_nexus.checkpoint.run_dir import complete_checkpoints
 from megatron_nexus.checkpoint.saved_run import SavedRun
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.config.model_config import ModelConfig
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import decayed_rate
 from megatron_nexus.growth.plan import GrowthPlan, TensorPlan
 from megatron_nexus.growth.settings import STACKING, ZERO_WARNING

@@ -9,8 +9,9 @@ from megatron_nexus.base.invocation import command
 from megatron_nexus.config.command_line import add_field_flag
 from megatron_nexus.config.config_field import bound_problems, flag_of, growing_fields
 from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.presets import PRESETS
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.division import division_problems
 from megatron_nexus.growth.settings import EARLIER, GrowthConfig

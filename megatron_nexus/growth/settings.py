@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_nexus.config.config_field import config_field
-from megatron_nexus.config.run_config import InnerAttention
+from megatron_nexus.config.model_config import InnerAttention
 from megatron_nexus.spec.growth_rule import SPLIT_SHARE, Init
 
 Placement = Literal["interleaved", "end"]

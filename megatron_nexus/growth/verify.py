@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_nexus.checkpoint.full_tensors import read_full_tensor
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.growth.plan import GrowthPlan
 from megatron_nexus.log import Progress
 from megatron_nexus.models.decoder import DecoderStage

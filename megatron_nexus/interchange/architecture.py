@@ -8,7 +8,7 @@ goes with the files.
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 
 JsonObject = dict[str, object]
 REMOTE_CODE = tuple(

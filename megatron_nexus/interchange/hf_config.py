@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
-from megatron_nexus.config.run_config import (
+from megatron_nexus.config.model_config import (
     INNER_BEFORE_IT_WAS_RECORDED,
     FeedForwardKind,
     InnerAttention,

@@ -16,7 +16,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.kernels.document_attention import block_masked_attention
 from megatron_nexus.models.higher_order import Refinement, each_head, gate_specs
 from megatron_nexus.models.kv_cache import LayerCache

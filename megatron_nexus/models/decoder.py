@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.kernels.cross_entropy import compiled_kernel
 from megatron_nexus.models.attention import Attention, attention_specs
 from megatron_nexus.models.feed_forward import FeedForward, feed_forward_specs

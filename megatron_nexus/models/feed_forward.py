@@ -11,7 +11,7 @@ W_down, V and W_D by rows.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.nexus_rank import NexusRank, feed_forward_widths, nexus_rank_specs
 from megatron_nexus.models.norm import block_norm_specs, make_norm

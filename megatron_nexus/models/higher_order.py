@@ -44,7 +44,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.models.kv_cache import LayerCache
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.parameters import SpecModule

@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.kernels.grouped_linear import concatenated_linear, grouped_linear
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.norm import inner_norm

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.nvidia_apex import rms_norm
 from megatron_nexus.models.parameters import SpecModule

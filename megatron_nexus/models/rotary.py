@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_nexus.config.command_line import model_name
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.paper import PRINTED_FLOPS_PER_TOKEN, nominal_parameters
 from megatron_nexus.config.presets import PAPER_SIZES
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.decoder import layer_flops_per_token, layer_parts, training_flops_per_token
 from megatron_nexus.planner.memory import memory_table, plan_state
 from megatron_nexus.spec.cost import parameter_count

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nexus.config.run_config import ModelConfig, Recompute
+from megatron_nexus.config.model_config import ModelConfig
+from megatron_nexus.config.run_config import Recompute
 from megatron_nexus.models.decoder import DecoderStage, Loss
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.packing import Stream

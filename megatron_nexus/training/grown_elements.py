@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_nexus.checkpoint.chunks import full_box
 from megatron_nexus.checkpoint.manifest import JsonObject
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box

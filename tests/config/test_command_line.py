@@ -14,13 +14,9 @@ from megatron_nexus.config.command_line import (
     make_parser,
 )
 from megatron_nexus.config.files_config import CheckpointConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS
-from megatron_nexus.config.run_config import (
-    SECTIONS,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-)
+from megatron_nexus.config.run_config import SECTIONS, ParallelConfig, RunConfig
 from megatron_nexus.errors import ConfigError
 
 FIELDS = [

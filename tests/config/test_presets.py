@@ -3,9 +3,9 @@
 import pytest
 
 from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
-from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.growth.request import GROWING, GrowthRequest, grown_config
 from megatron_nexus.growth.settings import GrowthConfig
 from megatron_nexus.models.decoder import decoder_specs

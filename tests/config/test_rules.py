@@ -6,7 +6,8 @@ import pytest
 
 from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.config_field import flag_of
-from megatron_nexus.config.rules import check, config_warnings, divisors
+from megatron_nexus.config.model_rules import divisors
+from megatron_nexus.config.rules import check, config_warnings
 from megatron_nexus.config.run_config import SECTIONS
 from megatron_nexus.errors import ConfigError
 

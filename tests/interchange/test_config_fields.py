@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.interchange.architecture import NEXUSFORMER, architecture_of, config_json
 from megatron_nexus.interchange.hf_config import model_of
 from tests.support import checkpoints

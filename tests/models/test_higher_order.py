@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.config_file import read_config_file
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.config.model_config import ModelConfig
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.evaluation.loaded_model import load_model
 from megatron_nexus.models.attention import Attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, decoder_specs

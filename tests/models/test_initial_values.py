@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_nexus.config.command_line import build
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.presets import PRESETS
-from megatron_nexus.config.run_config import ModelConfig
 from megatron_nexus.models.attention import attention_specs
 from megatron_nexus.models.feed_forward import feed_forward_specs
 from megatron_nexus.models.layer_context import LayerContext

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.models.attention import Attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks
 from megatron_nexus.models.feed_forward import FeedForward

@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from megatron_nexus.config.run_config import MOST_LAYERS
+from megatron_nexus.config.model_config import MOST_LAYERS
 from megatron_nexus.spec.cost import (
     attention_flops_per_token,
     balanced_cuts,

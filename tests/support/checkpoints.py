@@ -23,7 +23,8 @@ from megatron_nexus.checkpoint.manifest import (
 from megatron_nexus.checkpoint.new_checkpoint import new_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.command_line import build
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.config.model_config import ModelConfig
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.apply import grow_checkpoint
 from megatron_nexus.growth.division import UNITS
 from megatron_nexus.growth.plan import plan_growth

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.command_line import build
-from megatron_nexus.config.run_config import ModelConfig, RunConfig
+from megatron_nexus.config.model_config import ModelConfig
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.models.scores import Request
 from megatron_nexus.spec.initialise import local_values

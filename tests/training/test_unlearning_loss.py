@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nexus.config.run_config import ModelConfig
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.unlearning_config import UnlearningConfig
 from megatron_nexus.data.answers import IGNORED_LABEL
 from megatron_nexus.models.decoder import Loss
