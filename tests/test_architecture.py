@@ -1,22 +1,17 @@
 """Imports go down, foreign libraries stay sealed, and nothing is configured that nothing reads."""
 
-import ast
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_nexus.config.run_config import SECTIONS
+from tests.support.paths import REPOSITORY
+from tests.support.sources import PACKAGE, SOURCES, STANDALONE, source
 
-REPOSITORY = Path(__file__).parents[1]
-PACKAGE = REPOSITORY / "megatron_nexus"
-# Copied into what is exported, to run where this package is not.
-STANDALONE = PACKAGE / "interchange" / "remote_code"
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if STANDALONE not in path.parents)
-
+PROGRAMS = [REPOSITORY / "pretrain_nexus.py", *sorted((REPOSITORY / "tools").rglob("*.py"))]
 LAYERS: list[set[str]] = [
     {"errors", "extras", "log"},
     {"base"},
@@ -72,21 +67,18 @@ PARSE_JSON = {
 }
 
 
-def trees() -> Iterator[tuple[Path, ast.Module]]:
-    programs = [REPOSITORY / "pretrain_nexus.py", *sorted((REPOSITORY / "tools").rglob("*.py"))]
-    for path in [*SOURCES, *programs]:
-        yield path, ast.parse(path.read_text(), str(path))
+def with_import(name: str) -> set[str]:
+    """The files that import a module or a name, or what is in it."""
+    return {
+        str(path.relative_to(PACKAGE))
+        for path in SOURCES
+        if any(f"{found}.".startswith(f"{name}.") for found in source(path).imports)
+    }
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Every module that is imported anywhere in a file, functions included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"relative import in line {node.lineno}"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def reading(*attributes: tuple[str, str]) -> set[str]:
+    """The files that read one of these attributes, such as `os.fsync`."""
+    return {str(path.relative_to(PACKAGE)) for path in SOURCES if source(path).reads & set(attributes)}
 
 
 def noun_of(path: Path) -> str:
@@ -96,16 +88,16 @@ def noun_of(path: Path) -> str:
 
 
 def test_every_folder_has_a_layer() -> None:
-    nouns = {noun_of(path) for path, _ in trees()} - {"__init__"}
+    nouns = {noun_of(path) for path in (*SOURCES, *PROGRAMS)} - {"__init__"}
     assert nouns <= HEIGHT.keys()
     assert len(SOURCES) > 30, "the package was not found"
 
 
 def test_imports_go_down_and_never_sideways() -> None:
     wrong = []
-    for path, tree in trees():
+    for path in (*SOURCES, *PROGRAMS):
         here = noun_of(path)
-        names = [name.split(".") for name in imported(tree) if name.startswith("megatron_nexus.")]
+        names = [name.split(".") for name in source(path).imports if name.startswith("megatron_nexus.")]
         for there in {name[1] for name in names if name[1] in HEIGHT}:
             allowed = here == there or HEIGHT[there] < HEIGHT[here] or HEIGHT[here] == len(LAYERS) - 1
             if not allowed or (here, there) in FORBIDDEN:
@@ -115,74 +107,40 @@ def test_imports_go_down_and_never_sideways() -> None:
 
 @pytest.mark.parametrize(("folder", "foreign"), [("config", "torch"), ("spec", "torch.distributed")])
 def test_low_layers_need_no_machine(folder: str, foreign: str) -> None:
-    names = {name for path, tree in trees() if noun_of(path) == folder for name in imported(tree)}
+    names = {name for path in SOURCES if noun_of(path) == folder for name in source(path).imports}
     assert names, f"{folder} imports nothing: was it found?"
     assert not [name for name in names if f"{name}.".startswith(f"{foreign}.")]
 
 
 @pytest.mark.parametrize("library", SEALED)
 def test_a_sealed_library_is_imported_in_its_files_only(library: str) -> None:
-    users = {
-        str(path.relative_to(PACKAGE))
-        for path, tree in trees()
-        if any(name.split(".")[0] == library for name in imported(tree))
-    }
-    assert users == SEALED[library]
+    assert with_import(library) == SEALED[library]
 
 
 def test_one_file_makes_things_durable_and_one_completes_checkpoints() -> None:
-    syncing = {
-        str(path.relative_to(PACKAGE))
-        for path, tree in trees()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-        if (node.value.id, node.attr) == ("os", "fsync")
-    }
-    assert syncing == {"base/durable.py"}
-    completing = {
-        str(path.relative_to(PACKAGE))
-        for path, tree in trees()
-        if "megatron_nexus.checkpoint.manifest.manifest_to_json" in imported(tree)
-    }
+    assert reading(("os", "fsync")) == {"base/durable.py"}
+    completing = with_import("megatron_nexus.checkpoint.manifest.manifest_to_json")
     assert completing == {"checkpoint/new_checkpoint.py"}
 
 
 def test_of_an_engine_checkpoints_know_only_its_train_state() -> None:
-    names = {path.name: set(imported(tree)) for path, tree in trees() if noun_of(path) == "checkpoint"}
+    names = {path.name: source(path).imports for path in SOURCES if noun_of(path) == "checkpoint"}
     assert "train_state.py" in names
     assert not [name for found in names.values() for name in found if name.startswith("deepspeed")]
     assert not [name for name in names["writer.py"] if "resume" in name], "saving imports loading"
 
 
 def test_what_is_exported_stands_alone() -> None:
-    nodes = [
-        node
-        for path in sorted(STANDALONE.glob("*_nexusformer.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    ]
-    relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
-    assert [node.module for node in relative] == ["configuration_nexusformer"]
-    modules = {name.split(".")[0] for node in nodes if node not in relative for name in imported(node)}
+    imports = {name for path in STANDALONE.glob("*_nexusformer.py") for name in source(path).imports}
+    assert {".".join(name.split(".")[:2]) for name in imports if name[0] == "."} == {
+        ".configuration_nexusformer"
+    }
+    modules = {name.split(".")[0] for name in imports} - {""}
     assert modules - sys.stdlib_module_names == {"torch", "transformers"}
 
 
 def test_there_is_no_module_state_and_no_print() -> None:
-    found = [
-        f"{path.relative_to(PACKAGE)}:{node.lineno}"
-        for path, tree in trees()
-        if path in SOURCES
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Global)
-        or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
-    ]
-    assert found == []
-
-
-def base_name(node: ast.Attribute) -> str:
-    """`training` of `config.training.seed` and of `training.seed`; a local `log_config` is `logging`."""
-    name = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
-    return "logging" if name == "log_config" else name
+    assert [(path, line) for path in SOURCES for line in source(path).globals_and_prints] == []
 
 
 def test_every_field_of_the_configuration_is_read() -> None:
@@ -191,11 +149,10 @@ def test_every_field_of_the_configuration_is_read() -> None:
     }
     # A rule that checks a field is no use of it: it would keep a dead flag alive.
     read = {
-        (base_name(node), node.attr)
-        for path, tree in trees()
-        if path.name != "rules.py"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        ("logging" if base == "log_config" else base, name)
+        for path in SOURCES
+        if path.name not in ("rules.py", "model_rules.py")
+        for base, name in source(path).reads
     }
     # These are read by properties of the section itself.
     spans = ("warmup", "decay", "wsd_decay")
@@ -218,12 +175,4 @@ def test_a_wrong_flag_is_answered_without_importing_torch() -> None:
 
 
 def test_json_is_parsed_in_one_place() -> None:
-    found = {
-        str(path.relative_to(PACKAGE))
-        for path, tree in trees()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and (node.value.id, node.attr) in {("json", "loads"), ("json", "load"), ("json", "JSONDecoder")}
-    }
-    assert found == PARSE_JSON
+    assert reading(("json", "loads"), ("json", "load"), ("json", "JSONDecoder")) == PARSE_JSON

@@ -28,6 +28,7 @@ from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
 from tests.support.paths import REPOSITORY
+from tests.support.sources import SOURCES, source
 from tests.support.waiting import TIMEOUT_S
 
 DOCS = REPOSITORY / "docs"
@@ -279,36 +280,15 @@ def test_every_file_that_a_page_names_exists() -> None:
     assert missing == set()
 
 
-def texts() -> list[str]:
-    """Return every string of the package, with a NUL for each value that is put into it."""
-
-    def of(node: ast.expr) -> str:
-        match node:
-            case ast.Constant(value=str(text)):
-                return re.sub(r"%[-\d.]*[sdfe]", "\0", text)
-            case ast.JoinedStr(values=values):
-                return "".join(of(value) for value in values)
-            case _:
-                return "\0"
-
-    return [
-        of(node)
-        for path in (REPOSITORY / "megatron_nexus").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.JoinedStr | ast.Constant)
-    ]
-
-
 def test_every_message_of_the_troubleshooting_page_occurs_in_the_code() -> None:
     quoted = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
     assert len(quoted) > 20
-    said = [" ".join(text.replace("\0", "VALUE").split()) for text in texts()]
-    unknown = [
-        message
-        for message in quoted
-        # `...` stands for values and for what is left out.
-        if not any(re.search(".*?".join(map(re.escape, message.split("..."))), text) for text in said)
-    ]
+    said = "\n".join(
+        " ".join(text.replace("\0", "VALUE").split()) for path in SOURCES for text in source(path).messages
+    )
+    # `...` stands for values and for what is left out.
+    parts = [[re.escape(part) for part in text.split("...") if part] for text in quoted]
+    unknown = [found for found in parts if not re.search(".*?".join(found), said)]
     assert unknown == []
 
 

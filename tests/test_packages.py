@@ -1,11 +1,9 @@
 """The installed package has one command, whose verbs the files of the repository are."""
 
-import ast
 import importlib
 import re
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +12,9 @@ from megatron_nexus.base.invocation import FILES, with_commands
 from megatron_nexus.cli.main import VERBS, main
 from megatron_nexus.cli.next_command import train_command
 from megatron_nexus.extras import EXTRAS, install_command
+from tests.support.paths import REPOSITORY
+from tests.support.sources import SOURCES, STANDALONE, source
 
-REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
@@ -123,12 +122,11 @@ def test_every_flag_that_the_sources_name_exists(
     }
     unknown = {
         (path.name, name)
-        for path in (REPOSITORY / "megatron_nexus").rglob("*.py")
+        for path in (*SOURCES, *STANDALONE.glob("*.py"))
         if path.name != "megatron_flags.py"  # which answers those that do not exist
         and path.parent.name != "reports"  # custom properties of style sheets look like flags
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        for name in flag.findall(node.value)
+        for text in source(path).strings
+        for name in flag.findall(text)
         if name not in known
     }
     assert unknown == set()
