@@ -2,12 +2,13 @@
 
     python pretrain_nexus.py --preset nexusformer-20m --train-iters 1 --save runs/bench
     python benchmarks/retrieve.py --load runs/bench
+    python benchmarks/retrieve.py --sketches 1000000 --sketch-size 1024 [--from-disk]
 
 Three ratios, of CPU seconds of one process, each within a round and its median over the rounds:
 
 - sketching: a sample's forward and backward with the sketch over the same without, for two lengths;
 - scan: bytes a second of the cosines of kept sketches with one query, or the mean of several, and with 5
-  (`--combine rank`), over those of a sum of the same memory;
+  (`--combine rank`), over those of sums of the same files, and of memory without files;
 - memory: the peak of a process in its first backward, above the loaded model: with the sketch, which frees
   each gradient as soon as it is there, and without.
 """
@@ -15,6 +16,7 @@ Three ratios, of CPU seconds of one process, each within a round and its median 
 import argparse
 import ctypes
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,7 @@ import torch
 from megatron_nexus import log
 from megatron_nexus.analysis.sample_gradients import SampleGradients
 from megatron_nexus.analysis.sketch_search import cosines
+from megatron_nexus.analysis.sketch_store import SHARD_SAMPLES, SketchRecord, SketchStore
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -126,35 +129,96 @@ def measure_sketching(given: argparse.Namespace) -> None:
         )
 
 
-def measure_scan(given: argparse.Namespace) -> None:
+def write_store(folder: Path, samples: int, numbers: int) -> SketchStore:
+    """Write a corpus's sketches as a search keeps them."""
+    record = SketchRecord("", "", samples, numbers, 1, "whole", "none", "fp32")
+    store = SketchStore(folder, record, numbers)
     rng = np.random.default_rng(0)
+    rows = rng.standard_normal((len(store.rows(0)), numbers), np.float32)
+    for first in store.missing():
+        store.write(first, np.roll(rows, first // len(rows), axis=1)[: len(store.rows(first))])
+    return store
+
+
+def drop_from_memory(folder: Path) -> None:
+    """Have the kernel forget the files of a folder."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock, and of the CPU."""
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def measure_scan(given: argparse.Namespace) -> None:
+    """Scan sketches that were written to a disk, as `score_corpus` does, beside a sum over the same mappings.
+
+    A sum of float32 in RAM says what the memory gives without files.
+    """
     queries = torch.nn.functional.normalize(torch.randn(max(QUERIES), given.sketch_size), dim=1)
-    shape = (given.sketches, given.sketch_size)
-    with tempfile.NamedTemporaryFile(suffix=".f16") as file:
-        rows = np.memmap(file.name, np.float16, "w+", shape=shape)
-        some = rng.standard_normal((1024, given.sketch_size)).astype(np.float16)
-        for first in range(0, len(rows), len(some)):
-            rows[first : first + len(some)] = some[: len(rows) - first]
-        words = torch.from_numpy(rows).view(torch.int64)
-        log.logger.info("scan: %s sketches, %.2f GB", f"{given.sketches:,}", rows.nbytes / 1e9)
-        for count in QUERIES:
-            work = partial(cosines, rows, queries[:count])
-            work()
-            rounds = [(seconds_of(words.sum), seconds_of(work)) for _ in range(given.rounds)]
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        store = write_store(folder, given.sketches, given.sketch_size)
+        firsts = range(0, given.sketches, SHARD_SAMPLES)
+        size = 4 * given.sketches * given.sketch_size
+        in_memory = torch.ones(min(size, 1 << 30) // 4)
+
+        def stream() -> None:
+            for first in firsts:
+                torch.from_numpy(store.read(first)).sum()
+
+        def scan(count: int) -> None:
+            for first in firsts:
+                cosines(store.read(first), queries[:count])
+
+        log.logger.info(
+            "scan: %s sketches of K %s, %.2f GB in files, %d thread(s); GB/s on the clock, of the CPU",
+            *(f"{given.sketches:,}", f"{given.sketch_size:,}", size / 1e9, torch.get_num_threads()),
+        )
+        works: dict[str, tuple[Callable[[], object], int]] = {
+            "sum in RAM": (in_memory.sum, 4 * len(in_memory)),
+            "sum of the files": (stream, size),
+            **{
+                f"scan, {count} quer{'y' if count == 1 else 'ies'}": (partial(scan, count), size)
+                for count in QUERIES
+            },
+        }
+        if given.from_disk:
+            works = {name: works[name] for name in ("sum of the files", "scan, 1 query")}
+        rounds: list[dict[str, tuple[float, float]]] = []
+        for number in range(given.rounds + (not given.from_disk)):
+            found = {}
+            for name, (work, of) in works.items():
+                if given.from_disk:
+                    drop_from_memory(folder)
+                wall, cpu = timed(work)
+                found[name] = (of / wall / 1e9, of / cpu / 1e9)
+            if number or given.from_disk:  # the first fills caches
+                rounds.append(found)
+        bases = list(works)[:2]
+        for name in works:
+            wall, cpu = (statistics.median(found[name][k] for found in rounds) for k in (0, 1))
+            ratios = [
+                statistics.median(found[name][1] / found[base][1] for found in rounds) for base in bases
+            ]
             log.logger.info(
-                "scan, %d quer%s: %.2f of the memory bandwidth of a sum (%.1f GB/s)",
-                count,
-                "y" if count == 1 else "ies",
-                statistics.median(whole / scan for whole, scan in rounds),
-                statistics.median(rows.nbytes / scan for _, scan in rounds) / 1e9,
+                "%-18s %6.2f %6.2f; of %s: %.2f, of %s: %.2f (CPU seconds)",
+                *(name, wall, cpu, bases[0], ratios[0], bases[1], ratios[1]),
             )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--load", required=True)
+    parser.add_argument("--load", help="a run; without, the scan alone is measured")
     parser.add_argument("--sketch-size", type=int, default=8192)
-    parser.add_argument("--sketches", type=int, default=32_768, help="16 GB at a million")
+    parser.add_argument("--sketches", type=int, default=131_072, help="4 x K bytes each")
+    parser.add_argument("--folder", help="where they are written")
+    parser.add_argument("--from-disk", action="store_true", help="forget the files before each scan")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -163,9 +227,12 @@ def main() -> None:
         sys.stdout.write(str(peak_above(partial(getattr(bench, kind), length))))
         return
     log.configure(is_main_rank=True)
-    torch.set_num_threads(1)
-    measure_sketching(given)
+    torch.set_num_threads(given.threads)
+    if given.load:
+        measure_sketching(given)
     measure_scan(given)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    log.logger.info("peak resident memory, mapped files included: %.2f GB", peak * 1024 / 1e9)
 
 
 if __name__ == "__main__":

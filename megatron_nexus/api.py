@@ -1,4 +1,4 @@
-"""The Python API: configure, train, load, generate, grow, with the settings of the command line.
+"""The Python API: train, load, generate, grow, retrieve, unlearn, with the settings of the command line.
 
     from megatron_nexus import api
 
@@ -12,11 +12,12 @@ and `data_path=["0.7", "web", "0.3", "code"]` several words; `nexus train --help
 raises a class of `megatron_nexus.errors` with the command's own message. torch is imported by the first call
 that computes, not by this module.
 
-Training always runs in processes of its own, the tp x pp ranks of one mesh on this machine, so a notebook
-keeps its signal handlers and joins no process group; `nexus launch` and torchrun start more. Loading,
-generation and growth run in this process.
+Training, unlearning and retrieval run in processes of their own, the tp x pp ranks of one mesh on this
+machine, so a notebook keeps its signal handlers and joins no process group; `nexus launch` and torchrun start
+more. Loading, generation and growth run in this process.
 """
 
+import json
 import re
 import signal
 import subprocess
@@ -52,12 +53,17 @@ def configure(**settings: Setting) -> "RunConfig":
         ConfigError: settings that are unknown, wrong or contradict each other or the checkpoint.
         CheckpointError: `load` names nothing that can be loaded.
     """
+    return _configure("train", settings)
+
+
+def _configure(verb: str, settings: Mapping[str, Setting]) -> "RunConfig":
+    """Return the configuration of a verb that trains, checked."""
     require_linux()
     from megatron_nexus.cli import train_command
     from megatron_nexus.config.rules import check
 
     with path_errors():
-        config, _ = train_command.configure(_flags(settings))
+        config, _ = train_command.configure(_flags(settings), verb)
     check(config, config.model_parallel_size)
     return config
 
@@ -83,9 +89,69 @@ def train(save: str | Path, *, echo: bool = True, **settings: Setting) -> Run:
         ConfigError, DataError, CheckpointError: before anything is started, or where the ranks find it.
         TrainingError: a loss is not finite, or a rank failed; the message ends with what it wrote.
     """
-    argv = _flags({**settings, "save": save})
     configure(**settings, save=save)
-    command = [sys.executable, "-u", "-m", "megatron_nexus", "train", *argv]
+    _run("train", {**settings, "save": save}, echo)
+    return open_run(save)
+
+
+def unlearn(
+    load: str | Path,
+    save: str | Path,
+    forget: str | Path,
+    retain: str | Path | None = None,
+    *,
+    echo: bool = True,
+    **settings: Setting,
+) -> Run:
+    """Unlearn as `nexus unlearn` does with these settings, and return what came of it.
+
+    `forget` and `retain` are .jsonl files of answers; `lr` and `train_iters` must be given, `loss` and
+    `retain_loss` say what is minimised. Without `retain`, `retain_loss` is "none". Processes, Ctrl-C and
+    errors as in `train`.
+    """
+    sides = {"retain_loss": "none"} if retain is None else {"retain": retain}
+    given = {"load": load, "save": save, "forget": forget, **sides, **settings}
+    _configure("unlearn", given)
+    _run("unlearn", given, echo)
+    return open_run(save)
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """The two files that a search has written, and the numbers of its report.json."""
+
+    forget: Path
+    retain: Path
+    report: Mapping[str, object]
+
+
+def retrieve(
+    load: str | Path,
+    corpus: str | Path | Sequence[str],
+    queries: str | Path,
+    forget: int,
+    retain: int,
+    output: str | Path = "retrieved",
+    *,
+    echo: bool = True,
+    **settings: Setting,
+) -> Retrieved:
+    """Choose samples to forget and to retain as `nexus retrieve` does, and return where they are.
+
+    `forget` and `retain` are numbers of samples, `settings` such as `sketch_size=1024`. Processes and errors
+    as in `train`.
+    """
+    require_linux()
+    given = {"load": load, "queries": queries, "forget": forget, "retain": retain, "output": output}
+    _run("retrieve", {**given, "corpus": corpus, **settings}, echo)
+    folder = Path(output)
+    report = json.loads((folder / "report.json").read_text())
+    return Retrieved(folder / "forget.jsonl", folder / "retain.jsonl", report)
+
+
+def _run(verb: str, settings: Mapping[str, Setting], echo: bool) -> None:
+    """Run a verb in a process of its own; raise the error that it ends with."""
+    command = [sys.executable, "-u", "-m", "megatron_nexus", verb, *_flags(settings)]
     lines = []
     with subprocess.Popen(
         command,
@@ -100,7 +166,6 @@ def train(save: str | Path, *, echo: bool = True, **settings: Setting) -> Run:
                 sys.stdout.write(line)
     if process.returncode:
         raise error_of("".join(lines), process.returncode)
-    return open_run(save)
 
 
 def open_run(folder: str | Path) -> Run:
@@ -147,7 +212,7 @@ def error_of(output: str, code: int) -> NexusError:
             return ConfigError([line.strip() for line in message.splitlines()[1:]])
         if isinstance(kind, type) and issubclass(kind, NexusError):
             return kind(message)
-    return TrainingError(f"training ended with exit code {code}; it wrote at the end:\n{output[-3000:]}")
+    return TrainingError(f"the command ended with exit code {code}; it wrote at the end:\n{output[-3000:]}")
 
 
 class Model:

@@ -116,7 +116,10 @@ def _best_pair(
 
 
 def ceiling_table(study: Study, ceilings: Sequence[Ceiling]) -> list[str]:
-    """Return what size is worth from scratch along each axis, at equal tokens and at equal FLOPs."""
+    """Return what size is worth from scratch along each axis, at equal tokens and at equal FLOPs.
+
+    Nothing where no ceiling is named or measured.
+    """
     lines = [
         "| axis | small | large | tokens | large - small, 95 % | p | at equal FLOPs | TFLOP |",
         "|---|---|---|---:|---:|---:|---:|---:|",
@@ -132,7 +135,7 @@ def ceiling_table(study: Study, ceilings: Sequence[Ceiling]) -> list[str]:
             f"| {ceiling.axis} | {small} | {large} | {tokens / 1e6:.2f}M | {interval(difference)} "
             f"({difference.n}) | {p_value(difference.p)} | {interval(equal)} | {at} |"
         )
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 def equal_flops(study: Study, ceiling: Ceiling) -> tuple[Estimate | None, str]:

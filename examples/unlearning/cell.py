@@ -31,6 +31,14 @@ LOSSES = {
     "NPO, GDR": "--loss npo --retain-loss gdr",
     "SimNPO, GDR": "--loss simnpo --retain-loss gdr",
 }
+BETAS = {
+    **{f"NPO {beta}, GDR": f"--loss npo --retain-loss gdr --npo-beta {beta}" for beta in (0.03, 0.1, 0.3, 1)},
+    **{
+        f"SimNPO {beta}, GDR": f"--loss simnpo --retain-loss gdr --simnpo-beta {beta}"
+        for beta in (0.15, 0.5, 1.5, 4.5)
+    },
+}
+"""Of `study.py --betas`: how far areas depend on the inverse temperatures."""
 SIDE = 8
 """Samples of each set in a step."""
 
@@ -61,9 +69,15 @@ class Measured:
 
 def losses_of(name: str) -> UnlearningConfig:
     """Return the section of the configuration that the flags of a loss mean."""
-    words = dict(zip(*[iter(LOSSES[name].split())] * 2, strict=True))
+    words = dict(zip(*[iter((LOSSES | BETAS)[name].split())] * 2, strict=True))
     config = UnlearningConfig(forget="forget.jsonl")
-    return replace(config, loss=words["--loss"], retain_loss=words["--retain-loss"])
+    return replace(
+        config,
+        loss=words["--loss"],
+        retain_loss=words["--retain-loss"],
+        npo_beta=float(words.get("--npo-beta", config.npo_beta)),
+        simnpo_beta=float(words.get("--simnpo-beta", config.simnpo_beta)),
+    )
 
 
 def batch_size(losses: UnlearningConfig) -> int:

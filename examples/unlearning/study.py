@@ -1,6 +1,6 @@
 """Run the experiment: base models, selections, cells, table and picture. Stop it at any time; it goes on.
 
-python examples/unlearning/study.py runs/unlearning [--seeds 1 2 3] [--minutes 30] [--check]
+python examples/unlearning/study.py runs/unlearning [--seeds 1 2 3] [--minutes 30] [--betas | --check]
 """
 
 import argparse
@@ -9,13 +9,14 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from base_model import train_base
-from cell import LOSSES, Cell, Measured, batch_size, losses_of, run_cell
+from cell import BETAS, LOSSES, Cell, Measured, batch_size, losses_of, run_cell
 from corpora import TASKS, make_corpus, write_lines
 from models import SEQ_LENGTH, Base, LoadedBase
 from selections import Selection, select_all
@@ -56,16 +57,29 @@ class Results:
         return tuple(record.get(name) for name in ("kind", "seed", "task", "selection", "loss", "lr"))
 
 
-def cells_of(seed: int, selections: dict[str, list[Selection]]) -> Iterator[tuple[Cell, Selection]]:
-    """Yield the cells of a seed."""
-    for task in TASKS:
-        for selection in selections[task]:
-            for loss in LOSSES:
-                for lr in RATES:
-                    yield Cell(seed, task, selection.name, loss, lr), selection
+@dataclass(frozen=True)
+class Plan:
+    """Which cells a seed has: every selection, or those of some names, with every loss at every rate."""
+
+    tasks: Sequence[str] = TASKS
+    losses: Sequence[str] = tuple(LOSSES)
+    selections: Sequence[str] = ()
+
+    def cells(self, seed: int, selections: dict[str, list[Selection]]) -> Iterator[tuple[Cell, Selection]]:
+        """Yield the cells of a seed."""
+        for task in self.tasks:
+            for selection in selections[task]:
+                if self.selections and selection.name not in self.selections:
+                    continue
+                for loss in self.losses:
+                    for lr in RATES:
+                        yield Cell(seed, task, selection.name, loss, lr), selection
 
 
-def run_seed(seed: int, folder: Path, results: Results, until: float) -> bool:
+BETA_PLAN = Plan(("trigger",), tuple(BETAS), ("exact", "oracle"))
+
+
+def run_seed(seed: int, folder: Path, results: Results, until: float, plan: Plan) -> bool:
     """Run what is missing of a seed; return whether all of it is there."""
     run = train_base(folder / f"seed-{seed}", seed, BASE_STEPS)
     base, corpus = Base(run), make_corpus(seed)
@@ -90,7 +104,7 @@ def run_seed(seed: int, folder: Path, results: Results, until: float) -> bool:
             if not results.has(record):
                 results.add({**record, **selection.quality(corpus, task)})
     began, done = time.monotonic(), 0
-    for cell, selection in cells_of(seed, selections):
+    for cell, selection in plan.cells(seed, selections):
         record = {"kind": "cell", **vars(cell)}
         if results.has(record):
             continue
@@ -153,6 +167,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no cell after that (default: 60)")
     parser.add_argument("--check", action="store_true", help="compare a cell with the command, and stop")
+    text = "vary the inverse temperatures of NPO and SimNPO at the trigger, in a folder `betas` of its own"
+    parser.add_argument("--betas", action="store_true", help=text)
     given = parser.parse_args()
     torch.set_num_threads(1)  # the model is too small for two
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -160,9 +176,11 @@ def main() -> None:
         check(given.folder, given.seeds[0])
         return
     until = time.monotonic() + 60 * given.minutes
-    results = Results(given.folder / "results.jsonl")
-    complete = sum(run_seed(seed, given.folder, results, until) for seed in given.seeds)
-    make_report(given.folder / "results.jsonl", given.folder)
+    output = given.folder / "betas" if given.betas else given.folder
+    output.mkdir(exist_ok=True)
+    results, plan = Results(output / "results.jsonl"), BETA_PLAN if given.betas else Plan()
+    complete = sum(run_seed(seed, given.folder, results, until, plan) for seed in given.seeds)
+    make_report(output / "results.jsonl", output)
     if complete < len(given.seeds):
         sys.stdout.write("the time is up: the same command goes on\n")
 

@@ -39,7 +39,9 @@ def area(points: Points) -> float:
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Return the mean over seeds and its 95 % bootstrap interval."""
+    """Return the mean over seeds and its 95 % bootstrap interval; NaN of none, where cells are missing."""
+    if not values:
+        return np.nan, np.nan, np.nan
     rng = np.random.default_rng(seed)
     drawn = rng.choice(np.asarray(values), (DRAWS, len(values))).mean(axis=1)
     low, high = np.percentile(drawn, [2.5, 97.5])
@@ -105,7 +107,7 @@ def tables(results: Results) -> str:
             for loss in losses:
                 found = list(results.areas(task, selection, loss).values())
                 mean, low, high = interval(found)
-                cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+                cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]" if found else "")
             lines.append(f"| {selection} | {shares[0]:.2f} | {shares[1]:.2f} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -127,7 +129,7 @@ def differences(results: Results, against: str, names: Sequence[str]) -> str:
                     if seed in reference:
                         by_seed[seed].append(value - reference[seed])
             mean, low, high = interval([statistics.fmean(values) for values in by_seed.values()])
-            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if by_seed else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -141,7 +143,9 @@ def draw(results: Results, path: Path) -> None:
 
     tasks, selections, losses = (results.names(position) for position in range(3))
     colors = {name: pyplot.colormaps["tab10"](number) for number, name in enumerate(selections)}
-    figure, rows = pyplot.subplots(2, 2, figsize=(12, 10), dpi=110, layout="constrained")
+    figure, rows = pyplot.subplots(
+        2, len(tasks), figsize=(6 * len(tasks), 10), dpi=110, layout="constrained", squeeze=False
+    )
     shown = "NPO, GDR" if "NPO, GDR" in losses else losses[0]
     for column, task in enumerate(tasks):
         axes = rows[0][column]
@@ -152,6 +156,8 @@ def draw(results: Results, path: Path) -> None:
                 if (of_task, chosen, loss) == (task, selection, shown):
                     best = [max((r for f, r in [*points, (1.0, 1.0)] if f <= x), default=0.0) for x in grid]
                     curves.append(best)
+            if not curves:
+                continue
             precision, leak = results.quality(task, selection)
             label = f"{selection}: precision {precision:.2f}, leak {leak:.2f}"
             style = "--" if selection.startswith(("oracle", "random")) else "-"
@@ -185,20 +191,19 @@ def draw(results: Results, path: Path) -> None:
 
 
 def make_report(path: Path, output: Path) -> None:
-    """Write tables.md and fronts.png, and print the tables."""
+    """Write tables.md and fronts.png, and print the tables; nothing without a cell."""
     results = Results(path)
-    others = [name for name in results.names(1) if name not in ("oracle", "exact")]
-    text = "\n".join(
-        [
-            f"{results.cells} runs, seeds {', '.join(map(str, results.seeds))}.",
-            "",
-            tables(results),
-            differences(results, "oracle", ["exact", *others]),
-            "",
-            differences(results, "exact", others),
-            "",
-        ]
-    )
+    if not results.cells:
+        return
+    found = results.names(1)
+    parts = [f"{results.cells} runs, seeds {', '.join(map(str, results.seeds))}.", tables(results).rstrip()]
+    for against, names in (
+        ("oracle", ["exact", *(name for name in found if name not in ("oracle", "exact"))]),
+        ("exact", [name for name in found if name not in ("oracle", "exact")]),
+    ):
+        if against in found and (names := [name for name in names if name in found]):
+            parts.append(differences(results, against, names))
+    text = "\n\n".join(parts) + "\n"
     output.mkdir(parents=True, exist_ok=True)
     (output / "tables.md").write_text(text)
     draw(results, output / "fronts.png")

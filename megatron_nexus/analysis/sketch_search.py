@@ -1,7 +1,7 @@
 """Scores of a corpus: the cosine of each sample's sketch with those of the queries, one backward a sample.
 
-Rows are rounded to half precision before they are compared, whether they are kept or not, so that a search
-which goes on from kept rows has the same scores bit for bit. N samples, Q queries, K numbers of a sketch.
+Rows are compared in the precision in which they are kept, float32, so that a search which goes on from kept
+rows has the same scores bit for bit. N samples, Q queries, K numbers of a sketch.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,16 +21,13 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import Progress
 from megatron_nexus.parallel.mesh import Mesh
 
-SCAN_ROWS = 64
-"""Rows that are widened to float32 at once: what a core's cache holds."""
-
 Scores = npt.NDArray[np.float32]
 Combine = Literal["score", "rank"]
 """How the scores of several queries become one order: by their mean, or by the mean of ranks."""
 
 
 def unit_rows(sketches: Tensor, named: Callable[[int], str]) -> Tensor:
-    """Return sketches [N, K] of length sqrt(K), so that half precision holds their numbers; zeros stay.
+    """Return sketches [N, K] of length sqrt(K), numbers about 1; zeros stay.
 
     Raises CheckpointError where a gradient is not finite: `named` says whose it is.
     """
@@ -47,18 +44,11 @@ def unit_rows(sketches: Tensor, named: Callable[[int], str]) -> Tensor:
 def cosines(rows: Rows, queries_QK: Tensor) -> Scores:
     """Return the cosine of each row [N, K], of length sqrt(K), with each query, float32 of length 1: [N, Q].
 
-    One query, which may be the mean of several, is read at about a third of a core's memory bandwidth; a
-    product with a few takes as long as one with each of them.
+    One query, which may be the mean of several, is read at the bandwidth of the memory.
     """
-    found = np.empty((len(rows), len(queries_QK)), np.float32)
-    widened_NK = torch.empty(SCAN_ROWS, queries_QK.shape[1])
-    for first in range(0, len(rows), SCAN_ROWS):
-        part_NK = torch.from_numpy(np.asarray(rows[first : first + SCAN_ROWS]))
-        wide_NK = widened_NK[: len(part_NK)].copy_(part_NK)
-        for q, query_K in enumerate(queries_QK):
-            found[first : first + SCAN_ROWS, q] = torch.mv(wide_NK, query_K).numpy()
-    found /= sqrt(queries_QK.shape[1])
-    return found
+    rows_NK = torch.from_numpy(np.asarray(rows, np.float32))  # float32 is not copied
+    scores: Scores = (rows_NK @ queries_QK.t() / sqrt(queries_QK.shape[1])).numpy()
+    return scores
 
 
 def sketch_queries(model: SampleGradients, queries: Sequence[AnswerTokens], combine: Combine) -> Tensor:
@@ -102,6 +92,7 @@ def score_corpus(
             rows = _sketch_shard(model, source, first, progress)
             if is_first:
                 if store is not None:
+                    rows = rows.astype(store.dtype, copy=False)
                     store.write(first, rows)
                 scores[first : first + SHARD_SAMPLES] = cosines(rows, queries_QK)
     return scores
@@ -112,5 +103,5 @@ def _sketch_shard(model: SampleGradients, source: AnswerSource, first: int, prog
     numbers = range(first, min(first + SHARD_SAMPLES, len(source)))
     sketches = model.sketch([source.tokens(number) for number in numbers], progress.advance)
     units = unit_rows(sketches, lambda row: source.answer(numbers[row]).source)
-    rows: Rows = units.to("cpu", torch.float16).numpy()
+    rows: Rows = units.to("cpu", torch.float32).numpy()
     return rows

@@ -14,7 +14,7 @@ from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
-from megatron_nexus.cli.unlearn_start import base_of, find_start, refuse_graddiff
+from megatron_nexus.cli.unlearn_start import base_of, find_start
 from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.config_file import read_config_file
@@ -81,8 +81,6 @@ def read_train_command(argv: list[str], verb: str = "train") -> TrainCommand:
         ConfigError: flags that are unknown, wrong or contradict the checkpoint.
         CheckpointError: --load names nothing that can be loaded.
     """
-    if verb == "unlearn":
-        refuse_graddiff(argv)
     given = given_flags(argv, verb)
     dry_run, size = "dry_run" in given, given.get("world_size")
     for name in ("world_size", "device", "search"):

@@ -4,8 +4,8 @@ Checkpoints of the run in --save, or --load alone, continue it; another --save b
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import fields
 
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
@@ -18,14 +18,12 @@ from megatron_nexus.config.run_config import OptimizerConfig, RunConfig
 from megatron_nexus.config.unlearning_config import UnlearningConfig
 from megatron_nexus.errors import ConfigError
 
-NOT_ITS_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_range")
-"""Flags of the data that `train` reads."""
-
-
-def refuse_graddiff(argv: Sequence[str]) -> None:
-    """Raise ConfigError for open-unlearning's name of two losses that have a flag each here."""
-    if "--loss=graddiff" in argv or ("--loss", "graddiff") in pairwise(argv):
-        raise ConfigError("--loss 'graddiff' is a forget loss and a retain loss: --loss ga --retain-loss gdr")
+UNREAD = (
+    *("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_range", "split"),
+    *("reset_position_ids", "reset_attention_mask", "new_lr_ratio", "new_lr_warmup_iters"),
+)
+"""Settings of `train` alone: of its data, and of weights that a growth has added."""
+_DEFAULTS = {field.name: field.default for kind in (DataConfig, OptimizerConfig) for field in fields(kind)}
 
 
 def find_start(given: Mapping[str, Value]) -> tuple[SavedRun, bool]:
@@ -34,11 +32,16 @@ def find_start(given: Mapping[str, Value]) -> tuple[SavedRun, bool]:
     Raises ConfigError or CheckpointError where the flags name none.
     """
     load, save = str(given.get("load", "")), str(given.get("save", ""))
-    for name in (*NOT_ITS_DATA, "grow"):
-        if given.get(name):
-            raise ConfigError(
+    unread = [name for name in UNREAD if given.get(name, _DEFAULTS[name]) != _DEFAULTS[name]]
+    if given.get("grow"):
+        unread.append("grow")
+    if unread:
+        raise ConfigError(
+            [
                 f"{flag_of(name)} belongs to the verb train, unlearn reads --forget and --retain: drop it"
-            )
+                for name in unread
+            ]
+        )
     if not load or (load == "auto" and not save):
         raise ConfigError("unlearn needs a trained model: give its run as --load, and a new --save")
     own = newest_checkpoint(location(save)) if save else None

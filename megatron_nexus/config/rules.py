@@ -281,7 +281,14 @@ def _unlearning_problems(config: RunConfig) -> Iterable[str]:
     unlearning, training = config.unlearning, config.training
     if not unlearning.is_on:
         return
-    if unlearning.retain_loss != "none" and not unlearning.retain:
+    if unlearning.loss == "graddiff" and unlearning.retain_loss != "gdr":
+        yield (
+            f"--loss graddiff is ga with --retain-loss gdr, not {unlearning.retain_loss}: use --loss ga, or "
+            "drop --retain-loss"
+        )
+    if unlearning.loss == "graddiff" and not unlearning.retain:
+        yield "--loss graddiff has a loss of samples to retain: give them as --retain, or use --loss ga"
+    elif unlearning.retain_loss != "none" and not unlearning.retain:
         yield (
             f"--retain-loss {unlearning.retain_loss} is of samples to retain: give them as --retain, or "
             "--retain-loss none"
@@ -295,6 +302,11 @@ def _unlearning_problems(config: RunConfig) -> Iterable[str]:
         yield (
             f"--global-batch-size {training.global_batch_size} is odd, and half of it is of the forget set, "
             f"half of the retain set: use {training.global_batch_size + 1}"
+        )
+    if training.train_tokens:
+        yield (
+            f"--train-tokens {training.train_tokens}: answers have lengths of their own: give --train-iters "
+            "or --train-samples"
         )
     for flag, wrong in {
         "--spike-policy rewind": training.spike_policy == "rewind",

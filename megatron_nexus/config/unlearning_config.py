@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_nexus.config.config_field import config_field
 
-ForgetLoss = Literal["ga", "npo", "simnpo"]
+ForgetLoss = Literal["ga", "graddiff", "npo", "simnpo"]
 RetainLoss = Literal["none", "gdr", "klr"]
 
 
@@ -16,7 +16,7 @@ class UnlearningConfig:
     forget: str = config_field("", ".jsonl of samples to forget: prompt and answer, or text, a line")
     retain: str = config_field("", ".jsonl of samples to retain; empty: --retain-loss none")
     loss: ForgetLoss = config_field(
-        "npo", "of the forget set: ga (gradient ascent; with --retain-loss gdr GradDiff), npo or simnpo"
+        "npo", "of the forget set: ga (gradient ascent), graddiff (ga with --retain-loss gdr), npo or simnpo"
     )
     retain_loss: RetainLoss = config_field(
         "gdr", "of the retain set: gdr (its negative log-likelihood), klr (KL to the loaded model) or none"

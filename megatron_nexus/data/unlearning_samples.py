@@ -21,6 +21,8 @@ from megatron_nexus.errors import DataError
 from megatron_nexus.log import logger
 
 FORGET, RETAIN = "forget", "retain"
+WIDTH_MULTIPLE = 8
+"""Of the tokens of a micro-batch on each tensor-parallel rank: what the GEMMs of GPUs like."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class UnlearningSamples:
     tokenizer: Tokenizer
     seq_length: int
     seed: int
+    multiple: int = 1
+    """Of which the width of a micro-batch is a multiple, as --sequence-parallel needs."""
+
+    @cached_property
+    def width(self) -> int:
+        """Tokens to which samples are padded, --seq-length or fewer: what holds the longest."""
+        longest = max(len(answer.tokens) for answers in self.sets.values() for answer in answers)
+        return min(self.seq_length, -(-longest // self.multiple) * self.multiple)
 
     def place(self, k: int) -> tuple[str, int]:
         """Return the set of the k-th sample of the run, and its number there."""
@@ -90,7 +100,8 @@ def read_unlearning_samples(config: RunConfig, record: TokenizerRecord) -> Unlea
                 )
     if RETAIN in sets:
         _check_overlap(sets, unlearning.forget, unlearning.retain)
-    return UnlearningSamples(sets, tokenizer, seq_length, config.training.seed)
+    multiple = WIDTH_MULTIPLE * config.parallel.tensor_model_parallel_size
+    return UnlearningSamples(sets, tokenizer, seq_length, config.training.seed, multiple)
 
 
 def _check_overlap(sets: Mapping[str, Sequence[AnswerTokens]], forget: str, retain: str) -> None:

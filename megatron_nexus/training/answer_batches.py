@@ -1,6 +1,6 @@
 """Micro-batches of answers: tokens, and what the losses of unlearning need besides logits.
 
-B micro batch, T sequence length, V the part of the vocabulary on this rank.
+B micro batch, T tokens of the longest sample of the run, V the part of the vocabulary on this rank.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from megatron_nexus.training.reference import NO_REFERENCE, Reference
 from megatron_nexus.training.unlearning_loss import AnswerTargets
 
 
-def tokens_and_labels(answers: Sequence[AnswerTokens], rows: int, seq_length: int) -> tuple[Tensor, Tensor]:
+def tokens_and_labels(answers: Sequence[AnswerTokens], rows: int, width: int) -> tuple[Tensor, Tensor]:
     """Return tokens and labels [rows, T], padded on the right, where no token sees it, and by empty rows."""
-    tokens_BT = torch.zeros(rows, seq_length, dtype=torch.int64)
-    labels_BT = torch.full((rows, seq_length), IGNORED_LABEL, dtype=torch.int64)
+    tokens_BT = torch.zeros(rows, width, dtype=torch.int64)
+    labels_BT = torch.full((rows, width), IGNORED_LABEL, dtype=torch.int64)
     if answers:
-        tokens_bT, labels_bT, mask_bT = answer_batch(answers, seq_length)
+        tokens_bT, labels_bT, mask_bT = answer_batch(answers, width)
         tokens_BT[: len(answers)] = tokens_bT
         labels_BT[: len(answers)] = labels_bT.masked_fill(mask_bT == 0, IGNORED_LABEL)
     return tokens_BT, labels_BT
@@ -37,7 +37,7 @@ class AnswerBatches:
         """Return tokens [B, T] of the samples of these numbers, and their targets."""
         places = [self.samples.place(k) for k in numbers]
         answers = [self.samples.sets[name][index] for name, index in places]
-        tokens_BT, labels_BT = tokens_and_labels(answers, len(places), self.samples.seq_length)
+        tokens_BT, labels_BT = tokens_and_labels(answers, len(places), self.samples.width)
         forget_B = torch.tensor([name == FORGET for name, _ in places])
         log_p = [self.reference.log_p(index) if name == FORGET else 0.0 for name, index in places]
         retained = [None if name == FORGET else index for name, index in places]

@@ -31,9 +31,10 @@ from megatron_nexus.training.reference import LogitsFile, ReferenceFolder
 class AnswerScorer:
     """The engine's model as it is at each call; all methods are collective."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, engine: Engine) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, engine: Engine, width: int) -> None:
+        """`width`: tokens to which samples are padded."""
         self._mesh, self._engine = mesh, engine
-        self._rows, self._seq_length = config.training.micro_batch_size, config.training.seq_length
+        self._rows, self._width = config.training.micro_batch_size, width
 
     def scores(self, name: str, step: int, answers: Sequence[AnswerTokens]) -> AnswerScores:
         """Return the means over a set's answers, each of which counts alike."""
@@ -77,7 +78,7 @@ class AnswerScorer:
                 for p in range(passes)
             ]
             batches = [
-                tokens_and_labels([answers[n] for n in part], self._rows, self._seq_length) for part in parts
+                tokens_and_labels([answers[n] for n in part], self._rows, self._width) for part in parts
             ]
             for part, made in zip(parts, self._engine.outputs(batches, of), strict=False):
                 yield part, list(made.unbind(dim=batch_dim))[: len(part)]
@@ -122,7 +123,7 @@ class AnswerScorer:
                     first += count
         with raise_on_all_ranks(mesh.control, cannot):
             if rows is not None:
-                folder.close_logits(record, rows)
+                record = folder.close_logits(record, rows)
         return json.dumps(asdict(record)) if writes else ""
 
 
@@ -154,9 +155,10 @@ def open_reference(
     folder = ReferenceFolder(run_dir, batches.samples.fingerprint)
     if begins:
         with Progress("computing the reference model's numbers"):
-            scorer = AnswerScorer(config, mesh, engine)
+            scorer = AnswerScorer(config, mesh, engine, batches.samples.width)
             scorer.make_reference(batches.samples, losses.loss, losses.retain_loss, folder)
     with raise_on_all_ranks(mesh.control, "cannot read the reference model's numbers"):
         # Other stages of a pipeline have no loss: they need not hold a [T, B, V] for each micro-batch.
         width = engine.vocabulary_width if mesh.is_last_stage else 0
-        batches.reference = folder.read(engine.vocabulary_range, width)
+        verifies = mesh.rank == 0 and not begins
+        batches.reference = folder.read(engine.vocabulary_range, width, verifies)

@@ -62,7 +62,9 @@ def changed_settings(saved: JsonObject, config: RunConfig) -> list[str]:
     return changes
 
 
-def announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: Location) -> None:
+def announce(
+    config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: Location, sample_tokens: int
+) -> None:
     """Log what runs, on what, in one screen; `rate` is the measured FLOP/s of all ranks."""
     training = config.training
     count = parameter_count(decoder_specs(config.model).values())
@@ -91,7 +93,7 @@ def announce(config: RunConfig, mesh: Mesh, engine: Engine, rate: float, save: L
     logger.info(
         "batch: %d samples of %d tokens in %d micro-batches a rank; %d iterations",
         training.global_batch_size,
-        training.seq_length,
+        sample_tokens,
         config.accumulation_steps(mesh.world_size),
         training.train_iters,
     )

@@ -42,6 +42,12 @@ class Corpus:
     prepend_bos: bool | None = None
     """Whether the documents begin with BOS, as checkpoints keep it; None: as the tokenizer's files say."""
 
+    def sample_tokens(self, config: RunConfig) -> int:
+        """Return the tokens of a sample, with padding: --seq-length, or fewer of answers to unlearn."""
+        if isinstance(self.training, AnswerBatches):
+            return self.training.samples.width
+        return config.training.seq_length
+
     def evaluation_batches(self, name: str, config: RunConfig) -> int:
         """Global batches of an evaluation: as asked, or what its set holds, at least one."""
         held = self.evaluations[name].epoch_samples // config.training.global_batch_size

@@ -32,7 +32,11 @@ class Evaluations:
         self._config, self._mesh, self._engine, self._corpus = config, mesh, engine, corpus
         self._evaluator, self._hooks = evaluator, hooks
         self._scoring = DistributedScorer(config, mesh, engine) if config.logging.eval_tasks else None
-        self._answers = AnswerScorer(config, mesh, engine) if config.unlearning.is_on else None
+        self._answers = (
+            AnswerScorer(config, mesh, engine, corpus.training.samples.width)
+            if isinstance(corpus.training, AnswerBatches)
+            else None
+        )
         self._bytes = {name: corpus.evaluation_bytes(name, config) for name in corpus.evaluations}
 
     def losses(self, kind: str, step: int) -> list[Validation | AnswerScores]:

@@ -80,7 +80,8 @@ class Trainer:
         self.corpus = corpus
         self.save_folder = save
         self.run_dir = run_dir
-        self.flops_per_token = training_flops_per_token(config.model, config.training.seq_length)
+        self._sample_tokens = corpus.sample_tokens(config)
+        self.flops_per_token = training_flops_per_token(config.model, self._sample_tokens)
         self.throughput = Throughput(config, mesh, self.flops_per_token, gemm_flops_per_s)
         self._batch_schedule = config.batches
         self.progress = RunProgress(step=0, samples=0, tokens=0, flops=0)
@@ -156,7 +157,7 @@ class Trainer:
         config, log_config, interval = self.config, self.config.logging, self.config.checkpoint.save_interval
         last, started = config.training.train_iters, self.progress
         last_sample = started.samples + self._batch_schedule.samples(started.samples, last - started.step)
-        last_tokens = started.tokens + (last_sample - started.samples) * config.training.seq_length
+        last_tokens = started.tokens + (last_sample - started.samples) * self._sample_tokens
         monitors = self.engine.write_monitors if self.engine.has_monitors else None
         recorder = MetricsRecorder(
             config, self.mesh.rank == 0, self.run_dir, started.step, last_tokens, monitors
@@ -258,7 +259,7 @@ class Trainer:
         """
         optimizer, done = self.config.optimizer, self.progress
         batch = self._batch_schedule.size(done.samples)
-        tokens = batch * self.config.training.seq_length
+        tokens = batch * self._sample_tokens
         self.engine.set_batch_size(batch)
         if (past := self.data.past_left_out(done.samples)) != self.data:
             self.data = past

@@ -1,7 +1,7 @@
 """The reference model of an unlearning run: what its losses need of the model that was loaded.
 
 Computed once, by the ranks' own forward passes before the first step, and kept in the run's folder: no second
-copy of the model is held, and a resumed run reads the same numbers, at any topology.
+copy of the model is held, and a resumed run reads the same numbers, at any topology, if their checksums hold.
 
     npo    log p_ref of each answer to forget: a number a sample
     klr    the logits at each token of the answers to retain: 4 V bytes a token on disk (1,000 answers of 50
@@ -10,8 +10,9 @@ copy of the model is held, and a resumed run reads the same numbers, at any topo
 Each writing rank has a file of its own: ranks of several hosts never write to one file.
 """
 
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class LogitsFile:
     lengths: tuple[int, ...]
     """Tokens of each sample's answer."""
     columns: tuple[int, int]
+    crc32: int | None = None
+    """Of its rows; None in folders that were written without."""
 
 
 class Reference:
@@ -103,10 +106,11 @@ class ReferenceFolder:
         require_space(self._folder, 4 * shape[0] * shape[1])
         return np.lib.format.open_memmap(self._folder / record.name, "w+", np.float32, shape)
 
-    def close_logits(self, record: LogitsFile, rows: np.memmap[Any, np.dtype[np.float32]]) -> None:
-        """Write the rows of a rank's file to the disk, durably. Raises OSError."""
+    def close_logits(self, record: LogitsFile, rows: np.memmap[Any, np.dtype[np.float32]]) -> LogitsFile:
+        """Write the rows of a rank's file to the disk, durably; return it with a checksum. Raises OSError."""
         rows.flush()
         fsync(self._folder / record.name)
+        return replace(record, crc32=zlib.crc32(rows.data.cast("B")))
 
     def finish(self, log_p: Sequence[float], files: Sequence[LogitsFile]) -> None:
         """Write what names the rest; one rank does so, after all files. Raises OSError."""
@@ -118,8 +122,11 @@ class ReferenceFolder:
         with atomic_file(self._folder / FILE) as write:
             write(dumps_with_crc(record).encode())
 
-    def read(self, columns: tuple[int, int], width: int) -> Reference:
-        """Return the numbers, with this rank's part of the vocabulary. Raises CheckpointError."""
+    def read(self, columns: tuple[int, int], width: int, verifies: bool) -> Reference:
+        """Return the numbers, with this rank's part of the vocabulary.
+
+        One that `verifies` reads every byte of the logits first. Raises CheckpointError.
+        """
         path = self._folder / FILE
         remedy = "copy the folder again, or begin another run with another --save"
         try:
@@ -129,6 +136,8 @@ class ReferenceFolder:
             for one, rows in files:
                 if rows.shape != (sum(one.lengths), one.columns[1] - one.columns[0]):
                     raise ValueError(f"{one.name} has the shape {rows.shape}")
+                if verifies and one.crc32 is not None and zlib.crc32(rows.data.cast("B")) != one.crc32:
+                    raise ValueError(f"the checksum of {one.name} is wrong")
             if found["fingerprint"] != self._fingerprint:
                 raise ValueError("it is of other samples")
             return Reference(found["log_p"], files, columns, width if files else 0)

@@ -118,7 +118,7 @@ def run(
             import_muon_uncompiled()
             engine = Engine(config, mesh, checkpoint is None, beacon)
         trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator, beacon, times)
-        announce(config, mesh, engine, rate, save)
+        announce(config, mesh, engine, rate, save, corpus.sample_tokens(config))
         if checkpoint is not None:
             resume = partial(
                 trainer.resume,

@@ -3,14 +3,14 @@
 With y the answer of |y| tokens to x, p the model, p_ref the model that was loaded:
 
     ga       (1/|y|) log p(y|x)                                            gradient ascent
+    graddiff ga, and gdr of answers to retain                              arXiv 2203.12817; TOFU, 2401.06121
     npo      (2/beta) log(1 + (p(y|x) / p_ref(y|x))^beta)                  arXiv 2404.05868, eq. 3
     simnpo   -(2/beta) log sigmoid(-(beta/|y|) log p(y|x) - gamma)         arXiv 2410.07163, eq. 4
     gdr      -(1/|y|) log p(y|x)                                           of answers to retain
     klr      (1/|y|) sum over tokens of KL(p_ref || p)                     of answers to retain
 
-A step's loss is the mean over the answers to forget + --retain-weight x the mean over those to retain. ga
-with gdr is GradDiff (arXiv 2203.12817; TOFU, 2401.06121). As beta goes to 0 the gradient of npo tends to that
-of log p(y|x), |y| times ga's.
+A step's loss is the mean over the answers to forget + --retain-weight x the mean over those to retain. As
+beta goes to 0 the gradient of npo tends to that of log p(y|x), |y| times ga's.
 
 B samples, half of a step's of each set where both have a loss; T tokens; V the part of the vocabulary on
 this rank.

@@ -1,6 +1,8 @@
 """Laws of sketches: linear, antipodal bit for bit, unbiased, of the variance, exact at K >= d."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from torch import nn
 
 from megatron_nexus.analysis.sketch import Bins, Sketcher, make_bins
 from megatron_nexus.analysis.sketch_search import cosines, unit_rows
-from megatron_nexus.errors import CheckpointError
+from megatron_nexus.analysis.sketch_store import SketchRecord, SketchStore, check_record
+from megatron_nexus.errors import CheckpointError, DataError
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import Axis, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box, Shard
@@ -108,13 +111,35 @@ def test_a_scan_gives_cosines() -> None:
     sketches = torch.randn(150, 40, generator=generator)
     sketches[3] = 0
     queries = torch.nn.functional.normalize(torch.randn(3, 40, generator=generator), dim=1)
-    rows = unit_rows(sketches, str).half().numpy()
+    rows = unit_rows(sketches, str).numpy()
     expected = torch.nn.functional.normalize(sketches, dim=1) @ queries.t()
-    # Half precision keeps 11 bits of each of 40 numbers.
-    assert np.abs(cosines(rows, queries) - expected.numpy()).max() < 5e-4
-    # The mean query gives the mean cosine: sums of 40 products in float32.
+    # Sums of 40 products in float32; half precision keeps 11 bits of each of 40 numbers.
+    assert np.abs(cosines(rows, queries) - expected.numpy()).max() < 1e-6
+    assert np.abs(cosines(rows.astype(np.float16), queries) - expected.numpy()).max() < 5e-4
+    # The mean query gives the mean cosine.
     mean = cosines(rows, queries.mean(dim=0, keepdim=True))
     assert np.abs(mean[:, 0] - cosines(rows, queries).mean(axis=1)).max() < 1e-6
     assert np.array_equal(cosines(rows, -queries), -cosines(rows, queries))
     with pytest.raises(CheckpointError, match="the gradient of 7 is not finite"):
         unit_rows(torch.where(torch.arange(150)[:, None] == 7, torch.inf, sketches), str)
+
+
+def test_a_folder_of_half_precision_is_read_and_continued(tmp_path: Path) -> None:
+    """As they were before records named the type of the numbers."""
+    record = SketchRecord("a", "b", 300, 40, 1, "whole", "none", "fp32")
+    rows = np.random.default_rng(0).standard_normal((300, 40)).astype(np.float16)
+    (tmp_path / "sketches.json").write_text(json.dumps(asdict(record)))
+    (tmp_path / "00000000.f16").write_bytes(rows[:256].tobytes())
+    for _ in range(2):
+        store = SketchStore(tmp_path, record, 40)
+        assert (store.dtype, store.missing()) == (np.float16, [256])
+        assert np.array_equal(store.read(0), rows[:256])
+    store.write(256, rows[256:].astype(np.float32))
+    assert (tmp_path / "00000256.f16").read_bytes() == rows[256:].tobytes()
+    new = SketchStore(tmp_path / "new", record, 40)
+    new.write(0, rows[:256].astype(np.float32))
+    assert new.dtype == np.float32 and new.read(0).dtype == np.float32
+    path = tmp_path / "new" / "sketches.json"
+    path.write_text(path.read_text().replace("float32", "int8"))
+    with pytest.raises(DataError, match=r"int8.*give another folder"):
+        check_record(tmp_path / "new", record)

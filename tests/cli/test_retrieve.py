@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 TOOL = "retrieve_unlearning_data.py"
 FLAGS = "--load run --queries q.jsonl --sketch-size 256 --forget 8 --retain 8"
-SHARDS = ("00000000.f16", "00000256.f16")
+SHARDS = ("00000000.f32", "00000256.f32")
 
 
 @pytest.fixture(scope="module")

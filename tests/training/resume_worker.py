@@ -41,7 +41,7 @@ def main() -> None:
         check(config, world.size)
         parameters.local_values = draw if checkpoint is None else draw_nothing
         begins = start is not None and start.begins_unlearning
-        run(config, world, checkpoint, argv, begins_unlearning=begins)
+        run(config, world, checkpoint, argv, begins_unlearning=begins, faults=command.faults)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,12 @@ def test_every_topology_is_one_process_and_stopping_is_never_having_stopped(fold
     shutil.copytree(folder / "tp2-twice", moved)
     shutil.rmtree(moved / "iter_0000006")
     alone = [words(folder, loss, loss, "", 6) for loss in LOSSES]
-    run(1, folder, [*alone, ["unlearn", "--load", str(moved), "--train-iters", "6"]])
+    killed = words(folder, "killed", "npo-klr", "--save-interval 2", 6)
+    with pytest.raises(AssertionError, match=rf"exit codes \[-{signal.SIGKILL.value}\]"):
+        run(1, folder, [[*killed, "--inject", "rank_killed@5"]])
+    run(1, folder, [*alone, killed, ["unlearn", "--load", str(moved), "--train-iters", "6"]])
+    assert losses_of(folder / "killed") == losses_of(folder / "npo-klr")
+    assert same_state(folder / "killed", folder / "npo-klr")
     for name in TOPOLOGIES:
         loss = "simnpo-gdr" if name == "zero1" else "npo-klr"
         once, twice = folder / f"{name}-once", folder / f"{name}-twice"
@@ -139,10 +144,21 @@ REFUSED = [
     ("--load base --save new", "ConfigError", ["3 problems", "--lr 1e-5", "--forget forget.jsonl"]),
     ("--load base {own}", "ConfigError", ["begins a new run", "--save"]),
     ("--save new {own}", "ConfigError", ["needs a trained model", "--load"]),
+    ("--load base --save new {own} --loss graddiff", "ConfigError", ["graddiff", "--retain", "--loss ga"]),
     (
-        "--load base --save new {own} --loss graddiff",
+        "--load base --save new {own} --loss graddiff --retain retain.jsonl --retain-loss klr",
         "ConfigError",
-        ["'graddiff'", "--loss ga --retain-loss gdr"],
+        ["graddiff", "--retain-loss gdr, not klr", "--loss ga"],
+    ),
+    (
+        "--load base --save new {own} --split 1,0,0 --new-lr-ratio 2",
+        "ConfigError",
+        ["2 problems", "--split belongs to the verb train", "--new-lr-ratio belongs"],
+    ),
+    (
+        "--load base --save new --lr 1e-3 --train-tokens 1M --forget forget.jsonl",
+        "ConfigError",
+        ["--train-tokens 1M", "--train-samples"],
     ),
     ("--load base --save new {own} --data-path x", "ConfigError", ["--data-path belongs to the verb train"]),
     ("--load base --save new {own} --retain-loss klr", "ConfigError", ["--retain-loss klr", "--retain"]),

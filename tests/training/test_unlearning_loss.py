@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor
 from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.unlearning_config import UnlearningConfig
 from megatron_nexus.data.answers import IGNORED_LABEL
+from megatron_nexus.errors import CheckpointError
 from megatron_nexus.models.decoder import Loss
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
-from megatron_nexus.training.reference import LogitsFile, Reference
+from megatron_nexus.training.reference import LogitsFile, Reference, ReferenceFolder
 from megatron_nexus.training.unlearning_loss import AnswerTargets, UnlearningLoss
 
 T, B, V = 7, 4, 11
@@ -56,6 +58,7 @@ def plain_loss(config: UnlearningConfig, logits_TBV: Tensor, targets: AnswerTarg
         forget.append(
             {
                 "ga": s / n,
+                "graddiff": s / n,
                 "npo": 2 / beta * (1 + ratio**beta).log(),
                 "simnpo": 2 / simple * (1 + (-margin).exp()).log(),
             }[config.loss]
@@ -74,7 +77,7 @@ def loss_and_gradient(
 
 
 @pytest.mark.parametrize("retain_loss", ["gdr", "klr"])
-@pytest.mark.parametrize("loss", ["ga", "npo", "simnpo"])
+@pytest.mark.parametrize("loss", ["ga", "graddiff", "npo", "simnpo"])
 def test_a_loss_is_its_equation(loss: str, retain_loss: str) -> None:
     config = UnlearningConfig(
         loss=loss,  # type: ignore[arg-type]
@@ -159,3 +162,22 @@ def test_a_rank_that_holds_padding_alone_has_no_reference_logits() -> None:
     held_TBV = Reference((), [(file, rows)], columns=(0, 8), width=10).logits([0], labels_BT)
     assert held_TBV[1:, :, :8].eq(1.0).all() and held_TBV.sum() == rows.sum()
     assert not Reference((), [(file, rows)], columns=(8, 8), width=10).logits([0], labels_BT).any()
+
+
+def test_a_changed_byte_of_the_reference_logits_is_told(tmp_path: Path) -> None:
+    folder = ReferenceFolder(tmp_path, "samples")
+    folder.begin()
+    record = LogitsFile("logits_0.npy", samples=(0,), lengths=(2,), columns=(0, 8))
+    rows = folder.open_logits(record)
+    rows[:] = np.arange(16, dtype=np.float32).reshape(2, 8)
+    folder.finish([], [folder.close_logits(record, rows)])
+    labels_BT = torch.tensor([[IGNORED_LABEL, 3, 4]])
+    held_TBV = folder.read((0, 8), 8, verifies=True).logits([0], labels_BT)
+    assert np.array_equal(held_TBV[1:, 0].numpy(), rows)
+    path = tmp_path / "reference" / "logits_0.npy"
+    contents = bytearray(path.read_bytes())
+    contents[-3] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(CheckpointError, match=r"checksum of logits_0\.npy.*copy the folder again"):
+        folder.read((0, 8), 8, verifies=True)
+    folder.read((0, 8), 8, verifies=False)  # other ranks leave it to the first
