@@ -17,7 +17,6 @@ machine, so a notebook keeps its signal handlers and joins no process group; `ne
 more. Loading, generation and growth run in this process.
 """
 
-import json
 import re
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nexus import errors
+from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.base.linux import require_linux
 from megatron_nexus.errors import ConfigError, NexusError, TrainingError, path_errors
 from megatron_nexus.parallel.local_ranks import die_with_parent
@@ -145,7 +145,7 @@ def retrieve(
     given = {"load": load, "queries": queries, "forget": forget, "retain": retain, "output": output}
     _run("retrieve", {**given, "corpus": corpus, **settings}, echo)
     folder = Path(output)
-    report = json.loads((folder / "report.json").read_text())
+    report = parse_json((folder / "report.json").read_bytes())
     return Retrieved(folder / "forget.jsonl", folder / "retain.jsonl", report)
 
 

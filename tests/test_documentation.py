@@ -228,13 +228,15 @@ def test_the_python_of_the_api_page_calls_what_exists_with_settings_that_exist(f
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id == "api"
     ]
-    assert len(calls) == 4
+    assert len(calls) == 6
     for call in calls:
         assert isinstance(call.func, ast.Attribute)
         own = inspect.signature(getattr(api, call.func.attr)).parameters
         for keyword in call.keywords:
             assert keyword.arg in own or f"--{str(keyword.arg).replace('_', '-')}" in flags, keyword.arg
-    assert all(f"| `{name}` |" in page for name in ("configure", "train", "open_run", "load", "grow"))
+    assert all(
+        f"| `{name}` |" in page for name in ("configure", "train", "open_run", "load", "grow", "unlearn")
+    )
 
 
 def test_the_readme_is_short_and_says_first_what_is_needed_and_untested() -> None:

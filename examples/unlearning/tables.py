@@ -117,7 +117,7 @@ def differences(results: Results, against: str, names: Sequence[str]) -> str:
     """Return, in Markdown, the areas of selections minus that of another, seed by seed, over all losses."""
     lines = [
         f"| minus {against} | {' | '.join(TITLES[task] for task in results.names(0))} |",
-        "|---|---:|---:|",
+        "|---|" + "---:|" * len(results.names(0)),
     ]
     for name in names:
         cells = []
