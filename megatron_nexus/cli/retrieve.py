@@ -174,7 +174,8 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
     queries = read_answers(given.queries)
     tokens, cut = tokenize_answers(queries, trained.tokenizer, config.training.seq_length)
     if cut:
-        log.logger.info("%d queries are cut to the %d tokens of a sample", cut, config.training.seq_length)
+        length = config.training.seq_length
+        log.logger.info("of %d of %d queries what exceeds %d tokens is cut off", cut, len(queries), length)
     return _Search(given, trained, config, queries, tokens)
 
 
@@ -229,7 +230,7 @@ def _retrieve(search: _Search, source: AnswerSource, mesh: "Mesh") -> None:
         tune_malloc()
     if source.cut:
         length = search.config.training.seq_length
-        log.logger.info("%s samples are cut to the %d tokens of a sample", f"{source.cut:,}", length)
+        log.logger.info("of %s samples what exceeds %d tokens is cut off", f"{source.cut:,}", length)
     with log.Progress(f"loading {search.trained.checkpoint}"):
         model = SampleGradients(
             CheckpointReader(search.trained.checkpoint),

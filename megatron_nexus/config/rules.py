@@ -287,7 +287,10 @@ def _unlearning_problems(config: RunConfig) -> Iterable[str]:
             "drop --retain-loss"
         )
     if unlearning.loss == "graddiff" and not unlearning.retain:
-        yield "--loss graddiff has a loss of samples to retain: give them as --retain, or use --loss ga"
+        yield (
+            "--loss graddiff has a loss of samples to retain: give them as --retain, or use --loss ga "
+            "--retain-loss none"
+        )
     elif unlearning.retain_loss != "none" and not unlearning.retain:
         yield (
             f"--retain-loss {unlearning.retain_loss} is of samples to retain: give them as --retain, or "
