@@ -47,8 +47,7 @@ SEALED = {
     "datasets": {"evaluation/tasks.py"},
     "tokenizers": {"data/huggingface_tokenizer.py"},
     "scipy": {
-        "advice/probe.py",
-        *(f"analysis/{name}.py" for name in ("components", "cycles", "scaling_law", "two_samples")),
+        f"analysis/{name}.py" for name in ("components", "cycles", "estimate", "scaling_law", "two_samples")
     },
     "safetensors": {"interchange/safetensors_folder.py"},
     "gguf": {"interchange/gguf_file.py"},

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
+from megatron_nexus.analysis.estimate import Estimate, estimate
 from megatron_nexus.errors import ConfigError
 
-CONFIDENCE = 0.95
 REACH = 2.0
 """How far beyond its budgets, as a factor of FLOPs, a reference curve is read."""
 EXPONENTS = np.geomspace(0.001, 3.0, 400)
@@ -56,21 +55,6 @@ class Result:
         return str(self.stages[-1]["shape"])
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, half the width of its 95 % interval, and the p value of the mean being 0."""
-
-    mean: float
-    half: float
-    p: float
-    n: int
-
-    @property
-    def error(self) -> float:
-        """The standard error."""
-        return self.half / float(student.ppf(0.5 + CONFIDENCE / 2, self.n - 1)) if self.n > 1 else math.nan
-
-
 def read_results(path: Path) -> list[Result]:
     """Read results.jsonl. Raises ConfigError at a line that is no result."""
     found = []
@@ -96,18 +80,6 @@ def result_of(record: Mapping[str, Any]) -> Result:
         tuple(record["growth_steps"]),
         tuple(record["stages"]),
     )
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean of paired differences, with its interval where there are two or more."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return Estimate(mean, math.nan, math.nan, n)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n)
-    if error == 0.0:
-        return Estimate(mean, 0.0, 1.0 if mean == 0.0 else 0.0, n)
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    return Estimate(mean, half, float(2 * student.sf(abs(mean) / error, n - 1)), n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

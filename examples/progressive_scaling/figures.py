@@ -8,11 +8,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
-from analysis import Estimate, Study, estimate
+from analysis import Study
 from experiment import TERA
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from megatron_nexus.analysis.estimate import Estimate, estimate
 
 DPI = 110
 

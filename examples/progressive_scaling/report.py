@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import figures
-from analysis import Estimate, Result, Study, estimate, holm, paired, read_results, result_of
+from analysis import Result, Study, holm, paired, read_results, result_of
 from experiment import TERA, Ceiling, read_experiment
 from run import RESULT_FILE
 
+from megatron_nexus.analysis.estimate import Estimate, estimate
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, ConfigError, NexusError, path_errors
 
 RESULTS_FILE = "results.jsonl"

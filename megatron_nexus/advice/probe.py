@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from megatron_nexus.advice.recipes import Recipe
+from megatron_nexus.analysis.estimate import Estimate, estimate
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.checkpoint.store import CheckpointReader
@@ -40,25 +40,6 @@ Train = Callable[[Path, Mapping[str, int | float | str]], object]
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Mean of the seeds and half its 95 % interval (Student's t); of one seed there is none."""
-
-    value: float
-    half: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Mean":
-        """Return the mean of values and its interval."""
-        n, mean = len(values), float(np.mean(values))
-        if n < 2:
-            return cls(mean, None)
-        return cls(mean, float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)))
-
-    def __str__(self) -> str:
-        return f"{self.value:+.4f}" + (" (one seed)" if self.half is None else f" +- {self.half:.4f}")
-
-
-@dataclass(frozen=True)
 class Probed:
     """A recipe of a target. Losses minus those of the checkpoint without growth, nats per token.
 
@@ -69,10 +50,10 @@ class Probed:
     target: str
     recipe: str
     growth: str
-    at_once: Mean
-    loss: Mean
-    kl: Mean
-    to_best: Mean
+    at_once: Estimate
+    loss: Estimate
+    kl: Estimate
+    to_best: Estimate
 
 
 @dataclass(frozen=True)
@@ -125,10 +106,10 @@ def _compare(
             target,
             recipe.name,
             growth_text(request, recipe, None),
-            Mean.of([o.first - control.first for o in found]),
-            Mean.of([o.last - control.last for o in found]),
-            Mean.of([o.kl for o in found]),
-            Mean.of([o.last - b.last for o, b in zip(found, best, strict=True)]),
+            estimate([o.first - control.first for o in found]),
+            estimate([o.last - control.last for o in found]),
+            estimate([o.kl for o in found]),
+            estimate([o.last - b.last for o, b in zip(found, best, strict=True)]),
         )
         for recipe, found in ranked
     ]
