@@ -1,16 +1,21 @@
 """Fixtures of all tests, and the order of the tests."""
 
 import gc
+import shlex
+import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
+from megatron_nexus.cli.main import main
 from megatron_nexus.log import logger
 
 pytest.register_assert_rewrite("tests.support")
 
 from tests.support.subprocesses import Spawn, spawner  # noqa: E402
+from tests.support.verbs import CallVerb  # noqa: E402
 
 gc.set_threshold(100_000)  # thousands of modules live here, none of them garbage
 
@@ -34,3 +39,21 @@ def console(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixtur
 def spawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawn]:
     """Start a command in a folder, in a session of its own; at the end of the test nothing of it lives."""
     yield from spawner(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture
+def call_verb(monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]) -> Iterator[CallVerb]:
+    """Run a verb of the command in this process; afterwards signals are handled as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(verb: str, words: str | list[object], started: str = "nexus") -> tuple[int, str]:
+        given = shlex.split(words) if isinstance(words, str) else map(str, words)
+        monkeypatch.setattr(sys, "argv", [started, *given])
+        with pytest.raises(SystemExit) as ended:
+            main(verb)
+        printed = console.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -3,9 +3,8 @@
 import fcntl
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_nexus.cli.main import main
 from megatron_nexus.interchange import safetensors_writer
 from tests.support import checkpoints
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
+from tests.support.verbs import CallVerb
 from tests.support.waiting import wait_for
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py")]
@@ -34,20 +33,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command's main in `folder`: its exit code, what it printed."""
-    before = signal.getsignal(signal.SIGTERM)
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, call_verb: CallVerb) -> Run:
+    """Run the verb in `folder`: its exit code, what it printed."""
     monkeypatch.chdir(folder)
-
-    def run(words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words.split()])
-        with pytest.raises(SystemExit) as ended:
-            main("convert")
-        printed = console.readouterr()
-        return int(ended.value.code or 0), printed.out + printed.err
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return lambda words: call_verb("convert", words)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,10 +3,9 @@
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from megatron_nexus.checkpoint.data_file import write_at
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
-from megatron_nexus.cli.main import main
 from megatron_nexus.cli.train_command import configure
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
@@ -28,6 +26,7 @@ from tests.support import checkpoints
 from tests.support.cli import WARM
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
+from tests.support.verbs import CallVerb
 from tests.support.waiting import wait_for
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "grow_sharded_checkpoint.py")]
@@ -42,20 +41,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command's main in `folder`: its exit code, what it printed."""
-    before = signal.getsignal(signal.SIGTERM)
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, call_verb: CallVerb) -> Run:
+    """Run the verb in `folder`: its exit code, what it printed."""
     monkeypatch.chdir(folder)
-
-    def run(words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/grow_sharded_checkpoint.py", *words.split()])
-        with pytest.raises(SystemExit) as ended:
-            main("grow")
-        printed = console.readouterr()
-        return int(ended.value.code or 0), printed.out + printed.err
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return lambda words: call_verb("grow", words, "tools/grow_sharded_checkpoint.py")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

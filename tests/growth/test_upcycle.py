@@ -1,7 +1,6 @@
 """Law: a model of linear projections that is given Nexus-Ranks computes what it did, and all of it trains."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,10 @@ import torch
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.cli.main import main
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.request import with_empty_branch
 from tests.support import checkpoints, reference
+from tests.support.verbs import CallVerb
 
 QWEN3 = {"projection": "linear", "nexus_m": 0, "nexus_a": 0, "num_query_groups": 1, "qk_layernorm": True}
 DEPTH = {"depth_init": "random"}
@@ -102,18 +101,13 @@ def test_a_trained_model_gains_an_order_whose_gates_train_at_once_and_grows_on(
 
 
 def test_the_tool_writes_verifies_and_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_verb: CallVerb
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megatron_nexus.cli.upcycle.end_on_sigterm", lambda: None)
     checkpoints.write_checkpoint(tmp_path / "linear", checkpoints.configure(**QWEN3))
 
     def run(words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/upcycle_checkpoint.py", *words.split()])
-        with pytest.raises(SystemExit) as ended:
-            main("upcycle")
-        output = console.readouterr()
-        return int(ended.value.code or 0), output.out + output.err
+        return call_verb("upcycle", words, "tools/upcycle_checkpoint.py")
 
     code, output = run("--load linear --save made --verify --workers 2")
     assert code == 0, output

@@ -1,16 +1,13 @@
 """Weights that are not finite: refused at the door by tensor and count, and named by every tool."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from megatron_nexus.cli import convert, export_hf, import_hf, upcycle
-from megatron_nexus.cli.main import main
+from tests.support.verbs import CallVerb
 
 CONFIG = {
     "model_type": "llama",
@@ -46,22 +43,10 @@ def write_source(folder: Path, dtype: str, wrong: dict[str, list[float]]) -> Non
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
-) -> Callable[[str, str], tuple[int, str]]:
-    """Run a command in the test's folder: its exit code, and what it printed."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_verb: CallVerb) -> CallVerb:
+    """Run a verb in the test's folder."""
     monkeypatch.chdir(tmp_path)
-    for module in (import_hf, export_hf, upcycle, convert):
-        monkeypatch.setattr(module, "end_on_sigterm", lambda: None)
-
-    def run(verb: str, words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["nexus", *words.split()])
-        with pytest.raises(SystemExit) as end:
-            main(verb)
-        printed = console.readouterr()
-        return int(end.value.code or 0), printed.out + printed.err
-
-    return run
+    return call_verb
 
 
 @pytest.mark.parametrize(
@@ -77,7 +62,7 @@ def test_an_import_is_refused_by_tensor_and_count(
     wrong: dict[str, list[float]],
     expected: str,
     tmp_path: Path,
-    run: Callable[..., tuple[int, str]],
+    run: CallVerb,
 ) -> None:
     write_source(tmp_path / "hf", dtype, wrong)
     code, output = run("import", "--input hf --save run")
@@ -85,7 +70,7 @@ def test_an_import_is_refused_by_tensor_and_count(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_what_was_let_in_is_named_by_every_tool(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+def test_what_was_let_in_is_named_by_every_tool(tmp_path: Path, run: CallVerb) -> None:
     write_source(tmp_path / "hf", "float32", {HEAD: [np.nan, np.inf]})
     code, output = run("import", "--input hf --save run --allow-nonfinite")
     assert code == 0 and f"{HEAD}: 2: written unchanged" in output, output
