@@ -50,17 +50,10 @@ GELU_GAIN = 1.5336
 """1 / sqrt(E gelu(z)^2) of a standard normal z."""
 INNER = ("inner_norm_d", "inner_norm_width")
 SCALES = {"": 1.0, "_third": 1 / 3, "_tripled": 3.0}
-SCALED = {
-    "linear": r"\.[qkv]\.weight$",
-    "pattention": r"\.values$",
-    "swiglu": r"\.down$",
-}
+SCALED = {"linear": r"\.[qkv]\.weight$", "pattention": r"\.values$", "swiglu": r"\.down$"}
 """The matrices of a family whose default is questioned; its rules are `linear`, `linear_third` and so on."""
 FAMILY_RULES = {f"{family}{suffix}": (family, scale) for family in SCALED for suffix, scale in SCALES.items()}
-
-
 SHOWN = ("rule", "width", "lr", "seed", "budget", "loss", "spike", "seconds")
-
 
 Record = dict[str, Any]
 """What `measure` yields: a line of results.jsonl."""
@@ -120,24 +113,19 @@ def deviations(rule: str, projection: str, model: ModelConfig) -> tuple[float, f
             return std, std, std
         case "fan_in":
             return d**-0.5, m**-0.5, a**-0.5
-        case "matched":
-            return first, second, third * linear
-        case "matched_third":
-            return first, second, third * linear / 3
-        case "matched_tenth":
-            return first, second, third * linear / 10
-        case "small_qk":
-            return first, second, third * (linear if projection == "v" else linear / 10)
-        case "small_v":
-            return first, second, third * (linear / 10 if projection == "v" else linear)
-        case "third_v":
-            return first, second, third * (linear / 3 if projection == "v" else linear)
-        case "zero_q":
-            return first, second, (0.0 if projection == "q" else third * linear)
         case "even":  # as matched, the factor shared out evenly over the three
             share = linear ** (1 / 3)
             return first * share, second * share, third * share
-    raise AssertionError(rule)
+    by = {  # what the outputs of W_D are divided by
+        "matched": 1.0,
+        "matched_third": 3.0,
+        "matched_tenth": 10.0,
+        "small_qk": 1.0 if projection == "v" else 10.0,
+        "small_v": 10.0 if projection == "v" else 1.0,
+        "third_v": 3.0 if projection == "v" else 1.0,
+        "zero_q": math.inf if projection == "q" else 1.0,
+    }
+    return first, second, third * linear / by[rule.removeprefix("centred_")]
 
 
 def build(trial: Trial) -> tuple[DecoderStage, Loss, ModelConfig]:

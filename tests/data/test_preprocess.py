@@ -17,7 +17,7 @@ import tokenizers
 
 from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.base.durable import atomic_dir
-from megatron_nexus.data.corpus_description import check_tokenizer, read_description
+from megatron_nexus.data.corpus_description import CorpusDescription, check_tokenizer, read_description
 from megatron_nexus.data.documents import RecordFormat, split_into_slices
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.input_files import find_input_files
@@ -84,6 +84,10 @@ def job(folder: Path, output: Path, **options: object) -> PreprocessConfig:
     return PreprocessConfig(output_prefix=output, tokenizing=tokenizing, **options)  # type: ignore[arg-type]
 
 
+def run_job(folder: Path, output: Path, **options: object) -> CorpusDescription | None:
+    return preprocess(job(folder, output, **options), SingleProcess())
+
+
 def contents(prefix: Path) -> list[bytes]:
     assert not prefix.with_name(f"{prefix.name}.shards").exists()
     return [prefix.with_name(prefix.name + ending).read_bytes() for ending in ENDINGS]
@@ -93,7 +97,7 @@ def contents(prefix: Path) -> list[bytes]:
 def reference(folder: Path) -> Path:
     """The corpus, made by one worker in one shard."""
     prefix = folder / "reference"
-    assert preprocess(job(folder, prefix), SingleProcess()) == read_description(prefix)
+    assert run_job(folder, prefix) == read_description(prefix)
     return prefix
 
 
@@ -123,12 +127,7 @@ def run(command: list[str], folder: Path, output: Path, *flags: str) -> subproce
     arguments += ["--output-prefix", str(output), *flags]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [*command, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIMEOUT_S,
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
 
 
@@ -230,7 +229,7 @@ def test_strict_finds_the_line_in_a_shard_that_is_finished(folder: Path, tmp_pat
     wanted = job(folder, tmp_path / "corpus", inputs=[str(file)], strict=True)
     with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: '{oops': fix or remove"):
         preprocess(wanted, SingleProcess())
-    made = preprocess(job(folder, tmp_path / "corpus", inputs=[str(file)]), SingleProcess())
+    made = run_job(folder, tmp_path / "corpus", inputs=[str(file)])
     assert made is not None
     assert (made.documents, made.malformed) == (1, {"not JSON": 1})
 
@@ -277,9 +276,7 @@ def test_one_tokenizer_belongs_to_a_corpus(folder: Path, reference: Path, tmp_pa
 
 def test_all_that_cannot_work_is_said_at_once(folder: Path, reference: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        preprocess(
-            job(folder, reference, inputs=["missing"], tokenizer_path=tmp_path / "no.model"), SingleProcess()
-        )
+        run_job(folder, reference, inputs=["missing"], tokenizer_path=tmp_path / "no.model")
     said = caught.value.problems
     assert len(said) == 3
     assert "missing stands for no file" in said[0]
@@ -290,10 +287,10 @@ def test_all_that_cannot_work_is_said_at_once(folder: Path, reference: Path, tmp
 
 def test_outputs_that_cannot_be_written_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out\.bin: give it without the ending: .*out$"):
-        preprocess(job(folder, tmp_path / "out.bin"), SingleProcess())
+        run_job(folder, tmp_path / "out.bin")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/corpus\.shards cannot be written"):
-        preprocess(job(folder, tmp_path / "file" / "corpus"), SingleProcess())
+        run_job(folder, tmp_path / "file" / "corpus")
 
 
 def test_an_empty_file_among_others_is_left_out_counted_and_shown(
@@ -301,21 +298,16 @@ def test_an_empty_file_among_others_is_left_out_counted_and_shown(
 ) -> None:
     inputs, prefix = tmp_path / "inputs", tmp_path / "corpus"
     inputs.mkdir()
-    for name, text in {
-        "a.txt": "one",
-        "b.txt": "",
-        "c.parquet": "",
-        "d.jsonl.gz": "",
-        "e.txt": "two",
-    }.items():
+    files = {"a.txt": "one", "b.txt": "", "c.parquet": "", "d.jsonl.gz": "", "e.txt": "two"}
+    for name, text in files.items():
         (inputs / name).write_text(text)
     monkeypatch.setattr(logger, "propagate", True)
-    made = preprocess(job(folder, prefix, inputs=[str(inputs)]), SingleProcess())
+    made = run_job(folder, prefix, inputs=[str(inputs)])
     assert made is not None and (made.documents, made.empty_files, made.input_files) == (2, 3, 5)
     names = ", ".join(str(inputs / name) for name in ("b.txt", "c.parquet", "d.jsonl.gz"))
     assert f"3 files are empty and left out: {names}" in caplog.text
     with pytest.raises(ConfigError) as caught:
-        preprocess(job(folder, tmp_path / "strict", inputs=[str(inputs)], strict=True), SingleProcess())
+        run_job(folder, tmp_path / "strict", inputs=[str(inputs)], strict=True)
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [
         f"--input {name} is empty" for name in names.split(", ")
     ]
@@ -329,7 +321,7 @@ def test_an_empty_file_among_others_is_left_out_counted_and_shown(
 def test_inputs_that_are_all_empty_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"")
     with pytest.raises(DataError, match=r"hold no document:(\n.*)*1 file is empty and left out: .*a\.txt"):
-        preprocess(job(folder, tmp_path / "corpus", inputs=[str(tmp_path / "a.txt")]), SingleProcess())
+        run_job(folder, tmp_path / "corpus", inputs=[str(tmp_path / "a.txt")])
 
 
 @pytest.mark.parametrize(
@@ -350,7 +342,7 @@ def test_inputs_without_documents_are_refused(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match="hold no document:") as caught:
-        preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(tmp_path / name)]), SingleProcess())
+        run_job(folder, tmp_path / "new" / "corpus", inputs=[str(tmp_path / name)])
     assert all(part in str(caught.value) for part in expected), caught.value
     assert ("--json-keys" in str(caught.value)) == (name == "in.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -360,21 +352,18 @@ def test_nothing_stays_of_a_run_that_finished_no_shard(folder: Path, tmp_path: P
     damaged = tmp_path / "in.jsonl.gz"
     damaged.write_bytes(b"no gzip")
     with pytest.raises(DataError, match="damaged or incomplete"):
-        preprocess(job(folder, tmp_path / "new" / "corpus", inputs=[str(damaged)]), SingleProcess())
+        run_job(folder, tmp_path / "new" / "corpus", inputs=[str(damaged)])
     assert list(tmp_path.iterdir()) == [damaged]
 
 
 def test_no_end_tokens_where_none_are_wanted(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one\n\ntwo words")
-    made = preprocess(
-        job(
-            folder,
-            tmp_path / "corpus",
-            inputs=[str(tmp_path / "in.txt")],
-            reading=RecordFormat("text", "line"),
-            append_eod=False,
-        ),
-        SingleProcess(),
+    made = run_job(
+        folder,
+        tmp_path / "corpus",
+        inputs=[str(tmp_path / "in.txt")],
+        reading=RecordFormat("text", "line"),
+        append_eod=False,
     )
     assert made is not None
     assert (made.documents, made.empty_documents) == (2, 1)
@@ -391,17 +380,14 @@ def test_a_hugging_face_tokenizer_and_texts_that_it_drops(folder: Path, tmp_path
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "in.txt").write_text("one two\n  \ntwo three </s>\n")
     for append_eod in (True, False):
-        made = preprocess(
-            job(
-                folder,
-                tmp_path / "corpus",
-                inputs=[str(tmp_path / "in.txt")],
-                tokenizer_path=tmp_path,
-                reading=RecordFormat("text", "line"),
-                append_eod=append_eod,
-                overwrite=True,
-            ),
-            SingleProcess(),
+        made = run_job(
+            folder,
+            tmp_path / "corpus",
+            inputs=[str(tmp_path / "in.txt")],
+            tokenizer_path=tmp_path,
+            reading=RecordFormat("text", "line"),
+            append_eod=append_eod,
+            overwrite=True,
         )
         assert made is not None
         assert (made.documents, made.empty_documents, made.text_bytes) == (2, 1, 21)
