@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from megatron_nexus import __version__
 from tests.support.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "site", "shared"

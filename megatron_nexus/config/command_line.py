@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_nexus.base.invocation import command
 from megatron_nexus.config.config_field import flag_of
@@ -87,14 +87,15 @@ def make_parser(verb: str = "train") -> FlagParser:
     # DeepSpeed's own scripts take --deepspeed.
     for ignored in LAUNCHER_FLAGS:
         parser.add_argument(ignored, nargs="?", help=argparse.SUPPRESS)
-    fields = {entry.name: (entry, kind) for kind in SECTIONS.values() for entry in dataclasses.fields(kind)}
+    hints = {name: hint for kind in ALL_SECTIONS.values() for name, hint in get_type_hints(kind).items()}
+    fields = {entry.name: entry for kind in SECTIONS.values() for entry in dataclasses.fields(kind)}
     for name in MAIN_FIELDS:
-        add_field_flag(main, *fields[name])
+        add_field_flag(main, fields[name], hints[name])
     for section, kind in (SECTIONS if verb == "train" else ALL_SECTIONS).items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
         for entry in dataclasses.fields(kind):
             if entry.name not in MAIN_FIELDS:
-                add_field_flag(group, entry, kind)
+                add_field_flag(group, entry, hints[entry.name])
         if section == "training":
             for precision in ("bf16", "fp32"):
                 group.add_argument(
@@ -108,13 +109,12 @@ def make_parser(verb: str = "train") -> FlagParser:
     return parser
 
 
-def add_field_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[object], section: type) -> None:
-    """Add the flag of a field of a section."""
+def add_field_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[object], hint: Any) -> None:
+    """Add the flag of a field, whose values are of the type `hint`."""
     flags = [flag_of(entry.name), *entry.metadata["aliases"]]
     default = PRESETS[DEFAULT_PRESET].get(entry.name, entry.default)
     shown = "empty" if default in ("", ()) else repr(default)
     text = f"{entry.metadata['help']} (default: {shown})".replace("%", "%%")
-    hint = get_type_hints(section)[entry.name]
     if hint is bool:
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
     elif get_origin(hint) is tuple:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from megatron_nexus.base.invocation import command
 from megatron_nexus.config.command_line import add_field_flag
@@ -315,5 +315,6 @@ def add_growth_flags(parser: argparse.ArgumentParser) -> None:
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each field of GrowthConfig."""
     settings = parser.add_argument_group("new weights", "How they begin.")
+    hints = get_type_hints(GrowthConfig)
     for entry in fields(GrowthConfig):
-        add_field_flag(settings, entry, GrowthConfig)
+        add_field_flag(settings, entry, hints[entry.name])

@@ -104,6 +104,7 @@ def corpus() -> tuple[list[AnswerTokens], list[bool], list[AnswerTokens]]:
     return [sample(rng, planted) for planted in is_planted], is_planted, queries
 
 
+@pytest.mark.slow
 def test_a_planted_trigger_is_found(
     corpus: tuple[list[AnswerTokens], list[bool], list[AnswerTokens]],
 ) -> None:

@@ -129,8 +129,8 @@ def test_widths_grow_through_a_nexus_rank(preset: str) -> None:
 def test_every_preset_passes_the_rules_where_its_batch_fits() -> None:
     """`check` raises where a rule is broken, and names the flag."""
     for preset in PRESETS:
-        for topology in ("", "--tp 2", "--pp 2"):
-            config = build(given_flags(["--preset", preset, *topology.split()]))
+        for topology in ({}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}):
+            config = build({"preset": preset, **topology})
             check(config, config.model_parallel_size)
             if preset in PAPER:
                 check(config, 8)

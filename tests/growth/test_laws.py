@@ -70,9 +70,12 @@ RECIPES: dict[str, dict[str, str]] = {
     "pairs": {"init": "pairs"},
 }
 CASES = [
-    # With all-zero blocks nothing can change: one family is enough by default.
+    # By default each recipe on all axes at once, and each axis by one recipe.
     pytest.param(
-        recipe, axes, option, marks=pytest.mark.law if recipe == "zero" and option != "plain" else ()
+        recipe,
+        axes,
+        option,
+        marks=() if option == "plain" and (axes == "all" or recipe == "split") else pytest.mark.law,
     )
     for recipe in RECIPES
     for axes in checkpoints.AXES
@@ -179,10 +182,10 @@ def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Pat
 @pytest.mark.parametrize(
     ("axes", "option", "settings"),
     [
-        ("M-A", "plain", {"init": "pairs"}),
+        pytest.param("M-A", "plain", {"init": "pairs"}, marks=pytest.mark.law),
         ("all", "released", {}),
-        ("all", "plain", {"init": "split", "moments": "copied"}),
-        ("all", "tokenformer", {"depth_init": "copy"}),
+        pytest.param("all", "plain", {"init": "split", "moments": "copied"}, marks=pytest.mark.law),
+        pytest.param("all", "tokenformer", {"depth_init": "copy"}, marks=pytest.mark.law),
     ],
 )
 def test_growth_and_resharding_commute_bit_for_bit(
@@ -245,7 +248,10 @@ def test_a_pattention_keeps_the_scale_of_its_birth_over_growths(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("axes", ["M-A", "D", "all"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(o, marks=() if o in ("plain", "released") else pytest.mark.law) for o in OPTIONS],
+)
 def test_the_default_is_the_best_rule_that_keeps_the_function_of_the_model(
     option: str, axes: str, source_of: Callable[[str], tuple[RunConfig, Path, Tensor]], tmp_path: Path
 ) -> None:

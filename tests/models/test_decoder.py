@@ -77,6 +77,12 @@ MODELS = {
     },
 }
 each_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+# One family by default, all of them as laws.
+each_model_as_law = pytest.mark.parametrize(
+    "fields",
+    [pytest.param(fields, marks=pytest.mark.law if n else ()) for n, fields in enumerate(MODELS.values())],
+    ids=MODELS,
+)
 
 
 def open_gates(stage: DecoderStage) -> DecoderStage:
@@ -118,7 +124,7 @@ def _counted_flops(model: ModelConfig, context: LayerContext, *positions_BT: tor
     return int(counter.get_total_flops())
 
 
-@each_model
+@each_model_as_law
 def test_a_mask_of_documents_saves_no_flops_and_selective_recompute_costs_none(
     fields: dict[str, object],
 ) -> None:
@@ -132,7 +138,7 @@ def test_a_mask_of_documents_saves_no_flops_and_selective_recompute_costs_none(
         assert _counted_flops(model, context) == plain
 
 
-@each_model
+@each_model_as_law
 def test_full_recompute_repeats_the_blocks_which_the_model_s_flops_leave_out(
     fields: dict[str, object],
 ) -> None:

@@ -37,7 +37,10 @@ def expected(model: ModelConfig) -> float:
     return linear / 3 if model.projection == "nexus" else linear
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(name, marks=() if name.endswith("-tiny") else pytest.mark.slow) for name in PRESETS],
+)
 @torch.no_grad()
 def test_queries_keys_and_values_have_the_scale_of_linear_projections(preset: str) -> None:
     model = build({"preset": preset}).model

@@ -30,7 +30,7 @@ def sample() -> tuple[Tensor, Tensor, Tensor]:
     ids=str,
 )
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("stages", [1, *(pytest.param(n, marks=pytest.mark.law) for n in (2, 3))])
 def test_a_packed_sample_is_its_documents_run_alone(
     stages: int, recompute: str, changes: dict[str, object]
 ) -> None:

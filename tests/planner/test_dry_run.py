@@ -12,9 +12,11 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.presets import Value
 from megatron_nexus.planner.memory import plan_memory
 from tests.planner.small_model import SMALL
+from tests.support.cli import assert_refused
 from tests.support.paths import REPOSITORY
 from tests.support.ranks import run_ranks
 from tests.support.subprocesses import LAUNCHER_VARIABLES
+from tests.support.verbs import CallVerb
 from tests.support.waiting import TIMEOUT_S
 
 WORKER = Path(__file__).with_name("memory_worker.py")
@@ -117,12 +119,22 @@ def test_ranks_that_hold_the_same_share_a_row_and_only_rank_0_speaks() -> None:
         ("--dry-run --world-size 3 --tp 2", ["the world has 3 ranks", "start 2 ranks"]),
     ],
 )
-def test_every_problem_at_once(words: str, expected: list[str]) -> None:
-    done = dry_run(*words.split())
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert all(part in done.stderr for part in expected), done.stderr
+def test_every_problem_at_once(
+    words: str, expected: list[str], call_verb: CallVerb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    code, output = call_verb("train", words)
+    assert_refused(code, output, "ConfigError", *expected)
+    assert output.startswith("ConfigError: "), "nothing is printed before it"
+
+
+@pytest.mark.slow
+def test_a_problem_is_answered_before_anything_starts() -> None:
+    done = dry_run("--dry-run", "--world-size", "3", "--tp", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_refused(2, done.stderr, "ConfigError", "the world has 3 ranks", "start 2 ranks")
+    assert done.stderr.endswith(" --pp\n"), "what else would be said at exit"
 
 
 @pytest.mark.parametrize(("ranks", "flags"), CASES, ids=lambda value: str(value))

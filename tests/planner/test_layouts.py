@@ -19,6 +19,7 @@ H100 = DEVICES["h100"]
 BASE = "--preset nexusformer-20m --global-batch-size 64 --dry-run --device h100 --world-size 16"
 
 
+@pytest.mark.slow
 def test_flags_of_a_search_are_those_of_the_run_that_it_predicts() -> None:
     command = read_train_command(shlex.split(f"{BASE} --search"))
     assert command.search and command.device == H100
@@ -41,7 +42,11 @@ def test_flags_of_a_search_are_those_of_the_run_that_it_predicts() -> None:
 
 @pytest.mark.parametrize(
     ("device", "ranks", "more"),
-    [("h100", 1, ""), ("h100,memory=30", 1, ""), ("h100,memory=8", 1, "--world-size")],
+    [
+        ("h100", 1, ""),
+        ("h100,memory=30", 1, ""),
+        pytest.param("h100,memory=8", 1, "--world-size", marks=pytest.mark.slow),
+    ],
 )
 def test_the_remedy_of_a_plan_that_does_not_fit_fits(device: str, ranks: int, more: str) -> None:
     words = ["--preset", "nexusformer-640m", "--dry-run", "--device", device, "--micro-batch-size", "16"]
