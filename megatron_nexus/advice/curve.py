@@ -9,7 +9,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 FIRST_SHARE = 0.35
-"""Of a curve's tokens: what comes before is the beginning of training, which no power law describes."""
+"""Share of a curve's tokens left out of the fit: no power law describes the beginning of training."""
 
 
 @dataclass(frozen=True)

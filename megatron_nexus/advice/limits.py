@@ -8,7 +8,7 @@ from megatron_nexus.advice.curve import Size
 FACTOR, SLACK = 2.0, 0.1
 TOKENS_PER_PARAMETER = 20.0
 G_STACK_PARAMETERS = (4e8, 1e11)
-"""Of targets for which its formula was fitted or used by its authors: nothing is said of others."""
+"""Range of targets for which its authors fitted or used the formula; others are left out."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ DECAY_GAIN = (0.16, 0.05)
 LAW_ERROR = 0.15
 """Deviation of the law's error, as a share of the fall that it predicts beyond the last point."""
 COMMON = 0.5
-"""Of the variance of that error, the part that all sizes have in common: curves of one kind bend alike."""
+"""Share of that error's variance common to all sizes: curves of one kind bend alike."""
 SEED_ERROR = 0.012
 """Deviation of a loss between seeds, nats."""
 

@@ -18,7 +18,7 @@ from megatron_nexus.spec.cost import parameter_count
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, validation_curves
 
 BINS = 40
-"""Of training losses, where a run was not validated often enough."""
+"""Means of training losses that stand in where a run was not validated often enough."""
 LEAST_VALIDATIONS = 8
 
 

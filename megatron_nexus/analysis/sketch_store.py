@@ -37,7 +37,7 @@ class SketchRecord:
     """sha256 of what decides its samples."""
     samples: int
     sketch_size: int
-    """As asked for: 0 for gradients themselves."""
+    """The requested length; 0: gradients themselves."""
     seed: int
     normalise: str
     preconditioner: str

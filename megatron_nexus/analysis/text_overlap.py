@@ -13,7 +13,7 @@ SHINGLE_WORDS = 3
 NEAR_DUPLICATE = 0.8
 """Jaccard index of the shingles of two texts from which they count as one."""
 KIND_PERCENTILE = 95.0
-"""Of the corpus's likeness to the queries: a sample above it is of their kind."""
+"""Percentile of the corpus's likeness to the queries: a sample above it is of their kind."""
 _WORD = re.compile(r"\w+")
 
 Shingles = frozenset[tuple[str, ...]]

@@ -11,7 +11,7 @@ from megatron_nexus.checkpoint.data_file import Array
 
 JACKKNIFE_PARTS = 10
 MARGIN, RESOLUTION, MOST_POINTS = 5.0, 8, 1 << 18
-"""Of the grid: bandwidths beyond the samples, points per bandwidth, and the most points."""
+"""The grid: bandwidths beyond the samples, points per bandwidth, and the most points."""
 
 
 @dataclass(frozen=True)

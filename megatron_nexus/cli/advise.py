@@ -42,7 +42,7 @@ AXES = (
 )
 """What is considered without --target-sizes, each doubled: widths that belong together, together."""
 PILOT_SHARE = 0.5
-"""Of the tokens at which the growth would end, in a pilot: with less, recorded intervals held 0 too often."""
+"""Share of the tokens at which the growth would end, for a pilot; with less, intervals held 0 too often."""
 
 
 def make_parser() -> FlagParser:

@@ -26,7 +26,7 @@ from megatron_nexus.interchange.safetensors_folder import open_folder
 from megatron_nexus.interchange.source_model import SourceModel
 
 AFFORDABLE_TOKENS = 512
-"""Of a sample, to begin with: the context of a large model may be more than this machine can train on."""
+"""Largest --seq-length to begin with: a large model's context may be more than this machine can train on."""
 
 
 def make_parser() -> FlagParser:

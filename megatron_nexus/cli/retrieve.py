@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from megatron_nexus.parallel.mesh import Mesh
 
 DEFAULT_NUMBERS, MOST_NUMBERS = 8192, 1 << 30
-"""Of a sketch."""
+"""Size of a sketch."""
 
 
 def make_parser() -> FlagParser:

@@ -16,9 +16,9 @@ from megatron_nexus.errors import ConfigError
 Mask = npt.NDArray[np.bool_]
 
 RTOL = {"float64": 1e-9, "fp32": 1e-4, "bf16": 0.1}
-"""By the type of a recording; two topologies differ by 1e-14 in float64, which later steps lift."""
+"""Tolerance by the type of a recording; topologies differ by 1e-14 in float64, which later steps lift."""
 SCALAR_RTOL = 1e-5
-"""Of loss and gradient norm, and of moments, which are clipped by that norm: engines sum them in float32."""
+"""Tolerance of loss, gradient norm and the moments clipped by it: engines sum them in float32."""
 CANCELLED = 1e-4
 """Where sums cancel, rounding is that of their terms: so this share of the phase's largest element counts."""
 

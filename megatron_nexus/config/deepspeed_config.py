@@ -1,6 +1,6 @@
 """DeepSpeed's own configuration: derived from ours, with a user's file merged into it.
 
-What follows from our flags a file can only repeat; what is DeepSpeed's affair alone (buckets, overlap,
+What follows from our flags a file can only repeat; what concerns DeepSpeed alone (buckets, overlap,
 profilers, monitors) it sets; what a checkpoint of ours could not hold, such as offloading, is refused.
 """
 

@@ -23,7 +23,7 @@ class InjectedFault:
     step: int
     rank: int
     seconds: float = 0.0
-    """Of a slow rank: how much longer each step takes from then on; 0: that step is never done."""
+    """Seconds that a slow rank adds to each step from then on; 0: that step is never done."""
 
     def __str__(self) -> str:
         slower = f",seconds={self.seconds:g}" if self.seconds else ""

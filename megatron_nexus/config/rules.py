@@ -15,7 +15,7 @@ from megatron_nexus.config.run_config import ALL_SECTIONS, RunConfig
 from megatron_nexus.errors import ConfigError
 
 MOST_ELEMENTS = 2**59
-"""Of all weights, of a layer's activations: 16 bytes of each are counted in 64 bits."""
+"""Most elements of all weights or of a layer's activations: 16 bytes of each are counted in 64 bits."""
 
 
 def check(config: RunConfig, world_size: int) -> None:

@@ -26,7 +26,7 @@ OptimizerImpl = Literal["torch", "apex", "deepspeed"]
 SpikePolicy = Literal["none", "stop", "skip", "rewind"]
 
 MOST_MINUTES = 31 * 24 * 60
-"""That one rank waits for another, at most: a month."""
+"""The longest that one rank waits for another: a month."""
 
 
 @dataclass(frozen=True)

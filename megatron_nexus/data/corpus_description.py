@@ -23,7 +23,7 @@ class CorpusDescription:
     """Name of the tokenizer's file."""
     tokenizer_fingerprint: str
     vocab_size: int
-    """Of the tokenizer: every id is below it."""
+    """Size of the tokenizer's vocabulary: every id is below it."""
     eod_id: int
     append_eod: bool
     """Whether every document ends with `eod_id`."""
@@ -33,7 +33,7 @@ class CorpusDescription:
     """What a document is in .txt files: "file" or "line"."""
     input_files: int
     input_bytes: int
-    """Of the input files as they are on the disk."""
+    """Size of the input files on disk."""
     documents: int
     tokens: int
     """End-of-document tokens included."""

@@ -45,7 +45,7 @@ class DefaultCorpus:
     """A prepared default corpus."""
 
     prefix: Path
-    """Of its `.bin` and `.idx` files."""
+    """Prefix of its `.bin` and `.idx` files."""
     tokenizer_path: Path
     """The SentencePiece model that it was written with."""
     fingerprint: str

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 Kind = Literal["txt", "jsonl", "parquet"]
 KINDS: dict[str, Kind] = {".txt": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-"""By ending; .json is what Megatron-LM's documentation calls JSON lines."""
+"""Kinds of files by ending; Megatron-LM's documentation calls JSON lines .json."""
 COMPRESSIONS = (".gz", ".zst")
 ENDINGS = ".txt, .jsonl or .json (one record a line), each also with .gz or .zst, and .parquet"
 LARGEST_WINDOW_BYTES = 1 << 31
-"""Of the .zst files that are read: what `zstd --ultra --long=31` writes."""
+"""Largest window of a .zst file that is read: `zstd --ultra --long=31` writes it."""
 READ_BYTES = 1 << 20
 NAMED = 10
 """Empty files that are named."""

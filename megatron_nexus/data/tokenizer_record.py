@@ -11,11 +11,11 @@ class TokenizerRecord:
     """The tokenizer of a model, as its checkpoint knows it; by default of one that is yet to be trained."""
 
     fingerprint: str = ""
-    """As `Tokenizer.fingerprint`; empty: the run knew no tokenizer."""
+    """`Tokenizer.fingerprint`; empty: the run knew no tokenizer."""
     prepend_bos: bool | None = None
     """Whether the documents began with BOS; None: as the tokenizer's own files say, as of an import."""
     built_in_pieces: int = 0
-    """Of the built-in corpus' tokenizer, which is trained to the vocabulary that a model starts with."""
+    """Vocabulary of the built-in corpus' tokenizer, trained to that which a model starts with."""
 
 
 NO_RECORD = TokenizerRecord()

@@ -30,7 +30,7 @@ class UnlearningSamples:
     """The answers of both sets, of which the retain set may be empty."""
 
     sets: Mapping[str, Sequence[AnswerTokens]]
-    """By name: FORGET, and RETAIN where it has a loss."""
+    """Samples by the names FORGET and, where it has a loss, RETAIN."""
     tokenizer: Tokenizer
     seq_length: int
     seed: int

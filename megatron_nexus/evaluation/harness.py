@@ -24,7 +24,7 @@ from megatron_nexus.evaluation.tasks import Tasks
 from megatron_nexus.models.scores import Request, Scorer
 
 BOOTSTRAPS = 1000
-"""Of metrics whose standard error has no formula; accuracy has one."""
+"""Bootstrap iterations for metrics whose standard error has no formula; accuracy has one."""
 
 TokenizedPair = tuple[tuple[str, str], list[int], list[int]]
 

@@ -23,7 +23,7 @@ from megatron_nexus.models.rotary import stage_tables
 from megatron_nexus.models.scores import Request, Score, Tokens, fit
 
 TOKENS_PER_PASS = 4096
-"""Of a forward pass, padding included."""
+"""Tokens of a forward pass, padding included."""
 SCORED_PER_PASS = 1024
 """Places whose logits are in memory at once: K x V numbers, the largest tensor of scoring."""
 
@@ -35,9 +35,9 @@ class Row:
     context: Tokens
     tokens: list[int]
     branch: list[int]
-    """Of each token: 0 in the context, then the number of its continuation in the row."""
+    """For each token 0 in the context, then the number of its continuation in the row."""
     places: dict[int, list[int]] = field(default_factory=dict)
-    """Of each request: where its tokens are predicted."""
+    """The positions at which the tokens of each request are predicted."""
 
     def add(self, number: int, continuation: Tokens) -> None:
         """Append a continuation, all but its last token, which predicts nothing."""

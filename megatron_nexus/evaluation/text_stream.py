@@ -7,7 +7,7 @@ from megatron_nexus.data.tokenizer import Tokenizer
 CUT_OFF = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes cut-off characters to."""
 OPEN_BYTES = 3
-"""Of a UTF-8 character's four bytes: as many tokens, at most, may still wait for the next."""
+"""Bytes of a UTF-8 character without its last: so many tokens, at most, may wait for the next."""
 CONTEXT_TOKENS = 16
 """How many tokens are decoded again with each new one, which may decode differently alone."""
 

@@ -23,7 +23,7 @@ from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
 
 TOLERANCE = 1e-12
-"""Of logits, relative to the largest where that is above one: rounding of longer sums in float64."""
+"""Tolerance of logits, relative to the largest above one: rounding of longer sums in float64."""
 SAMPLES, TOKENS = 2, 64
 
 

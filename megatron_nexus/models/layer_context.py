@@ -15,7 +15,7 @@ from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""By what --precision calls them."""
+"""Types by their names in --precision."""
 
 
 def padding_multiple(config: RunConfig, device: torch.device) -> int:

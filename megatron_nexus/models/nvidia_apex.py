@@ -35,7 +35,7 @@ def require_apex(flags: list[str], device: torch.device) -> None:
 
 
 def _fault(extension: str) -> str:
-    """What is wrong with the installed apex, with the remedy; "" where it is NVIDIA's with this extension."""
+    """Return the problem of the installed apex, with its remedy; "" if it is NVIDIA's with this extension."""
     found = importlib.util.find_spec("apex")
     if found is None:
         return f"apex is not installed: build NVIDIA's from {SOURCE}, or use NVIDIA's PyTorch image"

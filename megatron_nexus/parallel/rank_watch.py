@@ -32,7 +32,7 @@ from megatron_nexus.parallel.rendezvous import store_prefix
 from megatron_nexus.parallel.world import World
 
 SPEAKS_AT = 0.8
-"""Of the time-out: when a rank says where it stands, so that the report has all of them."""
+"""Share of the time-out after which a rank says where it stands, so that the report has all of them."""
 OF_LONGEST_STEP = 3.0
 POLL_S, STORE_S, VERDICT_S, LEAVES_S, LOST_S = 1.0, 5.0, 20.0, 1.0, 3.0
 STACK_FILE = "stacks_rank_{:05d}.txt"

@@ -20,7 +20,7 @@ from megatron_nexus.planner.model_cost import flops_line, model_cost, size_line
 from megatron_nexus.planner.step_time import StepTime, cause_line, step_time
 
 MOST_DOUBLINGS = 10
-"""Of the devices, until a plan fits."""
+"""Doublings of the devices, until a plan fits."""
 
 
 def report(config: RunConfig, world_size: int, device: Device | None = None) -> list[str]:

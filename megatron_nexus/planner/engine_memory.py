@@ -32,7 +32,7 @@ class Allocation:
 
 
 class Memory:
-    """What is held now and was held at most."""
+    """Bytes allocated now, and the peak."""
 
     def __init__(self) -> None:
         self.held: Counter[str] = Counter()
@@ -114,7 +114,7 @@ class EngineMemory(ABC):
 
     @property
     def elements(self) -> int:
-        """Of all parameters, padding included."""
+        """Number of elements of all parameters, padding included."""
         return sum(self.flat)
 
     def bucket(self, width: int) -> int:

@@ -25,11 +25,11 @@ class Kernel:
 
     kind: Kind
     flops: float = 0.0
-    """Of all of them."""
+    """FLOPs of all of them."""
     moved: float = 0.0
     """Bytes that all of them read and write; of collectives, bytes that a rank sends."""
     shape: tuple[float, ...] = ()
-    """Of a product: batch, m, n, k. Of an attention: head size, 1 if backward, 1 if causal."""
+    """A product's batch, m, n, k; an attention's head size, 1 if backward, 1 if causal."""
     count: float = 1.0
 
     def between(self, other: "Kernel", share: float) -> "Kernel":
@@ -118,7 +118,7 @@ class Fusion:
 
     def __init__(self) -> None:
         self.sources: dict[int, dict[int, int]] = {}
-        """Of each storage that is never written: the storages that it follows from, and their bytes."""
+        """For each storage that is never written, the storages it was computed from, and their bytes."""
 
     def kernels(self, operations: Sequence[Operation]) -> list[Kernel]:
         """Return the kernels of one layer's operations."""

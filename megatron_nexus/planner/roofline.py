@@ -13,13 +13,13 @@ from megatron_nexus.config.devices import GIGA, TERA, Device
 from megatron_nexus.planner.kernels import Kernel, Kind
 
 BANDWIDTH_SHARE = 0.82
-"""Of a memory's bandwidth, that a copy reaches."""
+"""Share of a memory's bandwidth that a copy reaches."""
 LAUNCH_S = 2.5e-6
 """Between two kernels on the device."""
 HOST_S = 5e-6
-"""Of the host, to launch one: where kernels are shorter, the device waits."""
+"""Host time to launch a kernel: where kernels are shorter, the device waits."""
 LINK_SHARE, LINK_S = 0.8, 10e-6
-"""Of the bandwidth between devices of a node that a collective reaches, and its latency."""
+"""Share of the bandwidth between a node's devices that a collective reaches, and its latency."""
 NETWORK_SHARE, NETWORK_S = 0.7, 30e-6
 """The same between nodes: 35 GB/s of an H100 node's 50 fit the published grid in tests/planner."""
 # Rows and columns of a tile, and the share of the processors' peak that tiles of that size reach.

@@ -25,16 +25,16 @@ WAITS_FOR_HOST = "waiting for the host"
 BUBBLE, SENDS = "pipeline bubble", "pipeline communication"
 DATA_PARALLEL, OPTIMIZER = "data-parallel communication", "optimizer"
 DEEPSPEED_S = 2.8e-3
-"""Of the host, DeepSpeed's own work on a micro-batch, as on a CPU."""
+"""Host time of DeepSpeed's own work on a micro-batch, measured on a CPU."""
 STEP_S = 1.5e-3
-"""Of a step: norm and loss are read, the next step is prepared."""
+"""Host time of a step: norm and loss are read, the next step is prepared."""
 # Bytes a parameter. bf16 gradients are cast, and added to fp32 ones; fp32 ones are added in place.
 ACCUMULATED = {"bf16": 18, "fp32": 12}
 # Of this rank's partition: norm 4, clip 8, Adam 28, cast 6. Of all: zeroed gradients, weights copied out of
 # the gathered ones.
 OWN_BYTES, ALL_BYTES = 46, 14
 BACKWARD_SHARE = 2 / 3
-"""Of a micro-batch's time, that its backward pass takes."""
+"""Share of a micro-batch's time that its backward pass takes."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class StepTime:
 
     @cached_property
     def total_s(self) -> float:
-        """Of the whole step."""
+        """Seconds of the whole step."""
         return sum(self.seconds.values())
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all ranks."""
+        """Tokens per second of all ranks."""
         return self.tokens / self.total_s
 
     @property

@@ -80,7 +80,7 @@ class StageShape:
 
     @property
     def output_bytes(self) -> int:
-        """Of the activations that stages send each other."""
+        """Bytes of the activations that stages send each other."""
         return prod(self.output_shape) * self.dtype.itemsize
 
     @property
@@ -117,9 +117,9 @@ class MicroBatch:
     forward: Pass
     backward: Pass
     table_bytes: int
-    """Of the rotary tables, which all micro-batches share."""
+    """Bytes of the rotary tables, which all micro-batches share."""
     kept_bytes: int
-    """Of an output that the pipeline engine keeps."""
+    """Bytes of an output that the pipeline engine keeps."""
 
 
 class _EmptyShard(Shard):

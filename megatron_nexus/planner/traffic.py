@@ -31,12 +31,12 @@ class StageSize:
     """What a rank holds of its stage."""
 
     elements: int
-    """Of all its parameters, padding included."""
+    """Number of all its parameters, padding included."""
     tensors: int
 
 
 HIDDEN_BY_ZERO_3 = 0.5
-"""Of ZeRO 3's traffic, that overlaps computation: a guess, its prefetching is not modelled."""
+"""Share of ZeRO 3's traffic that overlaps computation: a guess, its prefetching is not modelled."""
 
 
 def data_parallel_traffic(config: RunConfig, world_size: int, size: StageSize) -> Traffic:

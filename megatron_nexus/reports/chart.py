@@ -14,7 +14,7 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 380, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 26, 40
 MOST_POINTS = 240
-"""Of a line; of more the means of as many stretches are drawn."""
+"""Most points of a line; of more, means of equal stretches are drawn."""
 COLOURS = 8
 
 

@@ -38,7 +38,7 @@ from megatron_nexus.reports.html_parts import Content, cell_of, paragraph, secti
 
 MOST_TOKENS = 16_384
 MOST_CHECKPOINTS = 6
-"""Of a run, evenly spread, the last among them."""
+"""Most checkpoints of a run, evenly spread, the last among them."""
 TOKENS_PER_PASS = 2048
 
 

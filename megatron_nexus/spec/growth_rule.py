@@ -39,7 +39,7 @@ Init = Literal["out_rand", "in_rand", "split", "pairs", "zero", "noise", "random
 DIVIDING: tuple[Init, ...] = ("split", "pairs")
 """What divides outgoing weights, with no zero on new paths."""
 Part = Literal["whole", "first", "rest"]
-"""Of what is divided: all of it, the share of the first unit, or what is left for the other."""
+"""A part of what is divided: all of it, the share of the first unit, or what is left for the other."""
 SPLIT_SHARE = 1.5
 
 
@@ -78,7 +78,7 @@ class FilledBox:
     part: Part = "whole"
     """Which part of the outgoing weights it holds; of drawn ones the rest is the first, negated."""
     share: float = 1.0
-    """That of the first part."""
+    """Share of the first part."""
     gradient: float = 1.0
     """The gradient of its elements, as a multiple of that of the elements they come from."""
     drawn: Box | None = None

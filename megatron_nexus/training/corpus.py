@@ -34,11 +34,11 @@ class Corpus:
     """What is validated on, and under "test" or "test <name>" what a finished run is tested on."""
     tokenizer: Tokenizer | None
     entropy: float | None
-    """Of the training tokens without context, in nats per token; None of answers to unlearn."""
+    """Unigram entropy of the training tokens, nats per token; None for answers to unlearn."""
     description: str
     """The training data in words: shares, prefixes, tokens."""
     fingerprint: str
-    """Of the training data and of all that decides the order of its samples, wherever its files lie."""
+    """Hash of the training data and of all that decides the order of its samples, but not of paths."""
     prepend_bos: bool | None = None
     """Whether the documents begin with BOS, as checkpoints keep it; None: as the tokenizer's files say."""
 

@@ -30,7 +30,7 @@ class EffectiveTime:
 
     starts: int
     productive_s: float
-    """Of steps that are part of the model."""
+    """Seconds of steps that are part of the model."""
     start_up_s: float
     """From the start of the process to the first step: imports, data, model, loading; and compilation."""
     checkpoint_s: float

@@ -23,7 +23,7 @@ from megatron_nexus.spec.param import ParamSpec
 
 RECORD_FILE = "injected_faults.txt"
 SPIKE_FACTOR = 1e4
-"""Of the gradients of a `spike`."""
+"""Factor of the gradients of a `spike`."""
 
 
 class FaultInjector:

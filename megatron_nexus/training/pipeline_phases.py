@@ -9,7 +9,7 @@ from megatron_nexus.parallel.beacon import Beacon, Phase
 
 
 class PipelineEngine(Protocol):
-    """What is used of DeepSpeed's."""
+    """The part of DeepSpeed's engine that is used here."""
 
     module: nn.Module
     _INSTRUCTION_MAP: dict[type, Callable[..., None]]
@@ -27,7 +27,7 @@ _PHASES = {
     "ReduceTiedGrads": Phase.REDUCTION,
     "OptimizerStep": Phase.OPTIMIZER,
 }
-"""By the name of an instruction of DeepSpeed's schedules."""
+"""Phases by the names of instructions in DeepSpeed's schedules."""
 
 
 def mark_pipeline_phases(engine: PipelineEngine, beacon: Beacon) -> None:

@@ -59,7 +59,7 @@ from megatron_nexus.training.run_times import RunTimes
 from megatron_nexus.training.scoring import TaskEvaluator
 
 _BEFORE_TIMEOUT = 0.95
-"""Of a time-out of torch, after which ranks that hang are named: it counts from a collective's own start."""
+"""Share of torch's time-out at which ranks that hang are named: it counts from a collective's start."""
 
 
 def run(
@@ -150,7 +150,7 @@ def run(
             config.checkpoint.exit_duration_in_mins,
             run_dir / STOP_FILE if mesh.rank == 0 else None,
         )
-        mesh.control.barrier()  # from here on a signal is heeded by all ranks or by none
+        mesh.control.barrier()  # from here on all ranks handle a signal, or none
         result = trainer.fit(stop)
         if mesh.rank == 0:
             summarise(config, trainer, result, corpus, launch_words(world, argv, config.verb), argv)

@@ -25,7 +25,7 @@ from megatron_nexus.training.metrics import StepMetrics, Timers
 
 COMPUTES = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD)
 FIRST_STEPS = 2
-"""Of a start, which compile and find memory: not counted."""
+"""First steps of a start, which compile and allocate memory: not counted."""
 LEAST_S = 0.05
 """A rank that computes longer than the others by less, in a step, is no straggler: noise."""
 

@@ -77,7 +77,7 @@ HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 class DeepSpeedEngine(Protocol):
-    """What is used of `deepspeed.DeepSpeedEngine` and `PipelineEngine`."""
+    """The part of `deepspeed.DeepSpeedEngine` and `PipelineEngine` that is used here."""
 
     module: nn.Module
     optimizer: ZeROOptimizer
