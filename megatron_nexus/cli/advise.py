@@ -55,10 +55,7 @@ def make_parser() -> FlagParser:
             "and what would be saved, at equal FLOPs with those of the base included."
         ),
     )
-
-    def flag(name: str, text: str, **kwargs: Any) -> None:
-        parser.add_argument(name, help=text, **kwargs)
-
+    flag = parser.add_flag
     flag("run", "a run's folder, or one checkpoint in it", type=location, metavar="RUN")
     text = 'targets, each as --grow has it, such as "nexus_m=1088 nexus_a=1228" (default: each axis, twice)'
     flag("--target-sizes", text, nargs="+", metavar="SIZES", default=[])

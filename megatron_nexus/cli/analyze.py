@@ -16,7 +16,7 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import complete_checkpoints, find_checkpoint
 from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.cli.arguments import count, positive
+from megatron_nexus.cli.arguments import count, file_problems, positive
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.extras import install_command
@@ -38,10 +38,7 @@ def make_parser() -> FlagParser:
         "RUN... [flags]",
         description="Measure how the weights that a growth added part from the older ones, by checkpoint.",
     )
-
-    def flag(name: str, text: str, **kwargs: Any) -> None:
-        parser.add_argument(name, help=text, **kwargs)
-
+    flag = parser.add_flag
     flag("runs", "folders of grown runs", type=location, nargs="+", metavar="RUN")
     flag("--growth", "of a chain, from 1 on (default: each run's newest)", type=positive(int), metavar="N")
     text = "base weights against those that the growth added, or against all of the enlarged matrix"
@@ -108,10 +105,7 @@ def _look_ahead(given: argparse.Namespace) -> None:
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     problems += [f"{name} is given twice: give each run once" for name in twice]
     for flag, path in (("--output", given.output), ("--plot", given.plot)):
-        if path is not None and not path.resolve().parent.is_dir():
-            problems.append(f"{flag} {path}: its folder does not exist: make it, or give another")
-        elif path is not None and path.is_dir():
-            problems.append(f"{flag} {path} is a folder: add the name of a file")
+        problems += file_problems(flag, path)
     if given.plot is not None and given.plot.suffix.lower() not in FORMATS:
         endings = ", ".join(FORMATS)
         problems.append(f"--plot {given.plot} must end in one of {endings}: give such as growth.png")

@@ -1,6 +1,7 @@
 """Arguments that several tools have, and the types of their values."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
@@ -96,6 +97,22 @@ def folder_on_disk(flag: str, text: str, source: Location) -> Path:
             f"{flag} {folder} lies in the source {source}, which is never touched: give another"
         )
     return folder
+
+
+def file_problems(flag: str, path: Path | None) -> list[str]:
+    """Return why a file that a flag names cannot be written; nothing where none is named."""
+    if path is None:
+        return []
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        return [f"{flag} {path}: its folder does not exist: make it, or give another"]
+    if path.is_dir():
+        return [f"{flag} {path} is a folder: add the name of a file"]
+    return (
+        []
+        if os.access(parent, os.W_OK)
+        else [f"{flag} {path}: its folder cannot be written to: give another"]
+    )
 
 
 def prefix(text: str) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nexus import log
-from megatron_nexus.cli.arguments import count, positive
+from megatron_nexus.cli.arguments import count, file_problems, positive
 from megatron_nexus.cli.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError, DataError
@@ -162,9 +162,7 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
     """
     if not given.tasks and not given.perplexity:
         raise ConfigError("nothing to evaluate: give --tasks, --perplexity, or both")
-    _require_tasks_for(given)
-    if given.output is not None:
-        _require_writable(given.output)
+    _check_flags(given)
     if given.tasks:
         require_tasks(given.tasks, given.task_path)
     texts = {}
@@ -180,8 +178,8 @@ def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
     return texts
 
 
-def _require_tasks_for(given: argparse.Namespace) -> None:
-    """Raise ConfigError where a flag of tasks has none, or has not what it needs."""
+def _check_flags(given: argparse.Namespace) -> None:
+    """Raise ConfigError where a flag of tasks has none or lacks another, or --output cannot be written."""
     problems = []
     if not given.tasks:
         flags = {
@@ -198,6 +196,7 @@ def _require_tasks_for(given: argparse.Namespace) -> None:
         )
     if given.log_samples and given.output is None:
         problems.append("--log-samples writes next to --output, and there is none: add --output scores.json")
+    problems += file_problems("--output", given.output)
     problems += [
         f"--include-path {folder} is not a folder: give one that holds task files (YAML)"
         for folder in given.include_path
@@ -205,15 +204,6 @@ def _require_tasks_for(given: argparse.Namespace) -> None:
     ]
     if problems:
         raise ConfigError(problems)
-
-
-def _require_writable(output: Path) -> None:
-    if not output.resolve().parent.is_dir():
-        raise ConfigError(f"--output {output}: its folder does not exist: make it, or give another")
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder: add a name, such as scores.json")
-    if not os.access(output.resolve().parent, os.W_OK):
-        raise ConfigError(f"--output {output}: its folder cannot be written to: give another")
 
 
 def _record(
