@@ -10,17 +10,20 @@ order of execution.
 
 import argparse
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from megatron_nexus import log
 from megatron_nexus.api import error_of
+from megatron_nexus.base.durable import LOCK_FILE, exclusive_lock
 from megatron_nexus.base.invocation import program_words
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.saved_run import open_saved_run
@@ -37,6 +40,8 @@ from megatron_nexus.errors import ConfigError, NexusError
 from megatron_nexus.parallel.local_ranks import die_with_parent
 
 EXIT_CODE_DIFFERENT = 1
+SCRATCH = "nexus-compare-"
+"""What names of temporary folders begin with."""
 RECORDING_FILE = "recording.json"  # of comparison.recording, which imports torch
 
 
@@ -106,11 +111,23 @@ def run(argv: list[str]) -> None:
     ]
     _check_one_model(sides)
     end_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="compare-") as scratch:
-        keep = own.keep or Path(scratch)
+    with nullcontext(own.keep) if own.keep else _scratch_folder() as keep:
         folders = [_recorded(side, own, keep / side.name.lower()) for side in sides]
         code = _compare(folders, own)
     sys.exit(code)
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """Yield a folder for recordings that are not kept; remove those that killed comparisons have left."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{LOCK_FILE}"):
+        with suppress(OSError), exclusive_lock(left, create=False):  # whose process is gone
+            shutil.rmtree(left.parent, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as scratch,
+        exclusive_lock(Path(scratch) / LOCK_FILE),
+    ):
+        yield Path(scratch)
 
 
 @dataclass(frozen=True)

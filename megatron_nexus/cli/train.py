@@ -227,6 +227,8 @@ def end_failed_rank(error: BaseException, world: World) -> NoReturn:
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     is_first, code = first_failure(error.exit_code if isinstance(error, NexusError) else 1)
+    # srun ends the others when one has left, and gives the highest code of all: 143 would hide this one.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
     if isinstance(error, RefusedError) and world.local_rank:
         is_first = False  # one on each machine says it
     if is_first:

@@ -17,8 +17,6 @@ Mask = npt.NDArray[np.bool_]
 
 RTOL = {"float64": 1e-9, "fp32": 1e-4, "bf16": 0.1}
 """Tolerance by the type of a recording; topologies differ by 1e-14 in float64, which later steps lift."""
-SCALAR_RTOL = 1e-5
-"""Tolerance of loss, gradient norm and the moments clipped by it: engines sum them in float32."""
 CANCELLED = 1e-4
 """Where sums cancel, rounding is that of their terms: so this share of the phase's largest element counts."""
 
@@ -63,7 +61,7 @@ class Comparison:
     """Tensors that agree before the first that differs."""
     compared: int
     closest: float
-    """The largest difference of those, as a share of the tensor's largest element; without what is loose."""
+    """The largest difference of those, as a share of the tensor's largest element."""
 
 
 def require_comparable(a: Recording, b: Recording) -> None:
@@ -84,7 +82,7 @@ def require_comparable(a: Recording, b: Recording) -> None:
 def compare(a: Recording, b: Recording, rtol: float | None = None) -> Comparison:
     """Compare the steps that both recordings have. Raises ConfigError where they cannot be compared."""
     require_comparable(a, b)
-    default = rtol or max(RTOL[a.run.dtype], RTOL[b.run.dtype])
+    allowed = rtol or max(RTOL[a.run.dtype], RTOL[b.run.dtype])
     in_a, in_b = set(a.keys), set(b.keys)
     keys = [key for key in in_order(a.keys, b.keys) if key.step <= min(a.run.steps, b.run.steps)]
     differences: list[Difference] = []
@@ -100,7 +98,6 @@ def compare(a: Recording, b: Recording, rtol: float | None = None) -> Comparison
         scale = float(np.nanmax(np.abs(np.stack([ours, theirs])), initial=0.0))
         kind = f"{key.step} {key.phase} {key.name.rpartition('.')[2] if key.phase is Phase.OPTIMIZER else ''}"
         largest[kind] = max(largest.get(kind, 0.0), scale)
-        allowed = _rtol(key, default)
         tolerance = allowed * max(scale, CANCELLED * largest[kind])
         apart = np.abs(ours - theirs)
         wrong = ~(apart <= tolerance) & ~(np.isnan(ours) & np.isnan(theirs)) & (ours != theirs)
@@ -111,7 +108,7 @@ def compare(a: Recording, b: Recording, rtol: float | None = None) -> Comparison
         if not wrong.any() and bad is None:
             if not differences:
                 before += 1
-                if scale and allowed == default:
+                if scale:
                     closest = max(
                         closest, float(np.nanmax(apart, initial=0.0)) / max(scale, tolerance / allowed)
                     )
@@ -129,11 +126,6 @@ def in_order(ours: Sequence[Key], theirs: Sequence[Key]) -> list[Key]:
         else:
             followers.setdefault(last, []).append(key)
     return [*followers.get(None, []), *(one for key in ours for one in (key, *followers.get(key, [])))]
-
-
-def _rtol(key: Key, default: float) -> float:
-    loose = key.phase in (Phase.LOSS, Phase.NORM) or key.name.endswith((".exp_avg", ".exp_avg_sq"))
-    return max(default, SCALAR_RTOL) if loose else default
 
 
 def _difference(

@@ -70,4 +70,5 @@ def _reason(text: str) -> str:
     for before, line in pairwise(lines):
         if before.startswith("Last error"):
             return line
-    return re.sub(r"^\[[^\]]*\]\s*", "", lines[0])
+    # gloo goes on with advice of its own.
+    return re.sub(r"^\[[^\]]*\]\s*|\. This is typically caused by a remote worker.*", "", lines[0])

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +94,8 @@ class RankWatch:
         self._leaving, self._ended = threading.Event(), threading.Event()
         self._awake_since = time.monotonic()
         self._gone_since = 0.0
+        self.on_leave: Callable[[], None] = lambda: None
+        """What is to be done before this process leaves, in the thread that watches."""
         mine = json.dumps([world.rank, os.getpid(), beacon.descriptor])
         near = [Neighbour(*parse_json(text)) for text in control.gather_str_on_host(mine)]
         # Those in a container of their own cannot be seen.
@@ -298,6 +300,7 @@ class RankWatch:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / STACK_FILE.format(self._world.rank)).open("w") as file:
                 faulthandler.dump_traceback(file)
+        self.on_leave()
         # The others write theirs while connections are whole, and ask the store, which may be rank 0's.
         time.sleep(LOST_S if self._world.rank == 0 else LEAVES_S)
         sys.stdout.flush()

@@ -159,6 +159,12 @@ def resume_command(config: RunConfig, launch: list[str], argv: list[str], folder
     return shlex.join([*launch, *kept])
 
 
+def curve_title(config: RunConfig) -> str:
+    """Return what stands above the loss curve of a run."""
+    count = parameter_count(decoder_specs(config.model).values())
+    return f"{config.preset}, {count / 1e6:.2f}M parameters"
+
+
 def summarise(
     config: RunConfig,
     trainer: Trainer,
@@ -191,9 +197,7 @@ def summarise(
         ),
         "checkpoint": str(outcome.checkpoint),
         "metrics": str(run_dir / METRICS_FILE),
-        "loss curve": str(
-            plot_losses(run_dir, corpus.entropy, f"{config.preset}, {count / 1e6:.2f}M parameters")
-        ),
+        "loss curve": str(plot_losses(run_dir, corpus.entropy, curve_title(config))),
         "resume with": resume_command(config, launch, argv, folder, outcome.progress.step),
     }
     if note := rate_note(config, outcome.progress.step):

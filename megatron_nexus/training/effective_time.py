@@ -8,7 +8,7 @@ later start has taken again and no rewind has given up; what the first step of a
 step (compilation, memory) is start-up. Read from metrics.jsonl and run_times.jsonl of the run's folder.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -17,9 +17,9 @@ from statistics import median
 from typing import Any
 
 from megatron_nexus.base.duration import duration
-from megatron_nexus.base.json_text import fits, parse_record
+from megatron_nexus.base.json_text import fits
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
-from megatron_nexus.training.run_times import RUN_TIMES_FILE
+from megatron_nexus.training.run_times import RUN_TIMES_FILE, read_run_times
 
 Record = dict[str, Any]
 
@@ -79,7 +79,7 @@ class EffectiveTime:
 
 def effective_time(run_dir: Path) -> EffectiveTime | None:
     """Return where the time of a run went; None where its folder has no record of it."""
-    events = list(_read_events(run_dir / RUN_TIMES_FILE))
+    events = list(read_run_times(run_dir / RUN_TIMES_FILE))
     # A start on a machine whose clock is behind may bear an earlier time than the one before it.
     begins = sorted(event["time"] for event in events if event["what"] == "start")
     if not begins:
@@ -154,22 +154,6 @@ def _sum(parts: Sequence[EffectiveTime]) -> EffectiveTime:
         down_s=total("down_s"),
         other_s=total("other_s"),
     )
-
-
-def _read_events(path: Path) -> Iterator[Record]:
-    """Yield the records of run_times.jsonl; what a crash cut short is left out."""
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            record = parse_record(line)
-        except ValueError:
-            continue
-        if (
-            isinstance(record, dict)
-            and isinstance(record.get("what"), str)
-            and fits(record.get("time"), float)
-            and fits(record.get("seconds", 0.0), float)
-        ):
-            yield record
 
 
 def _is_timed(record: Record) -> bool:

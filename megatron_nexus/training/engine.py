@@ -212,7 +212,7 @@ class Engine:
                     mpu=grid if mesh.pp_size == 1 else None,  # a PipelineModule has its own
                 )
         if float64:
-            reduce_in_float64(self.optimizer)
+            reduce_in_float64(self.deepspeed, mesh)
         if engine_reduces_gradients(engine_config):
             reduce_gradients(self.deepspeed, mesh, config.parallel.overlap_grad_reduce, self._beacon)
         elif mesh.dp_size > 1 and config.parallel.zero_stage < 2:
@@ -392,7 +392,8 @@ class Engine:
     def _reduce(self, loss: Tensor, flags: Sequence[bool] = ()) -> tuple[float, tuple[bool, ...]]:
         """Return the mean loss of the data-parallel ranks, and which flags are set on any rank at all."""
         mesh = self._mesh
-        summed = torch.empty(1 + len(flags), device=loss.device)
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        summed = torch.empty(1 + len(flags), device=loss.device, dtype=dtype)
         summed[0] = loss.detach()
         for index, flag in enumerate(flags, start=1):
             summed[index].fill_(float(flag))  # a copy from the host would wait for the GPU

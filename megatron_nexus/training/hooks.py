@@ -4,10 +4,11 @@ The loop's own metrics and its memory of good checkpoints are hooks (`metrics`, 
 collective must do so on all ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.errors import NexusError
+from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.training.metrics import Evaluation, StepMetrics
 
 
@@ -29,5 +30,17 @@ class Hook:
     def on_end(self) -> None:
         """Run when the run ends as it should, after its last save and evaluation."""
 
-    def on_failure(self, error: NexusError) -> None:
-        """Run when a step is not finite or a rank's weights differ, before the run ends with `error`."""
+    def on_failure(self, error: BaseException) -> None:
+        """Run on each rank whose run ends with an error, whatever it is: no collective here."""
+
+
+@contextmanager
+def telling_of_failures(hooks: Sequence[Hook], beacon: Beacon) -> Iterator[None]:
+    """Tell hooks, also those that are added in the block, of the error that ends it."""
+    try:
+        yield
+    except BaseException as error:
+        beacon.mark(Phase.HOOKS)  # which may take longer than a phase of a step
+        for hook in hooks:
+            hook.on_failure(error)
+        raise

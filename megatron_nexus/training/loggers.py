@@ -43,7 +43,8 @@ class TensorBoardLogger:
         except ImportError as error:
             raise _missing(f"--tensorboard-dir {folder}", "tensorboard") from error
         try:
-            self._writer = SummaryWriter(folder, purge_step=resumed_step + 1)
+            # A process that is killed loses what it has not flushed: torch's own 120 s are many steps.
+            self._writer = SummaryWriter(folder, purge_step=resumed_step + 1, flush_secs=10)
         except OSError as error:
             raise ConfigError(
                 [f"--tensorboard-dir {folder}: {error.strerror}: give a writable folder"]

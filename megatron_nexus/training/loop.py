@@ -72,8 +72,12 @@ class Trainer:
         evaluator: TaskEvaluator | None = None,
         beacon: Beacon | None = None,
         times: RunTimes | None = None,
+        hooks: list[Hook] | None = None,
     ) -> None:
-        """`evaluator`, on rank 0 where there are tasks, asks for scores; `beacon` shows where a rank is."""
+        """`evaluator`, on rank 0 where there are tasks, asks for scores; `beacon` shows where a rank is.
+
+        The trainer's own hooks are added to `hooks`.
+        """
         self.config = config
         self.mesh = mesh
         self.engine = engine
@@ -97,7 +101,8 @@ class Trainer:
         self._beacon = beacon or Beacon()
         self.injector: FaultInjector | None = None
         self.times = times or RunTimes(run_dir, writes=False)
-        self.hooks: list[Hook] = [self._finite, self.times]
+        self.hooks: list[Hook] = [] if hooks is None else hooks
+        self.hooks += [self._finite, self.times]
         self._evaluations = Evaluations(config, mesh, engine, corpus, evaluator, self.hooks)
         self._writer = CheckpointWriter(
             save,
@@ -353,8 +358,6 @@ class Trainer:
     def _end(self, error: TrainingError | RestartError) -> NoReturn:
         """End the run, after the save that is under way; a collective call. Raises `error`."""
         self._finish_saving()
-        for hook in self.hooks:
-            hook.on_failure(error)
         raise error
 
     def _fail(self, step: int, result: StepResult) -> NoReturn:

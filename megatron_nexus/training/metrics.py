@@ -3,10 +3,13 @@
 import json
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from threading import Thread
 from typing import Any, TextIO, TypeAlias
 
 from megatron_nexus.base.duration import duration
@@ -17,6 +20,8 @@ from megatron_nexus.training.loggers import Logger
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
+LOGGERS_S = 10.0
+"""How long loggers may take to write that a run has failed, which keeps its error waiting."""
 
 Curve = list[tuple[int, float]]
 """Losses in nats per token with their steps."""
@@ -254,10 +259,20 @@ class MetricsWriter:
             each.log(step, values)
 
     def close(self, failed: bool = False) -> None:
-        """Finish the files and the loggers."""
-        self._file.close()
-        for each in self._loggers:
-            each.finish(failed)
+        """Finish the files and the loggers; of a failed run they have LOGGERS_S: a service may be down."""
+        if not failed:
+            self._file.close()
+            for each in self._loggers:
+                each.finish(failed)
+            return
+        with suppress(OSError):  # of a full disk, which the run's error names
+            self._file.close()
+        deadline = time.monotonic() + LOGGERS_S
+        ends = [Thread(target=each.finish, args=(failed,), daemon=True) for each in self._loggers]
+        for end in ends:
+            end.start()
+        for end in ends:
+            end.join(max(0.0, deadline - time.monotonic()))
 
 
 def describe(validation: Validation | AnswerScores) -> str:
@@ -346,7 +361,7 @@ def task_averages(records: list[dict[str, Any]]) -> Curve:
 
 def plot_losses(folder: Path, unigram_entropy: float | None, title: str) -> Path:
     """Draw the run's losses from its metrics file, with the corpus' unigram entropy as the line to beat."""
-    from matplotlib.figure import Figure  # here: half a second that only the end of a run needs
+    from matplotlib.figure import Figure  # here: half a second that no start needs
 
     records = read_metrics(folder / METRICS_FILE)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -359,5 +374,7 @@ def plot_losses(folder: Path, unigram_entropy: float | None, title: str) -> Path
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / PLOT_FILE)
+    draft = folder / f".tmp_{PLOT_FILE}"
+    figure.savefig(draft, format="png")
+    draft.replace(folder / PLOT_FILE)  # who looks at it finds all of it
     return folder / PLOT_FILE

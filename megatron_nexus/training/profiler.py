@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_nexus.config.profile import profile_ranks
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError, NexusError
+from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.hooks import Hook
@@ -67,7 +67,7 @@ class Profiler(Hook):
             self._finish()
         self._begin_after(metrics.step)
 
-    def on_failure(self, error: NexusError) -> None:
+    def on_failure(self, error: BaseException) -> None:
         """Write what there is."""
         self._finish()
 
@@ -126,7 +126,7 @@ class MemoryHistory(Hook):
         if metrics.step % self._interval == 0:
             torch.cuda.memory._dump_snapshot(str(self.path))
 
-    def on_failure(self, error: NexusError) -> None:
+    def on_failure(self, error: BaseException) -> None:
         """Write it once more."""
         torch.cuda.memory._dump_snapshot(str(self.path))
 

@@ -1,11 +1,10 @@
 """MetricsRecorder: the hook that writes a run's metrics, and every so often a line on the console."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import NexusError
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.loggers import open_loggers
 from megatron_nexus.training.metrics import (
@@ -83,7 +82,7 @@ class MetricsRecorder(Hook):
             self._writer.rewind(step, record)
             record_lost_steps(self._run_dir, self._writer.dropped)
 
-    def on_failure(self, error: NexusError) -> None:
+    def on_failure(self, error: BaseException | None = None) -> None:
         """Close the files, and mark the run as failed where loggers have such a mark."""
         if self._writer is not None:
             self._writer.close(failed=True)
@@ -92,3 +91,10 @@ class MetricsRecorder(Hook):
         """Close the files and finish the loggers."""
         if self._writer is not None:
             self._writer.close()
+
+
+def finish_loggers(hooks: Sequence[Hook]) -> None:
+    """Mark the run as failed, from another thread than the run's, which hangs."""
+    for hook in hooks:
+        if isinstance(hook, MetricsRecorder):
+            hook.on_failure()

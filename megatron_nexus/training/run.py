@@ -35,7 +35,7 @@ from megatron_nexus.parallel.world import World
 from megatron_nexus.training.answer_batches import AnswerBatches
 from megatron_nexus.training.answer_scorer import open_reference
 from megatron_nexus.training.command_log import log_command
-from megatron_nexus.training.console import announce, announce_resumed, summarise
+from megatron_nexus.training.console import announce, announce_resumed, curve_title, summarise
 from megatron_nexus.training.corpus import open_answers, open_corpus
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
@@ -44,7 +44,9 @@ from megatron_nexus.training.fault_injection import FaultInjector
 from megatron_nexus.training.faults import STOP_FILE, StopRequest
 from megatron_nexus.training.grown_elements import BoxesByGrowth, grown_elements
 from megatron_nexus.training.growth_metrics import GrowthMetricsHook
+from megatron_nexus.training.hooks import Hook, telling_of_failures
 from megatron_nexus.training.loop import Trainer
+from megatron_nexus.training.loss_plot import LossPlot
 from megatron_nexus.training.machine import (
     compile_problem,
     configure_torch,
@@ -55,6 +57,7 @@ from megatron_nexus.training.machine import (
 )
 from megatron_nexus.training.memory_errors import explaining_memory_errors
 from megatron_nexus.training.profiler import require_cuda_for_profile
+from megatron_nexus.training.recorder import finish_loggers
 from megatron_nexus.training.run_times import RunTimes
 from megatron_nexus.training.scoring import TaskEvaluator
 
@@ -103,8 +106,10 @@ def run(
         evaluator = open_evaluator(config, corpus.tokenizer)
     beacon = Beacon()
     watch = _start_watch(config, world, mesh, beacon, run_dir)
+    hooks: list[Hook] = []
     with (
         run_dir_lock(run_dir) if mesh.rank == 0 else nullcontext(),
+        telling_of_failures(hooks, beacon),
         watch.naming_lost_ranks(),
         explaining_memory_errors(config, mesh.rank, mesh.dp_size, mesh.device, beacon),
     ):
@@ -117,7 +122,8 @@ def run(
         with Progress("building the model"):
             import_muon_uncompiled()
             engine = Engine(config, mesh, checkpoint is None, beacon)
-        trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator, beacon, times)
+        trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator, beacon, times, hooks)
+        watch.on_leave = partial(finish_loggers, hooks)
         announce(config, mesh, engine, rate, save, corpus.sample_tokens(config))
         if checkpoint is not None:
             resume = partial(
@@ -134,6 +140,7 @@ def run(
         if isinstance(corpus.training, AnswerBatches):
             open_reference(config, mesh, engine, corpus.training, run_dir, begins_unlearning)
         if mesh.rank == 0:
+            hooks.append(LossPlot(run_dir, corpus.entropy, curve_title(config)))
             (run_dir / CONFIG_FILE).write_text(config_text(config))
             log_command(run_dir, [*launch_words(world, argv, config.verb), *argv], trainer.progress.step)
         if config.logging.growth_metrics_interval:

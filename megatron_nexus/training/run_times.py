@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_nexus.errors import NexusError
+from megatron_nexus.base.json_text import fits, parse_record
 from megatron_nexus.parallel.launcher_watch import process_age_s
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import Evaluation, GrowthMetrics, StepMetrics
@@ -36,7 +36,7 @@ class RunTimes(Hook):
         """Record the start of this process, in a new folder with the first step: it may yet be refused."""
         self._path = run_dir / RUN_TIMES_FILE
         self._writes = writes
-        self._in_span = False
+        self._in_span = self._trains = False
         self._stepped = time.perf_counter()
         self._started = time.time() - process_age_s()
         self._knows_start = self._path.exists()
@@ -45,6 +45,7 @@ class RunTimes(Hook):
 
     def begin_training(self) -> None:
         """Record that the first step begins."""
+        self._trains = True
         self._stepped = time.perf_counter()
         if not self._knows_start:
             self._append("start", self._started)
@@ -77,10 +78,11 @@ class RunTimes(Hook):
         if isinstance(found, GrowthMetrics):
             self.add("evaluation", found.seconds)
 
-    def on_failure(self, error: NexusError) -> None:
-        """Record the end, after a step that is not kept."""
-        self.add("lost", time.perf_counter() - self._stepped)
-        self.on_end()
+    def on_failure(self, error: BaseException) -> None:
+        """Record the end, after a step that is not kept; nothing before the first step: it was refused."""
+        if self._trains:
+            self.add("lost", time.perf_counter() - self._stepped)
+            self.on_end()
 
     def on_end(self) -> None:
         """Record that the run ends as it should."""
@@ -92,12 +94,36 @@ class RunTimes(Hook):
 
 
 def record_lost_steps(run_dir: Path, dropped: Sequence[Mapping[str, Any]]) -> None:
-    """Record that a run takes steps again; `dropped` are their records in metrics.jsonl."""
+    """Record that a run takes steps again, for each start that took them.
+
+    `dropped` are their records in metrics.jsonl: where the newest checkpoint is damaged, of several starts.
+    """
+    path = run_dir / RUN_TIMES_FILE
     steps = [record for record in dropped if "step_s" in record and "time" in record]
-    if steps:
-        seconds = sum(record["step_s"] for record in steps)
-        lost = {"what": "lost", "time": steps[-1]["time"], "seconds": seconds, "steps": len(steps)}
-        _append_record(run_dir / RUN_TIMES_FILE, lost)
+    begins = [event["time"] for event in read_run_times(path) if event["what"] == "start"] if steps else []
+    by_start: dict[int, list[Mapping[str, Any]]] = {}
+    for step in steps:
+        by_start.setdefault(sum(begin <= step["time"] for begin in begins), []).append(step)
+    for taken in by_start.values():
+        seconds = sum(record["step_s"] for record in taken)
+        last = max(record["time"] for record in taken)
+        _append_record(path, {"what": "lost", "time": last, "seconds": seconds, "steps": len(taken)})
+
+
+def read_run_times(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of run_times.jsonl; what a crash cut short is left out."""
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            record = parse_record(line)
+        except ValueError:
+            continue
+        if (
+            isinstance(record, dict)
+            and isinstance(record.get("what"), str)
+            and fits(record.get("time"), float)
+            and fits(record.get("seconds", 0.0), float)
+        ):
+            yield record
 
 
 def _append_record(path: Path, record: Mapping[str, object]) -> None:

@@ -75,6 +75,10 @@ class PhaseClock:
             self.seconds[phase] += _between(began, ended)
         del self._stamps[:-1]
 
+    def forget(self) -> None:
+        """Count nothing of what came since the sums were added up last."""
+        del self._stamps[:-1]
+
     def reset(self) -> None:
         """Reset the sums."""
         self.seconds = dict.fromkeys(Phase, 0.0)
@@ -131,6 +135,10 @@ class StepTimes(Hook):
             self._log(metrics.step, of_ranks)
         self._steps = 0
         self._clock.reset()
+
+    def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
+        """Leave out the step that was given up, and the way back: no step is counted for them."""
+        self._clock.forget()
 
     def _name_straggler(self, busy_s: Sequence[float]) -> None:
         """Log which rank the others wait for; a collective call where there is one."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nexus.base.durable import LOCK_FILE
+from megatron_nexus.cli.compare import _scratch_folder
 from tests.support.cli import SMALL, WARM, Command, assert_refused, commands, ended, warm_ranks
 from tests.support.paths import REPOSITORY
 
@@ -84,3 +86,15 @@ def test_wrong_words_are_refused_before_anything_is_started(command: Command) ->
     code, output = compare(command, "nowhere elsewhere")
     assert_refused(code, output, "CheckpointError", "nowhere")
     assert not Path(command.folder, "x").exists()
+
+
+def test_what_a_killed_comparison_has_left_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / "nexus-compare-killed"
+    left.mkdir()
+    (left / LOCK_FILE).touch()
+    with _scratch_folder() as first, _scratch_folder() as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second]), "that of a living one stays"
+    assert not list(tmp_path.iterdir())

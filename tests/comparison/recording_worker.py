@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from megatron_nexus.comparison.record_steps import RecordSettings, record_steps
@@ -67,6 +68,16 @@ def swapped_heads(attention: nn.Module) -> None:
     attention.qkv.register_forward_hook(swap)
 
 
+def dropout(attention: nn.Module) -> None:
+    """Whose draws are of each rank's own, as where ranks that hold the same share no generator."""
+    draws = torch.Generator().manual_seed(1 + attention.tp.rank)
+
+    def drop(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output * (torch.rand(output.shape, generator=draws) > 0.1) / 0.9
+
+    attention.register_forward_hook(drop)
+
+
 def detached(feed_forward: nn.Module) -> None:
     feed_forward.inner.register_forward_hook(lambda module, inputs, outputs: (outputs[0].detach(),))
 
@@ -75,6 +86,7 @@ IN_LAYER_1: dict[str, tuple[type[nn.Module], Callable[[nn.Module], None]]] = {
     "no sum": (FeedForward, without_a_sum(NoSum)),
     "no gradient sum": (Attention, without_a_sum(NoGradientSum)),
     "no gradient": (FeedForward, detached),
+    "dropout": (Attention, dropout),
     "wrong scale": (Attention, wrong_scale),
     "swapped heads": (Attention, swapped_heads),
 }

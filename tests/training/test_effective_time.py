@@ -62,6 +62,19 @@ def test_a_start_whose_clock_is_behind_loses_no_time(tmp_path: Path) -> None:
     assert (found.productive_s, found.down_s, found.total_s) == (20.0, 290.0, 310.0)
 
 
+def test_steps_of_several_starts_that_are_lost_are_those_of_each(tmp_path: Path) -> None:
+    # Steps 3 and 4, a start, step 5, a start: the checkpoint of step 4 is damaged, that of step 2 is not.
+    starts = [{"what": what, "time": t} for t in (1000.0, 1100.0, 1200.0) for what in ("start", "training")]
+    write(tmp_path / RUN_TIMES_FILE, starts)
+    first = [step_record(step, 1000.0 + 10 * step) for step in (1, 2, 3, 4)]
+    record_lost_steps(tmp_path, [*first[2:], step_record(5, 1110.0, 9.0)])
+    write(tmp_path / METRICS_FILE, [*first[:2], step_record(3, 1210.0)])
+    found = effective_time(tmp_path)
+    assert found is not None
+    assert (found.productive_s, found.lost_s, found.other_s) == (30.0, 29.0, pytest.approx(1.0))
+    assert found.total_s == pytest.approx(210.0)
+
+
 def test_an_evaluation_before_the_first_step_is_counted_once(tmp_path: Path) -> None:
     events = [
         {"what": "start", "time": 1000.0},

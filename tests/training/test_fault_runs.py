@@ -5,6 +5,7 @@ One world of two ranks for each run; a run goes on in the folder of the one befo
 
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_nexus.errors import EXIT_CODE_RESTART
 from megatron_nexus.training.effective_time import effective_time
 from megatron_nexus.training.fault_injection import RECORD_FILE
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
+from megatron_nexus.training.run_times import RUN_TIMES_FILE, read_run_times
 from tests.support.cli import PYTHON, Command, assert_refused, commands, warm_ranks
 
 pytestmark = pytest.mark.slow
@@ -45,11 +47,12 @@ def whole(command: Command) -> str:
     return "whole"
 
 
-def test_a_run_survives_a_frozen_rank_a_transient_fault_and_slices(command: Command, whole: str) -> None:
+def test_a_run_survives_lost_ranks_a_transient_fault_and_slices(command: Command, whole: str) -> None:
     # The same command each time, as a scheduler starts it again.
     words = (
         EVERY
-        + f"--save torn --spike-policy skip {SPIKES} --inject rank_hung@5,rank=1 bit_flip@8,rank=1 nan@9"
+        + f"--save torn --spike-policy skip {SPIKES} --inject rank_hung@5,rank=1 rank_killed@6,rank=1 "
+        + "bit_flip@8,rank=1 nan@9"
     )
     code, output = command.run(words, warm_ranks(2))
     assert code == EXIT_CODE_RESTART, output
@@ -69,14 +72,19 @@ def test_a_run_survives_a_frozen_rank_a_transient_fault_and_slices(command: Comm
     assert code == 0, output
     assert "--exit-duration-in-mins 0.0001 is over: saving a checkpoint and exiting" in output
     code, output = command.run(words, warm_ranks(2))
+    assert code == 128 + signal.SIGKILL, output
+    assert re.search(r"^RestartError: rank 1 on .*: its process was killed, or left;", output, re.M), output
+    told = [event["what"] for event in read_run_times(command.folder / "torn" / RUN_TIMES_FILE)]
+    assert told[-2:] == ["lost", "end"], "hooks are told of it"
+    code, output = command.run(words, warm_ranks(2))
     assert code == 0, output
     assert output.count("a transient fault of a machine") == 2, output
-    assert len((command.folder / "torn" / RECORD_FILE).read_text().splitlines()) == 3
+    assert len((command.folder / "torn" / RECORD_FILE).read_text().splitlines()) == 4
     line = next(line for line in output.splitlines() if "resume with" in line)
     assert "--inject" not in line and "nan@9" not in line
     assert command.losses("torn") == command.losses(whole)
     times = effective_time(command.folder / "torn")
-    assert times is not None and times.starts == 4
+    assert times is not None and times.starts == 5
     assert times.lost_s > 0, "step 4, trained twice"
     assert times.down_s > 0 and times.checkpoint_s > 0 and times.evaluation_s > 0
     assert 0 < times.ettr < 1 and f"effective time   {times}" in output

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_nexus.config.command_line import build
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, TrainingError
+from megatron_nexus.parallel.beacon import Beacon
+from megatron_nexus.training.hooks import Hook, telling_of_failures
 from megatron_nexus.training.loggers import LOGGED_RUNS_FILE, open_loggers
+from megatron_nexus.training.memory_errors import explaining_memory_errors
+from megatron_nexus.training.recorder import MetricsRecorder
 
 FLAGS = {
     "wandb": {"wandb_project": "growth", "wandb_exp_name": "first"},
@@ -98,6 +103,27 @@ def test_mlflow_keeps_one_run_over_a_stop(tmp_path: Path, monkeypatch: pytest.Mo
     history = client.get_metric_history(run.info.run_id, "lm loss")
     assert sorted((point.step, point.value) for point in history) == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0)]
     assert run.data.metrics["lm loss validation"] == 3.0
+
+
+@pytest.mark.slow
+def test_a_run_whose_memory_runs_out_has_failed_in_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "mlruns").as_uri()
+    config = build({**FLAGS["mlflow"], "mlflow_tracking_uri": uri})
+    hooks: list[Hook] = []
+    with (
+        pytest.raises(TrainingError, match="out of memory"),
+        telling_of_failures(hooks, Beacon()),
+        explaining_memory_errors(config, 0, 1, torch.device("cpu"), Beacon()),
+    ):
+        hooks.append(MetricsRecorder(config, True, tmp_path, 0, 100))
+        torch.empty(2**50)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    [run] = client.search_runs([client.get_experiment_by_name("growth").experiment_id])
+    assert run.info.status == "FAILED"
 
 
 @pytest.mark.parametrize("name", FLAGS)

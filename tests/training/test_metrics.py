@@ -12,8 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_nexus import log
 from megatron_nexus.errors import TrainingError
 from megatron_nexus.training.loggers import TensorBoardLogger
+from megatron_nexus.training.loss_plot import LossPlot
 from megatron_nexus.training.metrics import (
     METRICS_FILE,
+    PLOT_FILE,
     MetricsWriter,
     StepMetrics,
     describe,
@@ -177,6 +179,19 @@ def drawn(folder: Path) -> np.ndarray:
     path = plot_losses(folder, 4.5, "a run")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     return image.imread(path)
+
+
+def test_the_plot_is_drawn_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, 20)
+    hook = LossPlot(tmp_path, 4.5, "a run")
+    hook.after_step(step_of(20))
+    hook.on_end()
+    assert not (tmp_path / PLOT_FILE).exists(), "not yet a minute old"
+    monkeypatch.setattr("megatron_nexus.training.loss_plot.INTERVAL_S", -1.0)
+    hook = LossPlot(tmp_path, 4.5, "a run")
+    hook.after_step(step_of(20))
+    hook.on_end()
+    assert [path.name for path in tmp_path.glob("*.png")] == [PLOT_FILE]
 
 
 def test_the_plot_shows_what_the_records_say(tmp_path: Path) -> None:

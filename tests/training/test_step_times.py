@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_nexus.training.step_times import straggler
+from megatron_nexus.parallel.beacon import Phase
+from megatron_nexus.training.step_times import PhaseClock, straggler
 
 
 @pytest.mark.parametrize(
@@ -20,3 +21,14 @@ def test_a_straggler_computes_longer_than_its_stage(
 ) -> None:
     assert straggler(busy_s, stages, threshold=1.5) == found
     assert straggler(busy_s, stages, threshold=0.0) is None
+
+
+def test_a_step_that_was_given_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, clock = 0.0, PhaseClock("cpu")
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    for seconds in (1.0, 100.0, 1.0):
+        clock.mark(Phase.FORWARD)
+        now += seconds
+        clock.mark(Phase.HOOKS)
+        clock.forget() if seconds > 1.0 else clock.collect()
+    assert clock.seconds[Phase.FORWARD] == 2.0
