@@ -38,6 +38,9 @@ TENSOR = f"{SMALL} --tp 2"
 UNTIL_STOPPED = f"--train-iters {ENDLESS}"
 """So that no signal comes too late, however fast the machine is."""
 
+ONE_EACH = ("--nodes=2", "--ntasks-per-node=1")
+"""Two ranks, where two will do: each imports torch anew."""
+
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 """A job that has not ended, or will begin again."""
 
@@ -166,7 +169,7 @@ def test_near_its_time_limit_a_job_saves_and_queues_again(cluster: Slurm, folder
 def test_a_job_with_a_frozen_rank_ends_with_75_and_starts_again(cluster: Slurm, folder: Path) -> None:
     fault = "--inject rank_hung@5,rank=1 --rank-heartbeat-timeout 2"
     flags = f"{TENSOR} --train-iters 6 {fault}"
-    job = submit(cluster, folder, "--nodes=2", CONFIG_FLAGS=flags, SAVE="frozen", SAVE_INTERVAL="2")
+    job = submit(cluster, folder, *ONE_EACH, CONFIG_FLAGS=flags, SAVE="frozen", SAVE_INTERVAL="2")
     text = finish(cluster, log_of(folder, job), job)
     assert cluster.job(job)["Restarts"] == "1", text
     lost = r"\(--rank-heartbeat-timeout\): rank 1 (on|of) .*(its process is stopped|does not answer)"
@@ -180,7 +183,7 @@ def test_a_job_pretrains_grows_and_goes_on_and_a_requeue_repeats_nothing(
     cluster: Slurm, folder: Path
 ) -> None:
     job = cluster.run(
-        *("sbatch", "--parsable", "--nodes=2", str(GROW)),
+        *("sbatch", "--parsable", *ONE_EACH, str(GROW)),
         cwd=folder,
         extra=user(
             CONFIG_FLAGS=SMALL,
