@@ -129,7 +129,7 @@ def test_a_grown_run_goes_on_at_other_topologies_from_the_loss_of_one_that_is_no
 ) -> None:
     sizes = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 --ffn-hidden-size 48"
     flags = f"{sizes} --nexus-m 40 --nexus-a 48 --seq-length 32 --eval-iters 1 --eval-interval 0"
-    grown = {"STEPS": "2", "SIZES": "--nexus-m 44 --nexus-a 56", "MESH_FLAGS": "--tp 2", "RANKS": "2"}
+    grown = {"STEPS": "2", "SIZES": "--nexus-m 44 --nexus-a 56", "MESH_FLAGS": "--tp 1", "RANKS": "2"}
     done = subprocess.run(
         ["bash", REPOSITORY / "examples" / "grow_tiny.sh", "out", *flags.split()],
         cwd=tmp_path,

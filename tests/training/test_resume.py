@@ -90,7 +90,7 @@ def test_resuming_is_never_having_stopped(
             [*common, "--train-iters", "4", "--save", twice],
             [*common, "--train-iters", "8", "--load", twice],
         ]
-        if "bf16" not in flags:
+        if "bf16" not in flags and name not in DEEPSPEED_ADAM:
             # Pure data parallelism, micro batches of 1: another topology with other local shapes.
             other = ["--data-path", str(corpus), *TRAINING.split(), "--fp32", "--micro-batch-size", "1"]
             start = f"{twice}/iter_0000004"
