@@ -75,6 +75,12 @@ def draw_frontier(study: Study, path: Path) -> Path | None:
             capsize=3,
             label=f"{runs.name} ({gaps[-1].n if gaps else 0})",
         )
+    _label(left, right, xs, top, bool(grown))
+    return _save(figure, path)
+
+
+def _label(left: Axes, right: Axes, xs: Sequence[float], top: float, has_grown: bool) -> None:
+    """Name the axes of the two halves."""
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xlabel("TFLOP of the whole run, the base's included")
@@ -85,9 +91,8 @@ def draw_frontier(study: Study, path: Path) -> Path | None:
     left.set_ylabel("validation loss, nats per token")
     right.set_ylabel("minus the best shape from scratch, paired, 95 %")
     left.legend(fontsize=7)
-    if grown:
+    if has_grown:
         right.legend(fontsize=7)
-    return _save(figure, path)
 
 
 def draw_savings(study: Study, path: Path) -> Path | None:

@@ -33,60 +33,25 @@ def make_parser() -> FlagParser:
         description="Evaluate a trained model on tasks of lm-evaluation-harness and on held-out texts.",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--tasks",
-        type=_names,
-        default=(),
-        metavar="NAMES",
-        help=f"tasks of lm-evaluation-harness, with commas between them, such as {','.join(PAPER_TASKS)}",
-    )
-    parser.add_argument(
-        "--task-path",
-        type=Path,
-        metavar="FOLDER",
-        help="read the tasks' records from its files, such as piqa.jsonl (default: fetch the published ones)",
-    )
-    parser.add_argument(
-        "--include-path",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FOLDER",
-        help="folders of task files of your own (YAML of lm-evaluation-harness), for --tasks",
-    )
-    parser.add_argument(
-        "--num-fewshot",
-        type=count,
-        metavar="N",
-        help="examples before each question (default: as the task's configuration says, else none)",
-    )
-    parser.add_argument("--limit", type=positive(int), help="items of each task (default: all)")
-    parser.add_argument(
-        "--log-samples",
-        action="store_true",
-        help="write prompt, answers and scores of each item next to --output, a file for each task",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive(int),
-        metavar="N",
-        help="samples of the model's length in a forward pass (default: as many as have 4,096 tokens)",
-    )
-    parser.add_argument(
-        "--perplexity",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="held-out texts, each a document: perplexity per token, word and byte",
-    )
-    parser.add_argument(
-        "--perplexity-stride",
-        type=positive(int),
-        default=0,
-        help="tokens that each window predicts (default: a whole sample; fewer see more context, cost more)",
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results there as JSON, too")
+    flag = parser.add_flag
+    text = f"tasks of lm-evaluation-harness, with commas between them, such as {','.join(PAPER_TASKS)}"
+    flag("--tasks", text, type=_names, default=(), metavar="NAMES")
+    text = "read the tasks' records from its files, such as piqa.jsonl (default: fetch the published ones)"
+    flag("--task-path", text, type=Path, metavar="FOLDER")
+    text = "folders of task files of your own (YAML of lm-evaluation-harness), for --tasks"
+    flag("--include-path", text, type=Path, nargs="+", default=[], metavar="FOLDER")
+    text = "examples before each question (default: as the task's configuration says, else none)"
+    flag("--num-fewshot", text, type=count, metavar="N")
+    flag("--limit", "items of each task (default: all)", type=positive(int))
+    text = "write prompt, answers and scores of each item next to --output, a file for each task"
+    flag("--log-samples", text, action="store_true")
+    text = "samples of the model's length in a forward pass (default: as many as have 4,096 tokens)"
+    flag("--batch-size", text, type=positive(int), metavar="N")
+    text = "held-out texts, each a document: perplexity per token, word and byte"
+    flag("--perplexity", text, type=Path, nargs="+", default=[], metavar="FILE")
+    text = "tokens that each window predicts (default: a whole sample; fewer see more context, cost more)"
+    flag("--perplexity-stride", text, type=positive(int), default=0)
+    flag("--output", "write the results there as JSON, too", type=Path, metavar="FILE")
     return parser
 
 

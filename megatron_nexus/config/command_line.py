@@ -60,6 +60,31 @@ def make_parser(verb: str = "train") -> FlagParser:
         help=f"sizes and settings of a named model; `{command('presets')}` lists them "
         f"(default: {DEFAULT_PRESET})",
     )
+    _add_command_flags(parser)
+    hints = {name: hint for kind in ALL_SECTIONS.values() for name, hint in get_type_hints(kind).items()}
+    fields = {entry.name: entry for kind in SECTIONS.values() for entry in dataclasses.fields(kind)}
+    for name in MAIN_FIELDS:
+        add_field_flag(main, fields[name], hints[name])
+    for section, kind in (SECTIONS if verb == "train" else ALL_SECTIONS).items():
+        group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
+        for entry in dataclasses.fields(kind):
+            if entry.name not in MAIN_FIELDS:
+                add_field_flag(group, entry, hints[entry.name])
+        if section == "training":
+            for precision in ("bf16", "fp32"):
+                group.add_argument(
+                    f"--{precision}",
+                    dest="precision",
+                    action="store_const",
+                    const=precision,
+                    help=f"short for --precision {precision}",
+                )
+    parser.print_options_last()
+    return parser
+
+
+def _add_command_flags(parser: FlagParser) -> None:
+    """Add what the command itself reads, and what launchers add."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
     parser.add_argument(
         "--dry-run", action="store_true", help="print costs, memory per rank and the configuration, and stop"
@@ -87,26 +112,6 @@ def make_parser(verb: str = "train") -> FlagParser:
     # DeepSpeed's own scripts take --deepspeed.
     for ignored in LAUNCHER_FLAGS:
         parser.add_argument(ignored, nargs="?", help=argparse.SUPPRESS)
-    hints = {name: hint for kind in ALL_SECTIONS.values() for name, hint in get_type_hints(kind).items()}
-    fields = {entry.name: entry for kind in SECTIONS.values() for entry in dataclasses.fields(kind)}
-    for name in MAIN_FIELDS:
-        add_field_flag(main, fields[name], hints[name])
-    for section, kind in (SECTIONS if verb == "train" else ALL_SECTIONS).items():
-        group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
-        for entry in dataclasses.fields(kind):
-            if entry.name not in MAIN_FIELDS:
-                add_field_flag(group, entry, hints[entry.name])
-        if section == "training":
-            for precision in ("bf16", "fp32"):
-                group.add_argument(
-                    f"--{precision}",
-                    dest="precision",
-                    action="store_const",
-                    const=precision,
-                    help=f"short for --precision {precision}",
-                )
-    parser.print_options_last()
-    return parser
 
 
 def add_field_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[object], hint: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from math import isqrt
 
 from megatron_nexus.config.config_field import flag_of
+from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.run_config import RunConfig
 
 
@@ -62,6 +63,10 @@ def model_problems(config: RunConfig) -> Iterable[str]:
             f"{model.rope_high_freq_factor}: Llama 3.1 has 1 and 4"
         )
     yield from _pattention_problems(config)
+    yield from _size_problems(model)
+
+
+def _size_problems(model: ModelConfig) -> Iterable[str]:
     if model.num_query_groups > 0 and model.num_attention_heads % model.num_query_groups:
         yield (
             f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads "

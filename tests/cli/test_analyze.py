@@ -70,6 +70,7 @@ def test_two_topologies_give_the_same_numbers_and_runs_are_pooled(
     assert re.search(r"\d+ fits of all groups.*: \d+ with p < 0.05, [\d.]+ expected", text)
 
 
+@pytest.mark.slow
 def test_whole_samples_give_scipy_s_numbers(folder: Path) -> None:
     found = analyze(folder, str(folder / "one"), "--layers", "0")
     groups = {group["group"]: group["paths"][0]["path"] for group in found["groups"]}

@@ -125,7 +125,7 @@ def test_a_damaged_corpus_is_prepared_again(
     assert contents(again) == contents(prepared)
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("delay_s", [0.1, *(pytest.param(s, marks=pytest.mark.law) for s in (0.0, 0.3))])
 def test_a_kill_leaves_nothing_that_passes_for_complete(
     tmp_path: Path, source: Path, prepared: DefaultCorpus, delay_s: float
 ) -> None:

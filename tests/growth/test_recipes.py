@@ -145,9 +145,9 @@ def test_copied_moments_are_scaled_as_the_gradients_of_copies_are(axes: str, tmp
     ("init", "share", "moments", "parts"),
     [
         ("split", 1.5, "copied", True),
-        ("split", 1.5, "kept", True),
+        pytest.param("split", 1.5, "kept", True, marks=pytest.mark.law),
         ("split", 0.5, "copied", False),
-        ("pairs", 1.5, "kept", True),
+        pytest.param("pairs", 1.5, "kept", True, marks=pytest.mark.law),
     ],
 )
 def test_adam_parts_units_whose_outgoing_weights_have_opposite_signs_and_no_others(

@@ -29,7 +29,7 @@ def sample() -> tuple[Tensor, Tensor, Tensor]:
     [{}, {"attention_order": 2}, {"attention_order": 2, "attention_inner": "cross"}, {"sliding_window": 4}],
     ids=str,
 )
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.law)])
 @pytest.mark.parametrize("stages", [1, *(pytest.param(n, marks=pytest.mark.law) for n in (2, 3))])
 def test_a_packed_sample_is_its_documents_run_alone(
     stages: int, recompute: str, changes: dict[str, object]

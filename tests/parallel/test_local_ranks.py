@@ -91,7 +91,7 @@ def test_every_rank_gets_its_place_the_command_and_a_share_of_the_cores(
     assert lines == [[rank, rank, *tail] for rank in "012"]
 
 
-@pytest.mark.parametrize("code", [1, 2, 77])
+@pytest.mark.parametrize("code", [1, *(pytest.param(code, marks=pytest.mark.law) for code in (2, 77))])
 def test_the_exit_code_is_that_of_the_first_to_fail(start: Start, code: int) -> None:
     # Rank 2 fails; once the parent has seen it the others follow with another code, as ranks that lost a
     # peer do.
@@ -130,7 +130,13 @@ def test_a_killed_rank_is_named_and_ends_the_run(start: Start) -> None:
     assert output == "rank 1 was ended by SIGKILL: out of memory, or killed by hand?\n"
 
 
-@pytest.mark.parametrize("number", parse_exit_signals(DEFAULT_EXIT_SIGNALS))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=() if number == signal.SIGTERM else pytest.mark.law)
+        for number in parse_exit_signals(DEFAULT_EXIT_SIGNALS)
+    ],
+)
 def test_signals_are_passed_on_and_heeded_ones_are_no_failure(start: Start, number: signal.Signals) -> None:
     run = start(
         2,

@@ -72,6 +72,7 @@ def test_a_plan_that_fits_says_nothing_of_the_machine_that_plans() -> None:
     assert numbers and all("predicted, not measured" in line for line in numbers)
 
 
+@pytest.mark.slow
 def test_where_no_layout_fits_the_search_says_on_how_many_devices_one_does() -> None:
     config = read_train_command(shlex.split(BASE)).config
     small = parse_device("h100,memory=0.4")

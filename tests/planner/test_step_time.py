@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Value]] = {
 
 @pytest.mark.torch_versions
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.law)])
 def test_flops_of_the_traced_kernels_are_those_of_the_specs(flags: dict[str, Value], compiled: bool) -> None:
     config = build({**flags, "padding_multiple": 1, "compile": compiled})
     work, training = traced_work(config), config.training
