@@ -134,7 +134,7 @@ def _say_elsewhere(world: World, message: str) -> None:
     """Say on rank 0, whose port is taken, to the other machines that it was refused, until they know it."""
     if _ends_together(world):
         return
-    told = f"{_greeting(world)}rank {world.rank} on {socket.gethostname()} was refused: {message}".encode()
+    refusal = f"{_greeting(world)}rank {world.rank} on {socket.gethostname()} was refused: {message}".encode()
     family, both = (socket.AF_INET6, True) if socket.has_dualstack_ipv6() else (socket.AF_INET, False)
     for step in NEXT_PORTS:
         address = ("", world.master_port + step)
@@ -145,7 +145,7 @@ def _say_elsewhere(world: World, message: str) -> None:
                 with suppress(OSError):
                     peer, _ = server.accept()
                     with peer:
-                        peer.sendall(told)
+                        peer.sendall(refusal)
                     machines -= 1
             return
 

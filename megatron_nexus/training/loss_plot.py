@@ -1,4 +1,4 @@
-"""Loss plot: the hook that draws loss.png while a run goes on, beside the training."""
+"""Loss plot: the hook that draws loss.png while a run goes on, concurrently with training."""
 
 import threading
 import time

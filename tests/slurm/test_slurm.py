@@ -39,7 +39,7 @@ UNTIL_STOPPED = f"--train-iters {ENDLESS}"
 """So that no signal comes too late, however fast the machine is."""
 
 ONE_EACH = ("--nodes=2", "--ntasks-per-node=1")
-"""Two ranks, where two will do: each imports torch anew."""
+"""Two ranks, where two will do: each imports torch again."""
 
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 """A job that has not ended, or will begin again."""

@@ -74,8 +74,8 @@ def test_a_run_survives_lost_ranks_a_transient_fault_and_slices(command: Command
     code, output = command.run(words, warm_ranks(2))
     assert code == 128 + signal.SIGKILL, output
     assert re.search(r"^RestartError: rank 1 on .*: its process was killed, or left;", output, re.M), output
-    told = [event["what"] for event in read_run_times(command.folder / "torn" / RUN_TIMES_FILE)]
-    assert told[-2:] == ["lost", "end"], "hooks are told of it"
+    kinds = [event["what"] for event in read_run_times(command.folder / "torn" / RUN_TIMES_FILE)]
+    assert kinds[-2:] == ["lost", "end"], "hooks receive it"
     code, output = command.run(words, warm_ranks(2))
     assert code == 0, output
     assert output.count("a transient fault of a machine") == 2, output
