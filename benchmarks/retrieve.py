@@ -155,7 +155,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure_scan(given: argparse.Namespace) -> None:
-    """Scan sketches that were written to a disk, as `score_corpus` does, next to a sum over the same mappings.
+    """Scan sketches on disk, as `score_corpus` does, next to a sum over the same mappings.
 
     A sum of float32 in RAM says what the memory gives without files.
     """
