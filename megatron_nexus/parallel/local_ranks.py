@@ -110,7 +110,7 @@ def run_local_ranks(
 def _cause(ended_by: signal.Signals, exit_signals: Sequence[signal.Signals]) -> str:
     if ended_by in exit_signals:
         return "the run had not begun to train, or was stopped twice: nothing more was saved"
-    return "out of memory, or killed by hand?" if ended_by is signal.SIGKILL else "a crash outside Python"
+    return "out of memory, or killed manually?" if ended_by is signal.SIGKILL else "a crash outside Python"
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]], exit_signals: Sequence[signal.Signals]) -> int:
@@ -125,7 +125,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], exit_signals: Sequence[signal.S
             if failed < 0:
                 ended_by = signal.Signals(-failed)
                 logger.error(
-                    "rank %d was ended by %s: %s", rank, ended_by.name, _cause(ended_by, exit_signals)
+                    "rank %d was terminated by %s: %s", rank, ended_by.name, _cause(ended_by, exit_signals)
                 )
         if None not in codes or time.monotonic() > deadline:
             return 128 - failed if failed < 0 else failed

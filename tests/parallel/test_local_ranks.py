@@ -127,7 +127,7 @@ def test_a_killed_rank_is_named_and_ends_the_run(start: Start) -> None:
     os.kill(run.await_ready(2)[1], signal.SIGKILL)
     code, output = run.end()
     assert code == 128 + signal.SIGKILL
-    assert output == "rank 1 was ended by SIGKILL: out of memory, or killed by hand?\n"
+    assert output == "rank 1 was terminated by SIGKILL: out of memory, or killed manually?\n"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_signal_that_ranks_do_not_heed_yet_ends_them_all_with_one_message(star
     code, output = run.end()
     assert code == 128 + signal.SIGINT
     assert len(output.splitlines()) == 1
-    assert "was ended by SIGINT: the run had not begun to train" in output
+    assert "was terminated by SIGINT: the run had not begun to train" in output
 
 
 @pytest.mark.parametrize("heeds", [False, True])

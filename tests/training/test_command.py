@@ -234,7 +234,7 @@ def test_ctrl_c_before_training_ends_at_once_with_one_message(command: Command) 
     code, output = ended(program)
     assert code == 128 + signal.SIGINT, output
     assert "Traceback" not in output
-    assert output.count("was ended by SIGINT: the run had not begun to train") == 1
+    assert output.count("was terminated by SIGINT: the run had not begun to train") == 1
     assert not (command.folder / "never").exists()
 
 
@@ -299,7 +299,7 @@ def test_when_a_rank_is_killed_all_end_within_ten_seconds_with_one_message(comma
     code, output = ended(program)
     assert time.monotonic() - began < scaled_by_load(10.0)
     assert code not in (0, 2), output
-    assert output.count("rank 2 was ended by SIGKILL") == 1
+    assert output.count("rank 2 was terminated by SIGKILL") == 1
     assert "Traceback" not in output
     said = [line for line in output.splitlines() if not line.startswith(("iteration", "[", "corpus"))]
     # What the watcher says, and what the first rank to miss a peer says.
