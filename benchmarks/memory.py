@@ -59,6 +59,19 @@ TINY: dict[str, Any] = {
     "num_attention_heads": 8,
     "kv_channels": 2,
 }
+WIDE: dict[str, Value] = {
+    "precision": "bf16",
+    "vocab_size": 131072,
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "kv_channels": 32,
+    "seq_length": 512,
+    "micro_batch_size": 4,
+    "global_batch_size": 8,
+}
+"""A head as of a large vocabulary: its logits are most of what a step holds."""
+LINEAR: dict[str, Value] = {"cross_entropy_fusion_impl": "linear"}
 CASES: list[tuple[str, int, dict[str, Value]]] = [
     ("fp32", 1, {"precision": "fp32"}),
     ("bf16", 1, {"precision": "bf16"}),
@@ -88,6 +101,10 @@ CASES: list[tuple[str, int, dict[str, Value]]] = [
     ("dp 2, ZeRO 3, bf16", 2, {"precision": "bf16", "zero_stage": 3}),
     ("recompute selective, fp32", 1, {"precision": "fp32", "recompute_granularity": "selective"}),
     ("recompute full, fp32", 1, {"precision": "fp32", "recompute_granularity": "full"}),
+    ("vocabulary of 131,072, bf16", 1, WIDE),
+    ("the same, head and loss in one", 1, {**WIDE, **LINEAR}),
+    ("vocabulary of 131,072, tp 2, bf16", 2, {**WIDE, "tensor_model_parallel_size": 2}),
+    ("the same, head and loss in one", 2, {**WIDE, **LINEAR, "tensor_model_parallel_size": 2}),
 ]
 
 

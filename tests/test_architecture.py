@@ -34,6 +34,7 @@ SEALED = {
         "training/deepspeed_adam.py",
         "training/deepspeed_muon.py",
         "training/gradient_reducer.py",
+        "training/linear_cross_entropy.py",
         "training/zero_state.py",
     },
     "apex": {"models/nvidia_apex.py"},

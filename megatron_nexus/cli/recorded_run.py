@@ -53,7 +53,9 @@ def record(own: argparse.Namespace, flags: list[str], argv: list[str]) -> None:
 
 def _recorded_config(config: RunConfig, float64: bool) -> RunConfig:
     """Return the configuration with what hooks and float64 need: nothing compiled, no kernel of a library."""
-    training = replace(config.training, compile=False, spike_policy="none")
+    training = replace(
+        config.training, compile=False, spike_policy="none", cross_entropy_fusion_impl="native"
+    )
     optimizer = config.optimizer
     if float64:
         training = replace(training, precision="fp32", norm_impl="torch")

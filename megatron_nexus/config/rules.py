@@ -169,6 +169,16 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             "--compile needs the weights of a whole block at once, and --zero-stage 3 gathers them module by "
             "module: drop --compile, or use --zero-stage 1 or 2"
         )
+    if parallel.zero_stage == 3 and config.training.cross_entropy_fusion_impl == "linear":
+        yield (
+            "--cross-entropy-fusion-impl linear reads the head's weights outside of its layer, where "
+            "--zero-stage 3 does not gather them: use native, or --zero-stage 1 or 2"
+        )
+    if config.unlearning.is_on and config.training.cross_entropy_fusion_impl == "linear":
+        yield (
+            "--cross-entropy-fusion-impl linear has no logits, and the losses of unlearning read them: use "
+            "native"
+        )
     hashes = config.training.check_weight_hash_across_dp_replicas_interval
     if parallel.zero_stage == 3 and hashes > 0:
         yield (

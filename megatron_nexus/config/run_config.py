@@ -21,6 +21,7 @@ Recompute = Literal["none", "selective", "full"]
 DecayStyle = Literal["cosine", "linear", "constant", "WSD"]
 MatmulPrecision = Literal["highest", "high"]
 AttentionBackend = Literal["auto", "sdpa", "flex"]
+CrossEntropyImpl = Literal["native", "linear"]
 NormImpl = Literal["torch", "apex"]
 OptimizerImpl = Literal["torch", "apex", "deepspeed"]
 SpikePolicy = Literal["none", "stop", "skip", "rewind"]
@@ -115,6 +116,11 @@ class TrainingConfig:
         "auto",
         "with --reset-attention-mask: sdpa with a dense mask, flex (FlexAttention: a GPU and --compile), or "
         "auto: flex where it can be used",
+    )
+    cross_entropy_fusion_impl: CrossEntropyImpl = config_field(
+        "native",
+        "native: logits, then their loss; linear: head and loss in one by DeepSpeed, which computes logits "
+        "twice and never holds them all: for large vocabularies",
     )
     norm_impl: NormImpl = config_field("torch", "RMSNorm of torch, or of NVIDIA's apex on CUDA devices")
     spike_policy: SpikePolicy = config_field(

@@ -51,8 +51,11 @@ def micro_batches(
     for numbers in sample_numbers(
         consumed_samples, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size
     ):
-        read = torch.from_numpy(np.stack([samples.sample(k) for k in numbers]))  # [B, T + 1]
-        tokens_BT, labels_BT = read[:, :-1].contiguous(), read[:, 1:].contiguous()
+        read = np.stack([samples.sample(k) for k in numbers])  # [B, T + 1]
+        # By numpy: a copy of torch's would start threads of its own beside those that train.
+        tokens_BT, labels_BT = (
+            torch.from_numpy(np.ascontiguousarray(part)) for part in (read[:, :-1], read[:, 1:])
+        )
         if packed:
             positions_BT = torch.from_numpy(np.stack([samples.positions(k) for k in numbers]))
             yield (tokens_BT, positions_BT), labels_BT

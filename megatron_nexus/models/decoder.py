@@ -159,12 +159,18 @@ class Head(nn.Module):
         super().__init__()
         specs = head_specs(model)
         self.tp = context.tp
+        self.ends_before_head = context.ends_before_head
         self.norm = make_norm(specs["norm"], model, context)
         self.projection = Linear(specs["weight"][0], context)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
-        """[T, B, D] -> logits [T, B, V]."""
-        logits_TBV: Tensor = self.projection(self.tp.enter(self.norm(x_TBD)))
+        """[T, B, D] -> logits [T, B, V], or what `logits` makes them of."""
+        x_TBD = self.norm(x_TBD)
+        return x_TBD if self.ends_before_head else self.logits(x_TBD)
+
+    def logits(self, x_TBD: Tensor) -> Tensor:
+        """Normed [T, B, D] -> logits [T, B, V]."""
+        logits_TBV: Tensor = self.projection(self.tp.enter(x_TBD))
         return logits_TBV
 
 

@@ -30,7 +30,7 @@ class LayerContext:
 
     The next two keep the documents of a packed sample apart: see `packing`. `group_projections` has the
     Nexus-Ranks of one input use fewer, larger products; `flex_attention` has the blocks, which are then
-    compiled, keep documents apart by FlexAttention.
+    compiled, keep documents apart by FlexAttention. `ends_before_head` leaves the head's product to the loss.
     """
 
     tp: TensorParallel
@@ -43,6 +43,7 @@ class LayerContext:
     reset_attention_mask: bool = False
     group_projections: bool = False
     flex_attention: bool = False
+    ends_before_head: bool = False
     observer: ActivationObserver = field(default_factory=ActivationObserver)
 
     def linear_after(self, activation: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:

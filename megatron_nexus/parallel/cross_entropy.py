@@ -25,6 +25,7 @@ from megatron_nexus.parallel.tensor_parallel import TensorParallel
 
 class _Context(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
+    vocabulary_range: tuple[int, int]
     kernel: CrossEntropyKernel
     logits_dtype: torch.dtype
 
@@ -36,7 +37,7 @@ def _columns(labels_N: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
 
 
 class _InPlace(Function):
-    """Turns logits of float32 or more into exponentials, which are kept, and these into the gradient."""
+    """Turns logits of float32 or more into exponentials, which are kept with their sum of each token."""
 
     @staticmethod
     def forward(
@@ -51,20 +52,22 @@ class _InPlace(Function):
         label_logit_N = torch.where(mine_N, z_NV.gather(1, column_N[:, None])[:, 0], 0.0)
         exp_NV = z_NV.exp_()
         both = tp.sum(torch.stack([exp_NV.sum(dim=1), label_logit_N]))
-        sum_N, label_logit_N = both[0], both[1]
-        ctx.save_for_backward(exp_NV, sum_N, mine_N, column_N)
+        sum_N, label_logit_N = both[0].clone(), both[1]  # a view would keep both
+        ctx.save_for_backward(exp_NV, labels_N, sum_N)
+        ctx.vocabulary_range = start, stop
         return sum_N.log() - label_logit_N
 
     @staticmethod
     def backward(ctx: _Context, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        exp_NV, sum_N, mine_N, column_N = ctx.saved_tensors
+        exp_NV, labels_N, sum_N = ctx.saved_tensors
+        mine_N, column_N = _columns(labels_N, *ctx.vocabulary_range)
         grad_NV = exp_NV.mul_((grad_N / sum_N)[:, None])
         grad_NV.scatter_add_(1, column_N[:, None], torch.where(mine_N, -grad_N, 0.0)[:, None])
         return grad_NV, None, None, None, None
 
 
 class _InOwnType(Function):
-    """Keeps the logits, and of each token log sum exp of this rank's and of all logits."""
+    """Keeps the logits, and of each token what the kernel keeps: one number."""
 
     @staticmethod
     def forward(
@@ -83,15 +86,15 @@ class _InOwnType(Function):
         own_lse_N, in_column_N = kernel.statistics(z_NV, column_N)
         by_rank = tp.all_gather_stat(torch.stack([own_lse_N, torch.where(mine_N, in_column_N, 0.0)]))
         lse_N, label_logit_N = by_rank[:, 0].logsumexp(dim=0), by_rank[:, 1].sum(dim=0)
-        ctx.save_for_backward(z_NV, mine_N, column_N, own_lse_N, lse_N)
-        ctx.kernel = kernel
+        ctx.save_for_backward(z_NV, labels_N, kernel.kept(own_lse_N, lse_N))
+        ctx.vocabulary_range, ctx.kernel = (start, stop), kernel
         return lse_N - label_logit_N
 
     @staticmethod
     def backward(ctx: _Context, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        z_NV, mine_N, column_N, own_lse_N, lse_N = ctx.saved_tensors
-        label_grad_N = torch.where(mine_N, -grad_N, 0.0)
-        ctx.kernel.gradient_(z_NV, column_N, label_grad_N, own_lse_N, lse_N, grad_N)
+        z_NV, labels_N, kept_N = ctx.saved_tensors
+        mine_N, column_N = _columns(labels_N, *ctx.vocabulary_range)
+        ctx.kernel.gradient_(z_NV, column_N, torch.where(mine_N, -grad_N, 0.0), kept_N, grad_N)
         return z_NV, None, None, None, None, None
 
 

@@ -125,6 +125,19 @@ class _GatherTokens(Function):
         return _reduce_scatter(grad.unflatten(0, (ctx.group.size(), -1)), ctx.group), None
 
 
+class _GatherTokensOfWhole(Function):
+    """Forward: all-gather of the first axis. Backward: this rank's part of a gradient that all ranks have."""
+
+    @staticmethod
+    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
 class _ScatterTokens(Function):
     """Forward: reduce-scatter of partial sums over the first axis, f |x| elements. Backward: all-gather."""
 
@@ -187,6 +200,12 @@ class TensorParallel:
             return x
         function = _GatherTokens if self.sequence_parallel else _Copy
         return cast(Tensor, function.apply(x, self._group))
+
+    def enter_summed(self, x: Tensor) -> Tensor:
+        """`enter` for what sums the gradient over ranks itself."""
+        if self._group is None or not self.sequence_parallel:
+            return x
+        return cast(Tensor, _GatherTokensOfWhole.apply(x, self._group))
 
     def leave(self, partial: Tensor) -> Tensor:
         """Sum the partial products of row-parallel weights over ranks.

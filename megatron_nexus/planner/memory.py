@@ -131,6 +131,7 @@ def stage_shape(config: RunConfig, layers: range, device_type: str) -> StageShap
         reset_attention_mask=config.data.reset_attention_mask,
         device_type=device_type,
         multiple=_multiple(config, device_type),
+        linear_loss=training.cross_entropy_fusion_impl == "linear",
     )
 
 
@@ -170,8 +171,8 @@ def _replay(
     let_go: int = 0,
 ) -> None:
     """Replay a pass; `parameters` has the numbers of each layer's parameters, in the order run."""
-    # What comes before the layers, as the loss of a backward pass, has no parameters.
-    for span, numbers in zip([passed.before, *passed.layers], [{}, *parameters], strict=True):
+    # What comes before the layers, as the loss of a backward pass, has no parameters but those of the head.
+    for span, numbers in zip([passed.before, *passed.layers], [parameters[0], *parameters], strict=True):
         for event in span.events:
             if not isinstance(event, str):
                 memory.swing("activations", *event)

@@ -26,6 +26,7 @@ from megatron_nexus.models.rotary import rotary_tables, stage_tables
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.planner.accelerator_kernels import accelerator_kernels, cross_entropy_kernel
 from megatron_nexus.planner.kernels import Fusion, Kernel, merged
+from megatron_nexus.planner.linear_loss import LinearLoss
 from megatron_nexus.planner.tracker import Events, FakeProcessGroup, Mark, Tracker
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box, Shard
@@ -52,6 +53,8 @@ class StageShape:
     reset_attention_mask: bool
     device_type: str
     multiple: int
+    linear_loss: bool = False
+    """Whether head and loss are one."""
 
     @property
     def is_packed(self) -> bool:
@@ -149,10 +152,13 @@ class _Stage:
             reset_position_ids=shape.reset_position_ids,
             reset_attention_mask=shape.reset_attention_mask,
             group_projections=shape.compiled or shape.device_type == "cuda",  # as training.engine
+            ends_before_head=shape.linear_loss,
         )
         self.decoder = DecoderStage(shape.model, shape.layers, context)
-        self.loss = Loss(shape.model, tp, shard)
-        if shape.dtype == torch.bfloat16 or shape.compiled:
+        self.loss: Loss | LinearLoss = Loss(shape.model, tp, shard)
+        if shape.linear_loss:
+            self.loss = LinearLoss(self.decoder, tp)
+        elif shape.dtype == torch.bfloat16 or shape.compiled:
             self.loss.kernel = cross_entropy_kernel(tracker.record, shape.compiled)
         self.fusion = Fusion()
         self.marks: list[Mark] = []

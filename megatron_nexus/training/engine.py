@@ -45,6 +45,7 @@ from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
 from megatron_nexus.training.float64_engine import float64_engine, reduce_in_float64
 from megatron_nexus.training.gradient_reducer import reduce_gradients
+from megatron_nexus.training.linear_cross_entropy import LinearCrossEntropy
 from megatron_nexus.training.optimizer import make_optimizer
 from megatron_nexus.training.pipeline_phases import mark_pipeline_phases
 from megatron_nexus.training.unlearning_loss import AnswerTargets, UnlearningLoss
@@ -56,6 +57,15 @@ Batch = tuple[Stream, Tensor | AnswerTargets]
 
 Output = Callable[[Tensor, Tensor], Tensor]
 """What is computed of a micro-batch without a gradient, from logits [T, B, V] and labels [B, T]."""
+
+
+def map_batch(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """Return a batch of what `function` makes of each tensor."""
+    stream, targets = batch
+    made = targets.map(function) if isinstance(targets, AnswerTargets) else function(targets)
+    if isinstance(stream, tuple):
+        return (function(stream[0]), function(stream[1])), made
+    return function(stream), made
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class StepResult:
 class _WholeModel(nn.Module):
     """Decoder and loss as the one module of the plain engine."""
 
-    def __init__(self, stage: DecoderStage, loss: Loss | UnlearningLoss) -> None:
+    def __init__(self, stage: DecoderStage, loss: Loss | UnlearningLoss | LinearCrossEntropy) -> None:
         super().__init__()
         self.stage = stage
         self.loss = loss
@@ -161,6 +171,7 @@ class Engine:
             reset_attention_mask=config.data.reset_attention_mask,
             group_projections=config.training.compile or mesh.device.type == "cuda",
             flex_attention=uses_flex_attention(config, mesh.device.type),
+            ends_before_head=config.training.cross_entropy_fusion_impl == "linear",
         )
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
         plain_loss = Loss(config.model, tp, self.shard, config.training.compile)
@@ -171,7 +182,11 @@ class Engine:
         )
         #: Log-probability of each label, and whether it is the argmax.
         self.token_scores: Output = plain_loss.token_scores
-        loss = UnlearningLoss(config.unlearning, plain_loss) if config.unlearning.is_on else plain_loss
+        loss: Loss | UnlearningLoss | LinearCrossEntropy = plain_loss
+        if config.unlearning.is_on:
+            loss = UnlearningLoss(config.unlearning, plain_loss)
+        elif context.ends_before_head:
+            loss = LinearCrossEntropy(self.vocabulary_range, tp, mesh.tp_group if mesh.tp_size > 1 else None)
         self._loss = loss
         stages = stage_layers(config.model, config.training.seq_length, mesh.pp_size)
         grid = Grid(mesh)
@@ -192,6 +207,8 @@ class Engine:
                 with _zero3_init(engine_config, grid) if divided else contextlib.nullcontext():
                     model = _WholeModel(DecoderStage(config.model, stages[0], context), loss)
                 model.to(mesh.device)
+            if isinstance(loss, LinearCrossEntropy):
+                loss.bind(model)
             if config.training.compile:
                 compile_blocks(model)
             #: Every parameter of this stage with its spec, by logical name.
@@ -340,6 +357,8 @@ class Engine:
 
         A collective call with as many batches of one shape on every rank; other stages than the last get [].
         """
+        if isinstance(self._loss, LinearCrossEntropy):
+            output = self._loss.of_logits(output)
         if self._mesh.pp_size == 1:
             self.deepspeed.eval()
             return [self.deepspeed(*self._to_device(batch), output=output) for batch in batches]
@@ -404,17 +423,10 @@ class Engine:
         return total / mesh.dp_size, tuple(count > 0 for count in counts)
 
     def _to_device(self, batch: Batch) -> Batch:
-        stream, targets = batch
-        copied = targets.map(self._copied) if isinstance(targets, AnswerTargets) else self._copied(targets)
-        if isinstance(stream, tuple):
-            return (self._copied(stream[0]), self._copied(stream[1])), copied
-        return self._copied(stream), copied
-
-    def _copied(self, x: Tensor) -> Tensor:
-        """Return `x` on the device; from pinned memory, for a copy from pageable memory waits for the GPU."""
-        if self._mesh.device.type == "cuda":
-            return x.pin_memory().to(self._mesh.device, non_blocking=True)
-        return x
+        """Return a batch on the device; from pinned memory, as a copy from any other waits for the GPU."""
+        if self._mesh.device.type != "cuda":
+            return batch
+        return map_batch(batch, lambda x: x.pin_memory().to(self._mesh.device, non_blocking=True))
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """Return the next micro-batch on the device."""

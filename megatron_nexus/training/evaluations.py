@@ -12,7 +12,7 @@ from megatron_nexus.training.corpus import Corpus
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import AnswerScores, TaskScores, Validation, make_validation
-from megatron_nexus.training.rank_batches import rank_batches
+from megatron_nexus.training.rank_batches import prefetched_batches
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
 
 
@@ -56,8 +56,8 @@ class Evaluations:
             if name.split()[0] != kind:
                 continue
             count = self._corpus.evaluation_batches(name, config)
-            batches = rank_batches(config, self._mesh, samples, 0)
-            loss = self._engine.evaluate(batches, count * accumulation)
+            with prefetched_batches(config, self._mesh, samples, 0) as batches:
+                loss = self._engine.evaluate(batches, count * accumulation)
             targets = count * config.training.global_batch_size * config.training.seq_length
             made.append(make_validation(name, step, loss, targets, self._bytes[name]))
             for hook in self._hooks:

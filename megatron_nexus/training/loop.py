@@ -18,6 +18,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.writer import CheckpointWriter, Saved, SaveRequest
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
+from megatron_nexus.data.prefetcher import Prefetcher
 from megatron_nexus.errors import CheckpointError, RestartError, TrainingError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
@@ -34,7 +35,7 @@ from megatron_nexus.training.machine import peak_memory_bytes
 from megatron_nexus.training.metrics import AnswerScores, StepMetrics, TaskScores, Validation
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.profiler import profiling_hooks
-from megatron_nexus.training.rank_batches import rank_batches
+from megatron_nexus.training.rank_batches import prefetched_batches, rank_batches
 from megatron_nexus.training.recorder import MetricsRecorder
 from megatron_nexus.training.replica_check import diverged_error, diverged_ranks
 from megatron_nexus.training.run_times import RunTimes
@@ -98,6 +99,7 @@ class Trainer:
         self._spikes = SpikePolicy(config.training, engine, mesh) if policy != "none" else None
         self._rewinds = 0
         self._open_state: tuple[Location | None, Callable[[Location], StateReader]] = (None, CheckpointReader)
+        self._batches_left: Prefetcher[Batch] = Prefetcher(iter(()))
         self._beacon = beacon or Beacon()
         self.injector: FaultInjector | None = None
         self.times = times or RunTimes(run_dir, writes=False)
@@ -159,6 +161,12 @@ class Trainer:
         Raises:
             TrainingError: a loss or a gradient is not finite.
         """
+        try:
+            return self._fit(stop)
+        finally:
+            self._batches_left.close()
+
+    def _fit(self, stop: StopRequest) -> RunResult:
         config, log_config, interval = self.config, self.config.logging, self.config.checkpoint.save_interval
         last, started = config.training.train_iters, self.progress
         last_sample = started.samples + self._batch_schedule.samples(started.samples, last - started.step)
@@ -171,7 +179,7 @@ class Trainer:
         self.hooks += profiling_hooks(config, self.mesh, self.run_dir, started.step)
         for line in self.corpus.epochs(last_sample - self.data.first_sample):
             logger.info("%s", line)
-        self._batches_left = self.training_batches()
+        self._read_ahead()
         if self._spikes:
             self._spikes.remember(self.run_dir, started.step)
             if self.last_checkpoint and self.last_checkpoint.parent == self.save_folder:
@@ -268,7 +276,7 @@ class Trainer:
         self.engine.set_batch_size(batch)
         if (past := self.data.past_left_out(done.samples)) != self.data:
             self.data = past
-            self._batches_left = self.training_batches()
+            self._read_ahead()
         last = self.config.training.train_iters
         when = (done.samples + batch, last_sample) if optimizer.counts_samples else (step, last)
         rate = learning_rate(optimizer, *when)
@@ -338,7 +346,7 @@ class Trainer:
         if good == opened and self.config.checkpoint.reset_optimizer:  # as when it was loaded first
             self.engine.state.forget_moments()
         self._rewinds += 1
-        self._batches_left = self.training_batches()
+        self._read_ahead()
         logger.info("rewound from step %d to %s: %d samples of that step are left out", step, good, batch)
         record = {
             "rewound_from": step,
@@ -414,5 +422,15 @@ class Trainer:
 
     def training_batches(self) -> Iterator[Batch]:
         """Yield this rank's micro-batches from where the run is."""
-        consumed = self.progress.samples - self.data.first_sample
-        return rank_batches(self.config, self.mesh, self.corpus.training, consumed)
+        return rank_batches(self.config, self.mesh, self.corpus.training, self._consumed_samples)
+
+    def _read_ahead(self) -> None:
+        """Have the steps from here on take their micro-batches from a thread that reads them ahead."""
+        self._batches_left.close()
+        self._batches_left = prefetched_batches(
+            self.config, self.mesh, self.corpus.training, self._consumed_samples
+        )
+
+    @property
+    def _consumed_samples(self) -> int:
+        return self.progress.samples - self.data.first_sample

@@ -1,13 +1,18 @@
 """The micro-batches of this rank, as a run's configuration cuts its samples."""
 
 from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches, sample_numbers
+from megatron_nexus.data.prefetcher import Prefetcher
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.answer_batches import AnswerBatches
-from megatron_nexus.training.engine import Batch
+from megatron_nexus.training.engine import Batch, map_batch
 
 
 def rank_batches(
@@ -21,3 +26,15 @@ def rank_batches(
         return map(samples.micro_batch, sample_numbers(consumed_samples, *sizes, *ranks))
     packed = data.reset_position_ids or data.reset_attention_mask
     return micro_batches(samples, consumed_samples, *sizes, *ranks, packed=packed)
+
+
+def prefetched_batches(
+    config: RunConfig, mesh: Mesh, samples: Blend | AnswerBatches, consumed_samples: int
+) -> Prefetcher[Batch]:
+    """Return the batches of `rank_batches`, which a thread reads ahead: for a GPU into pinned memory."""
+    batches = rank_batches(config, mesh, samples, consumed_samples)
+    if mesh.device.type != "cuda":
+        return Prefetcher(batches)
+    # Or the thread would pin them for the first GPU of the machine, and take memory there.
+    begin = partial(torch.cuda.set_device, mesh.device)
+    return Prefetcher((map_batch(batch, Tensor.pin_memory) for batch in batches), begin=begin)

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -16,12 +17,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.rules import check
+from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.models import decoder
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
+from megatron_nexus.training import engine as engine_module
 from megatron_nexus.training.engine import Engine
 
 STEPS = 3
@@ -74,8 +79,28 @@ def micro_batches(
             yield sample[:, :-1].contiguous(), sample[:, 1:].contiguous()
 
 
+@contextmanager
+def compiled_by(backend: str) -> Iterator[None]:
+    """Have --compile use a backend of torch.compile; "force_eager": its code, but nothing compiled."""
+    if backend == "force_eager":
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    with (
+        mock.patch.object(engine_module, "compile_blocks", partial(decoder.compile_blocks, backend=backend)),
+        mock.patch.object(decoder, "compiled_kernel", partial(decoder.compiled_kernel, backend)),
+    ):
+        yield
+
+
 def run_case(flags: dict, index: int) -> dict[str, object]:
-    config = build(flags)
+    backend = flags.pop("backend", "inductor")
+    counters["stats"].clear()
+    with compiled_by(backend):
+        return {**take_steps(build(flags), index), "graphs": counters["stats"]["unique_graphs"]}
+
+
+def take_steps(config: RunConfig, index: int) -> dict[str, object]:
     world = read_world(os.environ)
     world = dataclasses.replace(world, master_port=world.master_port + index)
     check(config, world.size)
@@ -102,7 +127,8 @@ def run_case(flags: dict, index: int) -> dict[str, object]:
     with mock.patch.object(type(get_accelerator()), "synchronize", wait):  # a CPU has nothing to wait for
         results = [engine.train_step(batches, config.optimizer.lr) for _ in range(STEPS)]
         hook.remove()
-        with HostReads() as reads, (reductions := Reductions()).seen():
+        reads = HostReads()  # compiled code runs in no such mode
+        with nullcontext() if config.training.compile else reads, (reductions := Reductions()).seen():
             asked = (mesh.rank == mesh.world_size - 1, False, mesh.rank == 0)
             flags = engine.train_step(batches, config.optimizer.lr, lambda: asked).flags
     close_mesh()

@@ -131,6 +131,14 @@ def test_gradients_of_an_fp32_model_are_reduced_during_the_last_backward_pass_to
         assert record["in_backward"] > 10 and record["after_backward"] == record["all_reduced"] == 0
 
 
+def test_compiled_blocks_complete_the_same_gradients_during_the_backward_pass() -> None:
+    """A compiled block hands over all its gradients at once; the same code, not compiled, one by one."""
+    ways = [{**BUCKETS, "compile": True, "backend": backend} for backend in ("force_eager", "aot_eager")]
+    for eager, compiled in _run(2, ways):
+        assert eager.pop("graphs") == 0 < compiled.pop("graphs")
+        assert eager == compiled and compiled["in_backward"] == 20
+
+
 @pytest.mark.parametrize("case", [8, 9])
 def test_gradients_wait_for_the_end_of_the_backward_pass_where_that_is_asked_for(case: int) -> None:
     """`--no-overlap-grad-reduce`, and a file that has gradients added after the pass."""

@@ -151,6 +151,8 @@ def _cases(world: int) -> dict[str, dict]:
         layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
         if pp == dp == 1:  # a compilation takes a minute
             variants["compiled"] = {"compile": True, "recompute_granularity": "selective"}
+        if tp == pp and dp == 1:
+            variants["linear-loss"] = {"cross_entropy_fusion_impl": "linear", "sequence_parallel": tp > 1}
         for name, fields in (stages | variants).items():
             made[f"tp{tp}-pp{pp}-dp{dp}-{name}"] = {**FLAGS, **layout, **fields}
     return made
