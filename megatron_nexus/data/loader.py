@@ -52,7 +52,7 @@ def micro_batches(
         consumed_samples, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size
     ):
         read = np.stack([samples.sample(k) for k in numbers])  # [B, T + 1]
-        # By numpy: a copy of torch's would start threads of its own beside those that train.
+        # By numpy: a copy of torch's would start threads of its own next to those that train.
         tokens_BT, labels_BT = (
             torch.from_numpy(np.ascontiguousarray(part)) for part in (read[:, :-1], read[:, 1:])
         )

@@ -3,7 +3,7 @@
     lse_n = log sum_v exp(z_nv)    loss_n = lse_n - z_n,label    dz_nv = g_n (exp(z_nv - lse_n) - [v = label])
 
 z [N, V] are one rank's logits of N tokens, in bfloat16, say; all is computed in float32 (or float64).
-Nothing as large as the logits is kept but the logits themselves, which the gradient overwrites, and beside
+Nothing as large as the logits is kept but the logits themselves, which the gradient overwrites, and besides
 them the one number a token that a form needs backward.
 
 `CHUNKED` runs torch's softmax kernels over a few tokens at a time, so that their float32 numbers stay small.

@@ -53,7 +53,7 @@ class LinearCrossEntropy:
         if stop - start < len(weight_VD):
             weight_VD = weight_VD[: stop - start]  # the rest is padding
         x_ND = self._tp.enter_summed(x_TBD).flatten(0, 1).contiguous()
-        # The function beside it checks labels and ranges: three waits for the GPU, and a collective.
+        # The public function checks labels and ranges: three waits for the GPU, and a collective.
         losses_N: Tensor = _VocabParallelLinearCrossEntropy.apply(
             x_ND,
             weight_VD,

@@ -390,13 +390,9 @@ def start(plan: str, world_size: int, folder: Path) -> list[int]:
     return [process.exitcode for process in ranks]
 
 
-def main() -> None:
+if __name__ == "__main__":
     folder = Path(sys.argv[1])
     codes = {"two": start("two", 2, folder)}
     shutil.copytree(folder / "two" / "killed", folder / "continued")
     codes["four"] = start("four", 4, folder)
     (folder / "codes.json").write_text(json.dumps(codes))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """One rank of the test of the cross entropies: loss and gradient of its part of the vocabulary.
 
 Writes, for each form and type, the largest error of both from torch's cross entropy in float64, and the bytes
-a token that are kept for backward beside logits and labels.
+a token that are kept for backward besides logits and labels.
 """
 
 import json

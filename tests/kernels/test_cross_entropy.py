@@ -1,6 +1,6 @@
 """Law: every form of the cross entropy equals torch's in float64, loss and gradient, over 1 and 2 ranks.
 
-Beside the logits and the labels it keeps one number a token, as wide as what it computes in.
+Besides the logits and the labels it keeps one number a token, as wide as what it computes in.
 """
 
 import json
