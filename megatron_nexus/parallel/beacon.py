@@ -82,6 +82,8 @@ class Beacon:
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.observer: Callable[[Phase], None] | None = None
         """Is called by the rank's own thread where a phase begins."""
+        self.leaving: Callable[[], None] | None = None
+        """Is called once, by the rank's own thread, before it goes on to another phase."""
         self.mark(Phase.STARTING)
 
     @contextmanager
@@ -97,6 +99,9 @@ class Beacon:
 
     def mark(self, phase: Phase) -> None:
         """Say what this rank does from now on."""
+        if (leave := self.leaving) is not None:
+            self.leaving = None
+            leave()
         self._phase = phase
         self._show(phase)
         if self.observer is not None:

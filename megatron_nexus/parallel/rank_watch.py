@@ -136,6 +136,7 @@ class RankWatch:
                 if spoken is None and age_s > SPEAKS_AT * self._step_timeout_s:
                     spoken = place
                     self._speak(place, age_s)
+                    self._beacon.leaving = self._withdraw
                 self._look_around(place)
                 if age_s > self._limit_s(place):
                     self._report(place)
@@ -143,6 +144,7 @@ class RankWatch:
                 # Rank 0 serves the store, or the launcher does.
                 if age_s > self._limit_s(place):
                     self._leave_without_store(place)
+            polled = time.monotonic()  # it may have waited for a report
 
     def _read(self) -> tuple[Place, float]:
         """Return where this rank is, and for how long it has been there while it could run."""
@@ -189,6 +191,11 @@ class RankWatch:
         )
         self._store.set(self._key(self._world.rank), json.dumps(asdict(report)))
 
+    def _withdraw(self) -> None:
+        """Take back what this rank has said, before it goes on: it may hang before its thread looks again."""
+        with suppress(RuntimeError):
+            self._store.delete(self._key(self._world.rank))
+
     def _report(self, place: Place) -> None:
         """Report, or wait for the report of another and leave. Raises RuntimeError without a store."""
         store = self._store
@@ -200,6 +207,7 @@ class RankWatch:
                 if not store.has("reporter"):
                     return
                 time.sleep(0.2)
+            store.delete("reporter")  # which is lost, too: another one reports
             return
         reports = self._reports()
         lost = [rank for rank in range(self._world.size) if rank not in reports]
@@ -213,9 +221,13 @@ class RankWatch:
         self._leave()
 
     def _reports(self) -> dict[int, Report]:
-        """Return what ranks have put into the store, by rank. Raises RuntimeError without a store."""
+        """Return what ranks have put into the store, but for those whose process does not run, by rank.
+
+        Raises RuntimeError without a store.
+        """
         store = self._store
-        spoken = [rank for rank in range(self._world.size) if store.has(self._key(rank))]
+        dead = [rank for rank, near in self._near.items() if near.state]
+        spoken = [r for r in range(self._world.size) if r not in dead and store.has(self._key(r))]
         return {rank: Report(**parse_json(store.get(self._key(rank)))) for rank in spoken}
 
     def _furthest_behind(self, reports: dict[int, Report]) -> list[int]:

@@ -24,7 +24,7 @@ STEP_TIMEOUT_S, STEPS, FAULTY_STEP = 1.0, 6, 5
 
 def fail(fault: str) -> None:
     match fault:
-        case "frozen":
+        case "frozen" | "frozen after a long phase":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -48,6 +48,10 @@ def main() -> None:
                         fail(fault)
                     beacon.mark(Phase.FORWARD)
                     dist.all_reduce(torch.ones(1), group=mesh.dp_group)
+                if step == FAULTY_STEP - 1 and fault == "frozen after a long phase":
+                    beacon.mark(Phase.EVALUATION)  # all ranks have said so when they go on
+                    time.sleep(1.5 * STEP_TIMEOUT_S)
+                    mesh.control.barrier()
                 if step == FAULTY_STEP and fault == "evaluation":
                     beacon.mark(Phase.EVALUATION)
                     if mesh.rank == faulty:

@@ -32,6 +32,11 @@ def start(spawn: Spawn, folder: Path, fault: str, rank: int) -> Program:
     ("fault", "rank", "expected"),
     [
         ("frozen", 2, f", last seen in step {FAULTY_STEP}, reading data \\d+ s ago: its process is stopped"),
+        (
+            "frozen after a long phase",
+            1,
+            f", last seen in step {FAULTY_STEP}, reading data \\d+ s ago: its process is stopped",
+        ),
         ("frozen", 0, f", last seen in step {FAULTY_STEP}, reading data \\d+ s ago: its process is stopped"),
         ("slow", 1, f" is alive, in step {FAULTY_STEP}, reading data for \\d+ s"),
     ],
