@@ -165,7 +165,7 @@ def measure_scan(given: argparse.Namespace) -> None:
         store = write_store(folder, given.sketches, given.sketch_size)
         firsts = range(0, given.sketches, SHARD_SAMPLES)
         size = 4 * given.sketches * given.sketch_size
-        in_memory = torch.ones(min(size, 1 << 30) // 4)
+        in_memory = torch.ones(min(given.sketches, (1 << 28) // given.sketch_size), given.sketch_size)
 
         def stream() -> None:
             for first in firsts:
@@ -180,8 +180,9 @@ def measure_scan(given: argparse.Namespace) -> None:
             *(f"{given.sketches:,}", f"{given.sketch_size:,}", size / 1e9, torch.get_num_threads()),
         )
         works: dict[str, tuple[Callable[[], object], int]] = {
-            "sum in RAM": (in_memory.sum, 4 * len(in_memory)),
+            "sum in RAM": (in_memory.sum, 4 * in_memory.numel()),
             "sum of the files": (stream, size),
+            "scan in RAM": (partial(cosines, in_memory.numpy(), queries[:1]), 4 * in_memory.numel()),
             **{
                 f"scan, {count} quer{'y' if count == 1 else 'ies'}": (partial(scan, count), size)
                 for count in QUERIES

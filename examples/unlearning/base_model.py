@@ -42,11 +42,13 @@ def train_base(folder: Path, seed: int, steps: int) -> Path:
     (folder / "texts.txt").write_text("\n".join(words))
     tokenizer = folder / "tokenizer.model"
     nexus(
-        f"train-tokenizer --input {folder / 'texts.txt'} --output {tokenizer} --vocab-size {VOCABULARY}",
+        f"train-tokenizer --input {folder / 'texts.txt'} --output {tokenizer} --vocab-size {VOCABULARY} "
+        "--overwrite",  # of a study that was stopped
         folder / "tokenizer.log",
     )
     nexus(
-        f"preprocess --input {text} --output-prefix {folder / 'corpus'} --tokenizer-model {tokenizer}",
+        f"preprocess --input {text} --output-prefix {folder / 'corpus'} --tokenizer-model {tokenizer} "
+        "--overwrite",
         folder / "preprocess.log",
     )
     nexus(

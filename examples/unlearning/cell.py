@@ -38,7 +38,7 @@ BETAS = {
         for beta in (0.15, 0.5, 1.5, 4.5)
     },
 }
-"""Of `study.py --betas`: how far areas depend on the inverse temperatures."""
+"""Losses of `study.py --betas`: how far areas depend on the inverse temperatures."""
 SIDE = 8
 """Samples of each set in a step."""
 

@@ -44,7 +44,7 @@ def unit_rows(sketches: Tensor, named: Callable[[int], str]) -> Tensor:
 def cosines(rows: Rows, queries_QK: Tensor) -> Scores:
     """Return the cosine of each row [N, K], of length sqrt(K), with each query, float32 of length 1: [N, Q].
 
-    One query, which may be the mean of several, is read at the bandwidth of the memory.
+    One query, which may be the mean of several, costs no more than a sum of the rows.
     """
     rows_NK = torch.from_numpy(np.asarray(rows, np.float32))  # float32 is not copied
     scores: Scores = (rows_NK @ queries_QK.t() / sqrt(queries_QK.shape[1])).numpy()

@@ -4,8 +4,8 @@
     00000000.f32        samples 0 to 255, [256, K] little-endian float32, each row of length sqrt(K)
 
 A shard appears complete or not at all, so a search that was killed continues with the next one. A scan reads
-float32 at the bandwidth of the memory. Folders whose record has no `dtype` hold float16, 00000000.f16, which
-must be widened first: they are read, and continued, at a third of the samples a second.
+float32 as fast as it can be mapped. Folders whose record has no `dtype` hold float16, 00000000.f16, which
+must be widened first: they are read, and continued, at about half of the samples a second.
 """
 
 import json
@@ -94,7 +94,7 @@ class SketchStore:
         self._folder = folder
         self._numbers = numbers
         self._record = record
-        #: Of the numbers of its rows.
+        #: Type of the numbers of its rows.
         self.dtype = check_record(folder, record)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / RECORD_FILE) as write:

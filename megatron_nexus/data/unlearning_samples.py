@@ -22,7 +22,7 @@ from megatron_nexus.log import logger
 
 FORGET, RETAIN = "forget", "retain"
 WIDTH_MULTIPLE = 8
-"""Of the tokens of a micro-batch on each tensor-parallel rank: what the GEMMs of GPUs like."""
+"""Divisor of a tensor-parallel rank's share of the width of a micro-batch: what the GEMMs of GPUs like."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class UnlearningSamples:
     seq_length: int
     seed: int
     multiple: int = 1
-    """Of which the width of a micro-batch is a multiple, as --sequence-parallel needs."""
+    """Divisor of the width of a micro-batch, as --sequence-parallel needs."""
 
     @cached_property
     def width(self) -> int:

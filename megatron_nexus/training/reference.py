@@ -40,7 +40,7 @@ class LogitsFile:
     """Tokens of each sample's answer."""
     columns: tuple[int, int]
     crc32: int | None = None
-    """Of its rows; None in folders that were written without."""
+    """Checksum of its rows; None in folders that were written without."""
 
 
 class Reference:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.unlearning_config import UnlearningConfig
-from megatron_nexus.data.answers import IGNORED_LABEL
+from megatron_nexus.data.answers import IGNORED_LABEL, AnswerTokens
+from megatron_nexus.data.unlearning_samples import FORGET, RETAIN, UnlearningSamples
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.models.decoder import Loss
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.answer_batches import AnswerBatches
 from megatron_nexus.training.reference import LogitsFile, Reference, ReferenceFolder
 from megatron_nexus.training.unlearning_loss import AnswerTargets, UnlearningLoss
 
@@ -181,3 +183,16 @@ def test_a_changed_byte_of_the_reference_logits_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checksum of logits_0\.npy.*copy the folder again"):
         folder.read((0, 8), 8, verifies=True)
     folder.read((0, 8), 8, verifies=False)  # other ranks leave it to the first
+
+
+@pytest.mark.parametrize(("seq_length", "multiple", "width"), [(64, 8, 16), (64, 32, 32), (14, 8, 14)])
+def test_a_micro_batch_is_as_wide_as_the_longest_sample_of_the_run(
+    seq_length: int, multiple: int, width: int
+) -> None:
+    """Not as --seq-length; the same for all, as a pipeline needs, and a multiple for sequence parallelism."""
+    sets = {FORGET: [AnswerTokens((1, 2, 3), 1)], RETAIN: [AnswerTokens(tuple(range(14)), 5)]}
+    samples = UnlearningSamples(sets, None, seq_length, 1, multiple)  # type: ignore[arg-type]
+    for numbers in ([0], [1], [0, 1]):
+        tokens_BT, targets = AnswerBatches(samples).micro_batch(numbers)
+        assert tokens_BT.shape == targets.labels_BT.shape == (len(numbers), width)
+    assert int((targets.labels_BT != IGNORED_LABEL).sum()) == 2 + 9
