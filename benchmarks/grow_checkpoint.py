@@ -91,7 +91,7 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
     largest = max(chunk.box.numel for chunk in chunks)
     random = np.random.default_rng(0).standard_normal(largest, dtype=np.float32)
     header = safetensors_header(chunks)
-    with (folder / data_file_name(0)).open("wb") as file:
+    with (folder / data_file_name([0])).open("wb") as file:
         file.write(header)
         for chunk in chunks:
             count = chunk.box.numel
@@ -104,7 +104,7 @@ def write_source(root: Path, gigabytes: float, sparse: bool) -> int:
         file.truncate(chunk_starts(header, chunks)[-1])
         file.flush()
         os.fsync(file.fileno())
-    record = data_file_record(0, header, chunks, checksums)
+    record = data_file_record([0], header, chunks, checksums)
     group: JsonObject = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     manifest = Manifest(
         progress=RunProgress(1000, 0, 0, 0),

@@ -152,9 +152,14 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[Write]:
-    """Create a file that survives a power cut once the block ends. Raises OSError that names it."""
-    with naming_errors(path), path.open("wb", buffering=0) as file:
+def durable_file(path: Path, start: int | None = None) -> Iterator[Write]:
+    """Create a file that survives a power cut once the block ends. Raises OSError that names it.
+
+    With `start` other processes write the same new file, and this one from that byte on.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if start is None else 0)
+    with naming_errors(path), os.fdopen(os.open(path, flags, 0o666), "wb", buffering=0) as file:
+        file.seek(start or 0)
 
         def write(contents: bytes | memoryview) -> None:
             view = memoryview(contents)

@@ -1,9 +1,10 @@
-"""The data file of a rank: float32 chunks, one after the other; any safetensors library opens it.
+"""The data file of a rank, or of several that share it: float32 chunks; any safetensors library opens it.
 
-    rank_00000.safetensors   header: name, shape and place of each chunk; as metadata the rank's random states
-                             then the chunks' values, row-major
+    rank_00000.safetensors          header: name, shape and place of each chunk; as metadata random states
+    ranks_00000-00007.safetensors   then the chunks' values, row-major, those of one rank together
 
-Needs numpy and json only: no torch, no process group.
+Ranks that share a file know of each other's chunks beforehand: so each knows the header and where its own
+begin, and writes them without waiting. Needs numpy and json only: no torch, no process group.
 """
 
 import base64
@@ -13,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -55,52 +56,89 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class DataFileRecord:
-    """What the index says of a data file."""
+    """What the index says of a data file, and of the chunks that some or all of its ranks have there."""
 
     name: str
     bytes: int
     header_bytes: int
     header_crc32: int
+    ranks: tuple[int, ...]
     chunks: tuple[StoredChunk, ...]
 
 
-def data_file_name(rank: int) -> str:
-    """Return the name of a rank's data file."""
-    return f"rank_{rank:05d}.safetensors"
+@dataclass(frozen=True)
+class FilePart:
+    """What one rank puts into a data file: chunks, and its random states by device."""
+
+    rank: int
+    chunks: Sequence[Chunk]
+    random_states: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def data_file_name(ranks: Sequence[int]) -> str:
+    """Return the name of the data file of these ranks, ascending. No rank is in two files."""
+    if len(ranks) == 1:
+        return f"rank_{ranks[0]:05d}.safetensors"
+    return f"ranks_{ranks[0]:05d}-{ranks[-1]:05d}.safetensors"
 
 
 def write_chunks(
-    folder: Location,
-    rank: int,
-    chunks: Sequence[Chunk],
-    arrays: Iterable[Array],
-    random_states: Mapping[str, bytes],
+    folder: Location, parts: Sequence[FilePart], arrays: Iterable[Array], own: int = 0
 ) -> DataFileRecord:
-    """Write the data file of a rank, durably, and return its record for the index.
+    """Write part `own` of a data file that consists of `parts`, durably, and return its record for the index.
 
-    `arrays` are the chunks' values, asked for one at a time. Raises OSError, which names the file.
+    `arrays` are the values of that part's chunks, asked for one at a time. Each part is written by one rank,
+    the first with the header, in any order and at once. Raises OSError, which names the file.
     """
-    header = safetensors_header(chunks, random_states)
+    ranks = [part.rank for part in parts]
+    chunks = [chunk for part in parts for chunk in part.chunks]
+    states = {f"{part.rank}.{name}": s for part in parts for name, s in part.random_states.items()}
+    header = safetensors_header(chunks, states)
+    first = sum(len(part.chunks) for part in parts[:own])
+    start = chunk_starts(header, chunks)[first] if own else 0
     checksums = []
     # The checksum of a chunk is computed while the chunk is written: both run without the GIL.
-    with folder_of(folder).create(data_file_name(rank)) as write, ThreadPoolExecutor(1) as background:
-        write(header)
-        for chunk, array in zip(chunks, arrays, strict=True):
+    with (
+        folder_of(folder).create(data_file_name(ranks), start if len(parts) > 1 else None) as write,
+        ThreadPoolExecutor(1) as background,
+    ):
+        if own == 0:
+            write(header)
+        for chunk, array in zip(parts[own].chunks, arrays, strict=True):
             assert array.shape == chunk.box.sizes, f"{chunk}: values of shape {array.shape}"
             contents = np.ascontiguousarray(array, dtype=DTYPE).reshape(-1).view(np.uint8).data
             checksum = background.submit(block_checksums, contents)
             write(contents)
             checksums.append(checksum.result())
-    return data_file_record(rank, header, chunks, checksums)
+    return data_file_record(ranks, header, chunks, checksums, first)
 
 
 def data_file_record(
-    rank: int, header: bytes, chunks: Sequence[Chunk], checksums: Sequence[tuple[int, ...]]
+    ranks: Sequence[int],
+    header: bytes,
+    chunks: Sequence[Chunk],
+    checksums: Sequence[tuple[int, ...]],
+    first: int = 0,
 ) -> DataFileRecord:
-    """Return the record of a data file with this header and these chunks, each with its checksums."""
+    """Return the record of the data file of `ranks` with this header and these chunks.
+
+    It names those chunks of which the checksums are given, from number `first` on.
+    """
     *starts, length = chunk_starts(header, chunks)
-    stored = tuple(map(StoredChunk, chunks, starts, checksums))
-    return DataFileRecord(data_file_name(rank), length, len(header), zlib.crc32(header), stored)
+    stored = tuple(map(StoredChunk, chunks[first:], starts[first:], checksums))
+    return DataFileRecord(
+        data_file_name(ranks), length, len(header), zlib.crc32(header), tuple(ranks), stored
+    )
+
+
+def joined(records: Iterable[DataFileRecord]) -> list[DataFileRecord]:
+    """Return one record for each data file, of those that its ranks returned."""
+    files: dict[str, DataFileRecord] = {}
+    for record in records:
+        held = files.setdefault(record.name, replace(record, chunks=()))
+        assert held.header_crc32 == record.header_crc32, f"the ranks of {record.name} do not agree on it"
+        files[record.name] = replace(held, chunks=held.chunks + record.chunks)
+    return list(files.values())
 
 
 def block_checksums(contents: memoryview) -> tuple[int, ...]:
@@ -126,7 +164,10 @@ def chunk_starts(header: bytes, chunks: Sequence[Chunk]) -> list[int]:
 
 
 def safetensors_header(chunks: Sequence[Chunk], random_states: Mapping[str, bytes] | None = None) -> bytes:
-    """Return the header of a data file, its length included, padded so that data is aligned."""
+    """Return the header of a data file, its length included, padded so that data is aligned.
+
+    `random_states` are named by rank and device, as in 0.cpu.
+    """
     header: dict[str, dict[str, object]] = {}
     if random_states:
         header["__metadata__"] = {
@@ -148,11 +189,15 @@ def safetensors_header(chunks: Sequence[Chunk], random_states: Mapping[str, byte
     return len(text).to_bytes(8, "little") + text
 
 
-def header_random_states(header: bytes) -> dict[str, bytes]:
-    """Return the random states of a rank, by device, from the header of its data file."""
+def header_random_states(header: bytes, rank: int | None) -> dict[str, bytes]:
+    """Return the random states of a rank, by device, from the header of its data file.
+
+    None: of the only rank, of which format version 3 did not give the number.
+    """
+    prefix = RANDOM_STATE if rank is None else f"{RANDOM_STATE}{rank}."
     metadata = parse_json(header[8:]).get("__metadata__", {})
     return {
-        name.removeprefix(RANDOM_STATE): base64.b64decode(text)
+        name.removeprefix(prefix): base64.b64decode(text)
         for name, text in metadata.items()
-        if name.startswith(RANDOM_STATE)
+        if name.startswith(prefix)
     }

@@ -31,7 +31,8 @@ def read_indices(folder: Location, manifest: Manifest) -> Index:
         chunks = tuple(map(stored_from_json, raw["entries"]))
         header = safetensors_header([stored.chunk for stored in chunks])
         crc32 = zlib.crc32(header)
-        files.append(DataFileRecord(data_file_name(rank), raw["bytes"], len(header), crc32, chunks))
+        name = data_file_name([rank])
+        files.append(DataFileRecord(name, raw["bytes"], len(header), crc32, (rank,), chunks))
         random_states.append({name: base64.b64decode(text) for name, text in raw["random_states"].items()})
     raise_all(problems)
     return Index(files, random_states)
@@ -39,7 +40,7 @@ def read_indices(folder: Location, manifest: Manifest) -> Index:
 
 def rank_defect(folder: Location, rank: int, held: Mapping[str, int]) -> str:
     """Say what the files of a rank lack, given all files with their sizes; "" if nothing."""
-    data, index = data_file_name(rank), _index_name(rank)
+    data, index = data_file_name([rank]), _index_name(rank)
     for name in (data, index):
         if name not in held:
             return f"without {name}"

@@ -5,12 +5,13 @@
 Rank 0 writes it, so that a reader opens one index, however many ranks have written.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_with_crc
-from megatron_nexus.checkpoint.data_file import Chunk, DataFileRecord, StoredChunk
+from megatron_nexus.checkpoint.data_file import Chunk, DataFileRecord, FilePart, StoredChunk
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import INDEX_FILE, Manifest
 from megatron_nexus.errors import CheckpointError
@@ -38,6 +39,7 @@ def record_to_json(record: DataFileRecord) -> dict[str, Any]:
         "name": record.name,
         "bytes": record.bytes,
         "header": [record.header_bytes, record.header_crc32],
+        "ranks": record.ranks,
         "entries": [
             {
                 "tensor": stored.chunk.tensor,
@@ -56,7 +58,8 @@ def record_from_json(raw: Mapping[str, Any]) -> DataFileRecord:
     """Return the record in parsed JSON. Raises KeyError, TypeError or ValueError if it is not one."""
     header_bytes, header_crc32 = raw["header"]
     chunks = tuple(stored_from_json(entry) for entry in raw["entries"])
-    return DataFileRecord(raw["name"], raw["bytes"], header_bytes, header_crc32, chunks)
+    ranks = tuple(raw["ranks"])
+    return DataFileRecord(raw["name"], raw["bytes"], header_bytes, header_crc32, ranks, chunks)
 
 
 def stored_from_json(entry: Mapping[str, Any]) -> StoredChunk:
@@ -65,9 +68,30 @@ def stored_from_json(entry: Mapping[str, Any]) -> StoredChunk:
     return StoredChunk(Chunk(entry["tensor"], entry["state"], box), entry["start"], tuple(entry["crc32"]))
 
 
+def part_to_json(part: FilePart) -> dict[str, Any]:
+    """Return a rank's part of a data file as JSON; `part_from_json` reads it back."""
+    return {
+        "rank": part.rank,
+        "chunks": [(c.tensor, c.state, c.box.offsets, c.box.sizes) for c in part.chunks],
+        "random_states": {name: base64.b64encode(s).decode() for name, s in part.random_states.items()},
+    }
+
+
+def part_from_json(raw: Mapping[str, Any]) -> FilePart:
+    """Return the part that `part_to_json` was given."""
+    chunks = [
+        Chunk(tensor, state, Box(tuple(offsets), tuple(sizes)))
+        for tensor, state, offsets, sizes in raw["chunks"]
+    ]
+    states = {name: base64.b64decode(text) for name, text in raw["random_states"].items()}
+    return FilePart(raw["rank"], chunks, states)
+
+
 def read_index(folder: Location, manifest: Manifest) -> Index:
     """Read the index file of a checkpoint. Raises CheckpointError if it is missing or damaged."""
-    return Index(list(map(record_from_json, read_checked(folder / INDEX_FILE, manifest)["files"])))
+    files = read_checked(folder / INDEX_FILE, manifest)["files"]
+    # In format version 3 each rank had a file.
+    return Index([record_from_json({"ranks": [rank], **raw}) for rank, raw in enumerate(files)])
 
 
 def raise_all(problems: Sequence[str]) -> None:

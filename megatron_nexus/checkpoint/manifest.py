@@ -14,9 +14,9 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, FORMAT_VERSION)
-"""Version 2 had no `files`, and an index per rank."""
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (2, 3, FORMAT_VERSION)
+"""Version 2 had no `files`, and an index per rank. Up to version 3 each rank had a data file of its own."""
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.json"
 

@@ -1,7 +1,7 @@
 """A checkpoint that several ranks write: it appears, complete and as the latest, or not at all.
 
     with new_checkpoint(root, step, ranks) as checkpoint:
-        record = write_chunks(checkpoint.folder, rank, ...)     each rank, its own files
+        record = write_chunks(checkpoint.folder, ...)           each rank, its part of a data file
         checkpoint.finish(manifest, records)                    rank 0 has the records of all files
 
 A save in the background takes the same steps without the block: `begin`, `agreed`, `publish`, `abandon`.
@@ -15,7 +15,7 @@ from typing import Generic
 
 from megatron_nexus.base.communicator import Ranks, raise_on_all_ranks
 from megatron_nexus.base.durable import require_space
-from megatron_nexus.checkpoint.data_file import DataFileRecord
+from megatron_nexus.checkpoint.data_file import DataFileRecord, joined
 from megatron_nexus.checkpoint.index import index_to_json
 from megatron_nexus.checkpoint.location import Place
 from megatron_nexus.checkpoint.manifest import (
@@ -95,8 +95,10 @@ class NewCheckpoint(Generic[Place]):
     ) -> None:
         """Write the index and the manifest, and make this the latest checkpoint; on rank 0 alone.
 
+        `files` are the records of all ranks; those of one data file are joined.
         `check` may read the folder, and returns the manifest that is kept. Raises OSError, CheckpointError.
         """
+        files = joined(files)
         index = index_to_json(files)
         sizes = {record.name: record.bytes for record in files} | {INDEX_FILE: len(index.encode())}
         manifest = replace(manifest, files=sizes, format_version=FORMAT_VERSION)

@@ -48,6 +48,8 @@ class LocalFolder:
     """
 
     temporary, replaced, deleted = DRAFT, ".old_", ".deleted_"
+    has_shared_files = True
+    """Whether several ranks can write one file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,9 +118,12 @@ class LocalFolder:
         """Keep a checkpoint from being deleted; call the result to release it."""
         return shared_lock(self.path / MANIFEST_FILE)
 
-    def create(self, name: str) -> AbstractContextManager[Write]:
-        """Open a new file for writing from start to end; it is durable when the context exits."""
-        return durable_file(self.path / name)
+    def create(self, name: str, start: int | None = None) -> AbstractContextManager[Write]:
+        """Open a new file for writing; what is written is durable when the context exits.
+
+        From start to end; or, of a file that several ranks write at once, from byte `start` on.
+        """
+        return durable_file(self.path / name, start)
 
     @contextmanager
     def part(self, name: str, first: int, length: int, start: int, stop: int) -> Iterator[Bytes]:
@@ -144,6 +149,8 @@ class LocalFolder:
 
 class ObjectFolder:
     """The same in an object store, which knows neither renaming nor locks: readers are not waited for."""
+
+    has_shared_files = False
 
     def __init__(self, path: ObjectPath) -> None:
         self.path = path
@@ -178,7 +185,8 @@ class ObjectFolder:
         return lambda: None
 
     @contextmanager
-    def create(self, name: str) -> Iterator[Write]:
+    def create(self, name: str, start: int | None = None) -> Iterator[Write]:
+        assert start is None, "an object has one writer"
         path = self.path / name
         with path.named_in_errors(), path.store.open(path.key, "wb", block_size=UPLOAD_BYTES) as file:
 

@@ -115,7 +115,9 @@ class CheckpointReader(StateReader):
     def random_states(self, rank: int) -> dict[str, bytes]:
         if self._index.random_states is not None:
             return dict(self._index.random_states[rank])
-        return header_random_states(self._header(self._index.files[rank]))
+        record = next(record for record in self._index.files if rank in record.ranks)
+        is_named = self.manifest.format_version > 3
+        return header_random_states(self._header(record), rank if is_named else None)
 
     @contextmanager
     def _checked_bytes(

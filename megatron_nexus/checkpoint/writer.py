@@ -1,11 +1,14 @@
 """Save a training state, at once or in the background, without gathering tensors.
 
 Every rank streams the chunks it owns into a temporary folder; when all have succeeded rank 0 writes the
-index and the manifest, renames the folder and replaces `latest`. Files are written by one thread of each
-rank; the ranks agree in their main threads only, so that no collective overlaps those of the training.
+index and the manifest, renames the folder and replaces `latest`. Ranks of a node write one data file, each
+its own bytes: a save has as many files as nodes, and two. Files are written by one thread of each rank; the
+ranks agree in their main threads only, so that no collective overlaps those of the training.
 """
 
 import json
+import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +17,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_nexus.checkpoint.data_file import Array, Chunk, DataFileRecord, write_chunks
-from megatron_nexus.checkpoint.index import record_from_json, record_to_json
+from megatron_nexus.checkpoint.data_file import Array, Chunk, DataFileRecord, FilePart, write_chunks
+from megatron_nexus.checkpoint.index import part_from_json, part_to_json, record_from_json, record_to_json
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
     UNKNOWN_DATA,
@@ -30,6 +33,7 @@ from megatron_nexus.checkpoint.manifest import (
 )
 from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
 from megatron_nexus.checkpoint.retention import KEEP_ALL, Retention, delete_outdated
+from megatron_nexus.checkpoint.storage import folder_of
 from megatron_nexus.checkpoint.train_state import TrainState, random_states, topology_of
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh
@@ -82,13 +86,18 @@ class CheckpointWriter:
         mesh: Mesh,
         retention: Retention = KEEP_ALL,
         on_chunk: Callable[[], None] = lambda: None,
+        files_per_node: int = 1,
     ) -> None:
-        """`on_chunk` is called for each chunk that this rank writes, by the thread that does."""
+        """`on_chunk` is called for each chunk that this rank writes, by the thread that does.
+
+        The ranks of a node write `files_per_node` data files; in an object store each rank has its own.
+        """
         self._root = root
         self._state = state
         self._mesh = mesh
         self._retention = retention
         self._on_chunk = on_chunk
+        self._files_per_node = files_per_node
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
 
@@ -126,15 +135,22 @@ class CheckpointWriter:
         )
         owned = list(_owned(state, mesh))
         values = [tensor.to("cpu", copy=True) for _, tensor in owned] if async_save else [t for _, t in owned]
-        job = self._thread.submit(
-            write_chunks,
-            checkpoint.folder,
-            mesh.rank,
-            [chunk for chunk, _ in owned],
-            self._arrays(values),
-            random_states(mesh),
-        )
+        parts = self._parts_of_file(FilePart(mesh.rank, [chunk for chunk, _ in owned], random_states(mesh)))
+        own = [part.rank for part in parts].index(mesh.rank)
+        job = self._thread.submit(write_chunks, checkpoint.folder, parts, self._arrays(values), own)
         self._save = _Save(checkpoint, manifest, began, job, time.perf_counter() - began)
+
+    def _parts_of_file(self, mine: FilePart) -> list[FilePart]:
+        """Return the parts of this rank's data file, in the order of ranks; a collective call."""
+        if not folder_of(self._root).has_shared_files:
+            return [mine]
+        # Ranks that the launcher has numbered otherwise may be on other machines: those have other files.
+        host = socket.gethostname()
+        told = self._mesh.control.all_gather_str_on_node(json.dumps([host, part_to_json(mine)]))
+        near = [part_from_json(part) for at, part in map(json.loads, told) if at == host]
+        most = math.ceil(len(near) / self._files_per_node)
+        first = [part.rank for part in near].index(mine.rank) // most * most
+        return near[first : first + most]
 
     def _arrays(self, values: Sequence[Tensor]) -> Iterator[Array]:
         for tensor in values:

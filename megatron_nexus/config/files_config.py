@@ -59,6 +59,9 @@ class CheckpointConfig:
     async_save: bool = config_field(
         False, "write the checkpoints of --save-interval while training continues, from a copy in host memory"
     )
+    ckpt_files_per_node: int = config_field(
+        1, "data files of a checkpoint that the ranks of a node write, each its part of one", positive=True
+    )
     keep_latest: int = config_field(0, "newest checkpoints to keep, older ones are deleted; 0: all are kept")
     keep_every: int = config_field(
         0, "checkpoints of the multiples of this number of steps are kept for good; 0: none are"

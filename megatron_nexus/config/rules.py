@@ -72,6 +72,11 @@ def config_warnings(config: RunConfig) -> list[str]:
         said.append(
             f"--lr-warmup-{unit} {warmup}{counted} is not over when the run of {end} {counted_in} ends"
         )
+    if config.parallel.hierarchical_grad_reduce and config.parallel.zero_stage > 1:
+        said.append(
+            f"--hierarchical-grad-reduce has no effect at --zero-stage {config.parallel.zero_stage}, where "
+            "DeepSpeed reduces the gradients: drop the flag, or use --zero-stage 1"
+        )
     if config.parallel.ddp_bucket_size and config.parallel.zero_stage > 1:
         said.append(
             f"--ddp-bucket-size {config.parallel.ddp_bucket_size} has no effect at --zero-stage "

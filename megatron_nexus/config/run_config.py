@@ -51,6 +51,9 @@ class ParallelConfig:
         "parameters in a bucket of --overlap-grad-reduce; 0: 40 million, or a million for each "
         "data-parallel rank where that is more",
     )
+    hierarchical_grad_reduce: bool = config_field(
+        False, "reduce gradients within each node first, then across nodes, at ZeRO 1"
+    )
     deepspeed_config: str = config_field(
         "", "JSON file of DeepSpeed settings, merged with what follows from the flags", "--deepspeed_config"
     )

@@ -116,7 +116,7 @@ def write_chunks_at(
     buffers = [np.empty(most, DTYPE) for _ in range(2)]
 
     def land(target: Target, written: Future[None], checksum: Future[tuple[int, ...]]) -> None:
-        with naming_errors(folder / data_file_name(target.rank)):
+        with naming_errors(folder / data_file_name([target.rank])):
             written.result()
         checksums.append((target.rank, target.number, checksum.result()))
         advance(target.bytes)
@@ -125,7 +125,7 @@ def write_chunks_at(
         with ThreadPoolExecutor(2) as background:
             for target, buffer in zip(work_items, cycle(buffers)):
                 if target.rank not in files:
-                    files[target.rank] = os.open(folder / data_file_name(target.rank), os.O_WRONLY)
+                    files[target.rank] = os.open(folder / data_file_name([target.rank]), os.O_WRONLY)
                 chunk = target.chunk
                 values = buffer[: chunk.box.numel]
                 reader.read_into(values.reshape(chunk.box.sizes), chunk.tensor, chunk.state, chunk.box)
@@ -180,7 +180,7 @@ def grow_checkpoint(
         checksums = {(rank, number): found for part in parts for rank, number, found in part}
         records = [
             data_file_record(
-                rank, safetensors_header(chunks), chunks, [checksums[rank, n] for n in range(len(chunks))]
+                [rank], safetensors_header(chunks), chunks, [checksums[rank, n] for n in range(len(chunks))]
             )
             for rank, chunks in enumerate(files)
         ]
@@ -194,7 +194,7 @@ def grow_checkpoint(
 def _lay_out(folder: Path, files: Sequence[Sequence[Chunk]]) -> None:
     """Create the data files in their full length. Raises OSError."""
     for rank, chunks in enumerate(files):
-        path = folder / data_file_name(rank)
+        path = folder / data_file_name([rank])
         header = safetensors_header(chunks)
         with naming_errors(path), path.open("wb") as file:
             file.write(header)

@@ -16,6 +16,7 @@ from megatron_nexus.checkpoint.data_file import (
     STATES,
     Array,
     Chunk,
+    FilePart,
     chunk_starts,
     safetensors_header,
     write_chunks,
@@ -94,7 +95,7 @@ def import_checkpoint(
             config = dataclasses.replace(config, data=data)
         with new_checkpoint(folder, 0, SingleProcess()) as checkpoint:
             values = _values(source, places, chunks, progress, non_finite)
-            record = write_chunks(checkpoint.folder, 0, chunks, values, {})
+            record = write_chunks(checkpoint.folder, [FilePart(0, chunks)], values)
             non_finite.refuse(origin, allow_non_finite)
             checkpoint.finish(_manifest(source, origin, specs, config, fingerprint), [record])
     return root / checkpoint_name(0)

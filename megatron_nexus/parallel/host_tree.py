@@ -62,9 +62,11 @@ class HostTree:
         self._calls = 0
         if rank == 0:
             store.set("host_tree/node_size", str(node_size))
+        self.node_size = int(store.get("host_tree/node_size"))
+        """How many consecutive ranks are on one machine, as rank 0 says."""
         # From the node upwards. dist.new_group would name them by how many groups this rank has made before.
         self._groups: list[_Group] = []
-        for level, members in enumerate(levels(rank, size, int(store.get("host_tree/node_size")), fanout)):
+        for level, members in enumerate(levels(rank, size, self.node_size, fanout)):
             own_store = PrefixStore(f"host_tree/{level}/{members[0]}", store)
             group = ProcessGroupGloo(own_store, members.index(rank), len(members), timeout)
             self._groups.append(cast(_Group, group))
@@ -118,6 +120,16 @@ class HostTree:
         lines = sorted(json.loads(line) for line in self._store.get(key).decode().splitlines())
         return [text for _, text in lines]
 
+    def all_gather_str_on_node(self, message: str) -> list[str]:
+        """Return the messages of this rank's node, of `fanout` of its ranks at most, in the order of ranks.
+
+        Nothing leaves the node, and rank 0's store takes no part.
+        """
+        if self.node_size == 1 or not self._groups:
+            return [message]
+        found: list[str] = json.loads(_spread(json.dumps(_gather(message, self._groups[0])), self._groups[0]))
+        return found
+
     def _own(self, message: str) -> str:
         return json.dumps({str(self.rank): message}) if message else ""
 
@@ -137,14 +149,7 @@ class HostTree:
     def _down(self, contents: str) -> str:
         """Return on every rank what rank 0 has."""
         for group in reversed(self._groups):
-            x = _bytes_of(contents)
-            length = torch.tensor([x.numel()])
-            group.broadcast(length, 0).wait()
-            if group.rank() > 0:
-                x = torch.empty(int(length), dtype=torch.uint8)
-            if x.numel():
-                group.broadcast(x, 0).wait()
-            contents = _text_of(x)
+            contents = _spread(contents, group)
         return contents
 
 
@@ -176,7 +181,7 @@ def _gather(contents: str, group: _Group) -> list[str]:
     group.allgather(lengths, torch.tensor([mine.numel()])).wait()
     longest = max(int(length) for length in lengths)
     if longest == 0 or group.size() == 1:
-        return [contents]
+        return [contents] * group.size()
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: mine.numel()] = mine
     gathered = [torch.empty_like(padded) for _ in lengths] if group.rank() == 0 else []
@@ -184,6 +189,18 @@ def _gather(contents: str, group: _Group) -> list[str]:
     if not gathered:
         return [contents]
     return [_text_of(part[: int(length)]) for part, length in zip(gathered, lengths, strict=True)]
+
+
+def _spread(contents: str, group: _Group) -> str:
+    """Return the contents of a group's first rank on all of its ranks."""
+    x = _bytes_of(contents)
+    length = torch.tensor([x.numel()])
+    group.broadcast(length, 0).wait()
+    if group.rank() > 0:
+        x = torch.empty(int(length), dtype=torch.uint8)
+    if x.numel():
+        group.broadcast(x, 0).wait()
+    return _text_of(x)
 
 
 def _bytes_of(message: str) -> Tensor:

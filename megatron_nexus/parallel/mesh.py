@@ -7,7 +7,7 @@ so tensor-parallel ranks are neighbours, on the fastest links. All process group
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -48,6 +48,13 @@ class Mesh:
     pp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     control: HostTree
+    node_groups: tuple[dist.ProcessGroup, ...] = ()
+    """Of the ranks of `dp_group`, those on this rank's node, and those in its place on the other nodes."""
+
+    @property
+    def reduction_groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """The groups over which gradients are reduced in turn."""
+        return self.node_groups or (self.dp_group,)
 
     @property
     def is_first_stage(self) -> bool:
@@ -70,12 +77,18 @@ class Mesh:
         Ranks wait for the checkpoint and for evaluation in `control`, which keeps its own.
         """
         self.control.barrier()  # no rank is still in a collective that may take longer
-        for group in {dist.group.WORLD, self.tp_group, self.dp_group, self.pp_group, self.model_group}:
+        groups = {self.tp_group, self.dp_group, self.pp_group, self.model_group, *self.node_groups}
+        for group in {dist.group.WORLD, *groups}:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
-def make_mesh(world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.0) -> Mesh:
+def make_mesh(
+    world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.0, by_node: bool = False
+) -> Mesh:
     """Start torch.distributed and make the groups of every rank; a collective call.
+
+    With `by_node` also `node_groups`, unless each or all of the data-parallel ranks are on one node. Raises
+    ConfigError where nodes do not hold equally many.
 
     gloo on CPUs, NCCL on CUDA devices. A group is made by its members alone, so that no rank makes more than
     its own few. The world size is a multiple of tp_size x pp_size: the configuration's rules have checked it.
@@ -115,7 +128,9 @@ def make_mesh(world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.
         return _connected_group(ranks, device, timeout)
 
     tp_group = group(range(rest * tp_size, (rest + 1) * tp_size))
-    dp_group = group(range(pp_rank * per_stage + tp_rank, (pp_rank + 1) * per_stage, tp_size))
+    copies = range(pp_rank * per_stage + tp_rank, (pp_rank + 1) * per_stage, tp_size)
+    dp_group = group(copies)
+    node_groups = _node_groups(world.rank, copies, tp_size, control.node_size, group) if by_node else ()
     pp_group = group(range(dp_rank * tp_size + tp_rank, world.size, per_stage))
     if pp_size == 1:
         model_group = tp_group
@@ -139,7 +154,36 @@ def make_mesh(world: World, tp_size: int, pp_size: int, timeout_s: float = 1800.
         pp_group=pp_group,
         model_group=model_group,
         control=control,
+        node_groups=node_groups,
     )
+
+
+def _node_groups(
+    rank: int,
+    copies: range,
+    tp_size: int,
+    node_size: int,
+    group: Callable[[Sequence[int]], dist.ProcessGroup],
+) -> tuple[dist.ProcessGroup, ...]:
+    """Make a rank's `Mesh.node_groups` of the data-parallel ranks `copies`."""
+    per_stage = len(copies) * tp_size
+    if not 1 < min(node_size, per_stage) // tp_size < len(copies):
+        return ()
+    require_whole_nodes(node_size, tp_size, per_stage)
+    near = [other for other in copies if other // node_size == rank // node_size]
+    return group(near), group(copies[near.index(rank) :: len(near)])
+
+
+def require_whole_nodes(node_size: int, tp_size: int, per_stage: int) -> None:
+    """Raise ConfigError where a stage's ranks are not whole nodes, each of whole tensor-parallel groups."""
+    if node_size % tp_size or per_stage % node_size:
+        raise ConfigError(
+            [
+                f"--hierarchical-grad-reduce: the {per_stage} ranks of a pipeline stage are not whole nodes "
+                f"of {node_size} ranks, each of whole copies of --tp {tp_size}: leave the flag out, or "
+                "change --tp, --pp or the ranks of a node"
+            ]
+        )
 
 
 def _own_device(local_rank: int) -> torch.device:

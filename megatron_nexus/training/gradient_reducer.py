@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY
 from megatron_nexus.parallel.beacon import Beacon, Phase
-from megatron_nexus.parallel.data_parallel import begin_reduce_scatter_mean
+from megatron_nexus.parallel.data_parallel import MeanReduction
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.zero_state import DeepSpeedEngine
 
@@ -65,13 +65,19 @@ class GradientReducer(ABC):
         """Have DeepSpeed call `finish` in place of its own reduction."""
 
     @abstractmethod
-    def _begin(self, index: int) -> Callable[[], None]:
-        """Begin to reduce a bucket and return what ends it."""
+    def _begin(self, index: int) -> MeanReduction:
+        """Begin to reduce a bucket."""
+
+    def _begin_next(self) -> None:
+        """Begin to reduce the next bucket, after the second stage of the one before."""
+        if self._begun:
+            self._begun[-1].advance()
+        self._begun.append(self._begin(self._waiting[0]))
 
     def _restart(self) -> None:
         self._passes: Counter[nn.Parameter] = Counter()
         self._incomplete = [len(bucket) for bucket in self._buckets]
-        self._begun: list[Callable[[], None]] = []
+        self._begun: list[MeanReduction] = []
 
     def _count(self, parameter: nn.Parameter) -> None:
         """Count a backward pass of a parameter; begin to reduce the buckets that it completes, in order."""
@@ -79,7 +85,7 @@ class GradientReducer(ABC):
         if self._passes[parameter] == self._engine.gradient_accumulation_steps():
             self._incomplete[self._bucket_of[parameter]] -= 1
             while self._waiting and not self._incomplete[self._waiting[0]]:
-                self._begun.append(self._begin(self._waiting[0]))
+                self._begin_next()
 
     @property
     def _waiting(self) -> list[int]:
@@ -90,10 +96,10 @@ class GradientReducer(ABC):
     def finish(self) -> None:
         """Reduce what has not been, and wait for all of it; the last backward pass is over."""
         self._beacon.mark(Phase.REDUCTION)
-        for index in self._waiting:
-            self._begun.append(self._begin(index))
-        for end in self._begun:
-            end()
+        while self._waiting:
+            self._begin_next()
+        for reduction in self._begun:
+            reduction.finish()
         self._restart()
 
 
@@ -127,10 +133,10 @@ class _Bf16Reducer(GradientReducer):
         # Else each is added to the buffer after the backward pass.
         return bool(self._zero.immediate_grad_update)
 
-    def _begin(self, index: int) -> Callable[[], None]:
+    def _begin(self, index: int) -> MeanReduction:
         flat = self._zero.fp32_groups_gradients_flat[index]
         partition = self._zero.fp32_groups_gradient_flat_partition[index]
-        return begin_reduce_scatter_mean(flat, partition, self._mesh.dp_group)
+        return MeanReduction(flat, partition, self._mesh.reduction_groups)
 
     def _own_gradients(
         self, for_clipping: bool = False
@@ -169,7 +175,7 @@ class _Fp32Reducer(GradientReducer):
         self._zero.scaled_global_norm = self._norm
         self._zero.unscale_and_clip_grads = self._clip
 
-    def _begin(self, index: int) -> Callable[[], None]:
+    def _begin(self, index: int) -> MeanReduction:
         own = self._zero._build_compact_grad_partition_buffer(index)
         flat = own.flat_partition.new_empty(self._zero.bit16_groups_flat[index].numel())
         start = 0
@@ -183,7 +189,7 @@ class _Fp32Reducer(GradientReducer):
             start += parameter.numel()
         flat[start:].zero_()
         self._zero.averaged_gradients[index] = own
-        return begin_reduce_scatter_mean(flat, own.flat_partition, self._mesh.dp_group)
+        return MeanReduction(flat, own.flat_partition, self._mesh.reduction_groups)
 
     def _norm(self) -> Tensor:
         """Return the norm of all gradients, not finite where they are not.

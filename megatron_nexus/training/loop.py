@@ -112,6 +112,7 @@ class Trainer:
             mesh,
             Retention(config.checkpoint.keep_latest, config.checkpoint.keep_every),
             partial(self._beacon.goes_on, Phase.CHECKPOINT),
+            config.checkpoint.ckpt_files_per_node,
         )
 
     def resume(

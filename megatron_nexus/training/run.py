@@ -216,6 +216,7 @@ def start_ranks(config: RunConfig, world: World, checkpoint: Location | None) ->
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         60.0 * parallel.distributed_timeout_minutes,
+        by_node=parallel.hierarchical_grad_reduce,
     )
     configure_torch(config, mesh)
     if mesh.rank == 0 and (warning := untested_torch(torch.__version__)):

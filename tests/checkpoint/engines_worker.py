@@ -378,7 +378,8 @@ def run_rank(plan: str, folder: Path) -> None:
 def start(plan: str, world_size: int, folder: Path) -> list[int]:
     """Fork the ranks of a start and wait; their exit codes."""
     (folder / plan).mkdir()
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    # Nodes of two ranks: those of a node write one file.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_WORLD_SIZE="2")
     context, ranks = multiprocessing.get_context("fork"), []
     for rank in range(world_size):
         # read by the child, which gets a copy of this environment

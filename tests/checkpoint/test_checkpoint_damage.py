@@ -11,27 +11,31 @@ import pytest
 from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.checkpoint import data_file, store
 from megatron_nexus.checkpoint.chunks import full_box
-from megatron_nexus.checkpoint.data_file import STATES, Chunk, write_chunks
+from megatron_nexus.checkpoint.data_file import STATES, Chunk, FilePart, write_chunks
 from megatron_nexus.checkpoint.manifest import FORMAT_VERSION, manifest_to_json
 from megatron_nexus.checkpoint.new_checkpoint import new_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.shard import Box
-from tests.support.two_rank_checkpoint import BOXES, FORMAT_2, MANIFEST, SPEC, write
+from tests.support.two_rank_checkpoint import BOXES, MANIFEST, OF_FORMAT, SPEC, write
 
 FILES = ["index.json", "manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"]
-OLD_FILES = [*FILES[1:], "rank_00000.json", "rank_00001.json"]
+FILES_OF = {
+    "new": FILES,
+    "shared": [*FILES[:2], "ranks_00000-00001.safetensors"],
+    "format 2": [*FILES[1:], "rank_00000.json", "rank_00001.json"],
+}
 EDGE, STRIDE = 24, 13
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A sound checkpoint and one of format version 2, each next to an older one."""
+    """A sound checkpoint of each layout and format version, each next to an older one."""
     root = tmp_path_factory.mktemp("damage")
-    for name in ("new", "old"):
+    for name in FILES_OF:
         write(root / name, 1)
-    old = shutil.copytree(FORMAT_2 / "iter_0000003", root / "old" / "iter_0000003")
-    return {"new": write(root / "new", 3), "old": old}
+    old = shutil.copytree(OF_FORMAT[2] / "iter_0000003", root / "format 2" / "iter_0000003")
+    return {"new": write(root / "new"), "shared": write(root / "shared", per_file=2), "format 2": old}
 
 
 @pytest.fixture
@@ -59,8 +63,10 @@ def lose(contents: bytes, position: int) -> bytes:
     return contents[:position] + contents[position + 1 :]
 
 
-CASES = [("new", name) for name in FILES] + [("old", name) for name in OLD_FILES]
-OLD_AS_LAWS = [pytest.param(age, name, marks=() if age == "new" else pytest.mark.law) for age, name in CASES]
+CASES = [(age, name) for age, files in FILES_OF.items() for name in files]
+OLD_AS_LAWS = [
+    pytest.param(age, name, marks=pytest.mark.law if age == "format 2" else ()) for age, name in CASES
+]
 
 
 def test_every_file_is_damaged_here(both: dict[str, Path]) -> None:
@@ -136,7 +142,7 @@ def test_a_part_is_checked_by_the_blocks_that_hold_it(
     chunks = [Chunk("w", state, full_box(SPEC.shape)) for state in STATES]
     with new_checkpoint(tmp_path, 1, SingleProcess()) as made:
         values = (np.ones(SPEC.shape, np.float32) for _ in chunks)
-        made.finish(MANIFEST, [write_chunks(made.folder, 0, chunks, values, {})])
+        made.finish(MANIFEST, [write_chunks(made.folder, [FilePart(0, chunks)], values)])
     data = made.path / "rank_00000.safetensors"
     data.write_bytes(flip(data.read_bytes(), data.stat().st_size - 1))  # in row 4 of exp_avg_sq
     reader = CheckpointReader(made.path)

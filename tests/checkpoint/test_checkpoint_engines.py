@@ -112,6 +112,17 @@ def test_topology_of_four_changes(
     assert_crossed(four, folder / "four", here, there)
 
 
+def test_a_save_has_as_many_files_as_nodes_and_two(four: list[dict[str, Any]], folder: Path) -> None:
+    files = {"index.json", "manifest.json", "ranks_00000-00001.safetensors"}
+    for plan, kinds, more in (
+        ("two", toy.TWO_RANKS, set()),
+        ("four", toy.FOUR_RANKS, {"ranks_00002-00003.safetensors"}),
+    ):
+        for kind in kinds:
+            saved = toy.at_step(folder / plan / kind.name / "through", 3)
+            assert {path.name for path in saved.iterdir()} == files | more
+
+
 def test_all_three_optimizers_ran(two: list[dict[str, Any]]) -> None:
     ran = {two[0][kind.name]["optimizer"] for kind in toy.TWO_RANKS}
     assert ran == {"DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3"}

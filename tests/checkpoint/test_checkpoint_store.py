@@ -35,7 +35,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.spec.param import Axis, Constant, Normal, ParamSpec
 from megatron_nexus.spec.shard import Box
-from tests.support.two_rank_checkpoint import BOXES, FORMAT_2, MANIFEST, SPEC, VALUES, slices, write
+from tests.support.two_rank_checkpoint import BOXES, MANIFEST, OF_FORMAT, SPEC, VALUES, slices, write
 
 
 @pytest.fixture
@@ -54,14 +54,47 @@ def test_any_box_is_read_back(folder: Path) -> None:
     reader.verify()
 
 
+@pytest.mark.parametrize("per_file", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_tensors_are_the_same_however_many_ranks_write_however_many_files(
+    tmp_path: Path, ranks: int, per_file: int
+) -> None:
+    rows = [Box((row, 0), (1, 4)) for row in range(5)]
+    # Of four ranks the last has nothing to write.
+    boxes = [rows[rank :: min(ranks, 3)] if rank < 3 else [] for rank in range(ranks)]
+    folder = write(tmp_path, boxes=boxes, per_file=per_file)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == -(-ranks // per_file)
+    assert len(list(folder.iterdir())) == len(files) + 2
+    reader = CheckpointReader(folder)
+    reader.verify()
+    for state in STATES:
+        assert (reader.read_box("w", state, full_box(SPEC.shape)) == VALUES[state]).all()
+    assert [reader.random_states(rank) for rank in range(ranks)] == [
+        {"cpu": bytes([r])} for r in range(ranks)
+    ]
+    found = [values for path in files for values in load_file(path).values()]
+    assert sum(values.size for values in found) == len(STATES) * 20, "a stock library reads each of them"
+
+
 def test_manifest_is_read_back(folder: Path) -> None:
     found = read_manifest(folder)
     assert found.files == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "manifest.json"}
     assert dataclasses.replace(found, files={}) == MANIFEST
 
 
+def test_format_version_3_is_read(tmp_path: Path) -> None:
+    folder = find_checkpoint(shutil.copytree(OF_FORMAT[3], tmp_path / "run"))
+    reader = CheckpointReader(folder)
+    reader.verify()
+    for state in STATES:
+        assert (reader.read_box("w", state, full_box(SPEC.shape)) == VALUES[state]).all()
+    assert [reader.random_states(rank) for rank in (0, 1)] == [{"cpu": b"\x00"}, {"cpu": b"\x01"}]
+    assert dataclasses.replace(reader.manifest, files={}, format_version=4) == MANIFEST
+
+
 def test_format_version_2_is_read(tmp_path: Path) -> None:
-    root = shutil.copytree(FORMAT_2, tmp_path / "run")
+    root = shutil.copytree(OF_FORMAT[2], tmp_path / "run")
     folder = find_checkpoint(root)
     reader = CheckpointReader(folder)
     reader.verify()

@@ -30,7 +30,6 @@ from megatron_nexus.training import gradient_reducer, loop
 
 SAMPLES = 3
 RANK_BATCHES = loop.rank_batches
-MEAN = gradient_reducer.begin_reduce_scatter_mean
 DRAW = initialise.logical_values
 
 
@@ -106,21 +105,18 @@ def stale_samples(config: object, mesh: object, samples: object, consumed: int) 
         yield from read
 
 
-def summed_gradients(flat: Tensor, partition: Tensor, group: object) -> Callable[[], None]:
+class SumReduction(gradient_reducer.MeanReduction):
     """The sum over data-parallel ranks, not the mean."""
-    finish = MEAN(flat, partition, group)
 
-    def end() -> None:
-        finish()
-        partition.mul_(group.size())
-
-    return end
+    def finish(self) -> None:
+        super().finish()
+        self._partition.mul_(self._ranks)
 
 
 ELSEWHERE = {
     "same draw": (initialise, "logical_values", same_draw),
     "stale samples": (loop, "rank_batches", stale_samples),
-    "summed gradients": (gradient_reducer, "begin_reduce_scatter_mean", summed_gradients),
+    "summed gradients": (gradient_reducer, "MeanReduction", SumReduction),
 }
 
 

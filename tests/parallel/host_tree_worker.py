@@ -29,13 +29,14 @@ def messages(size: int) -> list[list[str]]:
     ]
 
 
-def compare(rank: int, size: int, tree: HostTree) -> None:
+def compare(rank: int, size: int, tree: HostTree, node: slice) -> None:
     for said in messages(size):
         flat: list[object] = [None] * size
         dist.all_gather_object(flat, said[rank])
         assert tree.all_gather_str(said[rank]) == flat
         assert tree.gather_str(said[rank]) == (flat if rank == 0 else [])
         assert tree.gather_str_on_host(said[rank]) == flat, socket.gethostname()
+        assert tree.all_gather_str_on_node(said[rank]) == flat[node]
         assert tree.broadcast_str(said[rank]) == flat[0]
         distinct = tree.distinct_str(said[rank])
         assert {text: said[one] for text, one in distinct.items()} == {text: text for text in flat}
@@ -77,7 +78,8 @@ def main() -> None:
             # Only what rank 0 says of its machine counts.
             said = node_size if rank == 0 else rank
             tree = HostTree(rank, size, dist.PrefixStore(str(index), store), TIMEOUT, said, fanout)
-            compare(rank, size, tree)
+            first = rank - rank % min(node_size, fanout)
+            compare(rank, size, tree, slice(first, first + min(node_size, fanout)))
             if size == 3:
                 check_devices(rank, size, tree)
         dist.destroy_process_group()

@@ -1,15 +1,63 @@
-"""A rank that may have few files open when it makes the mesh."""
+"""A rank that may have few files open when it makes the mesh; gradients reduced by node and at once."""
 
 import os
 import resource
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_nexus.parallel.mesh import close_mesh, make_mesh
+from megatron_nexus.parallel.data_parallel import MeanReduction
+from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from tests.support.waiting import TIMEOUT_S
+
+NODE, PART, BUCKETS = 2, 3, 3
+
+
+def reduced(mesh: Mesh, groups: Sequence[dist.ProcessGroup]) -> list[Tensor]:
+    """This rank's partitions of some buckets, of which rank r has the numbers (r + 1) i in bucket i / length.
+
+    They are whole: sums are exact in every order.
+    """
+    buckets = torch.arange(BUCKETS * mesh.dp_size * PART).float().view(BUCKETS, -1) * (mesh.rank + 1)
+    begun: list[MeanReduction] = []
+    own = slice(mesh.dp_rank * PART, (mesh.dp_rank + 1) * PART)
+    for flat in buckets:
+        if begun:
+            begun[-1].advance()
+        begun.append(MeanReduction(flat, flat[own], groups))
+    for reduction in begun:
+        reduction.finish()
+    return [flat[own] for flat in buckets]
+
+
+def check_reduction(mesh: Mesh) -> None:
+    """Both ways give the mean; by node a rank sends a half of the elements, or less, to other nodes."""
+    sent: Counter[bool] = Counter()
+    real = dist.all_to_all_single
+
+    def counted(received: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool) -> object:
+        for other in dist.get_process_group_ranks(group):
+            sent[other // NODE != mesh.rank // NODE] += x.numel() // group.size()
+        return real(received, x, group=group, async_op=async_op)
+
+    dist.all_to_all_single = counted
+    flat = reduced(mesh, (mesh.dp_group,))
+    across_at_once = sent.pop(True)
+    by_node = reduced(mesh, mesh.reduction_groups)
+    dist.all_to_all_single = real
+    mean = sum(range(1, mesh.dp_size + 1)) / mesh.dp_size
+    whole = torch.arange(BUCKETS * mesh.dp_size * PART).float().view(BUCKETS, mesh.dp_size, PART) * mean
+    for one, other, expected in zip(flat, by_node, whole[:, mesh.dp_rank], strict=True):
+        assert torch.equal(one, expected) and torch.equal(other, expected)
+    nodes = mesh.dp_size // NODE
+    assert across_at_once == BUCKETS * PART * (mesh.dp_size - NODE)
+    assert sent[True] == BUCKETS * PART * (nodes - 1) == across_at_once // NODE
 
 
 def main() -> None:
@@ -17,10 +65,13 @@ def main() -> None:
     # Enough for one group of two ranks, not for four groups of four.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(in_use) + 16, hard))
-    mesh = make_mesh(read_world(os.environ), tp_size=1, pp_size=1, timeout_s=TIMEOUT_S)
+    world = replace(read_world(os.environ), local_size=NODE)
+    mesh = make_mesh(world, tp_size=1, pp_size=1, timeout_s=TIMEOUT_S, by_node=True)
     total = torch.ones(1)
     dist.all_reduce(total, group=mesh.dp_group)
     assert total.item() == mesh.world_size
+    assert [group.size() for group in mesh.node_groups] == [NODE, mesh.world_size // NODE]
+    check_reduction(mesh)
     close_mesh()
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_nexus.parallel.mesh import close_mesh, make_mesh
+from megatron_nexus.errors import ConfigError
+from megatron_nexus.parallel.mesh import close_mesh, make_mesh, require_whole_nodes
 from megatron_nexus.parallel.world import World
 from tests.support.paths import REPOSITORY, TESTS
 from tests.support.ports import free_port
@@ -22,8 +23,20 @@ from tests.support.warm_server import WarmProcess
 
 @pytest.mark.law
 def test_ranks_have_more_connections_than_files_are_open_at_first() -> None:
-    """Each group connects its members with each other: 256 ranks pass the limit of 1024."""
+    """Each group connects its members with each other: 256 ranks pass the limit of 1024.
+
+    The same ranks reduce gradients by node.
+    """
     run_ranks(4, TESTS / "parallel" / "mesh_worker.py")
+
+
+def test_a_stage_that_is_not_whole_nodes_is_not_reduced_by_node() -> None:
+    require_whole_nodes(node_size=8, tp_size=2, per_stage=16)
+    for node_size, tp_size, per_stage in ((8, 2, 12), (6, 4, 24)):
+        with pytest.raises(
+            ConfigError, match=rf"the {per_stage} ranks of a .* of {node_size} ranks, .* leave"
+        ):
+            require_whole_nodes(node_size, tp_size, per_stage)
 
 
 @pytest.mark.law

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.checkpoint.chunks import fragment_boxes, full_box, index_within
-from megatron_nexus.checkpoint.data_file import STATES, Chunk, write_chunks
+from megatron_nexus.checkpoint.data_file import STATES, Chunk, FilePart, write_chunks
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
     JsonObject,
@@ -155,7 +155,8 @@ def write_checkpoint(
             arrays = (
                 whole[p.tensor, p.state][index_within(p.box, full_box(specs[p.tensor].shape))] for p in chunks
             )
-            records.append(write_chunks(checkpoint.folder, rank, chunks, arrays, {"cpu": b"random"}))
+            part = FilePart(rank, chunks, {"cpu": b"random"})
+            records.append(write_chunks(checkpoint.folder, [part], arrays))
         checkpoint.finish(manifest, records)
     return checkpoint.path
 

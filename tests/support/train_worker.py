@@ -127,9 +127,11 @@ def run_case(case: dict, out: Path, index: int) -> None:
     world = dataclasses.replace(world, master_port=world.master_port + index)
     check(config, world.size)
     parallel, training = config.parallel, config.training
-    mesh = make_mesh(
-        world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, TIMEOUT_S
-    )
+    by_node = parallel.hierarchical_grad_reduce
+    if by_node:
+        world = dataclasses.replace(world, local_size=2)
+    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    mesh = make_mesh(world, tp_size, pp_size, TIMEOUT_S, by_node)
     beacon = Beacon()
     engine = Engine(config, mesh, beacon=beacon)
     if "load" in case:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nexus.base.communicator import SingleProcess
-from megatron_nexus.checkpoint.data_file import STATES, Chunk, write_chunks
+from megatron_nexus.checkpoint.data_file import STATES, Chunk, FilePart, write_chunks
 from megatron_nexus.checkpoint.manifest import (
     EngineRecord,
     Manifest,
@@ -28,8 +28,8 @@ MANIFEST = Manifest(
     tokenizer_fingerprint="sha256:0",
     lineage=[{"parent": None, "seed": 1}],
 )
-FORMAT_2 = Path(__file__).parents[1] / "checkpoint" / "format_2"
-"""The same checkpoint, with a grown region, as format version 2 wrote it."""
+OF_FORMAT = {version: Path(__file__).parents[1] / "checkpoint" / f"format_{version}" for version in (2, 3)}
+"""The same checkpoint as older format versions wrote it; in version 2 with a grown region."""
 # Rank 0 holds the first 11 elements of the flat tensor, rank 1 the other 9.
 BOXES = [[Box((0, 0), (2, 4)), Box((2, 0), (1, 3))], [Box((2, 3), (1, 1)), Box((3, 0), (2, 4))]]
 VALUES = {state: np.random.default_rng(i).random((5, 4), np.float32) for i, state in enumerate(STATES)}
@@ -39,12 +39,16 @@ def slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
 
 
-def write(root: Path, step: int = 3, boxes: list[list[Box]] = BOXES) -> Path:
+def write(root: Path, step: int = 3, boxes: list[list[Box]] = BOXES, per_file: int = 1) -> Path:
+    """Write a checkpoint, `per_file` ranks to a data file, the last rank first."""
+    chunks = [[Chunk("w", state, box) for box in of_rank for state in STATES] for of_rank in boxes]
+    ranks = [FilePart(rank, of_rank, {"cpu": bytes([rank])}) for rank, of_rank in enumerate(chunks)]
     with new_checkpoint(root, step, SingleProcess()) as checkpoint:
         records = []
-        for rank, of_rank in enumerate(boxes):
-            chunks = [Chunk("w", state, box) for box in of_rank for state in STATES]
-            values = (VALUES[p.state][slices(p.box)] for p in chunks)
-            records.append(write_chunks(checkpoint.folder, rank, chunks, values, {"cpu": bytes([rank])}))
+        for rank in reversed(range(len(boxes))):
+            first = rank // per_file * per_file
+            values = (VALUES[p.state][slices(p.box)] for p in chunks[rank])
+            parts = ranks[first : first + per_file]
+            records.insert(0, write_chunks(checkpoint.folder, parts, values, rank - first))
         checkpoint.finish(MANIFEST, records)
     return checkpoint.path

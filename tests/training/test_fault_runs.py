@@ -35,7 +35,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 
 def state(folder: Path) -> dict[str, bytes]:
     """The bytes of a checkpoint's tensors."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("rank_*.safetensors"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_run_survives_lost_ranks_a_transient_fault_and_slices(command: Command
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(command: Command, whole: str) -> None:
     shutil.copytree(command.folder / whole, command.folder / "damaged")
-    path = command.folder / "damaged" / "iter_0000014" / "rank_00001.safetensors"
+    path = command.folder / "damaged" / "iter_0000014" / "ranks_00000-00001.safetensors"
     contents = bytearray(path.read_bytes())
     contents[-9] ^= 1
     path.write_bytes(contents)

@@ -155,6 +155,13 @@ def _cases(world: int) -> dict[str, dict]:
             variants["linear-loss"] = {"cross_entropy_fusion_impl": "linear", "sequence_parallel": tp > 1}
         for name, fields in (stages | variants).items():
             made[f"tp{tp}-pp{pp}-dp{dp}-{name}"] = {**FLAGS, **layout, **fields}
+    if world == 4:  # two nodes of two ranks
+        for precision in ("fp32", "bf16"):
+            made[f"dp4-{precision}-by-node"] = {
+                **FLAGS,
+                "precision": precision,
+                "hierarchical_grad_reduce": True,
+            }
     return made
 
 
