@@ -3,21 +3,24 @@
 The manifest's `grown_regions` end when Adam's correction is no longer visible; the lineage stays.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from megatron_nexus.checkpoint.chunks import full_box, intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion, JsonObject, Manifest
 from megatron_nexus.config.model_config import ModelConfig
-from megatron_nexus.growth.plan import plan_tensors, translate
+from megatron_nexus.growth.plan import TensorPlan, plan_tensors, translate
 from megatron_nexus.growth.request import model_before
 from megatron_nexus.growth.settings import GrowthConfig, recorded_settings
 from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.spec.growth_rule import Fill
 from megatron_nexus.spec.shard import Box
 
 AddedBox = tuple[Box, int]
 """A part of a tensor, and the number of the growth that added it; 0: there from the beginning."""
+RowCopy = tuple[int, int, int]
+"""The first of copied rows, their number, the first of the rows that they began as."""
 
 
 def growths_of(lineage: Sequence[JsonObject]) -> list[Mapping[str, Any]]:
@@ -49,6 +52,39 @@ def boxes_by_growth(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[s
                         grown[name].append((translate(shared, filled.old, filled.box), added))
         boxes = grown
     return boxes
+
+
+def copied_rows(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[str, tuple[str, list[RowCopy]]]:
+    """Return, of each matrix whose rows the latest growth copied, the tensor that they are of, and the rows.
+
+    Units of copied layers are copies of those of the old layer, units of `split` of old ones of their tensor.
+    """
+    growths = growths_of(lineage)
+    if not growths:
+        return {}
+    settings = GrowthConfig(**{"depth_placement": "interleaved", **recorded_settings(growths[-1])})
+    tensors = plan_tensors(model_before(model, growths[-1]["axes"]), model, settings)
+    #: By its name before the growth: the tensor that has the old elements now.
+    kept = {t.old.name: t for t in tensors.values() if t.old and not all(box.is_new for box in t.boxes)}
+    found = {}
+    for name, tensor in tensors.items():
+        source = kept.get(tensor.old.name) if tensor.old else None
+        if source and len(tensor.spec.axes) == 2 and (rows := list(_row_copies(tensor, source))):
+            found[name] = source.spec.name, rows
+    return found
+
+
+def _row_copies(tensor: TensorPlan, source: TensorPlan) -> Iterator[RowCopy]:
+    """Yield the rows of `tensor` that begin as other ones, by their first columns: of `source` or its own."""
+    kept = [(box.old, box.box) for box in source.boxes if not box.is_new and box.old]
+    for filled in tensor.boxes:
+        if filled.fill is not Fill.COPIED or filled.old is None or filled.box.offsets[1]:
+            continue
+        for old, box in kept:
+            if shared := intersect(filled.old, old):
+                copy, row = (translate(shared, *moved) for moved in ((filled.old, filled.box), (old, box)))
+                if source is not tensor or copy.offsets[0] != row.offsets[0]:
+                    yield copy.offsets[0], copy.sizes[0], row.offsets[0]
 
 
 def newest_regions(model: ModelConfig, manifest: Manifest) -> list[GrownRegion]:

@@ -22,6 +22,7 @@ NUMBERS = {
     "effective_rank": Axis("effective rank, whole matrix", "rank"),
     "stable_rank": Axis("stable rank, whole matrix", "rank"),
     "row_cosine_max": Axis("new row nearest to an old one", "largest |cosine|"),
+    "source_cosine_mean": Axis("copied rows beside their sources", "cosine, mean"),
 }
 LOGARITHMIC = ("grad_ratio", "update_ratio_new", "update_ratio_old")
 

@@ -22,6 +22,11 @@ BoxesByGrowth: TypeAlias = Callable[
     [ModelConfig, Sequence[JsonObject]], Mapping[str, Sequence[tuple[Box, int]]]
 ]
 """Returns the parts of each tensor of a model and lineage, with the number of the growth that added each."""
+CopiedRows: TypeAlias = Callable[
+    [ModelConfig, Sequence[JsonObject]], Mapping[str, tuple[str, Sequence[tuple[int, int, int]]]]
+]
+"""Returns, of matrices with rows that the latest growth copied, the tensor of their sources, and the rows:
+the first copy, their number, the first source."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class GrownElements:
 
     spec: ParamSpec
     boxes: tuple[tuple[Box, bool], ...]
+    source: str = ""
+    """The matrix in which the rows lie that rows of this one began as copies of; "" without copies."""
+    copies: tuple[tuple[int, int, int], ...] = ()
+    """Of copied rows: the first, their number, the first of their sources."""
 
     def new_units(self, axis: int) -> Tensor:
         """Return which units of an axis are new [size]: those whose every element is."""
@@ -43,14 +52,20 @@ class GrownElements:
 
 
 def grown_elements(
-    model: ModelConfig, lineage: Sequence[JsonObject], boxes_by_growth: BoxesByGrowth
+    model: ModelConfig,
+    lineage: Sequence[JsonObject],
+    boxes_by_growth: BoxesByGrowth,
+    copied_rows: CopiedRows,
 ) -> dict[str, GrownElements]:
     """Return the elements of every tensor of a model with this lineage; all old where nothing has grown."""
     specs = decoder_specs(model)
     parts = boxes_by_growth(model, lineage)
     latest = max((number for boxes in parts.values() for _, number in boxes), default=0)
+    copied = copied_rows(model, lineage)
     found = {}
     for name, spec in specs.items():
         boxes = parts.get(name, [(full_box(spec.shape), 0)] if spec.numel else [])
-        found[name] = GrownElements(spec, tuple((box, 0 < number == latest) for box, number in boxes))
+        source, rows = copied.get(name, ("", ()))
+        is_new = tuple((box, 0 < number == latest) for box, number in boxes)
+        found[name] = GrownElements(spec, is_new, source, tuple(rows))
     return found

@@ -8,13 +8,14 @@ are only the numbers of all elements, as "old". Of each tensor:
                                                   weights before the step, of what the step changes
     grad_ratio                                    grad_rms of new elements over that of old ones
     update_ratio                                  update_rms / weight_rms, old and new
-    of matrices, after the step: `matrix_statistics.MATRIX_NUMBERS`
+    of matrices, after the step: `matrix_statistics.MATRIX_NUMBERS`, and SOURCE_NUMBERS where rows are copies
     units, pre_rms, post_rms, dead_share          of the units that a matrix reads behind an activation: RMS
                                                   before and after it, share of dead ones (`unit_statistics`)
 
 A number that does not exist is left out, as the ratio to weights that are all zero. The units are those of a
 forward pass over one global batch, the first samples of the training data, each time the same: a third of a
-step. The matrices are put together one after the other, by turns on each rank of a stage.
+step. The matrices are put together one after the other, by turns on each rank of a stage. Ranks of large ones
+are found in the first measurement of a process and every `matrix_statistics.RANKS_EVERY`-th after it.
 """
 
 import math
@@ -32,7 +33,16 @@ from megatron_nexus.training.element_statistics import ElementStatistics, Square
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_elements import GrownElements
 from megatron_nexus.training.hooks import Hook
-from megatron_nexus.training.matrix_statistics import MATRIX_NUMBERS, matrix_numbers, new_axes, own_matrices
+from megatron_nexus.training.matrix_statistics import (
+    MATRIX_NUMBERS,
+    RANKS_EVERY,
+    SOURCE_NUMBERS,
+    copied_matrices,
+    matrix_numbers,
+    new_axes,
+    own_matrices,
+    source_numbers,
+)
 from megatron_nexus.training.metrics import GrowthMetrics, StepMetrics
 from megatron_nexus.training.rank_batches import rank_batches
 from megatron_nexus.training.unit_statistics import Unit, UnitStatistics
@@ -62,6 +72,13 @@ class GrowthMetricsHook(Hook):
         self._hooks = hooks
         self._interval = config.logging.growth_metrics_interval
         self._of_elements = ElementStatistics(engine.state, elements, mesh.tp_rank == 0, mesh.device)
+        self._measured = 0
+        #: [tensors]: the pipeline stage of each.
+        stages = torch.zeros(len(elements), dtype=torch.int64)
+        if mesh.dp_rank == mesh.tp_rank == 0:
+            stages = torch.tensor([mesh.pp_rank * (name in engine.state.specs) for name in elements])
+        mesh.control.all_reduce(stages)
+        self._stages = dict(zip(elements, stages.tolist(), strict=True))
         self._expect(step + 1)
 
     def _expect(self, step: int) -> None:
@@ -86,25 +103,40 @@ class GrowthMetricsHook(Hook):
         units = UnitStatistics(self._engine.parameters)
         batches = rank_batches(self._config, mesh, self._samples, 0)
         self._engine.observe_activations(batches, count, units)
-        matrices = torch.zeros(len(self._elements), len(MATRIX_NUMBERS), dtype=torch.float64)
         numbers = {name: number for number, name in enumerate(self._elements)}
-        for name, matrix in own_matrices(self._engine.state, self._elements, mesh):
-            found = matrix_numbers(matrix, *new_axes(self._elements[name], mesh.device))
-            matrices[numbers[name]] = torch.tensor(found, dtype=torch.float64)
-        sums = [self._of_elements.sums.cpu(), matrices, units.sums(self._elements, mesh).cpu()]
+        sums = [self._of_elements.sums.cpu(), self._matrices(numbers), units.sums(self._elements, mesh).cpu()]
         together = torch.cat([part.flatten(1) for part in sums], dim=1)
         self._of_elements.sums.zero_()
         mesh.control.all_reduce(together)
         parts = together.split([part.flatten(1).shape[1] for part in sums], dim=1)
-        tensors = {
-            name: _numbers(parts[0][i].view(2, -1), parts[1][i], parts[2][i].view(2, -1))
-            for name, i in numbers.items()
-            if self._elements[name].spec.numel
-        }
+        tensors = {}
+        for name, i in numbers.items():
+            if self._elements[name].spec.numel:
+                of_matrix = dict(zip(MATRIX_NUMBERS + SOURCE_NUMBERS, parts[1][i].tolist(), strict=True))
+                tensors[name] = _numbers(parts[0][i].view(2, -1), of_matrix, parts[2][i].view(2, -1))
         return GrowthMetrics(step, time.perf_counter() - began, tensors)
 
+    def _matrices(self, numbers: Mapping[str, int]) -> Tensor:
+        """Return [tensors, MATRIX_NUMBERS + SOURCE_NUMBERS]: 0 where another rank has them, NaN for none."""
+        mesh, state, split = self._mesh, self._engine.state, len(MATRIX_NUMBERS)
+        found = torch.zeros(len(numbers), split + len(SOURCE_NUMBERS), dtype=torch.float64)
+        if mesh.rank == 0:
+            for name, row in numbers.items():
+                found[row, : split * (len(self._elements[name].spec.axes) != 2)] = torch.nan
+                if not self._elements[name].source:
+                    found[row, split:] = torch.nan
+        with_ranks = self._measured % RANKS_EVERY == 0
+        self._measured += 1
+        for name, matrix in own_matrices(state, self._elements, mesh):
+            new = new_axes(self._elements[name], mesh.device)
+            found[numbers[name], :split] = torch.tensor(matrix_numbers(matrix, *new, with_ranks))
+        for name, matrix, source in copied_matrices(state, self._elements, self._stages, mesh):
+            of = source_numbers(matrix, source, self._elements[name].copies)
+            found[numbers[name], split:] = torch.tensor(of)
+        return found
 
-def _numbers(elements: Tensor, matrix: Tensor, units: Tensor) -> dict[str, float]:
+
+def _numbers(elements: Tensor, matrix: Mapping[str, float], units: Tensor) -> dict[str, float]:
     """Return the numbers of a tensor that exist, by name."""
     made: dict[str, float] = {}
     rms: dict[str, float] = {}
@@ -125,5 +157,5 @@ def _numbers(elements: Tensor, matrix: Tensor, units: Tensor) -> dict[str, float
             made[f"dead_share_{side}"] = of_units[Unit.DEAD] / count
     if "GRADIENT_new" in rms and rms.get("GRADIENT_old"):
         made["grad_ratio"] = rms["GRADIENT_new"] / rms["GRADIENT_old"]
-    made |= dict(zip(MATRIX_NUMBERS, matrix.tolist(), strict=True)) if matrix.any() else {}
+    made |= matrix
     return {name: float(f"{value:.6g}") for name, value in made.items() if math.isfinite(value)}

@@ -42,7 +42,7 @@ from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.fault_injection import FaultInjector
 from megatron_nexus.training.faults import STOP_FILE, StopRequest
-from megatron_nexus.training.grown_elements import BoxesByGrowth, grown_elements
+from megatron_nexus.training.grown_elements import BoxesByGrowth, CopiedRows, grown_elements
 from megatron_nexus.training.growth_metrics import GrowthMetricsHook
 from megatron_nexus.training.hooks import Hook, telling_of_failures
 from megatron_nexus.training.loop import Trainer
@@ -76,6 +76,7 @@ def run(
     run_data: RunData | UnlearningSamples | None = None,
     newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
     boxes_by_growth: BoxesByGrowth | None = None,
+    copied_rows: CopiedRows | None = None,
     faults: Sequence[InjectedFault] = (),
     begins_unlearning: bool = False,
 ) -> None:
@@ -85,8 +86,9 @@ def run(
     checkpoint, as a grown one where the run begins so. `open_evaluator` makes what evaluates --eval-tasks;
     only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer. `run_data` is what the run
     reads, where it is open already. `newest_regions` says what the last growth of a checkpoint added,
-    `boxes_by_growth` says it of every growth of a lineage, for --growth-metrics-interval. `faults` are those
-    of --inject. `begins_unlearning`: the run begins at the weights of `checkpoint`, which is another's.
+    `boxes_by_growth` says it of every growth of a lineage, `copied_rows` what the last one copied, both for
+    --growth-metrics-interval. `faults` are those of --inject. `begins_unlearning`: the run begins at the
+    weights of `checkpoint`, which is another's.
     """
     # 1. The ranks, and what they agree on.
     mesh = start_ranks(config, world, checkpoint)
@@ -144,8 +146,8 @@ def run(
             (run_dir / CONFIG_FILE).write_text(config_text(config))
             log_command(run_dir, [*launch_words(world, argv, config.verb), *argv], trainer.progress.step)
         if config.logging.growth_metrics_interval:
-            assert boxes_by_growth is not None, "the verb `train` passes it"
-            elements = grown_elements(config.model, trainer.lineage, boxes_by_growth)
+            assert boxes_by_growth is not None and copied_rows is not None, "the verb `train` passes them"
+            elements = grown_elements(config.model, trainer.lineage, boxes_by_growth, copied_rows)
             hook = GrowthMetricsHook(
                 config, mesh, engine, corpus.training, elements, trainer.hooks, trainer.progress.step
             )

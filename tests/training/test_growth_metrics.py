@@ -19,11 +19,15 @@ from torch import Tensor
 from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.config.command_line import build
+from megatron_nexus.growth.generations import boxes_by_growth, copied_rows
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.nexus_rank import NexusRank, NexusWidths, nexus_rank_specs
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import Axis, Normal
 from megatron_nexus.spec.shard import Shard
+from megatron_nexus.training.grown_elements import grown_elements
+from megatron_nexus.training.matrix_statistics import MATRIX_NUMBERS, RANKS_SIDE, source_numbers
+from megatron_nexus.training.matrix_statistics import matrix_numbers as numbers_of
 from tests.support import checkpoints, reference
 from tests.support.ranks import run_ranks
 from tests.support.train_worker import STEPS, global_batches
@@ -37,7 +41,7 @@ SIZES = {
     "nexus_a": 30,
     "vocab_size": 41,
 }
-# Of each axis that grows, its size before; the third layer is new.
+# Of each axis that grows, its size before; the third layer is new, a copy of the first.
 OLD_SIZES = {"vocabulary": 37, "hidden": 12, "ffn": 17, "nexus_m": 15, "nexus_a": 19}
 TRAINING = {
     "seq_length": 12,
@@ -80,7 +84,7 @@ def runs(ranks: int) -> tuple[dict[str, list[dict]], dict[str, dict[str, float]]
         config = checkpoints.configure(seq_length=12)
         source = checkpoints.write_checkpoint(root / "source", config)
         made, after = checkpoints.grow(
-            source, root / "grown", config, SIZES, init="in_rand", depth_init="random"
+            source, root / "grown", config, SIZES, init="in_rand", depth_init="stack", moments="kept"
         )
         flags = {**vars(after.model), **TRAINING, "micro_batch_size": 1, "global_batch_size": 4}
         cases = [
@@ -129,6 +133,15 @@ def expected(folder: Path, config: dict) -> dict[str, dict[str, float]]:
             own["grad_ratio"] = own["grad_rms_new"] / own["grad_rms_old"]
         if weights.dim() == 2:
             own |= matrix_numbers(ended[name].numpy(), *(mask.numpy() for mask in new[name]))
+            if name.startswith("layers.2."):
+                axis = specs[name].axes[0]
+                rows = OLD_SIZES.get(axis.name.split(".")[-1], axis.size)
+                pair = ended[name][:rows], ended[name.replace("layers.2.", "layers.0.")][:rows]
+                cosines = torch.nn.functional.cosine_similarity(*pair, dim=1)
+                own |= {
+                    "source_cosine_mean": float(cosines.mean()),
+                    "source_cosine_min": float(cosines.min()),
+                }
     for name, (pre, post) in activations(ended, one[0], config["model"]).items():
         for side, mask in (("old", ~new[name][1]), ("new", new[name][1])):
             if mask.any():
@@ -227,6 +240,36 @@ def test_training_does_not_notice(name: str) -> None:
     records, _ = runs(2)
     assert len(records[name][0]["losses"]) == STEPS
     assert records[name][0]["losses"] == records[f"{name}-without"][0]["losses"]
+
+
+def test_ranks_of_large_matrices_are_found_in_the_first_measurement_of_ten() -> None:
+    matrix = torch.randn(RANKS_SIDE + 1, RANKS_SIDE + 2, generator=torch.Generator().manual_seed(1))
+    none = [torch.zeros(side, dtype=torch.bool) for side in matrix.shape]
+    for with_ranks in (True, False):
+        found = dict(zip(MATRIX_NUMBERS, numbers_of(matrix, *none, with_ranks), strict=True))
+        assert math.isfinite(found["effective_rank"]) is with_ranks
+    small = numbers_of(matrix[:RANKS_SIDE], none[0][:RANKS_SIDE], none[1], with_ranks=False)
+    assert math.isfinite(small[MATRIX_NUMBERS.index("stable_rank")])
+
+
+def test_rows_that_split_has_copied_are_compared_with_their_sources(tmp_path: Path) -> None:
+    """As they are born: incoming weights of a copied unit are those of its source, whatever axes grow."""
+    config = checkpoints.configure()
+    source = checkpoints.write_checkpoint(tmp_path / "old", config)
+    sizes = {"nexus_m": 18, "nexus_a": 22, "ffn_hidden_size": 20, "num_layers": 3}
+    made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, init="split", depth_init="stack")
+    found = grown_elements(after.model, read_manifest(made).lineage, boxes_by_growth, copied_rows)
+    tensors = {name: torch.from_numpy(t) for name, t in checkpoints.tensors(made, STATES[0]).items()}
+    copied = {name: of for name, of in found.items() if of.source}
+    assert {"layers.0.attention.q.w_m", "layers.1.attention.k.w_a", "layers.2.feed_forward.down"} <= set(
+        copied
+    )
+    assert "layers.0.attention.q.w_d" not in copied  # its new units are columns
+    for name, of in copied.items():
+        rows = sum(count for _, count, _ in of.copies)
+        assert rows == (len(tensors[name]) if name.startswith("layers.2.") else int(of.new_units(0).sum()))
+        numbers = source_numbers(tensors[name], tensors[of.source], of.copies)
+        assert numbers == pytest.approx([1.0, 1.0], abs=1e-6), name
 
 
 def test_products_of_several_projections_at_once_show_the_same_activations() -> None:
