@@ -35,6 +35,8 @@ SHARES = {"25 %": 0.25, "50 %": 0.5, "100 %": 1.0, "pilots": 0.0}
 """Of the target's run from scratch that is known; or all that was run with half of the FLOPs."""
 SHOWN = (("long/long1-g2000-tD", "50 %"), ("tiny/s1-g500-tMA", "100 %"), ("depth/s1-g713-2076", "pilots"))
 STABLE = Position(Phase.STABLE, "WSD", 1.0)
+HELD_OUT = "held"
+"""The experiment that was recorded after all constants were chosen, and had no part in any."""
 NEAR = 0.03
 """Two budgets that differ by less are one."""
 
@@ -248,9 +250,9 @@ def kappas(found: Sequence[Case], runs: Sequence[Recorded]) -> Iterator[tuple[Ca
 HEAD = "n | inside the 95 % interval | half width | mean error | r.m.s. error |"
 
 
-def tell_forecasts(found: Sequence[Case], runs: Sequence[Recorded]) -> None:
+def tell_forecasts(title: str, found: Sequence[Case], runs: Sequence[Recorded]) -> None:
     """The forecast and the result of each growth, and how often the answers were right."""
-    print(f"\n| growths; what is known of the target | {HEAD}\n|---|---:|---:|---:|---:|---:|")
+    print(f"\n| {title}; what is known of the target | {HEAD}\n|---|---:|---:|---:|---:|---:|")
     answers: dict[tuple[str, Answer], list[Case]] = {}
     for share in SHARES:
         rows: dict[str, list[tuple[Interval, float]]] = {}
@@ -299,9 +301,15 @@ def main() -> None:
     found = cases(runs)
     print(f"{len(runs)} recorded runs, {sum(len(r.curve.points) for r in runs):,} losses\n")
     print(f"| last loss of a run, known | {HEAD}\n|---|---:|---:|---:|---:|---:|")
-    for share, forecasts in ends(runs):
-        print(f"| {100 * share:.0f} % of it | {forecasts.row()} |")
-    tell_forecasts(found, runs)
+    for title, some in (
+        ("", [run for run in runs if run.experiment != HELD_OUT]),
+        (", held out", [run for run in runs if run.experiment == HELD_OUT]),
+    ):
+        for share, forecasts in ends(some):
+            print(f"| {100 * share:.0f} % of it{title} | {forecasts.row()} |")
+    held = [case for case in found if case.grown.experiment == HELD_OUT]
+    tell_forecasts("growths", [case for case in found if case not in held], runs)
+    tell_forecasts("growths held out", held, runs)
     tell_growths(found, runs)
     for name, what in SHOWN:
         case = next(case for case in found if case.grown.curve.name == name)

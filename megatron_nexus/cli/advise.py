@@ -93,14 +93,15 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--probe needs scipy, not installed here: {install_command('analysis')}")
     from megatron_nexus.advice.phase import position, schedule_of
     from megatron_nexus.advice.report import Advice, report_lines
-    from megatron_nexus.advice.run_curve import read_run, size_of
+    from megatron_nexus.advice.run_curve import read_runs, size_of
     from megatron_nexus.advice.target import advise
     from megatron_nexus.advice.verdict import Answer
 
-    recorded = read_run(given.run)
+    recorded, *pilots = read_runs([given.run, *given.pilots])
     saved = recorded.saved
     targets = _targets(saved.config, given.target_sizes)
-    pilots = [read_run(place) for place in given.pilots]
+    if given.pilots and not recorded.validated:
+        log.logger.info("training losses are compared: not all of these runs were validated often enough")
     _require_comparable(recorded, pilots)
     plan = _plan(recorded, given, schedule_of(saved.config))
     here = position(saved)

@@ -3,11 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_nexus.advice.run_curve import read_runs
+from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.cli.advise import run
 from megatron_nexus.cli.train_command import configure
@@ -78,6 +81,20 @@ def test_a_checkpoint_is_advised_on_as_if_its_future_were_not_known(
     useless = advise(console, "small", *words[:2], "--pilots", "worse")
     assert useless["answer"] == "never"
     assert "size is not what limits" in useless["targets"][0]["verdict"]["reasons"][0]
+
+
+def test_validation_losses_are_not_compared_with_training_losses(folder: Path, tmp_path: Path) -> None:
+    """Where one run has too few validations, training losses of all of them are read."""
+    seldom = tmp_path / "seldom"
+    shutil.copytree(folder / "better", seldom)
+    records = [json.loads(line) for line in (seldom / METRICS_FILE).read_text().splitlines()]
+    kept = [r for r in records if "validation_loss" not in r or r["step"] % 100 == 0]
+    assert sum("validation_loss" in r for r in kept) == 4
+    (seldom / METRICS_FILE).write_text("".join(json.dumps(r) + "\n" for r in kept))
+    both = read_runs([location(str(folder / "small")), location(str(seldom))])
+    assert [(run.validated, len(run.curve.points)) for run in both] == [(False, 40)] * 2
+    alone = read_runs([location(str(folder / name)) for name in ("small", "better")])
+    assert [run.validated for run in alone] == [True] * 2
 
 
 def test_where_nothing_is_known_it_says_so_and_its_pilots_can_be_started(
