@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
+from megatron_nexus.errors import ConfigError
 from tests.support.subprocesses import WARM_PYTHON, Spawn
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "progressive_scaling"
@@ -46,6 +47,36 @@ def analysis(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("vocab-size: 97", "vocab-sizes: 97", ["shape l1", "unknown flag --vocab-sizes"]),
+        ("shape: l2", "shape: l3", ["grown", "shape l3 is not among shapes"]),
+        ("nexus-m: 20", "nexus-m: twenty", ["shape l1", "--nexus-m"]),
+        ("depth_init=stack", "depth_init=stak", ["grown", "stak"]),
+        ("{num-layers: 2}", "{num-layers: 2, nexus-m: 18}", ["grown", "--nexus-m 18", "20"]),
+        ("until: 0.00001", "untill: 0.00001", ["grown: a stage", "untill is not known"]),
+        ("until: 0.00001", "until: soon", ["grown: a stage: until 'soon' is not a number"]),
+        ("    seeds: [1]\n", "", ["an entry of schedules has no seeds: add it"]),
+        ("lr: 0.002, ", "", ["grown: a stage has no lr: add it"]),
+        ("warmup_steps: 1", "warmup: 1", ["warmup is not known", "warmup_steps is missing"]),
+    ],
+)
+def test_a_wrong_entry_is_one_error_that_names_it(
+    old: str, new: str, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is trained."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    from experiment import read_experiment
+
+    path = tmp_path / "wrong.yaml"
+    path.write_text(CONFIG.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        read_experiment(path)
+    text = str(caught.value)
+    assert all(part in text for part in (*told, "wrong.yaml")) and "Error(" not in text, text
 
 
 @pytest.mark.slow

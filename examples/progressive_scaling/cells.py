@@ -97,11 +97,8 @@ def _chain(
         if cell is None:
             flags |= sizes
         else:
-            before = experiment.shapes[stages[index - 1].shape]
-            grown = [
-                f"{name.replace('-', '_')}={size}" for name, size in sizes.items() if before.get(name) != size
-            ]
-            grow = " ".join([*grown, *stage.grow.split(), f"growth_seed={seed}"] if grown else [])
+            growth = experiment.growth(stages[index - 1].shape, stage)
+            grow = f"{growth} growth_seed={seed}" if growth else ""
             if stages[index - 1].decays:
                 flags |= {"lr-start-iter": str(start), "lr-decay-iters": "0"}
         line = (*words(flags), *stage.flags.split())

@@ -5,16 +5,19 @@ from each stage's shape to the next one's. A budget ends it: the FLOPs of all it
 pass, the base's included. A schedule of one stage is a run from scratch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_nexus.cli.train_command import configure
+from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.growth.request import grown_config, read_request
 from megatron_nexus.models.decoder import training_flops_per_token
 
 TERA = 1e12
@@ -83,13 +86,21 @@ class Experiment:
     @cached_property
     def flops_per_step(self) -> Mapping[str, float]:
         """FLOPs of an optimizer step, forward and backward pass, by shape."""
-        found = {}
-        for name, flags in self.shapes.items():
-            config, _ = configure(words({**self.train, **flags}))
-            found[name] = self.tokens_per_step * float(
-                training_flops_per_token(config.model, config.training.seq_length)
-            )
-        return found
+        return {
+            name: self.tokens_per_step
+            * float(training_flops_per_token(config.model, config.training.seq_length))
+            for name, config in ((name, self.config_of(name)) for name in self.shapes)
+        }
+
+    def config_of(self, shape: str) -> RunConfig:
+        """Return the configuration of a shape's runs. Raises ConfigError."""
+        return configure(words({**self.train, **self.shapes[shape]}))[0]
+
+    def growth(self, before: str, stage: Stage) -> str:
+        """Return what --grow takes to make a stage's shape of the shape `before`; "" where they are one."""
+        sizes, old = self.shapes[stage.shape], self.shapes[before]
+        grown = [f"{name.replace('-', '_')}={size}" for name, size in sizes.items() if old.get(name) != size]
+        return " ".join([*grown, *stage.grow.split()] if grown else [])
 
 
 def words(flags: Flags) -> list[str]:
@@ -120,47 +131,90 @@ def read_experiment(path: Path) -> Experiment:
     ]
     if problems:
         raise ConfigError(problems)
-    shapes = {name: _flags(flags) for name, flags in given["shapes"].items()}
     try:
         experiment = Experiment(
-            train=_flags(given["train"]),
-            shapes=shapes,
-            warmup_steps=int(given["warmup_steps"]),
-            decay_share=float(given["decay_share"]),
-            min_lr_share=float(given["min_lr_share"]),
-            schedules=tuple(s for entry in given["schedules"] for s in _schedules(entry)),
-            ceilings=tuple(Ceiling(**entry) for entry in given.get("ceilings", [])),
+            train=_flags("train", given["train"]),
+            shapes={
+                n: _flags(f"shape {n}", flags) for n, flags in _mapping("shapes", given["shapes"]).items()
+            },
+            warmup_steps=int(_number("warmup_steps", given["warmup_steps"])),
+            decay_share=_number("decay_share", given["decay_share"]),
+            min_lr_share=_number("min_lr_share", given["min_lr_share"]),
+            schedules=tuple(s for entry in _list("schedules", given["schedules"]) for s in _schedules(entry)),
+            ceilings=tuple(_ceiling(entry) for entry in _list("ceilings", given.get("ceilings", []))),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: {error!r}: compare the entry with those of laptop.yaml") from error
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
     _check(experiment, path)
     return experiment
 
 
-def _flags(given: Mapping[str, object]) -> dict[str, str]:
+def _mapping(
+    where: str, given: object, needed: Sequence[str] = (), known: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return an entry of names and values, with all that are `needed`, and none but `known` ones if given."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} is {given!r}: write names with values, as in laptop.yaml")
+    problems = [f"{where} has no {name}: add it" for name in needed if name not in given]
+    problems += [
+        f"{where}: {name} is not known: remove it, or write one of {', '.join(known)}"
+        for name in given
+        if known and name not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return given
+
+
+def _list(where: str, given: object) -> list[Any]:
+    if not isinstance(given, list):
+        raise ConfigError(f"{where} is {given!r}: write a list, as in laptop.yaml")
+    return given
+
+
+def _number(where: str, given: object) -> float:
+    try:
+        return float(str(given))
+    except ValueError:
+        raise ConfigError(f"{where} {given!r} is not a number: give such as 0.5") from None
+
+
+def _ceiling(given: object) -> Ceiling:
+    names = tuple(Ceiling.__dataclass_fields__)
+    return Ceiling(**_mapping("an entry of ceilings", given, names, names))
+
+
+def _flags(where: str, given: object) -> dict[str, str]:
     return {
-        name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in given.items()
+        str(name): str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in _mapping(where, given).items()
     }
 
 
-def _schedules(entry: Mapping[str, Any]) -> list[Schedule]:
+def _schedules(given: object) -> list[Schedule]:
     """Return the schedules of an entry: one for each of its `lrs`, where it has several."""
-    made = []
-    for lr in entry.get("lrs", [None]):
-        stages = []
-        for stage in entry["stages"]:
-            values = {
-                **stage,
-                "lr": float(stage["lr"] if lr is None else lr),
-                "until": float(stage.get("until", 0)),
-            }
-            stages.append(Stage(**values))
-        name = entry["name"] if lr is None else f"{entry['name']} lr {float(lr):g}"
-        budgets = tuple(float(b) for b in entry.get("budgets", []))
-        made.append(
-            Schedule(name, tuple(stages), budgets, tuple(entry.get("steps", [])), tuple(entry["seeds"]))
+    known = ("name", "stages", "lrs", "budgets", "steps", "seeds")
+    entry = _mapping("an entry of schedules", given, ("name", "stages", "seeds"), known)
+    title, made = str(entry["name"]), []
+    stages = _list(f"{title}: stages", entry["stages"])
+    rates = _list(f"{title}: lrs", entry["lrs"]) if "lrs" in entry else [None]
+    for lr in rates:
+        name = title if lr is None else f"{title} lr {_number(f'{title}: lrs', lr):g}"
+        budgets, steps, seeds = (
+            [_number(f"{title}: {key}", one) for one in _list(f"{title}: {key}", entry.get(key, []))]
+            for key in ("budgets", "steps", "seeds")
         )
+        whole = tuple(map(int, steps)), tuple(map(int, seeds))
+        made.append(Schedule(name, tuple(_stage(title, one, lr) for one in stages), tuple(budgets), *whole))
     return made
+
+
+def _stage(schedule: str, given: object, lr: object) -> Stage:
+    """Return a stage of a schedule, at the rate `lr` where the schedule has one."""
+    where, known = f"{schedule}: a stage", tuple(Stage.__dataclass_fields__)
+    stage = _mapping(where, given, ("shape",) if lr is not None else ("shape", "lr"), known)
+    rate = _number(f"{where}: lr", stage["lr"] if lr is None else lr)
+    return Stage(**{**stage, "lr": rate, "until": _number(f"{where}: until", stage.get("until", 0))})
 
 
 def _check(experiment: Experiment, path: Path) -> None:
@@ -185,5 +239,27 @@ def _check(experiment: Experiment, path: Path) -> None:
         for shape in (ceiling.small, ceiling.large):
             if shape not in experiment.shapes:
                 problems.append(f"ceiling of {ceiling.axis}: shape {shape} is not among shapes: add it there")
+    problems = problems or list(_refused(experiment))
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
+
+
+def _refused(experiment: Experiment) -> Iterator[str]:
+    """Yield what `nexus train` says of shapes and growths that it would refuse, once."""
+    configs = {}
+    for name in experiment.shapes:
+        try:
+            configs[name] = experiment.config_of(name)
+        except ConfigError as error:
+            yield from (f"shape {name}: {problem}" for problem in error.problems)
+    told = set()
+    for schedule in experiment.schedules:
+        for before, stage in pairwise(schedule.stages):
+            text = experiment.growth(before.shape, stage)
+            if not text or not {before.shape, stage.shape} <= configs.keys() or (before.shape, text) in told:
+                continue
+            told.add((before.shape, text))
+            try:
+                grown_config(configs[before.shape], read_request(text, "grow"))
+            except ConfigError as error:
+                yield from (f"{schedule.name}: {problem}" for problem in error.problems)
