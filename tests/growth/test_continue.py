@@ -6,6 +6,7 @@ loading gives the same state, bit for bit, as growing with the tool.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,16 @@ import torch
 
 from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.checkpoint.data_file import STATES
-from megatron_nexus.checkpoint.manifest import read_manifest
+from megatron_nexus.checkpoint.manifest import GrownRegion, read_manifest
+from megatron_nexus.checkpoint.train_state import StateView
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import GrowthRequest, read_request
+from megatron_nexus.spec.param import Axis, Flow, Normal, ParamSpec, Role
+from megatron_nexus.spec.shard import Box
+from megatron_nexus.training.grown_adam import install_bias_correction
+from megatron_nexus.training.new_lr import install_new_lr, new_lr_factor
 from tests.support import checkpoints, reference
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
@@ -50,6 +56,7 @@ TOPOLOGIES = {
     2: {
         "zero1": {},
         "zero1-bf16": {"precision": "bf16"},
+        "zero1-cpu-adam": {"optimizer_impl": "deepspeed"},
         "zero2": {"zero_stage": 2},
         "zero3": {"zero_stage": 3},
         "tp2": {"tensor_model_parallel_size": 2},
@@ -131,3 +138,72 @@ def test_training_goes_on_as_plain_adamw_at_every_topology(
         ended = checkpoints.tensors(folder / f"iter_{STEPS:07d}")
         for key, weights in plain["weights"].items():
             assert np.abs(ended[key] - weights.detach().numpy()).max() <= WEIGHT_TOLERANCE, (name, key)
+
+
+class GroupStepAdam(torch.optim.Optimizer):
+    """AdamW that counts its steps by parameter group, as apex's FusedAdam does, which runs on CUDA alone."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["step"] = count = group.get("step", 0) + 1
+            for flat in group["params"]:
+                state = self.state[flat]
+                if not state:
+                    state |= {"exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+                first, second = group["betas"]
+                m = state["exp_avg"].lerp_(flat.grad, 1 - first)
+                v = state["exp_avg_sq"].mul_(second).addcmul_(flat.grad, flat.grad, value=1 - second)
+                update = m / (1 - first**count) / ((v / (1 - second**count)).sqrt() + group["eps"])
+                flat.sub_(group["lr"] * (update + group["weight_decay"] * flat))
+
+
+@dataclasses.dataclass
+class OneBuffer:
+    """What grown weights need of `ZeroState`: a tensor in one buffer, and its optimizer's hooks."""
+
+    flat: torch.nn.Parameter
+    adam: torch.optim.Optimizer
+
+    def views(self) -> list[StateView]:
+        spec = ParamSpec("w", (Axis("x", len(self.flat)),), Normal(0.02), Role.VECTOR, (Flow.WRITES,))
+        state = self.adam.state[self.flat]
+        values = {"fp32": self.flat.detach(), **{name: state[name] for name in STATES[1:]}}
+        return [StateView(spec, full_box(spec.shape), values)]
+
+    def around_each_step(self, before: Callable = lambda *_: None, after: Callable = lambda *_: None) -> None:
+        self.adam.register_step_pre_hook(before)
+        self.adam.register_step_post_hook(after)
+
+
+@pytest.mark.parametrize("counts_by_group", [True, False])
+def test_new_weights_have_their_rate_and_count_under_an_adam_that_counts_by_group(
+    counts_by_group: bool,
+) -> None:
+    """Old and new weights in one buffer end as two AdamWs would have them, one of each kind."""
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    gradients = torch.randn(8, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    old, new = (torch.nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64)) for _ in range(2))
+    apart = [torch.optim.AdamW([old], **settings), torch.optim.AdamW([new], **settings)]
+    flat = torch.nn.Parameter(torch.cat([old.detach(), new.detach()]))
+    adam = GroupStepAdam([flat], settings) if counts_by_group else torch.optim.AdamW([flat], **settings)
+    optimizer = build({"new_lr_ratio": 1.5, "new_lr_warmup_iters": 3}).optimizer
+    for step, gradient in enumerate(gradients):
+        flat.grad, old.grad, new.grad = gradient.clone(), gradient[:5].clone(), gradient[5:].clone()
+        if step == 3:  # where the last five begin, as those of a growth do: no moments
+            state = adam.state[flat]
+            state["exp_avg"][5:] = state["exp_avg_sq"][5:] = 0.0
+            regions = [GrownRegion("w", Box((5,), (5,)), adam_step=3)]
+            install_bias_correction(OneBuffer(flat, adam), regions)
+            install_new_lr(OneBuffer(flat, adam), regions, optimizer)
+        apart[0].step()
+        if step >= 3:
+            apart[1].param_groups[0]["lr"] = settings["lr"] * new_lr_factor(optimizer, step - 2)
+            apart[1].step()
+        else:
+            flat.grad[5:] = 0.0
+        adam.step()
+        if step < 3:
+            with torch.no_grad():
+                flat[5:] = new
+    assert torch.allclose(flat.detach(), torch.cat([old, new]).detach(), atol=1e-12, rtol=0)

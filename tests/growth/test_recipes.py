@@ -181,6 +181,65 @@ def test_adam_parts_units_whose_outgoing_weights_have_opposite_signs_and_no_othe
 
 
 @pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"init": "in_rand"}, {"nexus_m": 18, "nexus_a": 23, "ffn_hidden_size": 21}),  # x 1.2
+        ({"init": "in_rand"}, {"nexus_m": 60, "nexus_a": 76, "ffn_hidden_size": 68}),  # x 4
+        ({"init": "pairs"}, {"nexus_m": 45, "nexus_a": 57, "num_attention_heads": 6}),  # x 3
+        ({"init": "split", "split_share": 0.5}, {"nexus_m": 30, "num_attention_heads": 4}),
+        ({"init": "split", "split_share": 0.75}, {"nexus_m": 22, "nexus_a": 28, "ffn_hidden_size": 25}),
+        ({"init": "split", "split_share": 2.0}, {"hidden_size": 24, "nexus_m": 16}),
+        ({"init": "out_rand", "depth_init": "copy"}, {"num_layers": 8}),
+        ({"init": "split", "depth_init": "copy", "split_share": 0.75}, {"num_layers": 5, "nexus_m": 29}),
+    ],
+)
+def test_any_factor_and_share_keeps_the_function_and_trains_every_new_element(
+    settings: dict, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    config = checkpoints.configure()
+    source = checkpoints.write_checkpoint(tmp_path / "old", config)
+    made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, **settings)
+    tokens, model = checkpoints.sample(config.model), dataclasses.asdict(after.model)
+    before = reference.logits(checkpoints.weights(source), tokens, dataclasses.asdict(config.model))
+    assert (reference.logits(checkpoints.weights(made), tokens, model) - before).abs().max() <= 1e-12
+    w = {name: t.requires_grad_() for name, t in checkpoints.weights(made).items()}
+    reached = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in w.items()}
+    tokens = torch.arange(config.model.vocab_size).repeat(2).view(-1, 2).T.contiguous()
+    for _ in range(3):
+        loss = reference.loss(w, tokens, tokens.roll(-1, 1), model)
+        with torch.no_grad():
+            gradients = torch.autograd.grad(loss, list(w.values()))
+            for (name, t), gradient in zip(w.items(), gradients, strict=True):
+                reached[name] |= gradient != 0
+                t -= 0.1 * gradient
+    for name, tensor in plan_growth(config, GrowthRequest(sizes, GrowthConfig(**settings))).tensors.items():
+        for box in (box.box for box in tensor.boxes if box.is_new):
+            assert reached[name][index_within(box, full_box(tensor.spec.shape))].all(), (name, box)
+
+
+def test_of_four_copies_two_never_part_which_is_why_split_at_most_doubles(tmp_path: Path) -> None:
+    """Two splits in a row: shares 9/4, -3/4, -3/4, 1/4, of which Adam parts those of unlike sign alone."""
+    config = checkpoints.configure(lr=1e-2)
+    source = checkpoints.write_checkpoint(tmp_path / "0", config)
+    once, middle = checkpoints.grow(source, tmp_path / "1", config, {"nexus_m": 30}, init="split")
+    made, after = checkpoints.grow(once, tmp_path / "2", middle, {"nexus_m": 60}, init="split")
+    w, first, second = (
+        {name: torch.from_numpy(t).double() for name, t in checkpoints.tensors(made, s).items()}
+        for s in STATES
+    )
+    state = {name: (first[name], second[name], torch.full_like(w[name], checkpoints.STEP)) for name in w}
+    tokens = checkpoints.sample(config.model)
+    ended = reference.train(w, [(tokens, tokens.roll(-1, 1))] * 20, dataclasses.asdict(after), state=state)
+    one, other, third, fourth = ended["weights"]["layers.0.attention.v.w_m"].detach().split(15)
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).norm() / a.norm())
+
+    assert max(distance(one, fourth), distance(other, third)) < 0.01
+    assert min(distance(one, other), distance(one, third), distance(fourth, third)) > 0.02
+
+
+@pytest.mark.parametrize(
     ("options", "sizes", "settings", "message"),
     [
         ({}, {"nexus_m": 31}, {"init": "split"}, ["--nexus-m 15", "up to 30"]),

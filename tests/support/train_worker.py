@@ -30,6 +30,7 @@ from megatron_nexus.models.scores import Request
 from megatron_nexus.parallel.beacon import Beacon
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
+from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_adam import install_bias_correction
 from megatron_nexus.training.new_lr import install_new_lr
@@ -133,6 +134,8 @@ def run_case(case: dict, out: Path, index: int) -> None:
     tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     mesh = make_mesh(world, tp_size, pp_size, TIMEOUT_S, by_node)
     beacon = Beacon()
+    if config.optimizer.optimizer_impl == "deepspeed":
+        build_deepspeed_adam(mesh)
     engine = Engine(config, mesh, beacon=beacon)
     if "load" in case:
         begin_from(case, engine, mesh, out)
