@@ -8,6 +8,7 @@ T tokens, B batch, N = T B, D hidden, V the part of the vocabulary on this rank.
 """
 
 from collections.abc import Callable
+from math import inf
 
 import torch.distributed as dist
 from deepspeed.sequence.linear_cross_entropy import _VocabParallelLinearCrossEntropy
@@ -50,14 +51,17 @@ class LinearCrossEntropy:
         start, stop = self._range
         weight_VD: Tensor = self.head.projection.get_parameter("weight")
         rows = self._block_rows(labels_BT.numel(), len(weight_VD))
-        if stop - start < len(weight_VD):
+        padding_logit = None
+        if start == stop:  # padding alone: one column, of probability 0
+            weight_VD, padding_logit = weight_VD[:1], weight_VD.new_full((1,), -inf)
+        elif stop - start < len(weight_VD):
             weight_VD = weight_VD[: stop - start]  # the rest is padding
         x_ND = self._tp.enter_summed(x_TBD).flatten(0, 1).contiguous()
         # The public function checks labels and ranges: three waits for the GPU, and a collective.
         losses_N: Tensor = _VocabParallelLinearCrossEntropy.apply(
             x_ND,
             weight_VD,
-            None,
+            padding_logit,
             labels_BT.t().flatten(),
             self._group,
             start,

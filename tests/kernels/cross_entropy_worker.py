@@ -83,8 +83,13 @@ def errors(
     )
 
 
-def linear_errors(dtype: torch.dtype, tp: TensorParallel, group: ProcessGroup) -> tuple[float, float, float]:
-    """Both errors of head and loss in one, by blocks of 3 tokens; gradients of input and head."""
+def linear_errors(
+    dtype: torch.dtype, tp: TensorParallel, group: ProcessGroup, multiple: int = 1
+) -> tuple[float, float, float]:
+    """Both errors of head and loss in one, by blocks of 3 tokens; gradients of input and head.
+
+    With a `multiple` above the vocabulary the second rank holds padding alone.
+    """
     tokens, samples, hidden = 4, 2, 6
     generator = torch.Generator().manual_seed(5)
     x_TBD = torch.randn(tokens, samples, hidden, generator=generator).to(dtype)
@@ -95,7 +100,7 @@ def linear_errors(dtype: torch.dtype, tp: TensorParallel, group: ProcessGroup) -
     (2.0 * expected).backward()
 
     model = ModelConfig(vocab_size=SMALL, hidden_size=hidden, num_layers=1)
-    shard = Shard(tp.rank, tp.size, 1)
+    shard = Shard(tp.rank, tp.size, multiple)
     head = Head(model, LayerContext(tp, shard, None, dtype, ends_before_head=True))
     (start, stop), weight = Loss(model, tp, shard).vocabulary_range, head.projection.get_parameter("weight")
     weight.data[: stop - start] = weight_VD[start:stop]
@@ -110,7 +115,7 @@ def linear_errors(dtype: torch.dtype, tp: TensorParallel, group: ProcessGroup) -
     assert logits.shape == (tokens, samples, len(weight))
     whole = wide[0].grad.chunk(tp.size)[tp.rank] if tp.sequence_parallel else wide[0].grad
     pairs = [(mine.grad, whole), (weight.grad[: stop - start], wide[1].grad[start:stop])]
-    gradient = max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    gradient = max(float((a.double() - b).norm() / b.norm()) for a, b in pairs if b.numel())
     return abs(float((found - expected).detach())), gradient, 0.0
 
 
@@ -155,6 +160,7 @@ def main() -> None:
         found[f"linear {dtype}"] = linear_errors(dtype, tp, mesh.tp_group)
         split = TensorParallel(mesh.tp_group, sequence_parallel=True)
         found[f"linear,split {dtype}"] = linear_errors(dtype, split, mesh.tp_group)
+        found[f"linear,padding {dtype}"] = linear_errors(dtype, tp, mesh.tp_group, multiple=SMALL + 3)
     found["divergence torch.float64"] = divergence_errors(tp)
     (Path(sys.argv[1]) / f"errors_{world.size}_{world.rank}.json").write_text(json.dumps(found))
     close_mesh()
