@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from megatron_nexus.checkpoint.location import Location
+from megatron_nexus.log import logger
 from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.training.metrics import Evaluation, StepMetrics
 
@@ -36,11 +37,17 @@ class Hook:
 
 @contextmanager
 def telling_of_failures(hooks: Sequence[Hook], beacon: Beacon) -> Iterator[None]:
-    """Tell hooks, also those that are added in the block, of the error that ends it."""
+    """Tell hooks, also those that are added in the block, of the error that ends it, which is then raised.
+
+    A hook that fails, as on a full disk, is logged.
+    """
     try:
         yield
     except BaseException as error:
         beacon.mark(Phase.HOOKS)  # which may take longer than a phase of a step
         for hook in hooks:
-            hook.on_failure(error)
+            try:
+                hook.on_failure(error)
+            except Exception as failure:  # noqa: BLE001 - the run's own error is the one to raise
+                logger.warning("%s: %s", type(hook).__name__, failure)
         raise

@@ -105,6 +105,32 @@ def test_mlflow_keeps_one_run_over_a_stop(tmp_path: Path, monkeypatch: pytest.Mo
     assert run.data.metrics["lm loss validation"] == 3.0
 
 
+class FailingHook(Hook):
+    """Cannot write what it has, as on a full disk."""
+
+    def on_failure(self, error: BaseException) -> None:
+        raise OSError(f"cannot write after: {error}")
+
+
+class NotedHook(Hook):
+    """Keeps the error that it receives."""
+
+    error: BaseException | None = None
+
+    def on_failure(self, error: BaseException) -> None:
+        self.error = error
+
+
+def test_a_hook_that_fails_hides_neither_the_error_of_the_run_nor_the_run_from_other_hooks() -> None:
+    noted = NotedHook()
+    with (
+        pytest.raises(TrainingError, match="not finite"),
+        telling_of_failures([FailingHook(), noted], Beacon()),
+    ):
+        raise TrainingError("the loss is not finite")
+    assert isinstance(noted.error, TrainingError)
+
+
 @pytest.mark.slow
 def test_a_run_whose_memory_runs_out_has_failed_in_mlflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
