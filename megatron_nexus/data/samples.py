@@ -172,8 +172,8 @@ class TokenWindows:
             )
         self._seed = seed
         self._vocab_size = vocab_size
-        self._epoch = 0
-        self._order = Permutation(self.window_count, seed, 0)
+        #: An epoch and its order, in one attribute: threads may read samples of different epochs.
+        self._order = 0, Permutation(self.window_count, seed, 0)
 
     def sample(self, k: int) -> npt.NDArray[np.int64]:
         """Return tokens of global sample `k`, counted from 0 over all epochs, [L + 1].
@@ -201,6 +201,8 @@ class TokenWindows:
     def _start(self, k: int) -> int:
         """Return where sample `k` begins in the token stream of the corpus."""
         epoch, index = divmod(k, self.window_count)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, Permutation(self.window_count, self._seed, epoch)
-        return self.split.tokens.start + self._order[index] * self.seq_length
+        known, order = self._order
+        if epoch != known:
+            order = Permutation(self.window_count, self._seed, epoch)
+            self._order = epoch, order
+        return self.split.tokens.start + order[index] * self.seq_length

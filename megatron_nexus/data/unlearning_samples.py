@@ -48,11 +48,12 @@ class UnlearningSamples:
         name = list(self.sets)[k % len(self.sets)]
         epoch, index = divmod(k // len(self.sets), len(self.sets[name]))
         key = name, epoch
-        if key not in self._orders:
+        order = self._orders.get(key)  # which another thread may clear
+        if order is None:
             if len(self._orders) > 8:
                 self._orders.clear()
-            self._orders[key] = Permutation(len(self.sets[name]), self.seed + (name == RETAIN), epoch)
-        return name, self._orders[key][index]
+            order = self._orders[key] = Permutation(len(self.sets[name]), self.seed + (name == RETAIN), epoch)
+        return name, order[index]
 
     @cached_property
     def _orders(self) -> dict[tuple[str, int], Permutation]:

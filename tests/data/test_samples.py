@@ -1,8 +1,10 @@
 """Splits, windows and the order of samples: nothing is lost, nothing twice, nothing depends on the past."""
 
+import sys
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -101,6 +103,25 @@ def test_a_sample_depends_on_its_number_only(tmp_path: Path) -> None:
     forwards = [ahead.sample(k).tolist() for k in range(250)]
     assert [back.sample(k).tolist() for k in reversed(range(250))] == forwards[::-1]
     assert forwards[:99] != forwards[99:198]
+
+
+def test_a_sample_is_the_same_while_another_thread_reads_another_epoch(tmp_path: Path) -> None:
+    windows = TokenWindows(data := corpus(tmp_path / "c", [400]), whole(data), 4, seed=1, vocab_size=400)
+    alone = [windows.sample(k).tolist() for k in range(windows.window_count)]
+
+    def other_thread(frame: FrameType, event: str, argument: object) -> object:
+        """Read a sample of the second epoch before each line that finds one of the first."""
+        if frame.f_code is TokenWindows._start.__code__:
+            windows.sample(windows.window_count)
+        return other_thread
+
+    before = sys.gettrace()
+    sys.settrace(other_thread)
+    try:
+        found = [windows.sample(k).tolist() for k in range(windows.window_count)]
+    finally:
+        sys.settrace(before)
+    assert found == alone
 
 
 def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
