@@ -75,6 +75,13 @@ class FilePart:
     random_states: Mapping[str, bytes] = field(default_factory=dict)
 
 
+def parts_of_one_file(parts: Sequence[FilePart], rank: int, files: int) -> list[FilePart]:
+    """Return the parts that are in one file with that of `rank`, of `files` files, or one for each part."""
+    files = min(files, len(parts))
+    file_of = {part.rank: number * files // len(parts) for number, part in enumerate(parts)}
+    return [part for part in parts if file_of[part.rank] == file_of[rank]]
+
+
 def data_file_name(ranks: Sequence[int]) -> str:
     """Return the name of the data file of these ranks, ascending. No rank is in two files."""
     if len(ranks) == 1:

@@ -7,7 +7,6 @@ ranks agree in their main threads only, so that no collective overlaps those of 
 """
 
 import json
-import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_nexus.checkpoint.data_file import Array, Chunk, DataFileRecord, FilePart, write_chunks
+from megatron_nexus.checkpoint.data_file import (
+    Array,
+    Chunk,
+    DataFileRecord,
+    FilePart,
+    parts_of_one_file,
+    write_chunks,
+)
 from megatron_nexus.checkpoint.index import part_from_json, part_to_json, record_from_json, record_to_json
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
@@ -148,9 +154,7 @@ class CheckpointWriter:
         host = socket.gethostname()
         told = self._mesh.control.all_gather_str_on_node(json.dumps([host, part_to_json(mine)]))
         near = [part_from_json(part) for at, part in map(json.loads, told) if at == host]
-        most = math.ceil(len(near) / self._files_per_node)
-        first = [part.rank for part in near].index(mine.rank) // most * most
-        return near[first : first + most]
+        return parts_of_one_file(near, mine.rank, self._files_per_node)
 
     def _arrays(self, values: Sequence[Tensor]) -> Iterator[Array]:
         for tensor in values:

@@ -1,6 +1,7 @@
 """Files of checkpoints, without processes: what is written is read, and what is wrong is said."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 
 from megatron_nexus.checkpoint import run_dir
 from megatron_nexus.checkpoint.chunks import full_box
-from megatron_nexus.checkpoint.data_file import STATES
+from megatron_nexus.checkpoint.data_file import STATES, FilePart, parts_of_one_file
 from megatron_nexus.checkpoint.manifest import (
     GrownRegion,
     read_manifest,
@@ -81,6 +82,15 @@ def test_manifest_is_read_back(folder: Path) -> None:
     found = read_manifest(folder)
     assert found.files == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "manifest.json"}
     assert dataclasses.replace(found, files={}) == MANIFEST
+
+
+def test_parts_lie_in_as_many_files_as_asked_for_and_there_are_parts() -> None:
+    for ranks, files in itertools.product(range(1, 9), repeat=2):
+        parts = [FilePart(rank, []) for rank in range(10, 10 + ranks)]
+        found = {tuple(p.rank for p in parts_of_one_file(parts, part.rank, files)) for part in parts}
+        assert len(found) == min(files, ranks), (ranks, files)
+        assert sorted(rank for names in found for rank in names) == [part.rank for part in parts]
+        assert all(names == tuple(range(names[0], names[-1] + 1)) for names in found), "neighbours"
 
 
 def test_format_version_3_is_read(tmp_path: Path) -> None:
