@@ -67,18 +67,23 @@ PARSE_JSON = {
 }
 
 
+def name_of(path: Path) -> str:
+    """The path in the package, or of a program in the repository."""
+    return str(path.relative_to(PACKAGE if PACKAGE in path.parents else REPOSITORY))
+
+
 def with_import(name: str) -> set[str]:
     """The files that import a module or a name, or what is in it."""
     return {
-        str(path.relative_to(PACKAGE))
-        for path in SOURCES
+        name_of(path)
+        for path in (*SOURCES, *PROGRAMS)
         if any(f"{found}.".startswith(f"{name}.") for found in source(path).imports)
     }
 
 
 def reading(*attributes: tuple[str, str]) -> set[str]:
     """The files that read one of these attributes, such as `os.fsync`."""
-    return {str(path.relative_to(PACKAGE)) for path in SOURCES if source(path).reads & set(attributes)}
+    return {name_of(path) for path in (*SOURCES, *PROGRAMS) if source(path).reads & set(attributes)}
 
 
 def noun_of(path: Path) -> str:
