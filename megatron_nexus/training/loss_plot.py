@@ -2,11 +2,11 @@
 
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
+from megatron_nexus.log import logger
 from megatron_nexus.training.hooks import Hook
-from megatron_nexus.training.metrics import StepMetrics, plot_losses
+from megatron_nexus.training.metrics import PLOT_FILE, StepMetrics, plot_losses
 
 INTERVAL_S, SHARE = 60.0, 0.01
 """How often it is drawn, and the share of the time that may go into it: a long curve is drawn less often."""
@@ -34,7 +34,9 @@ class LossPlot(Hook):
 
     def _draw(self) -> None:
         began = time.monotonic()
-        with suppress(OSError):  # no run ends for it
+        try:
             plot_losses(self._run_dir, self._entropy, self._title)
+        except Exception as error:  # noqa: BLE001 - no run ends for it
+            logger.warning("%s is not drawn: %s: %s", PLOT_FILE, type(error).__name__, error)
         now = time.monotonic()
         self._due = now + max(INTERVAL_S, (now - began) / SHARE)

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,21 @@ def drawn(folder: Path) -> np.ndarray:
     path = plot_losses(folder, 4.5, "a run")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     return image.imread(path)
+
+
+def test_a_plot_that_cannot_be_drawn_is_logged_and_not_tried_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / METRICS_FILE).write_text('{"step": 1, "validation_loss": 2.0}\n')
+    log.configure(is_main_rank=True)
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    hook = LossPlot(tmp_path, 4.5, "a run")
+    now += 61.0
+    for _ in range(3):
+        hook.after_step(step_of(20))
+        hook.on_end()
+    assert console.readouterr().out.count("loss.png is not drawn: KeyError: 'name'") == 1
 
 
 def test_the_plot_is_drawn_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
