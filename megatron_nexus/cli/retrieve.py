@@ -50,7 +50,7 @@ def make_parser() -> FlagParser:
     """Return the parser of the verb's flags."""
     parser = FlagParser(
         "retrieve",
-        "--load RUN --corpus PATH... --queries FILE [flags]",
+        "--load RUN --corpus PATH... --queries FILE --forget N --retain N [flags]",
         description=(
             "Choose the samples of a corpus that an unlearning run is to forget, those whose gradients point "
             "as the gradients of some undesired outputs do, and those to retain, whose gradients point the "

@@ -71,6 +71,8 @@ def test_help_of_every_verb_imports_nothing_heavy_and_has_a_short_usage_line() -
     usages = re.findall(r"^usage: nexus (\S+) (.*)\n\n", done.stdout, re.MULTILINE)
     assert [verb for verb, _ in usages] == list(VERBS)
     assert all(len(flags) < 80 for _, flags in usages), usages
+    retrieve = dict(usages)["retrieve"]
+    assert all(flag in retrieve for flag in ("--load", "--corpus", "--queries", "--forget", "--retain"))
 
 
 def test_help_of_train_begins_with_the_flags_that_matter_and_has_each_flag_once() -> None:
