@@ -110,6 +110,8 @@ def run_local_ranks(
 def _cause(ended_by: signal.Signals, exit_signals: Sequence[signal.Signals]) -> str:
     if ended_by in exit_signals:
         return "the run had not begun to train, or was stopped twice: nothing more was saved"
+    if ended_by is signal.SIGBUS:
+        return "a data file was cut short while it was read, or /dev/shm is full?"
     return "out of memory, or killed manually?" if ended_by is signal.SIGKILL else "a crash outside Python"
 
 

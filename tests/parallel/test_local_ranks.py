@@ -130,6 +130,19 @@ def test_a_killed_rank_is_named_and_ends_the_run(start: Start) -> None:
     assert output == "rank 1 was terminated by SIGKILL: out of memory, or killed manually?\n"
 
 
+def test_a_rank_whose_data_file_is_cut_short_is_reported_with_that_cause(start: Start) -> None:
+    run = start(
+        1,
+        "import mmap\nPath('corpus.bin').write_bytes(bytes(8192))\nfile = open('corpus.bin', 'r+b')\n"
+        "pages = mmap.mmap(file.fileno(), 0)\nfile.truncate(0)\npages[5000]\n",
+    )
+    code, output = run.end()
+    assert code == 128 + signal.SIGBUS
+    assert output == (
+        "rank 0 was terminated by SIGBUS: a data file was cut short while it was read, or /dev/shm is full?\n"
+    )
+
+
 @pytest.mark.parametrize(
     "number",
     [
