@@ -92,9 +92,10 @@ FAMILIES = {
 
 # float32: sums of up to a few hundred terms in another order differ by about 1e-6 of the largest. Adam
 # divides by the root of the second moment, which lifts the rounding of elements whose gradient is near zero:
-# hence the large epsilon above.
+# hence the large epsilon above. The third norm of the released family is then 4e-6 from float64's in plain
+# PyTorch and 5e-6 here, on a CPU of 2023: to either side of it.
 LOSS_TOLERANCE = 2e-6
-NORM_TOLERANCE = 5e-6
+NORM_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 2e-5
 # bf16 has 8 bits: each product is right to 2^-9, so loss and gradients of a few layers to 1 or 2 %. Adam
