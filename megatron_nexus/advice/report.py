@@ -37,9 +37,13 @@ class Advice:
         return next((one.growth for one in self.probe if one.target == target), None)
 
     def as_json(self) -> dict[str, object]:
-        """Return everything, the answer first."""
+        """Return everything, the answer first; null, as JSON has no NaN, for the interval of one seed."""
         answer, target = self.answer
-        return {"answer": answer, "target": target, **asdict(self)}
+        return {"answer": answer, "target": target, **asdict(self, dict_factory=_nulls_for_nans)}
+
+
+def _nulls_for_nans(items: list[tuple[str, object]]) -> dict[str, object]:
+    return {key: None if value != value else value for key, value in items}
 
 
 def report_lines(advice: Advice, pilots: Mapping[str, str], after: str | None) -> Iterator[str]:

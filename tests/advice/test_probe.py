@@ -71,10 +71,10 @@ def test_a_probe_trains_each_recipe_on_the_batches_that_the_run_reads_next(
     probed = {one["recipe"]: one for one in found["probe"]}
     assert len(seen) == 1 + len(probed) == 1 + len({json.dumps(s["growth"]) for s in probed.values()})
     for name in ("as asked for", "init=out_rand", "moments=reset"):  # which keep the function
-        assert abs(probed[name]["at_once"]["value"]) < 1e-5
-    assert abs(probed["init=random"]["at_once"]["value"]) > 1e-4
+        assert abs(probed[name]["at_once"]["mean"]) < 1e-5
+    assert abs(probed["init=random"]["at_once"]["mean"]) > 1e-4
     assert all(one["loss"]["half"] is None for one in probed.values())  # one seed has no interval
-    assert all(one["kl"]["value"] > 0 for one in probed.values())
-    best = min(probed.values(), key=lambda one: one["loss"]["value"])
-    assert found["probe"][0] == best and best["to_best"]["value"] == 0.0
+    assert all(one["kl"]["mean"] > 0 for one in probed.values())
+    best = min(probed.values(), key=lambda one: one["loss"]["mean"])
+    assert found["probe"][0] == best and best["to_best"]["mean"] == 0.0
     assert not list(command.folder.glob("advise-*"))
