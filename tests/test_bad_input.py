@@ -262,7 +262,7 @@ TOOLS = [
     (
         "evaluate.py",
         "--load kept --perplexity text.jsonl --output kept",
-        ["--output kept is a folder: add a name"],
+        ["--output kept is a folder: add the name of a file"],
     ),
     ("plot_runs.py", "kept --output kept", ["--output kept", "give a file such as losses.png"]),
     ("plot_runs.py", "kept --output losses", ["--output losses", "give a file such as losses.png"]),
