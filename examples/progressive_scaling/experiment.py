@@ -252,13 +252,13 @@ def _refused(experiment: Experiment) -> Iterator[str]:
             configs[name] = experiment.config_of(name)
         except ConfigError as error:
             yield from (f"shape {name}: {problem}" for problem in error.problems)
-    told = set()
+    seen = set()
     for schedule in experiment.schedules:
         for before, stage in pairwise(schedule.stages):
             text = experiment.growth(before.shape, stage)
-            if not text or not {before.shape, stage.shape} <= configs.keys() or (before.shape, text) in told:
+            if not text or not {before.shape, stage.shape} <= configs.keys() or (before.shape, text) in seen:
                 continue
-            told.add((before.shape, text))
+            seen.add((before.shape, text))
             try:
                 grown_config(configs[before.shape], read_request(text, "grow"))
             except ConfigError as error:
