@@ -195,6 +195,13 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             f"--spike-rolling-interval {config.training.spike_rolling_interval} has no standard deviation: "
             "give 2 or more, such as 128"
         )
+    if config.training.spike_policy == "rewind" and not (
+        config.checkpoint.save_interval or config.checkpoint.load
+    ):
+        yield (
+            "--spike-policy rewind goes back to the last checkpoint, and --save-interval 0 leaves none "
+            "before the end: give --save-interval such as 500, or use --spike-policy skip"
+        )
     if parallel.zero_stage == 3 and config.optimizer.optimizer_impl == "apex":
         yield (
             "--optimizer-impl apex counts its steps by parameter group, and --zero-stage 3 cuts groups up: "

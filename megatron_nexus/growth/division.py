@@ -38,7 +38,7 @@ def division_problems(
                 )
     if init != "split":
         return
-    if not 0.5 <= split_share <= 2.0:
+    if 0.0 < split_share < 0.5 or split_share > 2.0:  # others are no positive numbers, which its bound says
         yield (
             f"--split-share {split_share} must lie in [0.5, 2]: there alone both parts add up exactly to the "
             "old weight in float32: give such as 1.5"

@@ -134,6 +134,18 @@ def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     ]
 
 
+def _unread_settings(growth: GrowthConfig) -> list[str]:
+    """Return what is wrong with settings that another --init reads."""
+    default = GrowthConfig()
+    readers: tuple[tuple[str, Init], ...] = (("split_share", "split"), ("noise_share", "noise"))
+    return [
+        f"{flag_of(name)} {getattr(growth, name)} belongs to --init {reader}, and --init {growth.init} does "
+        f"not read it: give --init {reader}, or drop {flag_of(name)}"
+        for name, reader in readers
+        if growth.init != reader and getattr(growth, name) != getattr(default, name)
+    ]
+
+
 def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
     """Return the model that `old` becomes with the given sizes of the fields in GROWING.
 
@@ -160,7 +172,7 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             f"{old.no_rope_freq}), and the function would change: use --depth-placement end"
         )
     problems += _fixed_sizes(old, sizes, growth)
-    problems += bound_problems(growth)
+    problems += list(bound_problems(growth)) or _unread_settings(growth)
     if problems:
         raise ConfigError(problems)
     new = ModelConfig(**{**asdict(old), **sizes})

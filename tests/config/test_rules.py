@@ -102,6 +102,7 @@ REFUSED = [
     ("--eval-tasks ,", 1, ["--eval-tasks ','", "names no task"]),
     ("--eval-tasks piqa --data-path a", 1, ["--eval-tasks piqa", "as --tokenizer-model"]),
     ("--spike-policy skip --spike-rolling-interval 1", 1, ["--spike-rolling-interval 1", "give 2 or more"]),
+    ("--spike-policy rewind", 1, ["--save-interval 0", "give --save-interval"]),
     ("--keep-every 100", 1, ["--keep-every 100", "give --keep-latest too"]),
 ]
 

@@ -245,6 +245,8 @@ def test_of_four_copies_two_never_part_which_is_why_split_at_most_doubles(tmp_pa
         ({}, {"nexus_m": 31}, {"init": "split"}, ["--nexus-m 15", "up to 30"]),
         ({}, {"hidden_size": 20}, {"init": "split"}, ["--hidden-size 20", "give 24"]),
         ({}, {"nexus_m": 20}, {"init": "split", "split_share": 0.4}, ["--split-share 0.4", "[0.5, 2]"]),
+        ({}, {"nexus_m": 20}, {"init": "in_rand", "split_share": 1.2}, ["--split-share 1.2", "--init split"]),
+        ({}, {"nexus_m": 20}, {"init": "split", "noise_share": 0.2}, ["--noise-share 0.2", "--init noise"]),
         ({}, {"nexus_m": 20}, {"init": "pairs"}, ["--nexus-m 20 adds 5", "give 21"]),
         ({"nexus_inner_norm": True}, {"nexus_m": 20}, {"init": "split"}, ["inner norm", "--init out_rand"]),
         (
