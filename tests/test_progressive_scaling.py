@@ -38,11 +38,14 @@ schedules:
 @pytest.fixture
 def analysis(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module of the example, which is not a package."""
+    known = set(sys.modules)
     monkeypatch.syspath_prepend(str(EXAMPLE))
     import analysis
 
     yield analysis
-    del sys.modules["analysis"]
+    for name in set(sys.modules) - known:
+        if str(EXAMPLE) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -152,3 +155,17 @@ def test_a_saving_beyond_the_reference_is_not_told(analysis: ModuleType) -> None
     results += [analysis.Result("far", seed, -9.0, 2e12, 10**6, 10, (5,), stages) for seed in range(SEEDS)]
     study = analysis.Study(results)
     assert study.saved(study.grown["far"], 2e12) is None
+
+
+def test_a_growth_without_a_run_to_compare_it_with_has_a_row(analysis: ModuleType) -> None:
+    from report import growth_table
+
+    results = experiment(analysis, random.Random(3))
+    stages = ({"shape": "a", "until": 0.0}, {"shape": "b", "until": 0.0})
+    results.append(analysis.Result("alone", 1, 2.5, 9e12, 10**6, 10, (5,), stages))
+    rows = [line for line in growth_table(analysis.Study(results)) if line.startswith(("| alone", "| grown"))]
+    assert rows[0].startswith("| grown |  | 2 |") and "worse" not in rows[0]
+    assert rows[1] == "| alone | 50% | 9 | 2.5000 (1) |  |  |  |  |  |  |  |"
+    assert growth_table(analysis.Study(results))[-1].endswith(
+        "Empty: no run from scratch of these FLOPs and seeds."
+    )

@@ -55,6 +55,8 @@ def p_value(p: float) -> str:
 def frontier_table(study: Study) -> list[str]:
     """Return losses from scratch by schedule and budget; the frontier is in bold."""
     budgets = study.budgets
+    if not budgets:
+        return ["None was run."]
     lines = ["| from scratch | " + " | ".join(f"{budget / TERA:.2g} TFLOP" for budget in budgets) + " |"]
     lines.append("|---|" + "---:|" * len(budgets))
     for name, runs in study.scratch.items():
@@ -150,39 +152,43 @@ def equal_flops(study: Study, ceiling: Ceiling) -> tuple[Estimate | None, str]:
 
 
 def growth_table(study: Study) -> list[str]:
-    """Return every grown schedule at its largest budget against its target from scratch and the frontier."""
+    """Return every grown schedule at its largest budget against its target from scratch and the frontier.
+
+    A reference that has no run with the same FLOPs and seed leaves its cells empty.
+    """
     rows = []
     for runs in study.grown.values():
         budget = runs.budgets[-1]
         frontier = study.differences(runs, budget)
         target = study.differences(runs, budget, runs.first.shape)
-        if frontier is None:
-            continue
-        reference, differences = frontier
-        gap = estimate(list(differences.values()))
+        gap = estimate(list(frontier[1].values())) if frontier else None
+        reference = frontier[0].name if frontier else ""
         rows.append((runs, budget, reference, gap, target, study.saved(runs, budget, runs.first.shape)))
-    corrected = holm([gap.p for _, _, _, gap, _, _ in rows])
+    corrected = holm([gap.p if gap else math.nan for _, _, _, gap, _, _ in rows])
     lines = [
         "| schedule | grows at | TFLOP | loss (seeds) | minus its target from scratch | saved against that, "
         "% | minus the frontier | p | p, Holm | saved against the frontier, % | frontier |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for (runs, budget, reference, gap, target, saved), p in sorted(
-        zip(rows, corrected, strict=True), key=lambda row: (f"{row[0][1] / TERA:.2g}", row[0][3].mean)
+        zip(rows, corrected, strict=True),
+        key=lambda row: (f"{row[0][1] / TERA:.2g}", row[0][3].mean if row[0][3] else math.inf),
     ):
         losses = [r.loss for r in runs.at(budget).values()]
         grown = ", ".join(f"{step / runs.results[-1].steps:.0%}" for step in runs.results[-1].growth_steps)
         against = interval(estimate(list(target[1].values()))) if target else ""
         lines.append(
             f"| {runs.name} | {grown} | {budget / TERA:.2g} | {sum(losses) / len(losses):.4f} "
-            f"({len(losses)}) | {against} | {interval(saved, 100, 1)} | {interval(gap)} | {p_value(gap.p)} | "
-            f"{p_value(p)} | {interval(study.saved(runs, budget), 100, 1)} | {reference.name} |"
+            f"({len(losses)}) | {against} | {interval(saved, 100, 1)} | {interval(gap)} | "
+            f"{p_value(gap.p) if gap else ''} | {p_value(p)} | {interval(study.saved(runs, budget), 100, 1)} "
+            f"| {reference} |"
         )
     return [
         *lines,
         "",
         "At equal FLOPs, the base's included. Paired by seed, ± half a 95 % interval. Holm: corrected for "
-        f"the {sum(not math.isnan(p) for p in corrected)} with several seeds. Grows at: share of all steps.",
+        f"the {sum(not math.isnan(p) for p in corrected)} with several seeds. Grows at: share of all steps."
+        + ("" if all(row[3] for row in rows) else " Empty: no run from scratch of these FLOPs and seeds."),
     ]
 
 
