@@ -21,8 +21,9 @@ from megatron_nexus.data.prefetcher import Prefetcher
 from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
-from megatron_nexus.training.engine import Batch, Engine
+from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.machine import tune_malloc
+from megatron_nexus.training.rank_batches import Batch
 from megatron_nexus.training.step_times import PhaseClock
 
 MICRO_BATCHES, STEPS = 4, 3

@@ -181,7 +181,6 @@ def _train(command: TrainCommand, world: World, run_data: RunData | UnlearningSa
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches, and warns, on each rank
         import torch._dynamo  # which torch itself does at the first optimizer
 
-        from megatron_nexus.growth.generations import boxes_by_growth, copied_rows, newest_regions
         from megatron_nexus.training.run import run as train
     try:
         with path_errors():
@@ -194,9 +193,6 @@ def _train(command: TrainCommand, world: World, run_data: RunData | UnlearningSa
                 _open_evaluator,
                 command.tokenizer_record,
                 run_data,
-                partial(newest_regions, command.config.model),
-                boxes_by_growth,
-                copied_rows,
                 command.faults,
                 command.start is not None and command.start.begins_unlearning,
             )

@@ -30,7 +30,7 @@ from megatron_nexus.training.corpus import open_corpus
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import Trainer
-from megatron_nexus.training.run import start_ranks
+from megatron_nexus.training.start_ranks import start_ranks
 
 
 @dataclass(frozen=True)

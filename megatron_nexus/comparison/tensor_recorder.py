@@ -22,7 +22,8 @@ from megatron_nexus.models.parameters import Linear
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.spec.param import Axis, Layout, ParamSpec
 from megatron_nexus.spec.shard import Box
-from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.engine import Engine, StepResult
+from megatron_nexus.training.rank_batches import Batch
 
 SCALAR = (LogicalAxis("value", 1),)
 

@@ -23,9 +23,10 @@ from megatron_nexus.data.unlearning_samples import FORGET, RETAIN, UnlearningSam
 from megatron_nexus.log import Progress
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.answer_batches import AnswerBatches, tokens_and_labels
-from megatron_nexus.training.engine import Engine, Output
+from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.metrics import AnswerScores
 from megatron_nexus.training.reference import LogitsFile, ReferenceFolder
+from megatron_nexus.training.stage_module import Output
 
 
 class AnswerScorer:
@@ -59,7 +60,9 @@ class AnswerScorer:
         # Stages of a pipeline work at the same time on as many micro-batches.
         passes = 2 * self._mesh.pp_size if self._mesh.pp_size > 1 else 1
         found_N4 = torch.zeros(len(answers), 4, dtype=torch.float64)
-        for numbers, scores_2T in self._outputs(answers, self._engine.token_scores, passes, batch_dim=1):
+        for numbers, scores_2T in self._outputs(
+            answers, self._engine.logits_loss.token_scores, passes, batch_dim=1
+        ):
             # Tensor-parallel ranks have the same scores: the first of them adds its own.
             if self._mesh.tp_rank == 0:
                 for number, score_2T in zip(numbers, scores_2T, strict=True):
@@ -104,7 +107,7 @@ class AnswerScorer:
         mesh, engine = self._mesh, self._engine
         span = self._rows * mesh.dp_size
         mine = [n for n in range(len(answers)) if n % span // self._rows == mesh.dp_rank]
-        columns = engine.vocabulary_range
+        columns = engine.logits_loss.vocabulary_range
         lengths = [len(answers[n].ids) - answers[n].answer_start for n in mine]
         record = LogitsFile(f"logits_{mesh.rank}.npy", tuple(mine), tuple(lengths), columns)
         writes = bool(mine) and mesh.is_last_stage and columns[1] > columns[0]
@@ -159,6 +162,6 @@ def open_reference(
             scorer.make_reference(batches.samples, losses.loss, losses.retain_loss, folder)
     with raise_on_all_ranks(mesh.control, "cannot read the reference model's numbers"):
         # Other stages of a pipeline have no loss: they need not hold a [T, B, V] for each micro-batch.
-        width = engine.vocabulary_width if mesh.is_last_stage else 0
+        width = engine.logits_loss.vocabulary_width if mesh.is_last_stage else 0
         verifies = mesh.rank == 0 and not begins
-        batches.reference = folder.read(engine.vocabulary_range, width, verifies)
+        batches.reference = folder.read(engine.logits_loss.vocabulary_range, width, verifies)

@@ -174,13 +174,13 @@ def summarise(
     argv: list[str],
 ) -> None:
     """Log what a run has reached, where its files are, and the command that resumes it."""
-    folder, run_dir = trainer.save_folder, trainer.run_dir
-    finished = outcome.progress.step >= config.training.train_iters
+    folder, run_dir = trainer.checkpoints.folder, trainer.run_dir
+    finished = trainer.progress.step >= config.training.train_iters
     count = parameter_count(decoder_specs(config.model).values())
     rate = outcome.tokens_per_s
     lines = {
         "parameters": f"{count:,} (true count of {model_name(config)})",
-        "tokens": f"{outcome.progress.tokens:,} in {outcome.progress.step:,} iterations",
+        "tokens": f"{trainer.progress.tokens:,} in {trainer.progress.step:,} iterations",
         "throughput": f"{rate:,.0f} tokens/s, {trainer.throughput.utilization(rate)}"
         if rate
         else "nothing was trained",
@@ -195,13 +195,13 @@ def summarise(
             if corpus.entropy is not None
             else {}
         ),
-        "checkpoint": str(outcome.checkpoint),
+        "checkpoint": str(trainer.checkpoints.newest),
         "metrics": str(run_dir / METRICS_FILE),
         "loss curve": str(plot_losses(run_dir, corpus.entropy, curve_title(config))),
-        "resume with": resume_command(config, launch, argv, folder, outcome.progress.step),
+        "resume with": resume_command(config, launch, argv, folder, trainer.progress.step),
     }
-    if note := rate_note(config, outcome.progress.step):
+    if note := rate_note(config, trainer.progress.step):
         lines["note"] = note
-    logger.info("%s after iteration %d", "finished" if finished else "stopped", outcome.progress.step)
+    logger.info("%s after iteration %d", "finished" if finished else "stopped", trainer.progress.step)
     for name, text in lines.items():
         logger.info("  %-16s %s", name, text)

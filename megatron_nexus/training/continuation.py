@@ -1,11 +1,12 @@
 """What a run takes over from the checkpoint that it continues, besides the engine's tensors."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import DataRecord, EngineRecord, GrownRegion, JsonObject, Manifest
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.growth.generations import newest_regions
 from megatron_nexus.log import logger
 from megatron_nexus.training.corpus import data_changes
 from megatron_nexus.training.grown_adam import install_bias_correction, needing_correction
@@ -17,12 +18,8 @@ def continue_optimizer(
     state: ZeroState,
     manifest: Manifest,
     config: RunConfig,
-    newest_regions: Callable[[Manifest], Sequence[GrownRegion]],
 ) -> Sequence[GrownRegion]:
-    """Keep the loaded moments, or reset them; return the regions with an Adam step count of their own.
-
-    `newest_regions` says what the last growth of the checkpoint added, which --new-lr-ratio is about.
-    """
+    """Keep the loaded moments, or reset them; return the regions with an Adam step count of their own."""
     optimizer, count = config.optimizer, manifest.optimizer.step_count
     regions: Sequence[GrownRegion] = ()
     if config.checkpoint.reset_optimizer:
@@ -35,7 +32,8 @@ def continue_optimizer(
         if regions:
             logger.info("newly grown weights use their own Adam step count for bias correction")
     if optimizer.has_new_lr:
-        logger.info("%s", continue_new_lr(state, newest_regions(manifest), count, optimizer))
+        newest = newest_regions(config.model, manifest)
+        logger.info("%s", continue_new_lr(state, newest, count, optimizer))
     return regions
 
 
@@ -54,6 +52,13 @@ def continued_data(data: DataRecord, manifest: Manifest, config: RunConfig) -> D
         )
     left_out = manifest.data.left_out if manifest.data.fingerprint == data.fingerprint else ()
     return dataclasses.replace(data, first_sample=first_sample, left_out=left_out)
+
+
+def rewound_data(data: DataRecord, manifest: Manifest, left_out: tuple[int, int]) -> DataRecord:
+    """Return where the samples of a run go on at a checkpoint of its own, without those `left_out`."""
+    same = manifest.data.fingerprint in ("", data.fingerprint)
+    first_sample = manifest.data.first_sample if same else manifest.progress.samples
+    return dataclasses.replace(data, first_sample=first_sample, left_out=(*data.left_out, left_out))
 
 
 def begin_unlearning(

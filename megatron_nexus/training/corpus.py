@@ -126,12 +126,11 @@ def open_corpus(
     tokenizer = run_data.tokenizer
     if tokenizer is not None and prepend_bos is not None:
         tokenizer = tokenizer.with_bos(prepend_bos)
-    entropy_nats = _blend_entropy(training, config.model.vocab_size)
     corpus = Corpus(
         training=training,
         evaluations=run_data.evaluations,
         tokenizer=tokenizer,
-        entropy=entropy_nats,
+        entropy=_blend_entropy(training, config.model.vocab_size),
         description=", ".join(
             f"{share / sum(training.shares):.4g} {part.dataset.prefix} "
             f"{part.split.tokens.start:,}:{part.split.tokens.stop:,}"
@@ -140,6 +139,14 @@ def open_corpus(
         fingerprint=run_data.order_fingerprint(),
         prepend_bos=prepend_bos,
     )
+    _log_contents(run_data, config)
+    logger.info("unigram entropy of the training data: %.3f nats/token", corpus.entropy)
+    return corpus
+
+
+def _log_contents(run_data: RunData, config: RunConfig) -> None:
+    """Log what each corpus of a blend holds, and what there is no validation on."""
+    training = run_data.training
     for part, share in zip(training.parts, training.shares, strict=True):
         logger.info(
             "corpus %s: %s tokens in %s documents, %s for training, %.4g %% of the samples",
@@ -161,8 +168,6 @@ def open_corpus(
             config.data.split,
             config.logging.eval_iters,
         )
-    logger.info("unigram entropy of the training data: %.3f nats/token", entropy_nats)
-    return corpus
 
 
 def open_answers(samples: UnlearningSamples, mesh: Mesh, record: TokenizerRecord) -> Corpus:

@@ -15,15 +15,10 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed.runtime.pipe import module as pipe_module
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from megatron_nexus.checkpoint.manifest import EngineRecord
 from megatron_nexus.config.deepspeed_config import (
-    Json,
     bucket_elements,
     deepspeed_config,
     engine_reduces_gradients,
@@ -32,15 +27,12 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
 from megatron_nexus.models.activation_observer import Seen
-from megatron_nexus.models.attention_backend import uses_flex_attention
-from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks, stage_layers
-from megatron_nexus.models.layer_context import DTYPES, LayerContext, padding_multiple
-from megatron_nexus.models.packing import Stream
+from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
+from megatron_nexus.models.layer_context import padding_multiple
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.grid import Grid
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Shard
 from megatron_nexus.training.float64_engine import float64_engine, reduce_in_float64
@@ -48,24 +40,10 @@ from megatron_nexus.training.gradient_reducer import reduce_gradients
 from megatron_nexus.training.linear_cross_entropy import LinearCrossEntropy
 from megatron_nexus.training.optimizer import make_optimizer
 from megatron_nexus.training.pipeline_phases import mark_pipeline_phases
-from megatron_nexus.training.unlearning_loss import AnswerTargets, UnlearningLoss
+from megatron_nexus.training.rank_batches import Batch, map_batch
+from megatron_nexus.training.stage_module import Output, layer_context, stage_module, training_loss
 from megatron_nexus.training.update_gate import Admits, UpdateGate
 from megatron_nexus.training.zero_state import ZeroState, zero_state
-
-Batch = tuple[Stream, Tensor | AnswerTargets]
-"""Token ids [B, T], with positions [B, T] where samples are packed; labels [B, T], or those of answers."""
-
-Output = Callable[[Tensor, Tensor], Tensor]
-"""What is computed of a micro-batch without a gradient, from logits [T, B, V] and labels [B, T]."""
-
-
-def map_batch(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """Return a batch of what `function` makes of each tensor."""
-    stream, targets = batch
-    made = targets.map(function) if isinstance(targets, AnswerTargets) else function(targets)
-    if isinstance(stream, tuple):
-        return (function(stream[0]), function(stream[1])), made
-    return function(stream), made
 
 
 @dataclass(frozen=True)
@@ -78,50 +56,6 @@ class StepResult:
     """Which of the flags given to the step are set on any rank."""
     was_made: bool = True
     """Whether the weights were updated: not where `admits` said no, or gradients are not finite."""
-
-
-class _WholeModel(nn.Module):
-    """Decoder and loss as the one module of the plain engine."""
-
-    def __init__(self, stage: DecoderStage, loss: Loss | UnlearningLoss | LinearCrossEntropy) -> None:
-        super().__init__()
-        self.stage = stage
-        self.loss = loss
-
-    def forward(
-        self, stream: Stream, targets: Tensor | AnswerTargets, output: Output | None = None
-    ) -> Tensor:
-        compute: Callable[..., Tensor] = output or self.loss
-        return compute(self.stage(stream), targets)
-
-
-@contextlib.contextmanager
-def _zero3_init(config: Json, grid: Grid) -> Iterator[None]:
-    """Partition the parameters of each module as soon as it is registered in its parent (ZeRO-3).
-
-    So no rank ever holds the whole model, which may be larger than its memory.
-    """
-
-    def divide(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        group = grid.get_data_parallel_group()  # with mpu alone all would share, tensor-parallel ranks too
-        deepspeed.zero.Init(module, data_parallel_group=group, config_dict_or_path=config, mpu=grid)
-
-    hook = register_module_module_registration_hook(divide)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def _pipeline_module_on(grid: Grid) -> Iterator[None]:
-    """Have a PipelineModule take `grid` for its own: it only takes a topology, and makes N groups."""
-    makes_its_own = pipe_module.PipelineParallelGrid
-    pipe_module.PipelineParallelGrid = lambda process_group, topology: grid
-    try:
-        yield
-    finally:
-        pipe_module.PipelineParallelGrid = makes_its_own
 
 
 @contextlib.contextmanager
@@ -159,72 +93,28 @@ class Engine:
         self._mesh = mesh
         self._beacon = beacon or Beacon()
         self.shard = Shard(mesh.tp_rank, mesh.tp_size, padding_multiple(config, mesh.device))
-        tp = TensorParallel(mesh.tp_group, config.parallel.sequence_parallel)
-        context = LayerContext(
-            tp,
-            self.shard,
-            config.training.seed if init_weights else None,
-            torch.float64 if float64 else DTYPES[config.training.precision],
-            recompute=config.training.recompute_granularity,
-            norm_impl=config.training.norm_impl,
-            reset_position_ids=config.data.reset_position_ids,
-            reset_attention_mask=config.data.reset_attention_mask,
-            group_projections=config.training.compile or mesh.device.type == "cuda",
-            flex_attention=uses_flex_attention(config, mesh.device.type),
-            ends_before_head=config.training.cross_entropy_fusion_impl == "linear",
-        )
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
-        plain_loss = Loss(config.model, tp, self.shard, config.training.compile)
-        #: This rank's part of the vocabulary, and the width of its logits with padding.
-        self.vocabulary_range, self.vocabulary_width = (
-            plain_loss.vocabulary_range,
-            plain_loss.vocabulary_width,
-        )
-        #: Log-probability of each label, and whether it is the argmax.
-        self.token_scores: Output = plain_loss.token_scores
-        loss: Loss | UnlearningLoss | LinearCrossEntropy = plain_loss
-        if config.unlearning.is_on:
-            loss = UnlearningLoss(config.unlearning, plain_loss)
-        elif context.ends_before_head:
-            loss = LinearCrossEntropy(self.vocabulary_range, tp, mesh.tp_group if mesh.tp_size > 1 else None)
-        self._loss = loss
         stages = stage_layers(config.model, config.training.seq_length, mesh.pp_size)
+        self.layers = stages[mesh.pp_rank]
+        context = layer_context(config, mesh, self.shard, init_weights, float64)
+        #: The loss of logits, which knows this rank's part of the vocabulary.
+        self.logits_loss = Loss(config.model, context.tp, self.shard, config.training.compile)
+        self._loss = training_loss(config, mesh, context, self.logits_loss)
         grid = Grid(mesh)
         # DeepSpeed prints its topology and layers; our log says what a user needs of it.
         with contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(dist_init_required=False, verbose=False)
-            model: nn.Module
-            if mesh.pp_size > 1:
-                with _pipeline_module_on(grid):
-                    model = PipelineModule(
-                        layers=[LayerSpec(DecoderStage, config.model, layers, context) for layers in stages],
-                        topology=grid,
-                        loss_fn=loss,
-                        partition_method="uniform",  # one DecoderStage each: cut by cost in stage_layers
-                    )
-            else:
-                divided = config.parallel.zero_stage == 3
-                with _zero3_init(engine_config, grid) if divided else contextlib.nullcontext():
-                    model = _WholeModel(DecoderStage(config.model, stages[0], context), loss)
-                model.to(mesh.device)
-            if isinstance(loss, LinearCrossEntropy):
-                loss.bind(model)
-            if config.training.compile:
-                compile_blocks(model)
+            model = stage_module(config, mesh, stages, context, self._loss, grid, engine_config)
             #: Every parameter of this stage with its spec, by logical name.
             self.parameters: dict[str, tuple[ParamSpec, nn.Parameter]] = logical_parameters(model)
+            buckets = bucket_elements(config, mesh.world_size, engine_config)
             with (
                 _deepspeed_errors_as_config_errors(config.parallel.deepspeed_config),
                 float64_engine() if float64 else contextlib.nullcontext(),
             ):
                 self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                     model=model,
-                    optimizer=make_optimizer(
-                        self.parameters,
-                        config.optimizer,
-                        mesh.device,
-                        bucket_elements(config, mesh.world_size, engine_config),
-                    ),
+                    optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device, buckets),
                     config=engine_config,
                     mpu=grid if mesh.pp_size == 1 else None,  # a PipelineModule has its own
                 )
@@ -239,7 +129,6 @@ class Engine:
             )
         if mesh.pp_size > 1:
             mark_pipeline_phases(self.deepspeed, self._beacon)
-        self.layers = stages[mesh.pp_rank]
         model.register_forward_pre_hook(self._mark_evaluation)
 
     @cached_property
@@ -247,13 +136,8 @@ class Engine:
         """Return what a checkpoint holds of this rank."""
         return zero_state(self.deepspeed, self.parameters, self.shard)
 
-    @property
-    def has_monitors(self) -> bool:
-        """Whether --deepspeed-config enables tensorboard, wandb or csv_monitor."""
-        return bool(self.deepspeed.monitor.enabled)
-
     def write_monitors(self, values: Mapping[str, float]) -> None:
-        """Hand numbers to DeepSpeed's monitors, whose axis is the samples that were read."""
+        """Hand numbers to the monitors of --deepspeed-config, whose axis is the samples that were read."""
         samples = self.deepspeed.global_samples
         self.deepspeed.monitor.write_events([(tag, value, samples) for tag, value in values.items()])
 
@@ -309,14 +193,6 @@ class Engine:
         """What asks whether an update is to be made; not there until a step is given something to ask."""
         return UpdateGate(self.deepspeed)
 
-    def undo_counters(self, before: EngineRecord) -> None:
-        """Make the engine ready to compute a step again that was not made; a collective call.
-
-        The model's weights are cast from the master weights again: its own may be what was wrong.
-        """
-        self.state.counters = before
-        self.state.refresh_model()
-
     def _mark_evaluation(self, model: nn.Module, _: object) -> None:
         """Have each micro-batch of an evaluation count as progress, on every pipeline stage."""
         if not model.training:
@@ -341,14 +217,6 @@ class Engine:
             self.evaluate(batches, count)
         finally:
             observer.callback = None
-
-    def score(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Return [2, B, T] of each micro-batch: the log-probability of each label, 1 where it is the argmax.
-
-        A collective call, as `outputs`.
-        """
-        found: list[Tensor] = self.outputs(batches, self.token_scores)
-        return found
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # texts have many lengths

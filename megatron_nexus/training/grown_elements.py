@@ -4,9 +4,8 @@ A matrix [out, in] has rows that are new (units that it writes) and columns that
 reads). Elements are new where either is; `boxes` say so exactly, for tensors of any number of axes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,19 +13,10 @@ from torch import Tensor
 from megatron_nexus.checkpoint.chunks import full_box
 from megatron_nexus.checkpoint.manifest import JsonObject
 from megatron_nexus.config.model_config import ModelConfig
+from megatron_nexus.growth.generations import RowCopy, boxes_by_growth, copied_rows
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box
-
-BoxesByGrowth: TypeAlias = Callable[
-    [ModelConfig, Sequence[JsonObject]], Mapping[str, Sequence[tuple[Box, int]]]
-]
-"""Returns the parts of each tensor of a model and lineage, with the number of the growth that added each."""
-CopiedRows: TypeAlias = Callable[
-    [ModelConfig, Sequence[JsonObject]], Mapping[str, tuple[str, Sequence[tuple[int, int, int]]]]
-]
-"""Returns, of matrices with rows that the latest growth copied, the tensor of their sources, and the rows:
-the first copy, their number, the first source."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +27,7 @@ class GrownElements:
     boxes: tuple[tuple[Box, bool], ...]
     source: str = ""
     """The matrix in which the rows lie that rows of this one began as copies of; "" without copies."""
-    copies: tuple[tuple[int, int, int], ...] = ()
-    """Of copied rows: the first, their number, the first of their sources."""
+    copies: tuple[RowCopy, ...] = ()
 
     def new_units(self, axis: int) -> Tensor:
         """Return which units of an axis are new [size]: those whose every element is."""
@@ -51,12 +40,7 @@ class GrownElements:
         return new
 
 
-def grown_elements(
-    model: ModelConfig,
-    lineage: Sequence[JsonObject],
-    boxes_by_growth: BoxesByGrowth,
-    copied_rows: CopiedRows,
-) -> dict[str, GrownElements]:
+def grown_elements(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[str, GrownElements]:
     """Return the elements of every tensor of a model with this lineage; all old where nothing has grown."""
     specs = decoder_specs(model)
     parts = boxes_by_growth(model, lineage)

@@ -8,25 +8,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import DataRecord, GrownRegion, JsonObject, Manifest, RunProgress
 from megatron_nexus.checkpoint.resume import load_checkpoint
-from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
-from megatron_nexus.checkpoint.writer import CheckpointWriter, Saved, SaveRequest
+from megatron_nexus.checkpoint.writer import SaveRequest
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.prefetcher import Prefetcher
-from megatron_nexus.errors import CheckpointError, RestartError, TrainingError
+from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.training.continuation import begin_unlearning, continue_optimizer, continued_data
+from megatron_nexus.training.continuation import (
+    begin_unlearning,
+    continue_optimizer,
+    continued_data,
+    rewound_data,
+)
 from megatron_nexus.training.corpus import Corpus
-from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.engine import Engine, StepResult
 from megatron_nexus.training.evaluations import Evaluations
 from megatron_nexus.training.fault_injection import FaultInjector
 from megatron_nexus.training.faults import FiniteCheckpoints, StopRequest, is_finite, non_finite_error
@@ -35,26 +38,25 @@ from megatron_nexus.training.machine import peak_memory_bytes
 from megatron_nexus.training.metrics import AnswerScores, StepMetrics, TaskScores, Validation
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.profiler import profiling_hooks
-from megatron_nexus.training.rank_batches import prefetched_batches, rank_batches
+from megatron_nexus.training.rank_batches import Batch, prefetched_batches, rank_batches
 from megatron_nexus.training.recorder import MetricsRecorder
 from megatron_nexus.training.replica_check import diverged_error, diverged_ranks
+from megatron_nexus.training.run_checkpoints import RunCheckpoints
 from megatron_nexus.training.run_times import RunTimes
 from megatron_nexus.training.scoring import TaskEvaluator
-from megatron_nexus.training.spike_policy import SpikePolicy, rewind
+from megatron_nexus.training.spike_policy import SpikePolicy
 from megatron_nexus.training.step_times import StepTimes
 from megatron_nexus.training.throughput import Throughput
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run ended with."""
+    """What a run has reached, besides its progress and its checkpoints, which the trainer knows."""
 
-    progress: RunProgress
     evaluations: tuple[Validation | AnswerScores, ...]
     """The last of each set; none where the run was stopped."""
     task_scores: TaskScores | None
     """The last, on rank 0; None where there are no tasks, or the run was stopped."""
-    checkpoint: Location
     tokens_per_s: float
 
 
@@ -83,7 +85,6 @@ class Trainer:
         self.mesh = mesh
         self.engine = engine
         self.corpus = corpus
-        self.save_folder = save
         self.run_dir = run_dir
         self._sample_tokens = corpus.sample_tokens(config)
         self.flops_per_token = training_flops_per_token(config.model, self._sample_tokens)
@@ -93,7 +94,6 @@ class Trainer:
         self.data = DataRecord(corpus.fingerprint, corpus.description)
         self.lineage: Sequence[JsonObject] = ()
         self.grown_regions: Sequence[GrownRegion] = ()
-        self.last_checkpoint: Location | None = None
         self._finite = FiniteCheckpoints()
         policy = config.training.spike_policy
         self._spikes = SpikePolicy(config.training, engine, mesh) if policy != "none" else None
@@ -106,54 +106,47 @@ class Trainer:
         self.hooks: list[Hook] = [] if hooks is None else hooks
         self.hooks += [self._finite, self.times]
         self._evaluations = Evaluations(config, mesh, engine, corpus, evaluator, self.hooks)
-        self._writer = CheckpointWriter(
-            save,
-            engine.state,
-            mesh,
-            Retention(config.checkpoint.keep_latest, config.checkpoint.keep_every),
-            partial(self._beacon.goes_on, Phase.CHECKPOINT),
-            config.checkpoint.ckpt_files_per_node,
+        self.checkpoints = RunCheckpoints(
+            config.checkpoint, save, engine.state, mesh, self._beacon, self.times, self.hooks
         )
 
     def resume(
         self,
         checkpoint: Location,
         open_state: Callable[[Location], StateReader] = CheckpointReader,
-        newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
         begins: bool = False,
     ) -> Manifest:
         """Continue from a checkpoint, which `open_state` reads; a collective call.
 
-        `newest_regions` says what the last growth of a checkpoint added. If an unlearning run `begins`, it
-        has the weights of the checkpoint, and nothing else of it.
+        If an unlearning run `begins`, it has the weights of the checkpoint, and nothing else of it.
 
         Raises:
             CheckpointError: it cannot be loaded, or was trained with another tokenizer.
         """
-        manifest = load_checkpoint(
-            checkpoint,
-            self.engine.state,
-            self.mesh,
-            open_state,
-            partial(self._beacon.goes_on, Phase.STARTING),
-        )
+        manifest = self._load(checkpoint, open_state)
         tokenizer = self.corpus.tokenizer
         if tokenizer is not None and manifest.tokenizer_fingerprint not in ("", tokenizer.fingerprint):
             raise CheckpointError(
                 f"{checkpoint} was trained with another tokenizer than {tokenizer.model_path}: token ids "
                 "would change their meaning; use the tokenizer and the data that it was trained with"
             )
-        configure_groups(self.engine.optimizer.param_groups, self.config.optimizer)
         if begins:
             self.lineage = begin_unlearning(self.engine.state, checkpoint, manifest, self.config, self.data)
-            self._complete(0, checkpoint)
+            self.checkpoints.complete(0, checkpoint)
             return manifest
-        self.grown_regions = continue_optimizer(self.engine.state, manifest, self.config, newest_regions)
+        self.grown_regions = continue_optimizer(self.engine.state, manifest, self.config)
         self.lineage = manifest.lineage
         self.progress = manifest.progress
         self.data = continued_data(self.data, manifest, self.config)
         self._open_state = checkpoint, open_state
-        self._complete(self.progress.step, checkpoint)
+        self.checkpoints.complete(self.progress.step, checkpoint)
+        return manifest
+
+    def _load(self, checkpoint: Location, open_state: Callable[[Location], StateReader]) -> Manifest:
+        """Put a checkpoint into the engine, under this run's hyper-parameters; a collective call."""
+        on_chunk = partial(self._beacon.goes_on, Phase.STARTING)
+        manifest = load_checkpoint(checkpoint, self.engine.state, self.mesh, open_state, on_chunk)
+        configure_groups(self.engine.optimizer.param_groups, self.config.optimizer)
         return manifest
 
     def fit(self, stop: StopRequest) -> RunResult:
@@ -168,39 +161,19 @@ class Trainer:
             self._batches_left.close()
 
     def _fit(self, stop: StopRequest) -> RunResult:
-        config, log_config, interval = self.config, self.config.logging, self.config.checkpoint.save_interval
+        config, interval = self.config, self.config.checkpoint.save_interval
         last, started = config.training.train_iters, self.progress
         last_sample = started.samples + self._batch_schedule.samples(started.samples, last - started.step)
-        last_tokens = started.tokens + (last_sample - started.samples) * self._sample_tokens
-        monitors = self.engine.write_monitors if self.engine.has_monitors else None
-        recorder = MetricsRecorder(
-            config, self.mesh.rank == 0, self.run_dir, started.step, last_tokens, monitors
-        )
-        self.hooks += [recorder, StepTimes(config, self.mesh, self._beacon, self.hooks)]
-        self.hooks += profiling_hooks(config, self.mesh, self.run_dir, started.step)
-        for line in self.corpus.epochs(last_sample - self.data.first_sample):
-            logger.info("%s", line)
-        self._read_ahead()
-        if self._spikes:
-            self._spikes.remember(self.run_dir, started.step)
-            if self.last_checkpoint and self.last_checkpoint.parent == self.save_folder:
-                self._finite.remember(self.mesh.control, self.save_folder, self.run_dir, started.step)
-        trained_s = 0.0
+        self._begin(last_sample)
+        trained_s, stopping = 0.0, False
         evaluations: list[Validation | AnswerScores] = []
         task_scores: TaskScores | None = None
-        stopping = False
-        if config.unlearning.is_on and started.step == 0:
-            with self._evaluating():
-                self._evaluations.losses("validation", 0)
-        if config.training.manual_gc:
-            gc.disable()
-        self.times.begin_training()
         while self.progress.step < last and not stopping:
             step = self.progress.step + 1
             if config.training.manual_gc and step % config.training.manual_gc_interval == 0:
                 gc.collect()
             step_s, (stopping, saving) = self._train_step(
-                step, last_sample, lambda: (stop.is_asked, self._writer.is_writing)
+                step, last_sample, lambda: (stop.is_asked, self.checkpoints.is_writing)
             )
             trained_s += step_s
             if self.progress.step < step:  # rewound
@@ -208,27 +181,17 @@ class Trainer:
             if step == started.step + 1:
                 self._wait_for_steps()
             evaluations = []
-            validates = log_config.eval_interval and step % log_config.eval_interval == 0
-            scores = log_config.eval_tasks_interval and step % log_config.eval_tasks_interval == 0
-            if validates or (scores and step != last):  # which may take longer than a step
-                with self._evaluating():
-                    evaluations = self._evaluations.losses("validation", step) if validates else []
-                    if scores and step != last:
-                        self._evaluations.task_scores(step)
-                self._wait_for_steps()
-                stopping = self.mesh.control.any(stop.is_asked)
-            if self._writer.is_busy and not saving:
-                self._beacon.mark(Phase.CHECKPOINT)
-                with self.times.span("checkpoint"):
-                    self._saved(self._writer.settle())
+            if (found := self._evaluate(step)) is not None:  # which may have taken longer than a step
+                evaluations, stopping = found, self.mesh.control.any(stop.is_asked)
+            if not saving:
+                self.checkpoints.settle()
             if interval and step % interval == 0 and step != last and not stopping:
                 self.save(async_save=config.checkpoint.async_save)
         if stopping:
             logger.info("%s: saving a checkpoint and exiting", stop.acknowledge())
-        self._finish_saving()
-        if self.last_checkpoint is None or self.last_checkpoint.parent != self.save_folder or trained_s:
+        self.checkpoints.finish()
+        if not self._continues_own_run or trained_s:
             self.save()
-        assert self.last_checkpoint is not None, "just saved"
         # A run that was asked to stop leaves at once; its next part validates.
         if not stopping:
             with self._evaluating():
@@ -238,13 +201,51 @@ class Trainer:
         for hook in self.hooks:
             hook.on_end()
         trained_tokens = self.progress.tokens - started.tokens
-        return RunResult(
-            progress=self.progress,
-            evaluations=tuple(evaluations),
-            task_scores=task_scores,
-            checkpoint=self.last_checkpoint,
-            tokens_per_s=trained_tokens / trained_s if trained_s else 0.0,
+        tokens_per_s = trained_tokens / trained_s if trained_s else 0.0
+        return RunResult(tuple(evaluations), task_scores, tokens_per_s)
+
+    def _begin(self, last_sample: int) -> None:
+        """Open the logs, begin to read the samples up to `last_sample`, and record that training begins."""
+        config, mesh, started = self.config, self.mesh, self.progress
+        last_tokens = started.tokens + (last_sample - started.samples) * self._sample_tokens
+        recorder = MetricsRecorder(
+            config, mesh.rank == 0, self.run_dir, started.step, last_tokens, self.engine.write_monitors
         )
+        self.hooks += [recorder, StepTimes(config, mesh, self._beacon, self.hooks)]
+        self.hooks += profiling_hooks(config, mesh, self.run_dir, started.step)
+        for line in self.corpus.epochs(last_sample - self.data.first_sample):
+            logger.info("%s", line)
+        self._read_ahead()
+        if self._spikes:
+            self._spikes.remember(self.run_dir, started.step)
+            if self._continues_own_run:
+                self._finite.remember(mesh.control, self.checkpoints.folder, self.run_dir, started.step)
+        if config.unlearning.is_on and started.step == 0:
+            with self._evaluating():
+                self._evaluations.losses("validation", 0)
+        if config.training.manual_gc:
+            gc.disable()
+        self.times.begin_training()
+
+    @property
+    def _continues_own_run(self) -> bool:
+        """Whether the newest checkpoint lies where this run saves."""
+        newest = self.checkpoints.newest
+        return newest is not None and newest.parent == self.checkpoints.folder
+
+    def _evaluate(self, step: int) -> list[Validation | AnswerScores] | None:
+        """Return the losses after a step where any evaluation is due, else None; a collective call."""
+        logging, last = self.config.logging, self.config.training.train_iters
+        validates = logging.eval_interval and step % logging.eval_interval == 0
+        scores = step != last and logging.eval_tasks_interval and step % logging.eval_tasks_interval == 0
+        if not validates and not scores:
+            return None
+        with self._evaluating():
+            found = self._evaluations.losses("validation", step) if validates else []
+            if scores:
+                self._evaluations.task_scores(step)
+        self._wait_for_steps()
+        return found
 
     def _wait_for_steps(self) -> None:
         """From here on a rank waits for others as long as a step may take; a collective call."""
@@ -262,10 +263,7 @@ class Trainer:
             yield
 
     def _train_step(
-        self,
-        step: int,
-        last_sample: int,
-        flags: Callable[[], Sequence[bool]],
+        self, step: int, last_sample: int, flags: Callable[[], Sequence[bool]]
     ) -> tuple[float, tuple[bool, ...]]:
         """Take an optimizer step; return its seconds, and which flags are set on any rank at its end.
 
@@ -323,11 +321,14 @@ class Trainer:
         else:
             result = self._spikes.take(step, self._batches_left, self.training_batches, rate, flags)
             ends = not result.was_made and self._spikes.ends(self._rewinds)
-        if ends and not is_finite(result):
-            self._fail(step, result)
-        if ends and self._spikes:
-            self._end(self._spikes.error(step, self._finite.way_back()))
-        return result
+        if not ends:
+            return result
+        self.checkpoints.finish()
+        if self._spikes and is_finite(result):
+            raise self._spikes.error(step, self._finite.way_back())
+        # The weights are still those before this step, so the same samples show where it broke.
+        found = self.engine.diagnose(self.training_batches())
+        raise non_finite_error(self.mesh, step, result, found, self._finite.way_back())
 
     def _rewind(self, step: int, batch: int, result: StepResult) -> None:
         """Go back to the last good checkpoint and leave out the samples of a step; a collective call.
@@ -335,25 +336,20 @@ class Trainer:
         Raises TrainingError where there is no such checkpoint.
         """
         assert self._spikes is not None, "only its policy rewinds"
-        self._finish_saving()
+        self.checkpoints.finish()
         good, (opened, open_state) = self._finite.last_good(), self._open_state
         if good is None:
-            self._end(self._spikes.error(step, self._finite.way_back()))
+            raise self._spikes.error(step, self._finite.way_back())
         left_out = (self.progress.samples - self.data.first_sample, batch)
-        reader = open_state if good == opened else CheckpointReader
-        self.progress, self.data = rewind(
-            good, reader, self.config, self.engine, self.mesh, self.data, left_out
-        )
+        manifest = self._load(good, open_state if good == opened else CheckpointReader)
+        self.progress, self.data = manifest.progress, rewound_data(self.data, manifest, left_out)
         if good == opened and self.config.checkpoint.reset_optimizer:  # as when it was loaded first
             self.engine.state.forget_moments()
         self._rewinds += 1
         self._read_ahead()
         logger.info("rewound from step %d to %s: %d samples of that step are left out", step, good, batch)
-        record = {
-            "rewound_from": step,
-            "left_out_samples": left_out,
-            "spike": [result.loss, result.grad_norm],
-        }
+        spike = [result.loss, result.grad_norm]
+        record = {"rewound_from": step, "left_out_samples": left_out, "spike": spike}
         for hook in self.hooks:
             hook.after_rewind(self.progress.step, record)
         self._spikes.remember(self.run_dir, self.progress.step)
@@ -362,30 +358,14 @@ class Trainer:
         """Compare what ranks hold alike, every so often; a collective call. Raises RestartError."""
         interval = self.config.training.check_weight_hash_across_dp_replicas_interval
         if interval and step % interval == 0 and (found := diverged_ranks(self.engine, self.mesh)):
-            self._end(diverged_error(step, found))
-
-    def _end(self, error: TrainingError | RestartError) -> NoReturn:
-        """End the run, after the save that is under way; a collective call. Raises `error`."""
-        self._finish_saving()
-        raise error
-
-    def _fail(self, step: int, result: StepResult) -> NoReturn:
-        """End the run after a step that is not finite; a collective call. Raises TrainingError."""
-        self._finish_saving()
-        # The weights are still those before this step, so the same samples show where it broke.
-        found = self.engine.diagnose(self.training_batches())
-        self._end(non_finite_error(self.mesh, step, result, found, self._finite.way_back()))
+            self.checkpoints.finish()
+            raise diverged_error(step, found)
 
     def save(self, async_save: bool = False) -> None:
         """Write a checkpoint, in the background with `async_save`; a collective call.
 
         Raises CheckpointError where this save or the one before it failed.
         """
-        with self.times.span("checkpoint"):
-            self._save(async_save)
-
-    def _save(self, async_save: bool) -> None:
-        self._finish_saving()
         tokenizer = self.corpus.tokenizer
         request = SaveRequest(
             self.progress,
@@ -396,30 +376,7 @@ class Trainer:
             self.grown_regions,
             self.corpus.prepend_bos,
         )
-        self._writer.begin(request, async_save)
-        if not async_save:
-            self._finish_saving()
-
-    def _finish_saving(self) -> None:
-        """Wait for the save that is under way, if one is; a collective call."""
-        self._beacon.mark(Phase.CHECKPOINT)
-        with self.times.span("checkpoint"):
-            self._saved(self._writer.finish())
-
-    def _saved(self, saved: Saved | None) -> None:
-        """Log that a checkpoint is complete."""
-        if saved is None:
-            return
-        blocked = (
-            f" (training blocked for {saved.stall_s:.2f} s)" if self.config.checkpoint.async_save else ""
-        )
-        logger.info("saved %s in %.1f s%s", saved.folder, saved.total_s, blocked)
-        self._complete(saved.step, saved.folder)
-
-    def _complete(self, step: int, folder: Location) -> None:
-        self.last_checkpoint = folder
-        for hook in self.hooks:
-            hook.after_save(step, folder)
+        self.checkpoints.save(request, async_save)
 
     def training_batches(self) -> Iterator[Batch]:
         """Yield this rank's micro-batches from where the run is."""

@@ -1,6 +1,6 @@
 """The micro-batches of this rank, as a run's configuration cuts its samples."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -10,9 +10,22 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.loader import micro_batches, sample_numbers
 from megatron_nexus.data.prefetcher import Prefetcher
+from megatron_nexus.models.packing import Stream
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.answer_batches import AnswerBatches
-from megatron_nexus.training.engine import Batch, map_batch
+from megatron_nexus.training.unlearning_loss import AnswerTargets
+
+Batch = tuple[Stream, Tensor | AnswerTargets]
+"""Token ids [B, T], with positions [B, T] where samples are packed; labels [B, T], or those of answers."""
+
+
+def map_batch(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """Return a batch of what `function` makes of each tensor."""
+    stream, targets = batch
+    made = targets.map(function) if isinstance(targets, AnswerTargets) else function(targets)
+    if isinstance(stream, tuple):
+        return (function(stream[0]), function(stream[1])), made
+    return function(stream), made
 
 
 def rank_batches(

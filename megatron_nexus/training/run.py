@@ -1,17 +1,12 @@
 """A run on one rank in four phases: the ranks, the data, the model, the training."""
 
-import socket
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from megatron_nexus.checkpoint.location import Location, location
-from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest
 from megatron_nexus.checkpoint.run_dir import check_writable, checkpoint_before
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
@@ -23,43 +18,33 @@ from megatron_nexus.data.run_data import RunData
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.data.unlearning_samples import UnlearningSamples, read_unlearning_samples
-from megatron_nexus.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from megatron_nexus.errors import DamagedCheckpointError
 from megatron_nexus.log import Progress, logger
-from megatron_nexus.models.attention_backend import flex_problem
-from megatron_nexus.models.nvidia_apex import require_apex
 from megatron_nexus.parallel.beacon import Beacon
 from megatron_nexus.parallel.launch_command import launch_words
-from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
+from megatron_nexus.parallel.mesh import Mesh, close_mesh
 from megatron_nexus.parallel.rank_watch import RankWatch
 from megatron_nexus.parallel.world import World
 from megatron_nexus.training.answer_batches import AnswerBatches
 from megatron_nexus.training.answer_scorer import open_reference
 from megatron_nexus.training.command_log import log_command
 from megatron_nexus.training.console import announce, announce_resumed, curve_title, summarise
-from megatron_nexus.training.corpus import open_answers, open_corpus
-from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
+from megatron_nexus.training.corpus import Corpus, open_answers, open_corpus
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.fault_injection import FaultInjector
 from megatron_nexus.training.faults import STOP_FILE, StopRequest
-from megatron_nexus.training.grown_elements import BoxesByGrowth, CopiedRows, grown_elements
+from megatron_nexus.training.grown_elements import grown_elements
 from megatron_nexus.training.growth_metrics import GrowthMetricsHook
 from megatron_nexus.training.hooks import Hook, telling_of_failures
 from megatron_nexus.training.loop import Trainer
 from megatron_nexus.training.loss_plot import LossPlot
-from megatron_nexus.training.machine import (
-    compile_problem,
-    configure_torch,
-    gemm_flops_per_s,
-    set_environment,
-    set_trace_prefix,
-    untested_torch,
-)
+from megatron_nexus.training.machine import gemm_flops_per_s, set_trace_prefix
 from megatron_nexus.training.memory_errors import explaining_memory_errors
-from megatron_nexus.training.profiler import require_cuda_for_profile
 from megatron_nexus.training.recorder import finish_loggers
 from megatron_nexus.training.run_times import RunTimes
 from megatron_nexus.training.scoring import TaskEvaluator
+from megatron_nexus.training.start_ranks import start_ranks
 
 _BEFORE_TIMEOUT = 0.95
 """Share of torch's time-out at which ranks that hang are named: it counts from a collective's start."""
@@ -74,21 +59,15 @@ def run(
     open_evaluator: Callable[[RunConfig, Tokenizer], TaskEvaluator] | None = None,
     record: TokenizerRecord = NO_RECORD,
     run_data: RunData | UnlearningSamples | None = None,
-    newest_regions: Callable[[Manifest], Sequence[GrownRegion]] = lambda manifest: (),
-    boxes_by_growth: BoxesByGrowth | None = None,
-    copied_rows: CopiedRows | None = None,
     faults: Sequence[InjectedFault] = (),
     begins_unlearning: bool = False,
 ) -> None:
     """Train as `config` says, from `checkpoint` where there is one; every rank calls this once.
 
     `argv` is the command line as the user typed it: the summary repeats it to resume. `open_state` reads the
-    checkpoint, as a grown one where the run begins so. `open_evaluator` makes what evaluates --eval-tasks;
-    only rank 0 calls it. `record` is what the checkpoint keeps of its tokenizer. `run_data` is what the run
-    reads, where it is open already. `newest_regions` says what the last growth of a checkpoint added,
-    `boxes_by_growth` says it of every growth of a lineage, `copied_rows` what the last one copied, both for
-    --growth-metrics-interval. `faults` are those of --inject. `begins_unlearning`: the run begins at the
-    weights of `checkpoint`, which is another's.
+    checkpoint, as a grown one where the run begins so. `open_evaluator` makes what evaluates --eval-tasks.
+    `record` is what the checkpoint keeps of its tokenizer. `run_data` is what the run reads, where it is open
+    already. `faults` are those of --inject. `begins_unlearning`: at the weights of another run's checkpoint.
     """
     # 1. The ranks, and what they agree on.
     mesh = start_ranks(config, world, checkpoint)
@@ -96,19 +75,10 @@ def run(
     run_dir = _run_dir(save)
     set_trace_prefix(run_dir)
     # 2. The data. Before the model: ranks that find their data wrong do not all find it at the same moment.
-    if config.unlearning.is_on and run_data is None:
-        run_data = read_unlearning_samples(config, record)
-    if isinstance(run_data, UnlearningSamples):
-        corpus = open_answers(run_data, mesh, record)
-    else:
-        corpus = open_corpus(config, mesh, world.local_rank, record, run_data)
-    evaluator = None
-    if config.logging.eval_tasks and mesh.rank == 0:
-        assert open_evaluator is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
-        evaluator = open_evaluator(config, corpus.tokenizer)
-    beacon = Beacon()
+    corpus = _open_data(config, world, mesh, record, run_data)
+    evaluator = _open_evaluator(config, corpus, open_evaluator) if mesh.rank == 0 else None
+    hooks, beacon = list[Hook](), Beacon()
     watch = _start_watch(config, world, mesh, beacon, run_dir)
-    hooks: list[Hook] = []
     with (
         run_dir_lock(run_dir) if mesh.rank == 0 else nullcontext(),
         telling_of_failures(hooks, beacon),
@@ -128,50 +98,78 @@ def run(
         watch.on_leave = partial(finish_loggers, hooks)
         announce(config, mesh, engine, rate, save, corpus.sample_tokens(config))
         if checkpoint is not None:
-            resume = partial(
-                trainer.resume,
-                open_state=open_state,
-                newest_regions=newest_regions,
-                begins=begins_unlearning,
-            )
-            manifest, checkpoint = _resume(trainer, checkpoint, resume)
-            if begins_unlearning:
-                logger.info("unlearning begins at the weights of %s", checkpoint)
-            else:
-                announce_resumed(config, checkpoint, manifest)
+            _resume(trainer, checkpoint, open_state, begins_unlearning)
         if isinstance(corpus.training, AnswerBatches):
             open_reference(config, mesh, engine, corpus.training, run_dir, begins_unlearning)
-        if mesh.rank == 0:
-            hooks.append(LossPlot(run_dir, corpus.entropy, curve_title(config)))
-            (run_dir / CONFIG_FILE).write_text(config_text(config))
-            log_command(run_dir, [*launch_words(world, argv, config.verb), *argv], trainer.progress.step)
-        if config.logging.growth_metrics_interval:
-            assert boxes_by_growth is not None and copied_rows is not None, "the verb `train` passes them"
-            elements = grown_elements(config.model, trainer.lineage, boxes_by_growth, copied_rows)
-            hook = GrowthMetricsHook(
-                config, mesh, engine, corpus.training, elements, trainer.hooks, trainer.progress.step
-            )
-            trainer.hooks.append(hook)
-        trainer.injector = FaultInjector(faults, mesh.rank, run_dir, engine.parameters)
+        launch = launch_words(world, argv, config.verb)
+        _add_hooks(trainer, [*launch, *argv], faults)
         # 4. The training.
-        stop = StopRequest(
-            parse_exit_signals(config.checkpoint.exit_signal),
-            config.checkpoint.exit_duration_in_mins,
-            run_dir / STOP_FILE if mesh.rank == 0 else None,
-        )
-        mesh.control.barrier()  # from here on all ranks handle a signal, or none
-        result = trainer.fit(stop)
+        result = trainer.fit(_stop_request(config, mesh, run_dir))
         if mesh.rank == 0:
-            summarise(config, trainer, result, corpus, launch_words(world, argv, config.verb), argv)
+            summarise(config, trainer, result, corpus, launch, argv)
         mesh.control.barrier()
         watch.end()
         mesh.control.barrier()  # nobody watches, and ranks may leave
     close_mesh()
 
 
+def _open_data(
+    config: RunConfig,
+    world: World,
+    mesh: Mesh,
+    record: TokenizerRecord,
+    run_data: RunData | UnlearningSamples | None,
+) -> Corpus:
+    """Return what the run reads; a collective call. Raises DataError."""
+    if config.unlearning.is_on and run_data is None:
+        run_data = read_unlearning_samples(config, record)
+    if isinstance(run_data, UnlearningSamples):
+        return open_answers(run_data, mesh, record)
+    return open_corpus(config, mesh, world.local_rank, record, run_data)
+
+
+def _open_evaluator(
+    config: RunConfig,
+    corpus: Corpus,
+    open_evaluator: Callable[[RunConfig, Tokenizer], TaskEvaluator] | None,
+) -> TaskEvaluator | None:
+    """Return what evaluates --eval-tasks, None where there are none. Raises ConfigError, DataError."""
+    if not config.logging.eval_tasks:
+        return None
+    assert open_evaluator is not None and corpus.tokenizer is not None, "the rules ask for a tokenizer"
+    return open_evaluator(config, corpus.tokenizer)
+
+
+def _add_hooks(trainer: Trainer, command: Sequence[str], faults: Sequence[InjectedFault]) -> None:
+    """Record in the run's folder what trains, and add what draws, measures and injects; a collective call."""
+    config, mesh, corpus, run_dir = trainer.config, trainer.mesh, trainer.corpus, trainer.run_dir
+    step = trainer.progress.step
+    if mesh.rank == 0:
+        trainer.hooks.append(LossPlot(run_dir, corpus.entropy, curve_title(config)))
+        (run_dir / CONFIG_FILE).write_text(config_text(config))
+        log_command(run_dir, command, step)
+    if config.logging.growth_metrics_interval:
+        elements = grown_elements(config.model, trainer.lineage)
+        trainer.hooks.append(
+            GrowthMetricsHook(config, mesh, trainer.engine, corpus.training, elements, trainer.hooks, step)
+        )
+    trainer.injector = FaultInjector(faults, mesh.rank, run_dir, trainer.engine.parameters)
+
+
+def _stop_request(config: RunConfig, mesh: Mesh, run_dir: Path) -> StopRequest:
+    """Return what notes a signal, from now on on all ranks; a collective call."""
+    stop = StopRequest(
+        parse_exit_signals(config.checkpoint.exit_signal),
+        config.checkpoint.exit_duration_in_mins,
+        run_dir / STOP_FILE if mesh.rank == 0 else None,
+    )
+    mesh.control.barrier()
+    return stop
+
+
 def _resume(
-    trainer: Trainer, checkpoint: Location, resume: Callable[[Location], Manifest]
-) -> tuple[Manifest, Location]:
+    trainer: Trainer, checkpoint: Location, open_state: Callable[[Location], StateReader], begins: bool
+) -> None:
     """Continue from a checkpoint or, where a byte of it is wrong, from the one before; a collective call.
 
     Where the user has named a checkpoint, not a run, that one alone counts. Raises CheckpointError.
@@ -181,7 +179,8 @@ def _resume(
     while True:
         try:
             with Progress(f"loading {checkpoint}"):
-                return resume(checkpoint), checkpoint
+                manifest = trainer.resume(checkpoint, open_state, begins)
+            break
         except DamagedCheckpointError as error:
             before = checkpoint_before(checkpoint) if may_go_back else None
             if before is None:
@@ -189,6 +188,10 @@ def _resume(
             if trainer.mesh.rank == 0:
                 logger.warning("WARNING: going back to %s, the checkpoint before: %s", before, error)
             checkpoint = before
+    if begins:
+        logger.info("unlearning begins at the weights of %s", checkpoint)
+    else:
+        announce_resumed(trainer.config, checkpoint, manifest)
 
 
 def _start_watch(config: RunConfig, world: World, mesh: Mesh, beacon: Beacon, run_dir: Path) -> RankWatch:
@@ -205,61 +208,6 @@ def _start_watch(config: RunConfig, world: World, mesh: Mesh, beacon: Beacon, ru
         run_dir,
         by_phase=mesh.pp_size > 1,
     )
-
-
-def start_ranks(config: RunConfig, world: World, checkpoint: Location | None) -> Mesh:
-    """Start torch.distributed, and check that this machine can do what the configuration asks for."""
-    # DeepSpeed calls collectives by names that torch has deprecated; its users cannot fix that.
-    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated")
-    parallel = config.parallel
-    set_environment(config)
-    mesh = make_mesh(
-        world,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        60.0 * parallel.distributed_timeout_minutes,
-        by_node=parallel.hierarchical_grad_reduce,
-    )
-    configure_torch(config, mesh)
-    if mesh.rank == 0 and (warning := untested_torch(torch.__version__)):
-        logger.warning("%s", warning)
-    _check_device(config, mesh)
-    require_cuda_for_profile(config, mesh.device.type)
-    _prepare_kernels(config, mesh)
-    _require_one_start(mesh, checkpoint)
-    return mesh
-
-
-def _require_one_start(mesh: Mesh, checkpoint: Location | None) -> None:
-    """Raise CheckpointError where ranks found different checkpoints, as on disks that they do not share."""
-    found = mesh.control.distinct_str(str(checkpoint or "no checkpoint"))
-    if len(found) > 1:
-        listed = "; ".join(f"rank {rank}: {name}" for name, rank in found.items())
-        raise CheckpointError(
-            f"--load means different checkpoints ({listed}): use a disk that all ranks share"
-        )
-
-
-def _check_device(config: RunConfig, mesh: Mesh) -> None:
-    if (
-        config.training.precision == "bf16"
-        and mesh.device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        name = torch.cuda.get_device_name(mesh.device)
-        raise ConfigError([f"--bf16: {name} on {socket.gethostname()} has no bf16: use --fp32"])
-
-
-def _prepare_kernels(config: RunConfig, mesh: Mesh) -> None:
-    """Have the chosen implementations at hand, or raise ConfigError; a collective call."""
-    if config.training.compile and (problem := compile_problem(config, torch.__version__, mesh.device.type)):
-        raise ConfigError([problem])
-    if problem := flex_problem(config, mesh.device.type):
-        raise ConfigError([problem])
-    chosen = {"--norm-impl": config.training.norm_impl, "--optimizer-impl": config.optimizer.optimizer_impl}
-    require_apex([flag for flag, choice in chosen.items() if choice == "apex"], mesh.device)
-    if config.optimizer.optimizer_impl == "deepspeed":
-        build_deepspeed_adam(mesh)
 
 
 def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Location | None) -> Location:

@@ -99,7 +99,7 @@ class DistributedScorer:
             mine = order[begin + mesh.dp_rank * work_items : begin + (mesh.dp_rank + 1) * work_items]
             parts = [mine[i * rows : (i + 1) * rows] for i in range(self._passes)]
             batches = [_batch([texts[number] for number in part], rows, width) for part in parts]
-            scored = self._engine.score(batches)
+            scored = self._engine.outputs(batches, self._engine.logits_loss.token_scores)
             # Tensor-parallel ranks have the same scores: the first of them adds its own.
             if scored and mesh.tp_rank == 0:
                 for part, scores_2BT in zip(parts, scored, strict=True):

@@ -10,17 +10,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import DataRecord, RunProgress
-from megatron_nexus.checkpoint.resume import load_checkpoint
-from megatron_nexus.checkpoint.store import StateReader
-from megatron_nexus.config.run_config import RunConfig, TrainingConfig
+from megatron_nexus.config.run_config import TrainingConfig
 from megatron_nexus.errors import TrainingError
 from megatron_nexus.log import logger
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.training.engine import Batch, Engine, StepResult
+from megatron_nexus.training.engine import Engine, StepResult
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
-from megatron_nexus.training.optimizer import configure_groups
+from megatron_nexus.training.rank_batches import Batch
 from megatron_nexus.training.spikes import SpikeDetector
 
 MOST = 10
@@ -61,7 +57,8 @@ class SpikePolicy:
         before = self._engine.state.counters
         first = result = self._engine.train_step(batches, rate, flags, self._detector.admits)
         if not first.was_made:
-            self._engine.undo_counters(before)
+            self._engine.state.counters = before
+            self._engine.state.refresh_model()  # the model's own weights may be what was wrong
             result = self._engine.train_step(again(), rate, lambda: first.flags, self._detector.admits)
         if result.was_made and not first.was_made and self._mesh.rank == 0:
             logger.warning(
@@ -82,8 +79,12 @@ class SpikePolicy:
         return self._policy == "stop" or max(self._in_a_row, rewinds) >= MOST
 
     def error(self, step: int, way_back: str) -> TrainingError:
-        """Return the error of the last spike, where it ends the run."""
-        return spike_error(step, self.described, way_back, self._policy)
+        """Return the error of the last spike, where it ends the run; `way_back` says where to resume."""
+        others = {"stop": ", or use --spike-policy skip or rewind", "rewind": ", or use --spike-policy skip"}
+        return TrainingError(
+            f"step {step}: {self.described}: it comes from the data or the learning rate; lower --lr"
+            f"{others.get(self._policy, '')}, and {way_back}"
+        )
 
     def _describe(self, result: StepResult) -> str:
         """Return what a spike is."""
@@ -103,33 +104,3 @@ def recent_steps(metrics: Path, last_step: int, length: int) -> str:
             if "loss" in record and "grad_norm" in record and record["step"] <= last_step
         ][-length:]
     )
-
-
-def spike_error(step: int, described: str, way_back: str, policy: str) -> TrainingError:
-    """Return the error of a spike that ends a run under a policy; `way_back` says where to resume."""
-    others = {"stop": ", or use --spike-policy skip or rewind", "rewind": ", or use --spike-policy skip"}
-    return TrainingError(
-        f"step {step}: {described}: it comes from the data or the learning rate; lower --lr"
-        f"{others.get(policy, '')}, and {way_back}"
-    )
-
-
-def rewind(
-    checkpoint: Location,
-    open_state: Callable[[Location], StateReader],
-    config: RunConfig,
-    engine: Engine,
-    mesh: Mesh,
-    data: DataRecord,
-    left_out: tuple[int, int],
-) -> tuple[RunProgress, DataRecord]:
-    """Load a checkpoint of the run into its engine; return its progress, and `data` without `left_out`.
-
-    A collective call.
-    """
-    manifest = load_checkpoint(checkpoint, engine.state, mesh, open_state)
-    configure_groups(engine.optimizer.param_groups, config.optimizer)
-    same = manifest.data.fingerprint in ("", data.fingerprint)
-    first_sample = manifest.data.first_sample if same else manifest.progress.samples
-    parts = (*data.left_out, left_out)
-    return manifest.progress, DataRecord(data.fingerprint, data.description, first_sample, parts)

@@ -14,7 +14,6 @@ import numpy as np
 from megatron_nexus.checkpoint.resume import load_checkpoint
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.rules import check
-from megatron_nexus.growth.generations import boxes_by_growth, copied_rows
 from megatron_nexus.parallel.mesh import close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
@@ -65,7 +64,7 @@ def run_case(case: dict, out: Path, index: int) -> None:
     batches = global_batches(config.model.vocab_size, training.global_batch_size, training.seq_length)
     kept, hooks = Kept(), []
     if config.logging.growth_metrics_interval:
-        elements = grown_elements(config.model, manifest.lineage, boxes_by_growth, copied_rows)
+        elements = grown_elements(config.model, manifest.lineage)
         hooks = [GrowthMetricsHook(config, mesh, engine, Samples(batches), elements, [kept], 0)]
     losses = []
     mine = my_batches(batches, training.micro_batch_size, mesh, None)

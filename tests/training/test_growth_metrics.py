@@ -19,7 +19,6 @@ from torch import Tensor
 from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.config.command_line import build
-from megatron_nexus.growth.generations import boxes_by_growth, copied_rows
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.models.nexus_rank import NexusRank, NexusWidths, nexus_rank_specs
 from megatron_nexus.parallel.tensor_parallel import TensorParallel
@@ -258,7 +257,7 @@ def test_rows_that_split_has_copied_are_compared_with_their_sources(tmp_path: Pa
     source = checkpoints.write_checkpoint(tmp_path / "old", config)
     sizes = {"nexus_m": 18, "nexus_a": 22, "ffn_hidden_size": 20, "num_layers": 3}
     made, after = checkpoints.grow(source, tmp_path / "new", config, sizes, init="split", depth_init="stack")
-    found = grown_elements(after.model, read_manifest(made).lineage, boxes_by_growth, copied_rows)
+    found = grown_elements(after.model, read_manifest(made).lineage)
     tensors = {name: torch.from_numpy(t) for name, t in checkpoints.tensors(made, STATES[0]).items()}
     copied = {name: of for name, of in found.items() if of.source}
     assert {"layers.0.attention.q.w_m", "layers.1.attention.k.w_a", "layers.2.feed_forward.down"} <= set(

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.checkpoint.manifest import DataRecord
+from megatron_nexus.config.run_config import TrainingConfig
 from megatron_nexus.training.faults import FiniteCheckpoints
 from megatron_nexus.training.metrics import StepMetrics
-from megatron_nexus.training.spike_policy import recent_steps, spike_error
+from megatron_nexus.training.spike_policy import SpikePolicy, recent_steps
 from megatron_nexus.training.spikes import SpikeDetector
 
 STEPS = [(3.0, 1.0), (3.2, 1.1), (2.8, 0.9), (3.0, 1.0)]
@@ -65,7 +66,8 @@ def test_steps_without_a_finite_norm_are_known_again_after_a_restart(tmp_path: P
 
 
 def test_a_spike_that_ends_a_run_is_answered_with_another_policy_than_the_one_it_has() -> None:
-    messages = {policy: str(spike_error(4, "", "", policy)) for policy in ("stop", "skip", "rewind")}
+    policies = {kind: TrainingConfig(spike_policy=kind) for kind in ("stop", "skip", "rewind")}
+    messages = {kind: str(SpikePolicy(made, None, None).error(4, "")) for kind, made in policies.items()}
     assert (
         "--spike-policy skip or rewind" in messages["stop"] and "--spike-policy skip," in messages["rewind"]
     )
