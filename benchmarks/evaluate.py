@@ -40,11 +40,12 @@ from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.evaluation.harness import NexusLM
-from megatron_nexus.evaluation.loaded_model import DTYPES, load_model
+from megatron_nexus.evaluation.loaded_model import load_model
 from megatron_nexus.evaluation.local_scorer import LocalScorer
 from megatron_nexus.evaluation.task_files import PAPER_TASKS
 from megatron_nexus.evaluation.tasks import Tasks, open_tasks
 from megatron_nexus.interchange.export import export_checkpoint
+from megatron_nexus.models.layer_context import DTYPES
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 

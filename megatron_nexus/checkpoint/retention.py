@@ -1,7 +1,5 @@
 """Retention: which checkpoints of a run are kept once a newer one is complete."""
 
-from dataclasses import dataclass
-
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.run_dir import checkpoint_name, complete_checkpoints, latest_step
 from megatron_nexus.checkpoint.storage import folder_of
@@ -9,40 +7,30 @@ from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import logger
 
 
-@dataclass(frozen=True)
-class Retention:
-    """The newest `keep_latest` checkpoints are kept, and those of the multiples of `keep_every` steps.
+def outdated(steps: list[int], latest: int, keep_latest: int, keep_every: int) -> list[int]:
+    """Return the steps to delete among those of complete checkpoints; none is newer than `latest`.
 
-    All are kept where `keep_latest` is 0; no step is special where `keep_every` is 0.
+    The newest `keep_latest` are kept, all where it is 0, and the multiples of `keep_every`, if it is not 0.
     """
-
-    keep_latest: int = 0
-    keep_every: int = 0
-
-    def outdated(self, steps: list[int], latest: int) -> list[int]:
-        """Return the steps to delete among those of complete checkpoints; none is newer than `latest`."""
-        until_latest = sorted(step for step in steps if step <= latest)
-        older = until_latest[: -self.keep_latest] if self.keep_latest else []
-        return [step for step in older if not self.keep_every or step % self.keep_every]
+    until_latest = sorted(step for step in steps if step <= latest)
+    older = until_latest[:-keep_latest] if keep_latest else []
+    return [step for step in older if not keep_every or step % keep_every]
 
 
-KEEP_ALL = Retention()
-
-
-def delete_outdated(root: Location, retention: Retention) -> None:
-    """Delete the checkpoints in a run's folder that `retention` does not keep.
+def delete_outdated(root: Location, keep_latest: int, keep_every: int = 0) -> None:
+    """Delete the checkpoints in a run's folder that `outdated` names.
 
     Only complete ones that `latest` names a newer one than, that nobody reads, and that lie in this folder
     themselves (links and their targets are left alone). A checkpoint that cannot be deleted is reported and
     tried again next time.
     """
     latest = latest_step(root)
-    if latest is None or not retention.keep_latest:
+    if latest is None or not keep_latest:
         return
     try:
         folder_of(root).clear_deleted()
         checkpoints = complete_checkpoints(root)
-        for step in retention.outdated(list(checkpoints), latest):
+        for step in outdated(list(checkpoints), latest, keep_latest, keep_every):
             folder = checkpoints[step]
             if folder.is_symlink() or folder.name != checkpoint_name(step):
                 continue

@@ -38,7 +38,7 @@ from megatron_nexus.checkpoint.manifest import (
     spec_to_json,
 )
 from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
-from megatron_nexus.checkpoint.retention import KEEP_ALL, Retention, delete_outdated
+from megatron_nexus.checkpoint.retention import delete_outdated
 from megatron_nexus.checkpoint.storage import folder_of
 from megatron_nexus.checkpoint.train_state import TrainState, random_states, topology_of
 from megatron_nexus.errors import CheckpointError
@@ -90,7 +90,8 @@ class CheckpointWriter:
         root: Location,
         state: TrainState,
         mesh: Mesh,
-        retention: Retention = KEEP_ALL,
+        keep_latest: int = 0,
+        keep_every: int = 0,
         on_chunk: Callable[[], None] = lambda: None,
         files_per_node: int = 1,
     ) -> None:
@@ -101,7 +102,7 @@ class CheckpointWriter:
         self._root = root
         self._state = state
         self._mesh = mesh
-        self._retention = retention
+        self._keep_latest, self._keep_every = keep_latest, keep_every
         self._on_chunk = on_chunk
         self._files_per_node = files_per_node
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -199,7 +200,7 @@ class CheckpointWriter:
         """Make the checkpoint complete, on rank 0, once all ranks have written. Raises OSError."""
         if self._mesh.rank == 0:
             checkpoint.publish(manifest, files)
-            delete_outdated(self._root, self._retention)
+            delete_outdated(self._root, self._keep_latest, self._keep_every)
 
     @contextmanager
     def _abandoned_on_error(self, checkpoint: NewCheckpoint[Location]) -> Iterator[None]:

@@ -32,7 +32,8 @@ class TrainedModel(SavedRun):
         """Load the decoder; imports torch. Raises ConfigError where the device is not available."""
         with Progress(f"loading {self.checkpoint}"):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            from megatron_nexus.evaluation.loaded_model import DTYPES, choose_device, load_model
+            from megatron_nexus.evaluation.loaded_model import choose_device, load_model
+            from megatron_nexus.models.layer_context import DTYPES
 
             device, length = choose_device(self.device), self.config.training.seq_length
             loaded = load_model(self.checkpoint, self.config.model, length, device, DTYPES[self.precision])

@@ -33,8 +33,4 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
 
 def end_on_sigterm() -> None:
     """Make SIGTERM end this process as Ctrl-C does, so that half-written output is removed."""
-    signal.signal(signal.SIGTERM, _interrupted)
-
-
-def _interrupted(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

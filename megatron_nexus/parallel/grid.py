@@ -6,12 +6,27 @@ through all N ranks at each send. In the names of Megatron-LM and DeepSpeed: `sl
 the tensor-parallel ranks, `model` those and all stages.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch.distributed as dist
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from megatron_nexus.parallel.mesh import Mesh
+
+_CALLS = {
+    "get_global_rank": "rank",
+    "get_stage_id": "pp_rank",
+    "get_pipe_parallel_rank": "pp_rank",
+    "get_pipe_parallel_world_size": "pp_size",
+    "get_pipe_parallel_group": "pp_group",
+    "get_data_parallel_rank": "dp_rank",
+    "get_data_parallel_world_size": "dp_size",
+    "get_data_parallel_group": "dp_group",
+    "get_model_parallel_group": "model_group",
+    "get_slice_parallel_rank": "tp_rank",
+    "get_slice_parallel_world_size": "tp_size",
+    "get_slice_parallel_group": "tp_group",
+}
+"""Functions without arguments that DeepSpeed calls, and what each returns of the mesh."""
 
 
 class Coordinates(NamedTuple):
@@ -50,58 +65,16 @@ class Grid:
         mesh = self._mesh
         return (stage_id * mesh.dp_size + mesh.dp_rank) * mesh.tp_size + mesh.tp_rank
 
-    def get_global_rank(self) -> int:
-        """Return this rank among all."""
-        return self.global_rank
-
-    def get_stage_id(self) -> int:
-        """Return the stage of this rank."""
-        return self.stage_id
-
-    def get_pipe_parallel_rank(self) -> int:
-        """Return the stage of this rank."""
-        return self.stage_id
-
-    def get_pipe_parallel_world_size(self) -> int:
-        """Return the number of stages."""
-        return self.pipe_parallel_size
-
-    def get_pipe_parallel_group(self) -> dist.ProcessGroup:
-        """Return the group of this rank's places in all stages."""
-        return self._mesh.pp_group
-
-    def get_data_parallel_rank(self) -> int:
-        """Return which copy of the model this rank is part of."""
-        return self.data_parallel_id
-
-    def get_data_parallel_world_size(self) -> int:
-        """Return the number of copies of the model."""
-        return self.data_parallel_size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Return the group of the ranks that hold the same parameters."""
-        return self._mesh.dp_group
-
     def get_model_parallel_rank(self) -> int:
         """Return this rank among those that hold one copy of the model."""
-        return self.stage_id * self.model_parallel_size + self._mesh.tp_rank
+        return self._mesh.pp_rank * self._mesh.tp_size + self._mesh.tp_rank
 
     def get_model_parallel_world_size(self) -> int:
         """Return the number of ranks that hold one copy of the model."""
-        return self.pipe_parallel_size * self.model_parallel_size
+        return self._mesh.pp_size * self._mesh.tp_size
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """Return the group of the ranks that hold one copy of the model."""
-        return self._mesh.model_group
-
-    def get_slice_parallel_rank(self) -> int:
-        """Return this rank among the tensor-parallel ones."""
-        return self._mesh.tp_rank
-
-    def get_slice_parallel_world_size(self) -> int:
-        """Return the number of tensor-parallel ranks."""
-        return self.model_parallel_size
-
-    def get_slice_parallel_group(self) -> dist.ProcessGroup:
-        """Return the group of tensor-parallel ranks."""
-        return self._mesh.tp_group
+    def __getattr__(self, name: str) -> Callable[[], Any]:
+        """Return one of the functions of `_CALLS`."""
+        if name not in _CALLS:
+            raise AttributeError(name)
+        return partial(getattr, self._mesh, _CALLS[name])

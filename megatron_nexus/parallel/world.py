@@ -4,11 +4,11 @@ Known launchers: deepspeed and torchrun (RANK, WORLD_SIZE, LOCAL_RANK), srun (SL
 (OMPI_COMM_WORLD_*), MPICH and Intel MPI (PMI_*). Imports no torch: it runs before anything heavy.
 """
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron_nexus.errors import ConfigError
 
@@ -155,12 +155,10 @@ def _master_address(environment: Mapping[str, str], world_size: int) -> str:
 
 
 def _job_port(environment: Mapping[str, str]) -> int:
-    """A port that all ranks of one job agree on and two jobs of one host are unlikely to share."""
-    job = environment.get("SLURM_JOB_ID") or environment.get("OMPI_MCA_ess_base_jobid") or str(_parent_pid())
+    """A port that all ranks of one job agree on and two jobs of one host are unlikely to share.
+
+    Without a job's number it follows from the launcher, the parent of all ranks on one host.
+    """
+    job = environment.get("SLURM_JOB_ID") or environment.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
     step = environment.get("SLURM_STEP_ID") or "0"  # two steps of one job may run side by side
     return PORTS[(int(job) + _STEP_STRIDE * int(step)) % len(PORTS)]
-
-
-def _parent_pid() -> int:
-    """The launcher's process id: the same for all ranks on one host."""
-    return int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[1])

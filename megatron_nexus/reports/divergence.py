@@ -24,15 +24,10 @@ from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import encode_prompt
 from megatron_nexus.data.tokenizer_record import TokenizerRecord
 from megatron_nexus.errors import ConfigError, DataError
-from megatron_nexus.evaluation.loaded_model import (
-    DTYPES,
-    LoadedModel,
-    choose_device,
-    load_model,
-    require_finite,
-)
+from megatron_nexus.evaluation.loaded_model import LoadedModel, choose_device, load_model, require_finite
 from megatron_nexus.growth.generations import growths_of
 from megatron_nexus.log import Progress
+from megatron_nexus.models.layer_context import DTYPES
 from megatron_nexus.reports.family import Seam
 from megatron_nexus.reports.html_parts import Content, cell_of, paragraph, section, table
 

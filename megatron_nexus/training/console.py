@@ -22,7 +22,7 @@ from megatron_nexus.training.corpus import Corpus
 from megatron_nexus.training.effective_time import effective_time
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.loop import RunResult, Trainer
-from megatron_nexus.training.metrics import METRICS_FILE, describe, describe_tasks, plot_losses
+from megatron_nexus.training.metrics import METRICS_FILE, plot_losses
 
 
 def announce_resumed(config: RunConfig, checkpoint: Location, manifest: Manifest) -> None:
@@ -186,10 +186,10 @@ def summarise(
         else "nothing was trained",
         **({"effective time": str(times)} if (times := effective_time(run_dir)) else {}),
         **(
-            {evaluation.name: describe(evaluation) for evaluation in outcome.evaluations}
+            {evaluation.name: str(evaluation) for evaluation in outcome.evaluations}
             or {"validation": "left out: the run was stopped" if corpus.evaluations else "none was asked for"}
         ),
-        **({"tasks": describe_tasks(outcome.task_scores)} if outcome.task_scores else {}),
+        **({"tasks": str(outcome.task_scores)} if outcome.task_scores else {}),
         **(
             {"unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches"}
             if corpus.entropy is not None

@@ -9,7 +9,7 @@ step (compilation, memory) is start-up. Read from metrics.jsonl and run_times.js
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -47,8 +47,7 @@ class EffectiveTime:
     @property
     def total_s(self) -> float:
         """From the first start to the last sign of life."""
-        parts = self.parts.values()
-        return self.productive_s + sum(parts)
+        return self.productive_s + sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, float]:
@@ -87,17 +86,17 @@ def effective_time(run_dir: Path) -> EffectiveTime | None:
     records = [record for record in read_metrics(run_dir / METRICS_FILE) if _is_timed(record)]
     steps = sorted((r for r in records if r["time"] >= begins[0]), key=lambda record: record["time"])
     typical_s = median(record["step_s"] for record in steps) if steps else 0.0
-    return _sum(
-        [
-            _of_start(
-                (begin, until),
-                [event for event in events if begin <= event["time"] < until],
-                [record for record in steps if begin <= record["time"] < until],
-                typical_s,
-            )
-            for begin, until in pairwise([*begins, inf])
-        ]
-    )
+    ends = pairwise([*begins, inf])
+    parts = [
+        _of_start(
+            (begin, until),
+            [event for event in events if begin <= event["time"] < until],
+            [record for record in steps if begin <= record["time"] < until],
+            typical_s,
+        )
+        for begin, until in ends
+    ]
+    return EffectiveTime(*map(sum, zip(*map(astuple, parts), strict=True)))
 
 
 def _of_start(
@@ -137,22 +136,6 @@ def _of_start(
         lost_s=lost_s,
         down_s=until - end if until < inf else 0.0,
         other_s=max(0.0, end - begin - known_s),
-    )
-
-
-def _sum(parts: Sequence[EffectiveTime]) -> EffectiveTime:
-    def total(name: str) -> float:
-        return float(sum(getattr(part, name) for part in parts))
-
-    return EffectiveTime(
-        starts=len(parts),
-        productive_s=total("productive_s"),
-        start_up_s=total("start_up_s"),
-        checkpoint_s=total("checkpoint_s"),
-        evaluation_s=total("evaluation_s"),
-        lost_s=total("lost_s"),
-        down_s=total("down_s"),
-        other_s=total("other_s"),
     )
 
 

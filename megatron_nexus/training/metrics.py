@@ -4,13 +4,14 @@ import json
 import math
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from threading import Thread
-from typing import Any, TextIO, TypeAlias
+from typing import Any, TextIO
 
 from megatron_nexus.base.duration import duration
 from megatron_nexus.base.json_text import fits, parse_record
@@ -51,8 +52,29 @@ class StepMetrics:
     """When the step was over, in seconds since the epoch."""
 
 
+class Evaluation(ABC):
+    """What is measured between two steps: a record of metrics.jsonl, numbers for the loggers, a line."""
+
+    step: int
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record, by default of all fields."""
+        return dict(vars(self))
+
+    @property
+    @abstractmethod
+    def tags(self) -> dict[str, float]:
+        """The numbers by the names that loggers have for them."""
+
+    @property
+    def line(self) -> str:
+        """What the console shows; "" for nothing."""
+        return ""
+
+
 @dataclass(frozen=True)
-class Validation:
+class Validation(Evaluation):
     """One validation: nats per token; bits per byte is None without a tokenizer, which knows the bytes.
 
     `name` is "validation", "validation web" of the named set web, or the same of "test".
@@ -64,9 +86,23 @@ class Validation:
     perplexity: float
     bits_per_byte: float | None
 
+    @property
+    def tags(self) -> dict[str, float]:
+        return {f"lm loss {self.name}": self.validation_loss}
+
+    def __str__(self) -> str:
+        line = f"loss {self.validation_loss:.4f} nats/token | perplexity {self.perplexity:.2f}"
+        if self.bits_per_byte is None:
+            return f"{line} | bits per byte unknown without --tokenizer-model"
+        return f"{line} | {self.bits_per_byte:.3f} bits per byte"
+
+    @property
+    def line(self) -> str:
+        return f"{self.name} at {self.step} | {self}"
+
 
 @dataclass(frozen=True)
-class AnswerScores:
+class AnswerScores(Evaluation):
     """What a model knows of the answers of a set, "forget" or "retain": `training.answer_scorer` says what.
 
     Means over the answers; `nll` in nats per token.
@@ -80,8 +116,11 @@ class AnswerScores:
     extraction_strength: float
 
     @property
-    def tags(self) -> dict[str, float]:
-        """The numbers by the names that open-unlearning gives them."""
+    def record(self) -> dict[str, Any]:
+        return {"step": self.step, **self.tags}
+
+    @property
+    def tags(self) -> dict[str, float]:  # by the names that open-unlearning gives them
         return {
             f"{self.name}_nll": self.nll,
             f"{self.name}_Q_A_Prob": self.probability,
@@ -89,35 +128,79 @@ class AnswerScores:
             f"{self.name}_extraction_strength": self.extraction_strength,
         }
 
+    def __str__(self) -> str:
+        return (
+            f"nll {self.nll:.4f} nats/token | probability {self.probability:.4f} | exact memorization "
+            f"{self.exact_memorization:.3f} | extraction strength {self.extraction_strength:.3f}"
+        )
+
+    @property
+    def line(self) -> str:
+        return f"{self.name} set at {self.step} | {self}"
+
 
 @dataclass(frozen=True)
-class TaskScores:
+class TaskScores(Evaluation):
     """What the model reaches in tasks at a step: each metric by task, and the seconds that it took."""
 
     step: int
     tasks: Mapping[str, Mapping[str, float]]
     seconds: float
 
+    @property
+    def tags(self) -> dict[str, float]:
+        return {f"{task}/{metric}": v for task, values in self.tasks.items() for metric, v in values.items()}
+
+    def __str__(self) -> str:
+        return " | ".join(
+            f"{task} " + ", ".join(f"{metric} {value:.4f}" for metric, value in of_task.items())
+            for task, of_task in self.tasks.items()
+        )
+
+    @property
+    def line(self) -> str:
+        return f"tasks at {self.step} | {self} | {self.seconds:.1f} s"
+
 
 @dataclass(frozen=True)
-class GrowthMetrics:
+class GrowthMetrics(Evaluation):
     """Numbers of each tensor at a step, old elements and new: `training.growth_metrics` says which."""
 
     step: int
     seconds: float
     growth_metrics: Mapping[str, Mapping[str, float]]
 
+    @property
+    def tags(self) -> dict[str, float]:  # the means over layers
+        means = means_by_kind(self.growth_metrics)
+        return {f"growth/{name}/{kind}": v for kind, values in means.items() for name, v in values.items()}
+
+    def __str__(self) -> str:
+        titles = {
+            "grad_ratio": "gradient new / old",
+            "update_ratio_old": "update / weight old",
+            "update_ratio_new": "new",
+            "dead_share_new": "dead new units",
+        }
+        means = means_by_kind(self.growth_metrics).values()
+        medians = {title: [v[name] for v in means if name in v] for name, title in titles.items()}
+        return " | ".join(f"{title} {median(found):.2g}" for title, found in medians.items() if found)
+
+    @property
+    def line(self) -> str:
+        return f"growth metrics at {self.step} | {self} | {self.seconds:.1f} s"
+
 
 @dataclass(frozen=True)
-class Timers:
+class Timers(Evaluation):
     """Seconds a step of the ranks since the last of these, by Megatron-LM's name: the least and the most."""
 
     step: int
     timers: Mapping[str, tuple[float, float]]
 
-
-Evaluation: TypeAlias = Validation | AnswerScores | TaskScores | GrowthMetrics | Timers
-"""What is measured between two steps."""
+    @property
+    def tags(self) -> dict[str, float]:
+        return {f"{name}-time": most for name, (_, most) in self.timers.items()}
 
 
 def kind_of(tensor: str) -> str:
@@ -209,41 +292,12 @@ class MetricsWriter:
                 f" | {duration(left_s)} left" if left_s else "",
             )
 
-    def validation(self, validation: Validation) -> None:
-        """Record a validation and show it."""
-        self._write(asdict(validation))
-        self._scalars(validation.step, {f"lm loss {validation.name}": validation.validation_loss})
-        logger.info("%s at %d | %s", validation.name, validation.step, describe(validation))
-
-    def answer_scores(self, scores: AnswerScores) -> None:
-        """Record what the model knows of a set of answers, and show it."""
-        self._write({"step": scores.step, **scores.tags})
-        self._scalars(scores.step, scores.tags)
-        logger.info("%s set at %d | %s", scores.name, scores.step, describe(scores))
-
-    def task_scores(self, scores: TaskScores) -> None:
-        """Record an evaluation of tasks and show it."""
-        self._write(asdict(scores))
-        named = {
-            f"{task}/{metric}": value
-            for task, of_task in scores.tasks.items()
-            for metric, value in of_task.items()
-        }
-        self._scalars(scores.step, named)
-        logger.info("tasks at %d | %s | %.1f s", scores.step, describe_tasks(scores), scores.seconds)
-
-    def growth_metrics(self, found: GrowthMetrics) -> None:
-        """Record growth metrics; TensorBoard gets the means over layers."""
-        self._write(asdict(found))
-        means = means_by_kind(found.growth_metrics)
-        tags = {f"growth/{name}/{kind}": v for kind, values in means.items() for name, v in values.items()}
-        self._scalars(found.step, tags)
-        logger.info("growth metrics at %d | %s | %.1f s", found.step, describe_growth(means), found.seconds)
-
-    def timers(self, found: Timers) -> None:
-        """Record times of phases; loggers get the most of the ranks, under Megatron-LM's names."""
-        self._write(asdict(found))
-        self._scalars(found.step, {f"{name}-time": most for name, (_, most) in found.timers.items()})
+    def evaluation(self, found: Evaluation) -> None:
+        """Record what was measured between two steps, and show it."""
+        self._write(found.record)
+        self._scalars(found.step, found.tags)
+        if found.line:
+            logger.info("%s", found.line)
 
     def _write(self, record: dict[str, Any]) -> None:
         """Append a record. Raise TrainingError where the disk does not take it."""
@@ -273,40 +327,6 @@ class MetricsWriter:
             end.start()
         for end in ends:
             end.join(max(0.0, deadline - time.monotonic()))
-
-
-def describe(validation: Validation | AnswerScores) -> str:
-    """Return a validation in words."""
-    if isinstance(validation, AnswerScores):
-        return (
-            f"nll {validation.nll:.4f} nats/token | probability {validation.probability:.4f} | exact "
-            f"memorization {validation.exact_memorization:.3f} | extraction strength "
-            f"{validation.extraction_strength:.3f}"
-        )
-    line = f"loss {validation.validation_loss:.4f} nats/token | perplexity {validation.perplexity:.2f}"
-    if validation.bits_per_byte is None:
-        return f"{line} | bits per byte unknown without --tokenizer-model"
-    return f"{line} | {validation.bits_per_byte:.3f} bits per byte"
-
-
-def describe_tasks(scores: TaskScores) -> str:
-    """Scores of tasks in words."""
-    return " | ".join(
-        f"{task} " + ", ".join(f"{metric} {value:.4f}" for metric, value in of_task.items())
-        for task, of_task in scores.tasks.items()
-    )
-
-
-def describe_growth(means: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the medians over kinds of tensors, in words."""
-    titles = {
-        "grad_ratio": "gradient new / old",
-        "update_ratio_old": "update / weight old",
-        "update_ratio_new": "new",
-        "dead_share_new": "dead new units",
-    }
-    found = {name: [v[name] for v in means.values() if name in v] for name in titles}
-    return " | ".join(f"{titles[name]} {median(v):.2g}" for name, v in found.items() if v)
 
 
 def make_validation(name: str, step: int, loss: float, targets: int, target_bytes: int | None) -> Validation:

@@ -7,16 +7,7 @@ from pathlib import Path
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.loggers import open_loggers
-from megatron_nexus.training.metrics import (
-    AnswerScores,
-    Evaluation,
-    GrowthMetrics,
-    MetricsWriter,
-    StepMetrics,
-    TaskScores,
-    Timers,
-    Validation,
-)
+from megatron_nexus.training.metrics import Evaluation, MetricsWriter, StepMetrics
 from megatron_nexus.training.run_times import record_lost_steps
 from megatron_nexus.training.time_left import TimeLeft
 
@@ -64,17 +55,9 @@ class MetricsRecorder(Hook):
             self._last_log_s = time.monotonic()
 
     def after_evaluation(self, found: Evaluation) -> None:
-        """Write a validation, the scores of tasks, or growth metrics."""
-        if self._writer is not None and isinstance(found, Validation):
-            self._writer.validation(found)
-        elif self._writer is not None and isinstance(found, AnswerScores):
-            self._writer.answer_scores(found)
-        elif self._writer is not None and isinstance(found, TaskScores):
-            self._writer.task_scores(found)
-        elif self._writer is not None and isinstance(found, GrowthMetrics):
-            self._writer.growth_metrics(found)
-        elif self._writer is not None and isinstance(found, Timers):
-            self._writer.timers(found)
+        """Write what was measured."""
+        if self._writer is not None:
+            self._writer.evaluation(found)
 
     def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
         """Drop the steps after the one that the run has gone back to, and write why."""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.retention import Retention
 from megatron_nexus.checkpoint.train_state import TrainState
 from megatron_nexus.checkpoint.writer import CheckpointWriter, Saved, SaveRequest
 from megatron_nexus.config.files_config import CheckpointConfig
@@ -39,7 +38,8 @@ class RunCheckpoints:
             folder,
             state,
             mesh,
-            Retention(checkpoint.keep_latest, checkpoint.keep_every),
+            checkpoint.keep_latest,
+            checkpoint.keep_every,
             partial(beacon.goes_on, Phase.CHECKPOINT),
             checkpoint.ckpt_files_per_node,
         )

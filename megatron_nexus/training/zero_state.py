@@ -93,27 +93,11 @@ class DeepSpeedEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """The part of a parameter whose optimizer state lies on this rank.
-
-    `start` is its first element in the row-major local tensor; the 1-D views in `states` (fp32, exp_avg,
-    exp_avg_sq) are of equal length and share memory with the optimizer.
-    """
-
-    spec: ParamSpec
-    local_shape: tuple[int, ...]
-    start: int
-    states: Mapping[str, Tensor]
-
-    @property
-    def count(self) -> int:
-        """Elements in the fragment."""
-        return self.states["fp32"].numel()
-
-
-@dataclass(frozen=True)
 class _FragmentAddress:
-    """Where a parameter's fragment lies: its first element in the local tensor; buffer, position, length."""
+    """Where the state of a part of a parameter lies: `count` elements from `position` of a flat buffer.
+
+    The part begins at element `start` of the row-major local tensor.
+    """
 
     local_shape: tuple[int, ...]
     start: int
@@ -195,31 +179,22 @@ class ZeroState(ABC):
 
     def views(self) -> Iterator[StateView]:
         """Yield the boxes whose state lies on this rank, in the order of the parameters."""
-        for fragment in self._fragments():
-            spec = fragment.spec
-            held, expected = fragment.local_shape, self._shard.local_shape(spec)
+        for spec, parameter in self._parameters.values():
+            if (address := self._address(parameter)) is None:
+                continue
+            held, expected = address.local_shape, self._shard.local_shape(spec)
             assert held == expected, f"{spec.name} has the local shape {held}, its spec says {expected}"
-            for part in fragment_boxes(spec, self._shard, fragment.start, fragment.count):
-                run = slice(part.start, part.start + part.run_length)
+            buffers = self._buffers(self._flats[address.buffer][0])
+            for part in fragment_boxes(spec, self._shard, address.start, address.count):
+                first = address.position + part.start
                 yield StateView(
                     spec,
                     part.box,
                     {
-                        state: flat[run].view(part.stored)[part.corner]
-                        for state, flat in fragment.states.items()
+                        state: whole[first : first + part.run_length].view(part.stored)[part.corner]
+                        for state, whole in buffers.items()
                     },
                 )
-
-    def _fragments(self) -> Iterator[Fragment]:
-        for spec, parameter in self._parameters.values():
-            address = self._address(parameter)
-            if address is None:
-                continue
-            buffers = self._buffers(self._flats[address.buffer][0])
-            states = {
-                state: whole.narrow(0, address.position, address.count) for state, whole in buffers.items()
-            }
-            yield Fragment(spec, address.local_shape, address.start, states)
 
     def _buffers(self, flat: Tensor) -> dict[str, Tensor]:
         held = {"fp32": flat.detach(), **self._adam.state[flat]}

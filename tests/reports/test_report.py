@@ -49,11 +49,11 @@ def write_metrics(folder: Path, steps: range, seed: int, grown: bool = False) ->
     for step in steps:
         if grown and step % 10 == 0:
             numbers = {"elements_old": 285.0, "elements_new": 114.0, "grad_ratio": 0.1 + 1e-3 * step}
-            writer.growth_metrics(GrowthMetrics(step, 0.1, {"layers.0.attention.q.w_m": numbers}))
+            writer.evaluation(GrowthMetrics(step, 0.1, {"layers.0.attention.q.w_m": numbers}))
         metrics = StepMetrics(step, loss_at(step, seed), 1e-3, 1.0, 100 * step, 0.5, 200.0, 0.1, None, 1)
         writer.step(metrics, 80, False)
         if step % 20 == 0:
-            writer.validation(make_validation("validation", step, loss_at(step, seed) - 0.5, 100, 400))
+            writer.evaluation(make_validation("validation", step, loss_at(step, seed) - 0.5, 100, 400))
     writer.close()
 
 

@@ -19,12 +19,11 @@ from megatron_nexus.training.metrics import (
     PLOT_FILE,
     MetricsWriter,
     StepMetrics,
-    describe,
     make_validation,
     plot_losses,
     read_metrics,
 )
-from megatron_nexus.training.peak_flops import device_peak
+from megatron_nexus.training.throughput import device_peak
 
 TAGS = {"lm loss", "learning-rate", "grad-norm", "tokens-per-second", "gemm-fraction", "memory-bytes"}
 
@@ -38,7 +37,7 @@ def write(folder: Path, first: int, last: int, loss: float = 4.0, board: str = "
     writer = MetricsWriter(folder, first - 1, [TensorBoardLogger(board, first - 1)] if board else [])
     for step in range(first, last + 1):
         writer.step(step_of(step, loss), 100, speak=False)
-    writer.validation(make_validation("validation", last, loss, 100, 300))
+    writer.evaluation(make_validation("validation", last, loss, 100, 300))
     writer.close()
 
 
@@ -161,13 +160,13 @@ def test_perplexity_and_bits_per_byte_follow_from_the_loss() -> None:
     assert validation.perplexity == pytest.approx(4.0)
     # 300 tokens of 2 bits stand for 1,200 bytes.
     assert validation.bits_per_byte == pytest.approx(0.5)
-    assert describe(validation) == "loss 1.3863 nats/token | perplexity 4.00 | 0.500 bits per byte"
+    assert str(validation) == "loss 1.3863 nats/token | perplexity 4.00 | 0.500 bits per byte"
 
 
 def test_bits_per_byte_are_not_guessed_without_a_tokenizer() -> None:
     validation = make_validation("validation", 5, 1.0, 300, None)
     assert validation.bits_per_byte is None
-    assert "unknown without --tokenizer-model" in describe(validation)
+    assert "unknown without --tokenizer-model" in str(validation)
 
 
 def test_a_loss_that_ran_away_still_has_a_perplexity() -> None:
@@ -243,7 +242,7 @@ def test_every_set_is_told_under_its_own_name(tmp_path: Path, console: pytest.Ca
     log.configure(is_main_rank=True)
     writer = MetricsWriter(tmp_path, 0, [TensorBoardLogger(str(tmp_path / "board"), 0)])
     for name, loss in [("validation web", 3.0), ("validation code", 2.0), ("test", 1.0)]:
-        writer.validation(make_validation(name, 4, loss, 100, 300))
+        writer.evaluation(make_validation(name, 4, loss, 100, 300))
     writer.close()
     output = [line.split(" nats")[0] for line in console.readouterr().out.splitlines()]
     assert output == [
