@@ -35,6 +35,7 @@ def check(config: RunConfig, world_size: int) -> None:
         *model_problems(config),
         *_optimizer_problems(config),
         *_topology_problems(config, world_size),
+        *_step_problems(config),
         *_data_problems(config),
         *profile_problems(config, world_size),
         *_batch_problems(config, world_size),
@@ -169,6 +170,23 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
             f"--zero-stage {parallel.zero_stage} needs --pp 1, and --pp is {pp}: "
             "use --zero-stage 1, or --pp 1"
         )
+    if parallel.sequence_parallel and tp == 1:
+        yield "--sequence-parallel splits tokens over tensor-parallel ranks, and --tp is 1: drop the flag"
+    if parallel.sequence_parallel and config.training.seq_length % tp:
+        yield (
+            f"--seq-length {config.training.seq_length} is not a multiple of --tp {tp}, which "
+            f"--sequence-parallel needs: use {config.training.seq_length // tp * tp or tp}"
+        )
+    if world_size % (tp * pp):
+        yield (
+            f"the world has {world_size} rank{'s' if world_size > 1 else ''}, which is not a multiple of "
+            f"--tp {tp} x --pp {pp} = {tp * pp}: "
+            f"start {max(1, world_size // (tp * pp)) * tp * pp} ranks or change --tp and --pp"
+        )
+
+
+def _step_problems(config: RunConfig) -> Iterable[str]:
+    parallel = config.parallel
     if parallel.zero_stage == 3 and config.training.compile:
         yield (
             "--compile needs the weights of a whole block at once, and --zero-stage 3 gathers them module by "
@@ -206,19 +224,6 @@ def _topology_problems(config: RunConfig, world_size: int) -> Iterable[str]:
         yield (
             "--optimizer-impl apex counts its steps by parameter group, and --zero-stage 3 cuts groups up: "
             "use --optimizer-impl torch or deepspeed, or --zero-stage 1 or 2"
-        )
-    if parallel.sequence_parallel and tp == 1:
-        yield "--sequence-parallel splits tokens over tensor-parallel ranks, and --tp is 1: drop the flag"
-    if parallel.sequence_parallel and config.training.seq_length % tp:
-        yield (
-            f"--seq-length {config.training.seq_length} is not a multiple of --tp {tp}, which "
-            f"--sequence-parallel needs: use {config.training.seq_length // tp * tp or tp}"
-        )
-    if world_size % (tp * pp):
-        yield (
-            f"the world has {world_size} rank{'s' if world_size > 1 else ''}, which is not a multiple of "
-            f"--tp {tp} x --pp {pp} = {tp * pp}: "
-            f"start {max(1, world_size // (tp * pp)) * tp * pp} ranks or change --tp and --pp"
         )
 
 

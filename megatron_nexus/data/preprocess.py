@@ -145,19 +145,7 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
     with _locked(tokenizing.folder):
         _remove(tokenizing.folder.glob(f"{DRAFT}*"))
         prefixes = [shard_prefix(shard, tokenizing, tokenizer) for shard in shards]
-        # One listing: asking for each would be slow, and an NFS client would remember that it was missing.
-        present = {path.name for path in tokenizing.folder.iterdir()}
-        earlier = {
-            number: finished_stats(prefix, dtype.itemsize)
-            for number, prefix in enumerate(prefixes)
-            if prefix.parent.name in present
-        }
-        counts = {
-            number: count
-            for number, count in earlier.items()
-            # Under --strict the malformed record is the error: find its line again.
-            if count is not None and not (tokenizing.strict and count.malformed)
-        }
+        counts = _finished(prefixes, tokenizing, dtype)
         missing = {number: shard for number, shard in enumerate(shards) if number not in counts}
         logger.info(
             "%s files, %s MB: %s shards%s; %s ranks, %s workers on this one",
@@ -200,6 +188,23 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
         time.monotonic() - began,
     )
     return description
+
+
+def _finished(prefixes: list[Path], tokenizing: TokenizeConfig, dtype: np.dtype) -> dict[int, ShardStats]:
+    """Return the counts of the shards that an earlier run has finished, by number."""
+    # One listing: asking for each would be slow, and an NFS client would remember that it was missing.
+    present = {path.name for path in tokenizing.folder.iterdir()}
+    earlier = {
+        number: finished_stats(prefix, dtype.itemsize)
+        for number, prefix in enumerate(prefixes)
+        if prefix.parent.name in present
+    }
+    return {
+        number: count
+        for number, count in earlier.items()
+        # Under --strict the malformed record is the error: find its line again.
+        if count is not None and not (tokenizing.strict and count.malformed)
+    }
 
 
 @contextmanager

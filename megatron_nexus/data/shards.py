@@ -166,37 +166,7 @@ def tokenize_shard(
         OSError: the shard cannot be written.
     """
     stats = ShardStats()
-    begin = np.array(tokenizer.document_prefix, dtype=np.int32)
-    end = np.array([tokenizer.eod_id] if tokenizing.append_eod else [], dtype=np.int32)
-
     with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size), in_draft=True) as writer:
-
-        def write(batch: list[Document]) -> None:
-            lengths: list[int] = []
-            parts: list[npt.NDArray[np.int32]] = []
-            encoded = tokenizer.encode_documents([document.text for document in batch], threads=1)
-            for document, ids in zip(batch, encoded, strict=True):
-                # Of a tokenizer that keeps every text none needs to be looked at; blanks alone are no loss.
-                if (
-                    not tokenizer.lossless
-                    and (len(ids) or document.text.strip())
-                    and (back := tokenizer.decode(ids.tolist())) != document.text
-                ):
-                    stats.changed += 1
-                    stats.changed_example = stats.changed_example or first_change(document.text, back)
-                if not len(ids):  # no text, or only what the tokenizer drops
-                    stats.empty += 1
-                    continue
-                stats.text_bytes += document.size
-                lengths.append(len(begin) + len(ids) + len(end))
-                parts += (begin, ids, end)
-                if tokenizer.unk_id is not None:
-                    stats.unknown += int(np.count_nonzero(ids == tokenizer.unk_id))
-            if parts:
-                writer.add_documents(np.concatenate(parts), lengths)
-            stats.documents += len(lengths)
-            stats.tokens += sum(lengths)
-
         batch: list[Document] = []
         batch_bytes = 0
         for place, file_slice in enumerate(shard.slices):
@@ -205,7 +175,7 @@ def tokenize_shard(
                     batch.append(record)
                     batch_bytes += record.size
                     if batch_bytes >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-                        write(batch)
+                        _write_batch(batch, writer, stats, tokenizer, tokenizing.append_eod)
                         batch, batch_bytes = [], 0
                     continue
                 if tokenizing.strict:
@@ -216,9 +186,45 @@ def tokenize_shard(
                 stats.malformed[record.reason] = stats.malformed.get(record.reason, 0) + 1
                 if len(stats.samples) < SAMPLES:
                     stats.samples.append((place, record.number, record.reason, record.excerpt))
-        write(batch)
+        _write_batch(batch, writer, stats, tokenizer, tokenizing.append_eod)
         writer.description = json.dumps(dataclasses.asdict(stats))
     return stats
+
+
+def _write_batch(
+    batch: list[Document],
+    writer: IndexedDatasetWriter,
+    stats: ShardStats,
+    tokenizer: Tokenizer,
+    append_eod: bool,
+) -> None:
+    """Tokenize and write documents, and count them in `stats`."""
+    begin = np.array(tokenizer.document_prefix, dtype=np.int32)
+    end = np.array([tokenizer.eod_id] if append_eod else [], dtype=np.int32)
+    lengths: list[int] = []
+    parts: list[npt.NDArray[np.int32]] = []
+    encoded = tokenizer.encode_documents([document.text for document in batch], threads=1)
+    for document, ids in zip(batch, encoded, strict=True):
+        # Of a tokenizer that keeps every text none needs to be looked at; blanks alone are no loss.
+        if (
+            not tokenizer.lossless
+            and (len(ids) or document.text.strip())
+            and (back := tokenizer.decode(ids.tolist())) != document.text
+        ):
+            stats.changed += 1
+            stats.changed_example = stats.changed_example or first_change(document.text, back)
+        if not len(ids):  # no text, or only what the tokenizer drops
+            stats.empty += 1
+            continue
+        stats.text_bytes += document.size
+        lengths.append(len(begin) + len(ids) + len(end))
+        parts += (begin, ids, end)
+        if tokenizer.unk_id is not None:
+            stats.unknown += int(np.count_nonzero(ids == tokenizer.unk_id))
+    if parts:
+        writer.add_documents(np.concatenate(parts), lengths)
+    stats.documents += len(lengths)
+    stats.tokens += sum(lengths)
 
 
 def tokenize_shards(

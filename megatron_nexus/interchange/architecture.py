@@ -115,16 +115,10 @@ def config_json(
     tied: bool = False,
     begin_token: int | None = None,
 ) -> JsonObject:
-    """Return the contents of `config.json`.
+    """Return the contents of `config.json` for a model that was trained on up to `max_positions` tokens.
 
-    Args:
-        model: its sizes.
-        kind: the class that computes it.
-        max_positions: tokens of the longest text that it was trained on.
-        dtype: of the weights in the files, "float32" or "bfloat16".
-        end_token: the id that ends a document, where the tokenizer is known.
-        tied: whether the head is the embedding.
-        begin_token: the id that begins a text, where there is one.
+    `dtype` is that of the files, "float32" or "bfloat16". The tokens are those that begin a text and end a
+    document, None where the tokenizer is not known. `tied`: the head is the embedding.
     """
     rope = rope_json(model)
     record: JsonObject = {

@@ -8,7 +8,6 @@
 The folder gets its name when it is complete: an interrupted export leaves nothing.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from megatron_nexus.interchange.safetensors_writer import (
     plain_bytes,
     write_safetensors,
 )
-from megatron_nexus.interchange.tokenizer_files import write_tokenizer
+from megatron_nexus.interchange.tokenizer_files import write_json, write_tokenizer
 from megatron_nexus.log import Progress
 from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.param import ParamSpec
@@ -67,10 +66,8 @@ def export_checkpoint(
     `precision` is that of the weights, of which a file has at most `shard_bytes`. The source is only read.
     NaN and infinity are refused, or counted in a warning with `allow_non_finite`.
 
-    Raises:
-        ConfigError: `target` exists, or no class of transformers computes the model.
-        CheckpointError: the checkpoint is damaged, or the folder cannot be written.
-        DataError: the tokenizer cannot be exported.
+    Raises ConfigError: `target` exists; CheckpointError: the checkpoint is damaged, or the folder cannot be
+    written; DataError: the tokenizer cannot be exported.
     """
     model, length = config.model, config.training.seq_length
     reader = CheckpointReader(source)
@@ -87,17 +84,11 @@ def export_checkpoint(
     non_finite = NonFiniteValues()
     with output_dir(target, needed) as folder:
         record = config_json(model, architecture, length, DTYPES[precision], end_token, tied, begin_token)
-        _write_json(folder / "config.json", record)
+        write_json(folder / "config.json", record)
         ends: JsonObject = {"bos_token_id": begin_token, "eos_token_id": end_token, "pad_token_id": end_token}
-        _write_json(folder / "generation_config.json", ends)
-        write_model_card(
-            folder / CARD_FILE,
-            config,
-            reader.manifest,
-            architecture,
-            DTYPES[precision],
-            tokenizer is not None,
-        )
+        write_json(folder / "generation_config.json", ends)
+        card, dtype = folder / CARD_FILE, DTYPES[precision]
+        write_model_card(card, config, reader.manifest, architecture, dtype, tokenizer is not None)
         for path in architecture.files:
             shutil.copyfile(path, folder / path.name)
         described = write_tokenizer(tokenizer, folder, length) if tokenizer is not None else ""
@@ -112,7 +103,7 @@ def export_checkpoint(
                 held: name for name, shard in zip(names, shards, strict=True) for held in shard.values()
             }
             index: JsonObject = {"metadata": {"total_size": needed}, "weight_map": places}
-            _write_json(folder / "model.safetensors.index.json", index)
+            write_json(folder / "model.safetensors.index.json", index)
     return Exported(architecture, names, described, tied)
 
 
@@ -150,7 +141,3 @@ def _file_names(count: int) -> tuple[str, ...]:
     if count == 1:
         return ("model.safetensors",)
     return tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
-
-
-def _write_json(path: Path, record: dict[str, object]) -> None:
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

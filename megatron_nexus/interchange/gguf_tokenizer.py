@@ -16,7 +16,7 @@ from megatron_nexus.errors import DataError
 from megatron_nexus.interchange.architecture import JsonObject
 from megatron_nexus.interchange.post_processor import beginning_with
 from megatron_nexus.interchange.sentencepiece_model import Kind, ModelType, Piece, SentencePieceModel
-from megatron_nexus.interchange.tokenizer_files import CONFIG_NAME
+from megatron_nexus.interchange.tokenizer_files import CONFIG_NAME, write_json
 from megatron_nexus.interchange.tokenizer_json import bpe_json, tokenizer_json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -78,7 +78,7 @@ def write_gguf_tokenizer(fields: Mapping[str, object], folder: Path) -> None:
     record["clean_up_tokenization_spaces"] = False
     if "tokenizer.chat_template" in fields:
         record["chat_template"] = fields["tokenizer.chat_template"]
-    (folder / CONFIG_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_NAME, record)
 
 
 def _prepends_bos(fields: Mapping[str, object]) -> bool:

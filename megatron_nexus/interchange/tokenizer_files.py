@@ -129,7 +129,7 @@ def _write_config(folder: Path, tokenizer: Tokenizer, tokens: dict[str, str], ma
         # What a text spells is text: in training no text stood for a control token either.
         "split_special_tokens": True,
     }
-    _write_json(folder / CONFIG_NAME, record)
+    write_json(folder / CONFIG_NAME, record)
 
 
 def _name_bos(folder: Path, tokenizer: Tokenizer) -> None:
@@ -145,7 +145,7 @@ def _name_bos(folder: Path, tokenizer: Tokenizer) -> None:
             record |= {**settings, "tokenizer_class": FAST_CLASS}
         elif "bos_token" in settings:
             record["bos_token"] = settings["bos_token"]
-        _write_json(folder / name, record)
+        write_json(folder / name, record)
 
 
 def _bos_settings(tokenizer: Tokenizer) -> JsonObject:
@@ -155,7 +155,8 @@ def _bos_settings(tokenizer: Tokenizer) -> JsonObject:
     return {"bos_token": text, "add_bos_token": bool(tokenizer.document_prefix)}
 
 
-def _write_json(path: Path, record: JsonObject) -> None:
+def write_json(path: Path, record: JsonObject) -> None:
+    """Write a file of JSON as transformers does."""
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

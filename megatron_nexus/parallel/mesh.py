@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from megatron_nexus.base.open_files import allow_open_files
 from megatron_nexus.errors import ConfigError
@@ -98,24 +99,9 @@ def make_mesh(
     except ConfigError as error:
         refuse(world, str(error))
         raise
-    index = world.local_rank if device.index is None else device.index
     timeout = timedelta(seconds=timeout_s)
     dp_size = world.size // (tp_size * pp_size)
-    allow_open_files(_CONNECTIONS + 4 * world.size)
-    # DeepSpeed reads these itself, and looks for MPI where they are missing (srun, mpirun, a plain shell).
-    names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": index}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    # Else gloo connects each rank of a group with each other at once, in the group of all ranks too.
-    if not torch.__version__.startswith("2.10."):  # which prints of each rank that it is not connected
-        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    store = connect(world, timeout)
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timeout,
-    )
+    store = _start_distributed(world, device, timeout)
     # Before NCCL's groups: ranks that share a device would fail in them with fewer words.
     control = HostTree(world.rank, world.size, store, timeout, world.local_size)
     uuid = "" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
@@ -156,6 +142,27 @@ def make_mesh(
         control=control,
         node_groups=node_groups,
     )
+
+
+def _start_distributed(world: World, device: torch.device, timeout: timedelta) -> Store:
+    """Start torch.distributed, and return the store that all ranks share."""
+    allow_open_files(_CONNECTIONS + 4 * world.size)
+    # DeepSpeed reads these itself, and looks for MPI where they are missing (srun, mpirun, a plain shell).
+    index = world.local_rank if device.index is None else device.index
+    names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": index}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    # Else gloo connects each rank of a group with each other at once, in the group of all ranks too.
+    if not torch.__version__.startswith("2.10."):  # which prints of each rank that it is not connected
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    store = connect(world, timeout)
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+    )
+    return store
 
 
 def _node_groups(

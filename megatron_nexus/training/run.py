@@ -78,7 +78,7 @@ def run(
     corpus = _open_data(config, world, mesh, record, run_data)
     evaluator = _open_evaluator(config, corpus, open_evaluator) if mesh.rank == 0 else None
     hooks, beacon = list[Hook](), Beacon()
-    watch = _start_watch(config, world, mesh, beacon, run_dir)
+    watch = _start_watch(config, world, mesh, beacon, run_dir, hooks)
     with (
         run_dir_lock(run_dir) if mesh.rank == 0 else nullcontext(),
         telling_of_failures(hooks, beacon),
@@ -95,7 +95,6 @@ def run(
             import_muon_uncompiled()
             engine = Engine(config, mesh, checkpoint is None, beacon)
         trainer = Trainer(config, mesh, engine, corpus, save, run_dir, rate, evaluator, beacon, times, hooks)
-        watch.on_leave = partial(finish_loggers, hooks)
         announce(config, mesh, engine, rate, save, corpus.sample_tokens(config))
         if checkpoint is not None:
             _resume(trainer, checkpoint, open_state, begins_unlearning)
@@ -194,12 +193,14 @@ def _resume(
         announce_resumed(trainer.config, checkpoint, manifest)
 
 
-def _start_watch(config: RunConfig, world: World, mesh: Mesh, beacon: Beacon, run_dir: Path) -> RankWatch:
+def _start_watch(
+    config: RunConfig, world: World, mesh: Mesh, beacon: Beacon, run_dir: Path, hooks: Sequence[Hook]
+) -> RankWatch:
     """Watch for ranks that hang, before NCCL's own time-out ends their processes; a collective call."""
     parallel = config.parallel
     longest_s = 60.0 * parallel.distributed_timeout_minutes
     step_s = parallel.distributed_timeout_seconds_after_init or longest_s
-    return RankWatch(
+    watch = RankWatch(
         world,
         mesh.control,
         beacon,
@@ -208,6 +209,8 @@ def _start_watch(config: RunConfig, world: World, mesh: Mesh, beacon: Beacon, ru
         run_dir,
         by_phase=mesh.pp_size > 1,
     )
+    watch.on_leave = partial(finish_loggers, hooks)
+    return watch
 
 
 def _save_folder(config: RunConfig, mesh: Mesh, checkpoint: Location | None) -> Location:
