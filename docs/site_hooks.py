@@ -178,7 +178,7 @@ def _help(words: list[str]) -> str:
 
 def verbs() -> list[str]:
     """Return the verbs of `nexus`."""
-    from megatron_nexus.cli.main import VERBS
+    from megatron_nexus.cli.verbs import VERBS
 
     return list(VERBS)
 

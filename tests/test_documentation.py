@@ -23,7 +23,8 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus import api
-from megatron_nexus.cli.main import VERBS, main
+from megatron_nexus.cli.main import main
+from megatron_nexus.cli.verbs import VERBS
 from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check

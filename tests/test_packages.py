@@ -9,8 +9,9 @@ import pytest
 
 from megatron_nexus import __version__
 from megatron_nexus.base.invocation import FILES, with_commands
-from megatron_nexus.cli.main import VERBS, main
+from megatron_nexus.cli.main import main
 from megatron_nexus.cli.next_command import train_command
+from megatron_nexus.cli.verbs import VERBS
 from megatron_nexus.extras import EXTRAS, install_command
 from tests.support.paths import REPOSITORY
 from tests.support.sources import SOURCES, STANDALONE, source

@@ -10,7 +10,7 @@ import importlib
 import sys
 
 from megatron_nexus.base.invocation import COMMAND
-from megatron_nexus.cli.main import VERBS
+from megatron_nexus.cli.verbs import VERBS
 from megatron_nexus.config.command_line import make_parser as make_train_parser
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError

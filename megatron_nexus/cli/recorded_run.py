@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.base.gc_paused import gc_paused
 from megatron_nexus.base.invocation import program_words
-from megatron_nexus.cli.train import end_failed_rank, open_files, state_opener
+from megatron_nexus.cli.rank_process import importing_torch, run_rank
+from megatron_nexus.cli.run_files import open_files
+from megatron_nexus.cli.train import state_opener
 from megatron_nexus.cli.train_command import TrainCommand, read_train_command
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
@@ -67,17 +68,11 @@ def _recorded_config(config: RunConfig, float64: bool) -> RunConfig:
 def _record_rank(
     own: argparse.Namespace, command: TrainCommand, world: World, run_data: RunData | None, float64: bool
 ) -> NoReturn:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with log.Progress("importing torch and DeepSpeed"), gc_paused():
-        import torch
-
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import torch._dynamo
-
+    with importing_torch():
         from megatron_nexus.comparison.record_steps import RecordSettings, record_steps
     settings = RecordSettings(Path(own.record), own.steps, own.samples, float64)
-    try:
+
+    def task() -> None:
         record_steps(
             command.config,
             world,
@@ -87,6 +82,5 @@ def _record_rank(
             run_data,
             state_opener(command.start),
         )
-    except BaseException as error:  # noqa: BLE001 - as in train: the process ends with it
-        end_failed_rank(error, world)
-    sys.exit(0)
+
+    run_rank(task, world)

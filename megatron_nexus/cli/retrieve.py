@@ -26,7 +26,7 @@ from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.checkpoint.manifest import INDEX_FILE, MANIFEST_FILE
 from megatron_nexus.cli.arguments import count, positive
 from megatron_nexus.cli.model_arguments import TrainedModel, add_checkpoint_arguments, find_model
-from megatron_nexus.cli.train import end_failed_rank, end_refused_rank
+from megatron_nexus.cli.rank_process import end_refused_rank, run_rank
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check_topology
 from megatron_nexus.config.run_config import RunConfig
@@ -134,15 +134,14 @@ def run(argv: list[str]) -> NoReturn:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from megatron_nexus.parallel.mesh import close_mesh, make_mesh
-    try:
-        with path_errors():
-            mesh = make_mesh(world, search.given.tp, search.given.pp)
-            _retrieve(search, source, mesh)
-            mesh.control.barrier()
-            close_mesh()
-    except BaseException as error:  # noqa: BLE001 - as in train: the process ends with it
-        end_failed_rank(error, world)
-    sys.exit(0)
+
+    def task() -> None:
+        mesh = make_mesh(world, search.given.tp, search.given.pp)
+        _retrieve(search, source, mesh)
+        mesh.control.barrier()
+        close_mesh()
+
+    run_rank(task, world)
 
 
 def _look_ahead(given: argparse.Namespace, world: World) -> _Search:

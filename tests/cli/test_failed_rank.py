@@ -7,7 +7,7 @@ import threading
 
 import torch.distributed as dist
 
-from megatron_nexus.cli.train import end_failed_rank
+from megatron_nexus.cli.rank_process import end_failed_rank
 from megatron_nexus.errors import EXIT_CODE_RESTART, RestartError
 from megatron_nexus.parallel.world import World
 

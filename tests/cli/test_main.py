@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from megatron_nexus.cli.main import GROUPS, VERBS, main
+from megatron_nexus.cli.main import main
+from megatron_nexus.cli.verbs import GROUPS, VERBS
 from megatron_nexus.config.command_line import MAIN_FIELDS, make_parser
 from megatron_nexus.config.presets import PRESETS
 from tests.support.paths import REPOSITORY
@@ -53,7 +54,8 @@ def test_a_word_that_is_not_a_verb_is_answered_with_the_nearest(
 def test_help_of_every_verb_imports_nothing_heavy_and_has_a_short_usage_line() -> None:
     program = (
         "import sys, json\n"
-        "from megatron_nexus.cli.main import VERBS, main\n"
+        "from megatron_nexus.cli.main import main\n"
+        "from megatron_nexus.cli.verbs import VERBS\n"
         "for verb in VERBS:\n"
         "    sys.argv = ['/usr/bin/nexus', verb, '--help']\n"
         "    try: main()\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nexus.cli.main import VERBS
+from megatron_nexus.cli.verbs import VERBS
 from megatron_nexus.config.command_line import build, given_flags, make_parser, merge_settings
 from megatron_nexus.config.config_file import config_text, read_config_file
 from megatron_nexus.config.files_config import CheckpointConfig
