@@ -9,36 +9,28 @@ from typing import TypeVar
 
 from megatron_nexus.checkpoint.location import SCHEME, Location
 from megatron_nexus.config.config_field import MOST
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.input_files import ENDINGS
 from megatron_nexus.errors import ConfigError
 
 T = TypeVar("T", int, float)
 
 
-def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+def add_reading_arguments(parser: FlagParser) -> None:
     """Add the flags that say what text to read: --input, --json-keys, --txt-documents."""
-    parser.add_argument(
-        "--input",
-        required=True,
-        nargs="+",
-        metavar="PATH",
-        help=f"files, folders and globs of {ENDINGS}",
-    )
-    parser.add_argument(
+    flag = parser.add_flag
+    flag("--input", f"files, folders and globs of {ENDINGS}", required=True, nargs="+", metavar="PATH")
+    flag(
         "--json-keys",
+        "field of JSON records and column of parquet files that holds the text, doc.text for one within "
+        "another (default: text)",
         action=_OneKey,
         nargs="+",
         default="text",
         metavar="KEY",
-        help="field of JSON records and column of parquet files that holds the text, doc.text for one within "
-        "another (default: text)",
     )
-    parser.add_argument(
-        "--txt-documents",
-        choices=("file", "line"),
-        default="file",
-        help="what a document is in .txt files (default: file)",
-    )
+    text = "what a document is in .txt files (default: file)"
+    flag("--txt-documents", text, choices=("file", "line"), default="file")
 
 
 class _OneKey(argparse.Action):

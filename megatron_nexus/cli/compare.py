@@ -56,31 +56,22 @@ def make_parser() -> FlagParser:
         "of `nexus train` say. Exit code 0: equal, 1: different, 2: cannot be compared.",
     )
     side = 'flags of side %s alone, quoted, such as "--tp 2 --world-size 4"'
-    parser.add_argument("--a", type=shlex.split, default=[], metavar="FLAGS", help=side % "A")
-    parser.add_argument("--b", type=shlex.split, default=[], metavar="FLAGS", help=side % "B")
-    parser.add_argument("--steps", type=positive(int), default=2, help="optimizer steps (default: 2)")
-    parser.add_argument(
-        "--samples",
-        type=positive(int),
-        default=4,
-        help="samples of a batch whose activations are recorded, evenly from all of it (default: 4)",
-    )
-    parser.add_argument(
+    flag = parser.add_flag
+    flag("--a", side % "A", type=shlex.split, default=[], metavar="FLAGS")
+    flag("--b", side % "B", type=shlex.split, default=[], metavar="FLAGS")
+    flag("--steps", "optimizer steps (default: 2)", type=positive(int), default=2)
+    text = "samples of a batch whose activations are recorded, evenly from all of it (default: 4)"
+    flag("--samples", text, type=positive(int), default=4)
+    flag(
         "--rtol",
-        type=positive(float),
-        help="what may differ, as a share of a tensor's largest element (default: 1e-9; with --fp32 1e-4, "
+        "what may differ, as a share of a tensor's largest element (default: 1e-9; with --fp32 1e-4, "
         "with --bf16 0.1)",
+        type=positive(float),
     )
-    parser.add_argument(
-        "--world-size", type=positive(int), help="ranks of a side on this machine (default: tp x pp)"
-    )
-    parser.add_argument(
-        "--record", type=Path, metavar="FOLDER", help="record one side there, and compare nothing"
-    )
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the recordings of both sides there")
-    parser.add_argument(
-        "--all", action="store_true", help="list every tensor that differs, not the first few"
-    )
+    flag("--world-size", "ranks of a side on this machine (default: tp x pp)", type=positive(int))
+    flag("--record", "record one side there, and compare nothing", type=Path, metavar="FOLDER")
+    flag("--keep", "keep the recordings of both sides there", type=Path, metavar="FOLDER")
+    flag("--all", "list every tensor that differs, not the first few", action="store_true")
     return parser
 
 

@@ -33,32 +33,22 @@ def make_parser() -> FlagParser:
         "--load RUN --save FOLDER [flags]",
         description="Write a checkpoint in the format of others. The source is never touched.",
     )
-    parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
-    parser.add_argument("--save", required=True, help="folder that is made for the result")
-    parser.add_argument(
+    flag = parser.add_flag
+    flag("--load", "a run's folder, or one checkpoint in it", required=True)
+    flag("--save", "folder that is made for the result", required=True)
+    flag(
         "--format",
+        f"safetensors: one plain {MODEL_FILE}; universal: DeepSpeed's universal checkpoint "
+        "(default: safetensors)",
         choices=("safetensors", "universal"),
         default="safetensors",
-        help=f"safetensors: one plain {MODEL_FILE}; universal: DeepSpeed's universal checkpoint "
-        "(default: safetensors)",
     )
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help=f"of {MODEL_FILE} (default: fp32)"
-    )
-    parser.add_argument(
-        "--moments",
-        action="store_true",
-        help="Adam's moments too, in exp_avg.safetensors and exp_avg_sq.safetensors, fp32",
-    )
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="convert values that are NaN or infinite, too"
-    )
-    parser.add_argument(
-        "--names",
-        default="",
-        metavar="FILE",
-        help="JSON object with the names that another program has for parameters, by their names here",
-    )
+    flag("--dtype", f"of {MODEL_FILE} (default: fp32)", choices=("fp32", "bf16"), default="fp32")
+    text = "Adam's moments too, in exp_avg.safetensors and exp_avg_sq.safetensors, fp32"
+    flag("--moments", text, action="store_true")
+    flag("--allow-nonfinite", "convert values that are NaN or infinite, too", action="store_true")
+    text = "JSON object with the names that another program has for parameters, by their names here"
+    flag("--names", text, default="", metavar="FILE")
     return parser
 
 

@@ -60,7 +60,8 @@ def make_parser() -> FlagParser:
         "such as --nexus-m change it; --tp, --pp, --zero-stage and --precision lay it on ranks; attention is "
         "counted over --seq-length.",
     )
-    parser.add_argument("--all", action="store_true", help="a table of all presets, a row each")
-    parser.add_argument("--world-size", type=positive(int), help="ranks of the run (default: tp x pp)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    flag = parser.add_flag
+    flag("--all", "a table of all presets, a row each", action="store_true")
+    flag("--world-size", "ranks of the run (default: tp x pp)", type=positive(int))
+    flag("--json", "print JSON", action="store_true")
     return parser

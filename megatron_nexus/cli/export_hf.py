@@ -31,23 +31,14 @@ def make_parser() -> FlagParser:
             "and the model's code where transformers has none. The source is never touched."
         ),
     )
-    parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="must not exist yet")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)"
-    )
-    parser.add_argument(
-        "--tokenizer-model",
-        default="",
-        metavar="PATH",
-        help=f"where to find the run's tokenizer if it has moved; {NO_TOKENIZER}: export none",
-    )
-    parser.add_argument(
-        "--shard-gb", type=positive(float), default=5.0, metavar="GB", help="largest weight file (default: 5)"
-    )
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="export weights that are NaN or infinite, too"
-    )
+    flag = parser.add_flag
+    flag("--load", "a run's folder, or one checkpoint in it", required=True)
+    flag("--output", "must not exist yet", required=True, metavar="FOLDER")
+    flag("--dtype", "of the weights (default: fp32)", choices=("fp32", "bf16"), default="fp32")
+    text = f"where to find the run's tokenizer if it has moved; {NO_TOKENIZER}: export none"
+    flag("--tokenizer-model", text, default="", metavar="PATH")
+    flag("--shard-gb", "largest weight file (default: 5)", type=positive(float), default=5.0, metavar="GB")
+    flag("--allow-nonfinite", "export weights that are NaN or infinite, too", action="store_true")
     return parser
 
 

@@ -22,28 +22,16 @@ def make_parser() -> FlagParser:
     """Return the parser of the verb's flags."""
     parser = FlagParser("generate", "--load RUN [flags]", description="Continue a text with a trained model.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: stdin)")
-    parser.add_argument("--max-new-tokens", type=positive(int), default=128, help="(default: 128)")
-    parser.add_argument(
-        "--temperature",
-        type=not_negative,
-        default=1.0,
-        help="divides the logits; 0 takes the likeliest token (default: 1)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=count,
-        default=0,
-        help="draw from this many likeliest tokens; 0: from all",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=fraction,
-        default=1.0,
-        help="draw from the likeliest tokens that have this probability together (default: 1)",
-    )
-    parser.add_argument("--num-samples", type=positive(int), default=1, help="(default: 1)")
-    parser.add_argument("--seed", type=count, default=1234, help="of the first sample, then counting up")
+    flag = parser.add_flag
+    flag("--prompt", "the text to continue (default: stdin)", metavar="TEXT")
+    flag("--max-new-tokens", "(default: 128)", type=positive(int), default=128)
+    text = "divides the logits; 0 takes the likeliest token (default: 1)"
+    flag("--temperature", text, type=not_negative, default=1.0)
+    flag("--top-k", "draw from this many likeliest tokens; 0: from all", type=count, default=0)
+    text = "draw from the likeliest tokens that have this probability together (default: 1)"
+    flag("--top-p", text, type=fraction, default=1.0)
+    flag("--num-samples", "(default: 1)", type=positive(int), default=1)
+    flag("--seed", "of the first sample, then counting up", type=count, default=1234)
     return parser
 
 

@@ -49,30 +49,17 @@ def make_parser() -> FlagParser:
     return parser
 
 
-def add_writing_flags(parser: argparse.ArgumentParser) -> None:
+def add_writing_flags(parser: FlagParser) -> None:
     """Add the flags that say what to read and how to write it: folders, topology, workers, checks."""
-    parser.add_argument("--load", required=True, help="a run's folder, or one checkpoint in it")
-    parser.add_argument("--save", default="", help="folder of the new checkpoint")
-    parser.add_argument(
-        "--tp",
-        "--tensor-model-parallel-size",
-        type=int,
-        default=1,
-        help="ranks that share each layer",
-    )
-    parser.add_argument("--pp", "--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages")
-    parser.add_argument(
-        "--workers", type=int, default=1, help="processes that share the work (or use mpirun)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", default=False, help="print what would be done, and write nothing"
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        default=False,
-        help="compare the logits of both models in float64, layer by layer, before the new one is kept",
-    )
+    flag = parser.add_flag
+    flag("--load", "a run's folder, or one checkpoint in it", required=True)
+    flag("--save", "folder of the new checkpoint", default="")
+    flag("--tp --tensor-model-parallel-size", "ranks that share each layer", type=int, default=1)
+    flag("--pp --pipeline-model-parallel-size", "pipeline stages", type=int, default=1)
+    flag("--workers", "processes that share the work (or use mpirun)", type=int, default=1)
+    flag("--dry-run", "print what would be done, and write nothing", action="store_true", default=False)
+    text = "compare the logits of both models in float64, layer by layer, before the new one is kept"
+    flag("--verify", text, action="store_true", default=False)
 
 
 def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:

@@ -39,18 +39,12 @@ def make_parser() -> FlagParser:
             "and evaluated here. The source is never touched."
         ),
     )
-    parser.add_argument(
-        "--input",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="a folder with config.json and safetensors, or a .gguf file, which is dequantised",
-    )
-    parser.add_argument("--save", required=True, metavar="FOLDER", help="of the new run; must not exist yet")
-    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer of the source out")
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="import weights that are NaN or infinite, too"
-    )
+    flag = parser.add_flag
+    text = "a folder with config.json and safetensors, or a .gguf file, which is dequantised"
+    flag("--input", text, required=True, type=Path, metavar="PATH")
+    flag("--save", "of the new run; must not exist yet", required=True, metavar="FOLDER")
+    flag("--no-tokenizer", "leave the tokenizer of the source out", action="store_true")
+    flag("--allow-nonfinite", "import weights that are NaN or infinite, too", action="store_true")
     return parser
 
 

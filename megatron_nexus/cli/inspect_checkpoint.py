@@ -18,9 +18,10 @@ from megatron_nexus.spec.cost import parameter_count
 def make_parser() -> FlagParser:
     """Return the parser of the verb's flags."""
     parser = FlagParser("inspect", "CHECKPOINT [flags]", description="Show and check a checkpoint.")
-    parser.add_argument("checkpoint", type=location, help="a run's folder, or one checkpoint in it")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor with its logical shape")
-    parser.add_argument("--verify", action="store_true", help="read every byte and check it")
+    flag = parser.add_flag
+    flag("checkpoint", "a run's folder, or one checkpoint in it", type=location)
+    flag("--tensors", "list every tensor with its logical shape", action="store_true")
+    flag("--verify", "read every byte and check it", action="store_true")
     return parser
 
 

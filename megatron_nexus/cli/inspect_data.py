@@ -26,15 +26,12 @@ BAR_WIDTH = 50
 def make_parser() -> FlagParser:
     """Return the parser of the verb's flags."""
     parser = FlagParser("inspect-data", "PREFIX [flags]", description="Show and check a tokenized corpus.")
-    parser.add_argument("prefix", type=prefix, help="of its .bin and .idx files")
-    parser.add_argument(
-        "--tokenizer-model",
-        type=Path,
-        metavar="PATH",
-        help="to decode samples and to check that it is the right one",
-    )
-    parser.add_argument("--samples", type=count, default=3, help="documents to decode (default: 3)")
-    parser.add_argument("--skip-checks", action="store_true", help="do not read all tokens")
+    flag = parser.add_flag
+    flag("prefix", "of its .bin and .idx files", type=prefix)
+    text = "to decode samples and to check that it is the right one"
+    flag("--tokenizer-model", text, type=Path, metavar="PATH")
+    flag("--samples", "documents to decode (default: 3)", type=count, default=3)
+    flag("--skip-checks", "do not read all tokens", action="store_true")
     return parser
 
 

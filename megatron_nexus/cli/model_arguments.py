@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
+from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
@@ -48,30 +49,20 @@ class TrainedModel(SavedRun):
         return loaded
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_arguments(parser: FlagParser) -> None:
     """Add the flags --load and --tokenizer-model."""
-    parser.add_argument(
-        "--load", required=True, metavar="RUN", help="a run's folder or one checkpoint in it; s3:// too"
-    )
-    parser.add_argument(
-        "--tokenizer-model",
-        type=Path,
-        metavar="FILE",
-        help="where the tokenizer of the checkpoint is now (default: where the training run had it)",
-    )
+    flag = parser.add_flag
+    flag("--load", "a run's folder or one checkpoint in it; s3:// too", required=True, metavar="RUN")
+    text = "where the tokenizer of the checkpoint is now (default: where the training run had it)"
+    flag("--tokenizer-model", text, type=Path, metavar="FILE")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: FlagParser) -> None:
     """Add the flags --load, --tokenizer-model, --precision and --device."""
     add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        help="of weights and activations (default: as it was trained)",
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)"
-    )
+    flag = parser.add_flag
+    flag("--precision", "of weights and activations (default: as it was trained)", choices=("fp32", "bf16"))
+    flag("--device", "where to compute (default: cuda where there is one)", choices=("cpu", "cuda"))
 
 
 def find_model(given: argparse.Namespace) -> TrainedModel:

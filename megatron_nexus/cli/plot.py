@@ -14,11 +14,10 @@ def make_parser() -> FlagParser:
         "RUN... [flags]",
         description="Draw the losses of runs in one picture, and print where each begins and ends.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, in order")
-    parser.add_argument(
-        "--output", type=Path, default=Path("losses.png"), help="the picture (default: losses.png)"
-    )
-    parser.add_argument("--title", default="", help="of the picture")
+    flag = parser.add_flag
+    flag("runs", "folders of runs, in order", type=Path, nargs="+", metavar="RUN")
+    flag("--output", "the picture (default: losses.png)", type=Path, default=Path("losses.png"))
+    flag("--title", "of the picture", default="")
     return parser
 
 

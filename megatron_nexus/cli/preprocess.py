@@ -75,38 +75,16 @@ def make_parser() -> FlagParser:
     )
     parser.replacement_hint = instead_of_preprocessing
     add_reading_arguments(parser)
-    parser.add_argument(
-        "--output-prefix", required=True, type=prefix, metavar="PREFIX", help="without ending"
-    )
-    parser.add_argument(
-        "--tokenizer-model",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="SentencePiece .model, tokenizer.json or a folder with one",
-    )
-    parser.add_argument(
-        "--append-eod",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end every document with the tokenizer's end token, as the built-in corpus does (default: yes)",
-    )
-    parser.add_argument(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="begin every document with the tokenizer's BOS token (default: as the tokenizer itself does)",
-    )
-    parser.add_argument(
-        "--workers", type=positive(int), default=0, help="processes a rank (default: one a core)"
-    )
-    parser.add_argument("--strict", action="store_true", help="the first malformed record is an error")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
-    parser.add_argument(
-        "--log-interval",
-        type=positive(float),
-        default=5.0,
-        metavar="S",
-        help="seconds between progress lines",
-    )
+    flag = parser.add_flag
+    flag("--output-prefix", "without ending", required=True, type=prefix, metavar="PREFIX")
+    text = "SentencePiece .model, tokenizer.json or a folder with one"
+    flag("--tokenizer-model", text, required=True, type=Path, metavar="PATH")
+    text = "end every document with the tokenizer's end token, as the built-in corpus does (default: yes)"
+    flag("--append-eod", text, action=argparse.BooleanOptionalAction, default=True)
+    text = "begin every document with the tokenizer's BOS token (default: as the tokenizer itself does)"
+    flag("--prepend-bos", text, action=argparse.BooleanOptionalAction, default=None)
+    flag("--workers", "processes a rank (default: one a core)", type=positive(int), default=0)
+    flag("--strict", "the first malformed record is an error", action="store_true")
+    flag("--overwrite", "replace an existing corpus", action="store_true")
+    flag("--log-interval", "seconds between progress lines", type=positive(float), default=5.0, metavar="S")
     return parser

@@ -22,36 +22,25 @@ def make_parser() -> FlagParser:
         "RUN... [flags]",
         description="Write one HTML page of runs: losses, growth metrics, lineage, settings, commands.",
     )
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="folders of runs, or folders that hold runs, in order",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
-    )
-    parser.add_argument("--title", default="", help="of the page (default: the runs' names)")
-    parser.add_argument(
+    flag = parser.add_flag
+    flag("runs", "folders of runs, or folders that hold runs, in order", type=Path, nargs="+", metavar="RUN")
+    flag("--output", "the page (default: report.html)", type=Path, default=Path("report.html"))
+    flag("--title", "of the page (default: the runs' names)", default="")
+    flag(
         "--held-out",
-        type=Path,
-        metavar="FILE",
-        help="text on which grown models are compared with their parents (KL divergence and loss), from "
+        "text on which grown models are compared with their parents (KL divergence and loss), from "
         "checkpoints",
-    )
-    parser.add_argument(
-        "--tokenizer-model",
         type=Path,
         metavar="FILE",
-        help="where the tokenizer of --held-out is now (default: where the training run had it)",
     )
-    parser.add_argument(
+    text = "where the tokenizer of --held-out is now (default: where the training run had it)"
+    flag("--tokenizer-model", text, type=Path, metavar="FILE")
+    flag(
         "--every",
+        "write the page so often while the runs go on; a browser loads it by itself. Ends when all have "
+        "finished, or at Ctrl-C",
         type=positive(int),
         metavar="SECONDS",
-        help="write the page so often while the runs go on; a browser loads it by itself. Ends when all have "
-        "finished, or at Ctrl-C",
     )
     return parser
 

@@ -58,44 +58,41 @@ def make_parser() -> FlagParser:
         ),
     )
     add_checkpoint_arguments(parser)
-    flag = parser.add_argument
+    flag = parser.add_flag
     text = ".jsonl files, a sample a line, or the prefix of a .bin/.idx pair, whose documents are the samples"
-    flag("--corpus", required=True, nargs="+", metavar="PATH", help=text)
+    flag("--corpus", text, required=True, nargs="+", metavar="PATH")
     text = 'undesired outputs, a line each: {"prompt": ..., "answer": ...} or {"text": ...}'
-    flag("--queries", required=True, type=Path, metavar="FILE", help=text)
+    flag("--queries", text, required=True, type=Path, metavar="FILE")
     for side in ("forget", "retain"):
-        flag(f"--{side}", required=True, type=positive(int), metavar="N", help=f"samples to {side}, at most")
+        flag(f"--{side}", f"samples to {side}, at most", required=True, type=positive(int), metavar="N")
     text = "where forget.jsonl, retain.jsonl and report.json are written (default: retrieved)"
-    flag("--output", default=Path("retrieved"), type=Path, metavar="FOLDER", help=text)
+    flag("--output", text, default=Path("retrieved"), type=Path, metavar="FOLDER")
     text = "K, numbers of a sketch; 0: whole gradients, of a small model (default: 8192)"
-    flag("--sketch-size", type=count, default=DEFAULT_NUMBERS, metavar="K", help=text)
+    flag("--sketch-size", text, type=count, default=DEFAULT_NUMBERS, metavar="K")
     text = "keep the sketches of the corpus there: a search goes on from them, and other queries reuse them"
-    flag("--save-sketches", type=Path, metavar="FOLDER", help=text)
+    flag("--save-sketches", text, type=Path, metavar="FOLDER")
     text = "the first N; those whose score is --threshold or more; the first N, the last of them by chance"
     choices = ("top", "threshold", "sample")
-    flag("--select", choices=choices, default="top", help=f"{text} (default: top)")
+    flag("--select", f"{text} (default: top)", choices=choices, default="top")
     text = "least score of --select threshold, and of minus that of a sample to retain"
-    flag("--threshold", type=float, metavar="COSINE", help=text)
+    flag("--threshold", text, type=float, metavar="COSINE")
     text = "order samples by their mean cosine with the queries, or by their mean rank (default: score)"
-    flag("--combine", choices=("score", "rank"), default="score", help=text)
+    flag("--combine", text, choices=("score", "rank"), default="score")
     text = "retain samples of opposed gradients, or any that are not to be forgotten (default: antipode)"
-    flag("--retain-from", choices=("antipode", "random"), default="antipode", help=text)
-    flag(
-        "--keep-near-duplicates",
-        action="store_true",
-        help="samples that are almost a query may be chosen, too",
-    )
+    flag("--retain-from", text, choices=("antipode", "random"), default="antipode")
+    text = "samples that are almost a query may be chosen, too"
+    flag("--keep-near-duplicates", text, action="store_true")
     text = "divide gradients by sqrt(v) + eps of the checkpoint's Adam (default: none)"
-    flag("--preconditioner", choices=("none", "adam"), default="none", help=text)
+    flag("--preconditioner", text, choices=("none", "adam"), default="none")
     text = "of gradients: as a whole, or each tensor's by its own norm (default: whole)"
-    flag("--normalise", choices=("whole", "tensor"), default="whole", help=text)
+    flag("--normalise", text, choices=("whole", "tensor"), default="whole")
     text = "of weights and activations (default: fp32)"
-    flag("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
+    flag("--precision", text, choices=("fp32", "bf16"), default="fp32")
     text = "ranks that share each layer (default: 1)"
-    flag("--tp", "--tensor-model-parallel-size", type=positive(int), default=1, metavar="N", help=text)
+    flag("--tp --tensor-model-parallel-size", text, type=positive(int), default=1, metavar="N")
     text = "pipeline stages (default: 1)"
-    flag("--pp", "--pipeline-model-parallel-size", type=positive(int), default=1, metavar="N", help=text)
-    flag("--seed", type=count, default=1234, help="of sketches, and of what chance decides (default: 1234)")
+    flag("--pp --pipeline-model-parallel-size", text, type=positive(int), default=1, metavar="N")
+    flag("--seed", "of sketches, and of what chance decides (default: 1234)", type=count, default=1234)
     parser.set_defaults(device=None)
     return parser
 

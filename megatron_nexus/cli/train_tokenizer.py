@@ -31,17 +31,13 @@ def make_parser() -> FlagParser:
         description="Train a byte-fallback BPE that gives every text back exactly, on a sample of the input.",
     )
     add_reading_arguments(parser)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="such as spm.model")
-    parser.add_argument("--vocab-size", type=positive(int), default=32_000, help="pieces (default: 32000)")
-    parser.add_argument(
-        "--sample-mb",
-        type=positive(int),
-        default=64,
-        metavar="MB",
-        help="text to train on, chosen by the documents' hashes (default: 64)",
-    )
-    parser.add_argument("--strict", action="store_true", help="the first malformed record is an error")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    flag = parser.add_flag
+    flag("--output", "such as spm.model", required=True, type=Path, metavar="FILE")
+    flag("--vocab-size", "pieces (default: 32000)", type=positive(int), default=32_000)
+    text = "text to train on, chosen by the documents' hashes (default: 64)"
+    flag("--sample-mb", text, type=positive(int), default=64, metavar="MB")
+    flag("--strict", "the first malformed record is an error", action="store_true")
+    flag("--overwrite", "replace an existing file", action="store_true")
     return parser
 
 

@@ -85,29 +85,20 @@ def make_parser(verb: str = "train") -> FlagParser:
 
 def _add_command_flags(parser: FlagParser) -> None:
     """Add what the command itself reads, and what launchers add."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print costs, memory per rank and the configuration, and stop"
-    )
-    parser.add_argument("--world-size", type=int, help="ranks that --dry-run plans for (default: tp x pp)")
-    parser.add_argument(
+    flag = parser.add_flag
+    flag("--config", "YAML file of settings; flags win over it", metavar="FILE")
+    flag("--dry-run", "print costs, memory per rank and the configuration, and stop", action="store_true")
+    flag("--world-size", "ranks that --dry-run plans for (default: tp x pp)", type=int)
+    flag(
         "--device",
-        metavar="NAME",
-        help=f"device that --dry-run plans for, which need not be there: {', '.join(DEVICES)}, with other "
+        f"device that --dry-run plans for, which need not be there: {', '.join(DEVICES)}, with other "
         "numbers as in h100,memory=93, or memory=80,bf16=800,bandwidth=3.35 (default: this machine)",
+        metavar="NAME",
     )
-    parser.add_argument(
-        "--search",
-        action="store_true",
-        help="have --dry-run --device find the fastest layouts that fit on --world-size devices",
-    )
-    parser.add_argument(
-        "--inject",
-        nargs="+",
-        action="extend",
-        metavar="FAULT@STEP[,rank=R]",
-        help=f"rehearse a fault, once in a run's folder: {', '.join(KINDS)}; such as rank_hung@12,rank=1",
-    )
+    text = "have --dry-run --device find the fastest layouts that fit on --world-size devices"
+    flag("--search", text, action="store_true")
+    text = f"rehearse a fault, once in a run's folder: {', '.join(KINDS)}; such as rank_hung@12,rank=1"
+    flag("--inject", text, nargs="+", action="extend", metavar="FAULT@STEP[,rank=R]")
     # The deepspeed launcher appends --local_rank; the environment says the same and is what is read.
     # DeepSpeed's own scripts take --deepspeed.
     for ignored in LAUNCHER_FLAGS:

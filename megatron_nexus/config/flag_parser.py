@@ -41,9 +41,9 @@ class FlagParser(argparse.ArgumentParser):
         version = f"megatron_nexus {__version__}"
         self.add_argument("--version", action="version", version=version, help="print the version and exit")
 
-    def add_flag(self, name: str, text: str, **kwargs: Any) -> None:
-        """Add a flag with its help; the rest is as for `add_argument`."""
-        self.add_argument(name, help=text, **kwargs)
+    def add_flag(self, names: str, text: str, **kwargs: Any) -> None:
+        """Add a flag, of one name or of several with spaces between; the rest is as for `add_argument`."""
+        self.add_argument(*names.split(), help=text, **kwargs)
 
     def print_options_last(self) -> None:
         """Have the help end with the flags that are in no group of their own, where argparse begins."""
