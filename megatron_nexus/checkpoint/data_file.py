@@ -171,26 +171,33 @@ def chunk_starts(header: bytes, chunks: Sequence[Chunk]) -> list[int]:
 
 
 def safetensors_header(chunks: Sequence[Chunk], random_states: Mapping[str, bytes] | None = None) -> bytes:
-    """Return the header of a data file, its length included, padded so that data is aligned.
+    """Return the header of a data file.
 
     `random_states` are named by rank and device, as in 0.cpu.
     """
-    header: dict[str, dict[str, object]] = {}
-    if random_states:
-        header["__metadata__"] = {
-            f"{RANDOM_STATE}{name}": base64.b64encode(state).decode() for name, state in random_states.items()
-        }
+    metadata = {
+        f"{RANDOM_STATE}{name}": base64.b64encode(state).decode()
+        for name, state in (random_states or {}).items()
+    }
     numbers: Counter[str] = Counter()
-    end = 0
+    tensors = []
     for chunk in chunks:
         name = f"{chunk.tensor}|{chunk.state}"
-        begin, end = end, end + chunk.box.numel * DTYPE.itemsize
-        header[f"{name}|{numbers[name]}"] = {
-            "dtype": "F32",
-            "shape": chunk.box.sizes,
-            "data_offsets": (begin, end),
-        }
+        tensors.append((f"{name}|{numbers[name]}", "F32", chunk.box.sizes, chunk.box.numel * DTYPE.itemsize))
         numbers[name] += 1
+    return header_of(tensors, metadata)
+
+
+def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a safetensors file for tensors: names, dtypes, shapes and bytes.
+
+    It has its length in front and is padded, so that data starts aligned.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        begin, end = end, end + size
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

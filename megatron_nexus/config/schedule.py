@@ -35,11 +35,15 @@ def learning_rate(optimizer: OptimizerConfig, step: int, last: int) -> float:
             return low + (peak - low) * min(1.0, (end - step) / length)
 
 
+def position(config: RunConfig, step: int) -> int:
+    """Return an optimizer step of a run as its schedule counts: itself, or the samples read by then."""
+    return config.batches.samples(0, step) if config.optimizer.counts_samples else step
+
+
 def decayed_rate(config: RunConfig, step: int) -> float | None:
     """Return the learning rate of a run's optimizer step `step` where its decay has begun, else None."""
-    optimizer, batches, last = config.optimizer, config.batches, config.training.train_iters
-    if optimizer.counts_samples:
-        step, last = batches.samples(0, step), batches.samples(0, last)
+    optimizer, last = config.optimizer, position(config, config.training.train_iters)
+    step = position(config, step)
     if step <= optimizer.lr_start_iter + optimizer.lr_spans[0]:
         return None
     rate = learning_rate(optimizer, step, last)

@@ -4,7 +4,6 @@ Tensors stand in the order that is asked for and are written from first element 
 needed for one block, whatever the size of the model.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from typing import Literal
 import torch
 
 from megatron_nexus.checkpoint.chunks import full_box, split_box
+from megatron_nexus.checkpoint.data_file import header_of
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.storage import LocalFolder
 from megatron_nexus.checkpoint.store import StateReader
@@ -52,7 +52,11 @@ def write_safetensors(
     """
     specs = {name: reader.manifest.specs[name] for name in names}
     with LocalFolder(path.parent).create(path.name) as write:
-        write(_header(specs, precision, names, metadata))
+        tensors = [
+            (names[name], SAFETENSORS_DTYPE[precision], spec.shape, spec.numel * ITEM_BYTES[precision])
+            for name, spec in specs.items()
+        ]
+        write(header_of(tensors, {"format": "pt", **metadata}))
         for name, spec in specs.items():
             for box in split_box(full_box(spec.shape), BLOCK_ELEMENTS):
                 held = reader.read_box(name, state, box)
@@ -63,24 +67,3 @@ def write_safetensors(
                 contents = values.numpy().data.cast("B")
                 write(contents)
                 advance(len(contents))
-
-
-def _header(
-    specs: Mapping[str, ParamSpec],
-    precision: Precision,
-    names: Mapping[str, str],
-    metadata: Mapping[str, str],
-) -> bytes:
-    """Return the length and the JSON header of the file, padded so that data starts aligned."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, spec in specs.items():
-        begin, end = end, end + spec.numel * ITEM_BYTES[precision]
-        header[names[name]] = {
-            "dtype": SAFETENSORS_DTYPE[precision],
-            "shape": spec.shape,
-            "data_offsets": (begin, end),
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,9 @@ def read_run(folder: Path, name: str) -> RecordedRun:
         notes.append(f"it unlearns, from the weights of {lineage[begun[-1]]['parent']}")
         lineage = lineage[begun[-1] + 1 :]
     growths = [_growth(entry) for entry in growths_of(lineage)]
-    run = RecordedRun(folder, name, config, records, growths, _commands(folder), ())
-    notes += _progress_notes(run, manifest)
     times = effective_time(folder)
-    return RecordedRun(folder, name, config, records, growths, run.commands, tuple(notes), times)
+    run = RecordedRun(folder, name, config, records, growths, _commands(folder), (), times)
+    return replace(run, notes=(*notes, *_progress_notes(run, manifest)))
 
 
 def _progress_notes(run: RecordedRun, manifest: Manifest | None) -> Iterator[str]:

@@ -12,7 +12,7 @@ from megatron_nexus.config.command_line import model_name
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.rules import config_warnings
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.config.schedule import learning_rate, next_length
+from megatron_nexus.config.schedule import learning_rate, next_length, position
 from megatron_nexus.log import logger
 from megatron_nexus.models.attention_backend import alignment_notes, attention_backend
 from megatron_nexus.models.decoder import decoder_specs
@@ -114,21 +114,17 @@ def announce(
 
 def rate_note(config: RunConfig, step: int) -> str | None:
     """Return what the resume line of a finished run does to the learning rate, where it makes it jump."""
-    optimizer, batches, last = config.optimizer, config.batches, config.training.train_iters
+    optimizer, last = config.optimizer, config.training.train_iters
     if step < last or not _decay_follows_run(config):
         return None
-    samples = optimizer.counts_samples
-
-    def position(iterations: int) -> int:
-        return batches.samples(0, iterations) if samples else iterations
-
-    if position(step) < optimizer.lr_start_iter + optimizer.lr_spans[0]:
+    if position(config, step) < optimizer.lr_start_iter + optimizer.lr_spans[0]:
         return None
-    ended = learning_rate(optimizer, position(step), position(last))
-    resumed = learning_rate(optimizer, position(step + 1), position(2 * step))
+    ended = learning_rate(optimizer, position(config, step), position(config, last))
+    resumed = learning_rate(optimizer, position(config, step + 1), position(config, 2 * step))
     if resumed < 1.01 * ended:
         return None
-    keep = f"--lr-decay-{'samples' if samples else 'iters'} {position(last)} keeps it"
+    samples = optimizer.counts_samples
+    keep = f"--lr-decay-{'samples' if samples else 'iters'} {position(config, last)} keeps it"
     new = "" if samples else f", --lr-start-iter {step} begins a new schedule"
     return (
         f"resumed like this, the schedule spans {2 * step} iterations: the learning rate jumps from "

@@ -7,13 +7,14 @@ checkpoint, requests with one context do not share its computation: this is the 
 B rows, T tokens.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from megatron_nexus.base.json_text import parse_record
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.scores import Request, Score, Scorer, Tokens, fit
 from megatron_nexus.parallel.mesh import Mesh
@@ -63,26 +64,10 @@ class DistributedScorer:
 
     def _send(self, requests: Sequence[Request]) -> None:
         """Broadcast requests from rank 0; none ends the other ranks' part."""
-        parts = [(request.context, request.continuation) for request in requests]
-        shape = torch.tensor([len(parts), sum(map(len, chain(*parts)))])
-        self._mesh.control.broadcast(shape)
-        if parts:
-            lengths = torch.tensor([(len(context), len(continuation)) for context, continuation in parts])
-            self._mesh.control.broadcast(lengths)
-            flat = torch.tensor(list(chain(*chain(*parts))))
-            self._mesh.control.broadcast(flat)
+        self._mesh.control.broadcast_str(json.dumps([(one.context, one.continuation) for one in requests]))
 
     def _receive(self) -> list[Request]:
-        shape = torch.empty(2, dtype=torch.int64)
-        self._mesh.control.broadcast(shape)
-        count, total = shape.tolist()
-        if not count:
-            return []
-        lengths, flat = torch.empty(count, 2, dtype=torch.int64), torch.empty(total, dtype=torch.int64)
-        self._mesh.control.broadcast(lengths)
-        self._mesh.control.broadcast(flat)
-        parts = [tuple(part.tolist()) for part in flat.split(lengths.flatten().tolist())]
-        return [Request(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+        return [Request(*map(tuple, parts)) for parts in parse_record(self._mesh.control.broadcast_str(""))]
 
     def _score(self, requests: Sequence[Request]) -> list[Score]:
         """Return the score of each request, on every rank; a collective call."""
