@@ -11,6 +11,8 @@ import socket
 import sys
 from pathlib import Path
 
+from megatron_nexus.base.gc_paused import gc_paused
+from megatron_nexus.base.hidden_modules import hidden_modules
 from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import importing
@@ -48,7 +50,7 @@ def run(argv: list[str]) -> None:
             f"{command('launch')} starts the verbs train and unlearn: write "
             f"`{command('launch')} ... train ...`"
         )
-    with importing("DeepSpeed"):
+    with importing("DeepSpeed"), gc_paused(), hidden_modules("mlflow"):
         from deepspeed.launcher import runner
     given = runner.parse_args(argv)
     at = len(argv) - len(given.user_args) - 1

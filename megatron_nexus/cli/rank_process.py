@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.base.gc_paused import gc_paused
+from megatron_nexus.base.hidden_modules import hidden_modules
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError, RefusedError, path_errors
 from megatron_nexus.parallel.collective_failure import describe_collective_failure
 from megatron_nexus.parallel.world import World
@@ -23,7 +24,7 @@ def importing_torch() -> Iterator[None]:
     """Import torch, then what the body imports, as fast as possible and without messages of either."""
     # A rank that loses a peer says so itself; c10d would add the frames of its C++ stack.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with log.Progress("importing torch and DeepSpeed"), gc_paused():
+    with log.Progress("importing torch and DeepSpeed"), gc_paused(), hidden_modules("mlflow"):
         import torch
 
         if not torch.cuda.is_available():
