@@ -264,7 +264,7 @@ def qwen3_model(config: RunConfig) -> nn.Module:
         intermediate_size=PEER_FEED_FORWARD,
         max_position_embeddings=config.training.seq_length,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by its base class
+        attn_implementation="sdpa",
     )
     made: nn.Module = Qwen3ForCausalLM(sizes)
     return made

@@ -17,6 +17,7 @@ from gpu_stage import (
     FP32_BOUND,
     PRESET,
     REPOSITORY,
+    SHRUNK,
     Kit,
     Row,
     engine_of,
@@ -39,7 +40,7 @@ def maths(kit: Kit) -> Iterator[Row]:
     """Loss and every gradient of each family against float64 on the CPU; the same step twice."""
     for preset in ("nexusformer-tiny", "qwen3-tiny", "tokenformer-tiny", "nexusformer-released-tiny"):
         config = build({"preset": preset})
-        batch = tokens_of(config, 2, 256 if CUDA else 64)
+        batch = tokens_of(config, 2, 256 if CUDA else 16)
         expected_loss, expected = gradients(*make_model(config, torch.float64, torch.device("cpu")), batch)
         for dtype, bound in ((torch.float32, FP32_BOUND), (torch.bfloat16, BF16_BOUND)):
             name = f"{preset} {str(dtype).removeprefix('torch.')}"
@@ -185,15 +186,24 @@ def _train(kit: Kit, name: str, steps: int, *flags: str) -> list[dict[str, float
         *("--data-path", str(_corpus(kit)), "--eval-iters", "0", "--bf16"),
         *("--lr-decay-style", "constant", "--micro-batch-size", "4", "--global-batch-size", "8"),
         *("--train-iters", str(steps), "--save", str(folder), "--log-interval", "5"),
+        *(word for name, value in SHRUNK.items() for word in (f"--{name.replace('_', '-')}", str(value))),
         *(flags if "--load" in flags else ("--preset", PRESET, *flags)),
     )
+    return _losses(folder)
+
+
+def _losses(folder: Path) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if "loss" in record]
 
 
+def _train_whole(kit: Kit) -> list[dict[str, float]]:
+    return _train(kit, "whole", 12, "--deterministic-mode", "--save-interval", "6")
+
+
 def cli(kit: Kit) -> Iterator[Row]:
     """The command: a run in one piece and the same run resumed, deterministic: equal to the last bit."""
-    whole = _train(kit, "whole", 12, "--deterministic-mode")
+    whole = _train_whole(kit)
     for name, more in (("halves", ()), ("halves, async save", ("--async-save",))):
         folder = name.replace(", ", "_").replace(" ", "_")
         _train(kit, folder, 6, "--deterministic-mode", *more)
@@ -210,26 +220,25 @@ def cli(kit: Kit) -> Iterator[Row]:
 
 
 def growth(kit: Kit) -> Iterator[Row]:
-    """Grow the run's checkpoint, verify it, and train on with it: the loss goes on where it was."""
-    parent = kit.folder / "whole"
-    if not parent.exists():
-        _train(kit, "whole", 12, "--deterministic-mode")
+    """Grow a checkpoint of the run, verify it, and train on with it: the loss goes on where it was."""
+    whole = kit.folder / "whole"
+    if not whole.exists():
+        _train_whole(kit)
     model = build({"preset": PRESET}).model
     sizes = ("--nexus-m", str(model.nexus_m + 64), "--nexus-a", str(model.nexus_a + 64))
     said = _run(
         kit,
         "tools/grow_sharded_checkpoint.py",
         "--load",
-        str(parent),
+        str(whole / "iter_0000006"),
         "--save",
         str(kit.folder / "grown"),
         *sizes,
         "--verify",
     )
     yield Row("verified", float("logits moved by at most" in said), at_least=1.0)
-    grown = _train(kit, "grown", 14, "--load", str(kit.folder / "grown"))
-    ungrown = _train(kit, "ungrown", 14, "--load", str(parent))
-    reference = next(record for record in ungrown if record["step"] == grown[0]["step"])
+    grown = _train(kit, "grown", 8, "--load", str(kit.folder / "grown"))
+    reference = next(record for record in _losses(whole) if record["step"] == grown[0]["step"])
     jump = abs(grown[0]["loss"] - reference["loss"])
     yield Row(
         "first losses of the grown and the ungrown model",

@@ -41,6 +41,7 @@ RECORD = find_device(torch.cuda.get_device_name()) if CUDA else None
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 MULTIPLE = 64 if CUDA else 1
 PRESET = "nexusformer-20m" if CUDA else "nexusformer-tiny"
+SHRUNK: Mapping[str, Value] = {} if CUDA else {"seq_length": 32}
 COMPILER = "inductor" if CUDA else "aot_eager"  # half a minute a model on a CPU
 FP32_BOUND, BF16_BOUND = 2e-5, 6e-2
 """Errors of gradients, in norm, from float64: sums of thousands of terms; 8 bits through a few layers."""
@@ -198,7 +199,7 @@ def engine_of(
     from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 
     import_muon_uncompiled()
-    config = build({"precision": "bf16", "micro_batch_size": 4, "global_batch_size": 8, **flags})
+    config = build({"precision": "bf16", "micro_batch_size": 4, "global_batch_size": 8, **SHRUNK, **flags})
     reset_memory()
     engine = Engine(config, kit.mesh)
     size, length = config.training.micro_batch_size, config.training.seq_length

@@ -1,7 +1,9 @@
 """Fixtures of all tests, and the order of the tests."""
 
 import gc
+import os
 import shlex
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -10,21 +12,30 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_nexus.cli.main import main
+from megatron_nexus.data.default_corpus import cache_folder
 from megatron_nexus.log import logger
 
 pytest.register_assert_rewrite("tests.support")
 
+from tests.support.paths import TESTS  # noqa: E402
 from tests.support.subprocesses import Spawn, spawner  # noqa: E402
 from tests.support.verbs import CallVerb  # noqa: E402
 
+# What tests compile runs for a few steps: by a compiler that does not optimise, and without vectors.
+COMPILED = cache_folder("") / "test-extensions"
+COMPILED.mkdir(parents=True, exist_ok=True)
+os.environ["CXX"] = shutil.copy(TESTS / "support" / "unoptimized_g++", COMPILED)  # one path for all clones
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of processes would import torch again
+os.environ["TORCH_EXTENSIONS_DIR"] = str(COMPILED)
 gc.set_threshold(100_000)  # thousands of modules live here, none of them garbage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of laws first, then those of few tests: a long test that begins last leaves a core idle."""
+    """Files of long tests first, then those of few tests: a long test that begins last leaves a core idle."""
     tests = Counter(item.path for item in items)
-    laws = {item.path for item in items if item.get_closest_marker("law")}
-    items.sort(key=lambda item: (item.path not in laws, tests[item.path]))
+    long = {item.path for item in items if item.get_closest_marker("law") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in long, tests[item.path]))
 
 
 @pytest.fixture

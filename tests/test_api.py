@@ -16,6 +16,7 @@ from tests.support.cli import SMALL, Command, commands, run_tool, warm_ranks
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 from tests.support.waiting import wait_for
+from tests.support.warm_programs import warm_bin
 
 # The small model's flags as settings.
 SETTINGS = {
@@ -37,13 +38,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the processes of `api` start with all imports done."""
+    monkeypatch.setattr(sys, "executable", str(warm_bin() / "python"))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow
 def test_it_trains_grows_and_trains_on_as_the_commands_do(
-    command: Command, spawn: Spawn, folder: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, spawn: Spawn, folder: Path, warm: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = api.train(save="api", pp=2, train_iters=3, **SETTINGS)
     assert "finished after iteration 3" in capsys.readouterr().out
@@ -82,7 +89,7 @@ def test_it_trains_grows_and_trains_on_as_the_commands_do(
 
 
 @pytest.mark.slow
-def test_ctrl_c_has_the_run_save(command: Command, folder: Path) -> None:
+def test_ctrl_c_has_the_run_save(command: Command, folder: Path, warm: None) -> None:
     def interrupt() -> None:
         metrics = folder / "stopped" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text().count('"loss"') > 1, "two steps")

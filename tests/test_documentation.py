@@ -31,6 +31,7 @@ from megatron_nexus.config.rules import check
 from tests.support.paths import REPOSITORY
 from tests.support.sources import SOURCES, source
 from tests.support.waiting import TIMEOUT_S
+from tests.support.warm_programs import warm_bin, warm_path
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
@@ -320,8 +321,8 @@ def shrunk(words: tuple[str, ...]) -> list[str]:
 
 @pytest.mark.slow
 def test_the_commands_of_the_first_page_run_one_after_the_other(tmp_path: Path) -> None:
-    nexus = [sys.executable, "-m", "megatron_nexus"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    nexus = [str(warm_bin() / "python"), "-m", "megatron_nexus"]
+    environment = {**os.environ, "PATH": warm_path(), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
     def run(words: list[str]) -> str:
         done = subprocess.run(

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,15 @@ from megatron_nexus.config.command_line import build
 from megatron_nexus.config.devices import DEVICES
 from megatron_nexus.planner.step_time import step_time
 from tests.support.paths import REPOSITORY
+from tests.support.warm_programs import warm_bin, warm_path
 
 
 @pytest.mark.slow
 def test_every_stage_of_the_gpu_kit_passes_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "benchmarks/gpu_kit.py", str(tmp_path), "--budget", "1000"],
+        [warm_bin() / "python", "benchmarks/gpu_kit.py", str(tmp_path), "--budget", "1000"],
         cwd=REPOSITORY,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "PATH": warm_path(), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
     )

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.rules import check as check_rules
+from tests.support.warm_programs import warm_path
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -19,7 +20,7 @@ SHELL = [
 ]
 GATES = [
     REPOSITORY / name
-    for name in ("tests/run", "tests/run_oldest_torch", "tests/support/unoptimized_cxx", ".ci/run")
+    for name in ("tests/run", "tests/run_oldest_torch", "tests/support/unoptimized_g++", ".ci/run")
 ]
 CHECKS = [("shellcheck", path) for path in [*SHELL, *GATES]]
 
@@ -82,7 +83,7 @@ def test_a_folder_of_text_becomes_a_trained_model(tmp_path: Path) -> None:
     sizes = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 --ffn-hidden-size 48"
     flags = f"{sizes} --nexus-m 40 --nexus-a 48 --seq-length 32 --eval-iters 1 --split 8,2"
     command = ["bash", REPOSITORY / "examples" / "own_corpus.sh", "texts", "made", *flags.split()]
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "VOCAB_SIZE": "300"}
+    environment = {**os.environ, "PATH": warm_path(), "VOCAB_SIZE": "300"}
 
     def run(steps: int) -> str:
         done = subprocess.run(
@@ -111,7 +112,7 @@ def test_families_are_trained_in_turn_and_told_in_a_table(tmp_path: Path) -> Non
     done = subprocess.run(
         ["bash", REPOSITORY / "examples" / "baselines.sh", "out", *flags.split()],
         cwd=tmp_path,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PRESETS": "transformer++-tiny qwen3-tiny"},
+        env={**os.environ, "PATH": warm_path(), "PRESETS": "transformer++-tiny qwen3-tiny"},
         capture_output=True,
         text=True,
     )
@@ -133,7 +134,7 @@ def test_a_grown_run_goes_on_at_other_topologies_from_the_loss_of_one_that_is_no
     done = subprocess.run(
         ["bash", REPOSITORY / "examples" / "grow_tiny.sh", "out", *flags.split()],
         cwd=tmp_path,
-        env={**os.environ, **grown, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        env={**os.environ, **grown, "PATH": warm_path()},
         capture_output=True,
         text=True,
     )

@@ -20,6 +20,7 @@ from tests.slurm.slurm_cluster import Slurm, install, missing_programs, slurm
 from tests.support.cli import ENDLESS
 from tests.support.paths import REPOSITORY
 from tests.support.waiting import TIMEOUT_S, wait_for
+from tests.support.warm_programs import warm_bin, warm_path
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ UNTIL_STOPPED = f"--train-iters {ENDLESS}"
 """So that no signal comes too late, however fast the machine is."""
 
 ONE_EACH = ("--nodes=2", "--ntasks-per-node=1")
-"""Two ranks, where two will do: each imports torch again."""
+"""Two ranks, where two will do."""
 
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 """A job that has not ended, or will begin again."""
@@ -73,8 +74,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def user(**variables: str) -> dict[str, str]:
-    """A user's environment: the commands of this Python, and the variables of the submission."""
-    path = f"{BIN}:{os.environ['PATH']}:/usr/sbin"
+    """A user's environment: the commands of this Python, warm, and the variables of the submission."""
+    path = f"{warm_path()}:/usr/sbin"
     return {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
 
 
@@ -228,7 +229,7 @@ def test_srun_and_mpirun_start_the_same_run(cluster: Slurm, folder: Path) -> Non
     mpirun = shutil.which("mpirun", path=f"{BIN}:{os.environ['PATH']}")
     assert mpirun, "no mpirun: install requirements-dev.txt"
     launchers = {
-        "local": [sys.executable],
+        "local": [str(warm_bin() / "python")],
         "mpirun": [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
         "srun": ["srun", "-n", "2", sys.executable],
     }

@@ -14,6 +14,7 @@ from tests.support.paths import REPOSITORY, TESTS
 from tests.support.ports import free_port
 from tests.support.subprocesses import WARM_PYTHON, Program, Spawn, spawner
 from tests.support.waiting import wait_for
+from tests.support.warm_programs import warm_bin
 
 VOCABULARY = 97
 PYTHON = [sys.executable]
@@ -37,7 +38,7 @@ def warm_ranks(count: int) -> list[str]:
 class Command:
     """Starts the command in a folder with a corpus and a link to the script, as a user would.
 
-    Without a launcher it is one process that has done its imports.
+    Without a launcher it is one process that has done its imports, as have the local ranks that it starts.
     """
 
     def __init__(self, folder: Path, spawn: Spawn) -> None:
@@ -59,7 +60,7 @@ class Command:
     def repeat(self, line: str) -> tuple[int, str]:
         """Run a command line that a run printed."""
         launcher, *words = shlex.split(line)
-        programs = {"deepspeed": DEEPSPEED, "torchrun": TORCHRUN, sys.executable: WARM}
+        programs = {"deepspeed": [str(warm_bin() / "deepspeed")], "torchrun": TORCHRUN, sys.executable: WARM}
         program = programs.get(launcher, [launcher])
         return ended(self._spawn([*program, *words], self.folder))
 

@@ -1,8 +1,9 @@
 """What the warm server imports once, for all processes that it forks (see `warm_server`)."""
 
 from megatron_nexus.base.gc_paused import gc_paused
+from megatron_nexus.base.hidden_modules import hidden_modules
 
-with gc_paused():
+with gc_paused(), hidden_modules("mlflow"):
     import matplotlib.pyplot  # noqa: F401
     import torch._dynamo  # noqa: F401 - torch imports it at the first optimizer
 
@@ -10,3 +11,9 @@ with gc_paused():
     from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 
     import_muon_uncompiled()
+
+    # DeepSpeed imports these at the first engine, in .2 s.
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.ops.op_builder.all_ops
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401

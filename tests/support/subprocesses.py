@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tests.support.paths import REPOSITORY
 from tests.support.waiting import TIMEOUT_S, wait_for
-from tests.support.warm_server import WarmProcess, heed_terminal_keys
+from tests.support.warm_programs import warm_bin
+from tests.support.warm_server import EXECUTABLE, WarmProcess, heed_terminal_keys
 
 MARK = "NEXUS_TEST_PROGRAM"
 WARM_PYTHON = "python, with all imports done"
-"""In the place of an interpreter: the program is forked from the warm server."""
+"""In the place of an interpreter: the program is forked from the warm server, as are those that it starts."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -76,6 +77,7 @@ def spawner(logs: Path) -> Iterator[Spawn]:
         environment |= {"PYTHONPATH": str(REPOSITORY), MARK: mark}
         process: subprocess.Popen[bytes] | WarmProcess
         if command[0] == WARM_PYTHON:
+            environment[EXECUTABLE] = str(warm_bin() / "python")
             process = WarmProcess(command[1:], cwd, environment, logs / mark)
         else:
             process = _start(command, cwd, environment, logs / mark)

@@ -36,6 +36,7 @@ from megatron_nexus.training.grown_adam import install_bias_correction
 from megatron_nexus.training.new_lr import install_new_lr
 from megatron_nexus.training.scoring import DistributedScorer, TaskEvaluator
 from tests.support.waiting import TIMEOUT_S
+from tests.support.warm_server import call_in_fork
 
 STEPS = 3
 
@@ -177,7 +178,7 @@ def run_case(case: dict, out: Path, index: int) -> None:
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for index, case in enumerate(cases):
-        run_case(case, out, index)
+        call_in_fork(run_case, case, out, index)
 
 
 if __name__ == "__main__":

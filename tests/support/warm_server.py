@@ -11,7 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +21,9 @@ from tests.support.paths import REPOSITORY
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.support.preload"])
 _SERVER_ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+EXECUTABLE = "NEXUS_TEST_EXECUTABLE"
+"""The variable with the interpreter that a warm process starts its own processes with, if not its own."""
 
 
 class WarmProcess:
@@ -78,18 +81,45 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], output: Path)
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    become(words, cwd, environment)
+
+
+def become(words: list[str], cwd: Path, environment: Mapping[str, str], name: str | None = None) -> None:
+    """Run `python WORDS` in this process, which has its session and streams already.
+
+    `name` is that by which a script was started, if not its own.
+    """
     heed_terminal_keys()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    sys.executable = environment.get(EXECUTABLE, sys.executable)
     sys.orig_argv = [sys.executable, *words]
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = words
+        sys.argv = [name or words[0], *words[1:]]
         sys.path.insert(0, str(Path(words[0]).resolve().parent))  # as Python does, and run_path does not
         runpy.run_path(words[0], run_name="__main__")
+
+
+def call_in_fork(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in a forked process; where it fails, exit with its code.
+
+    What a case of several in one process leaves behind ends with it: DeepSpeed's engines and gloo's threads,
+    four of which a group look a hundred times a second for something to do.
+    """
+    process = multiprocessing.get_context("fork").Process(target=_call, args=(function, arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode if process.exitcode > 0 else 128 - process.exitcode)
+
+
+def _call(function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    die_with_parent()
+    function(*arguments)
 
 
 def heed_terminal_keys() -> None:

@@ -19,6 +19,7 @@ from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training import console as console_module
 from megatron_nexus.training import run as run_module
 from megatron_nexus.training.run import run
+from tests.support.warm_server import call_in_fork
 
 
 def draw_nothing(*_: object) -> NoReturn:
@@ -26,22 +27,27 @@ def draw_nothing(*_: object) -> NoReturn:
     raise AssertionError("a run that resumes draws no weights")
 
 
+def run_one(argv: list[str], index: int) -> None:
+    """Run a command line, at a port of its own."""
+    world = read_world(os.environ)
+    world = replace(world, master_port=world.master_port + index)
+    log.configure(is_main_rank=world.rank == 0)
+    verb, argv = (argv[0], argv[1:]) if argv[0] == "unlearn" else ("train", argv)
+    command = read_train_command(argv, verb)
+    config, checkpoint, start = command.config, command.checkpoint, command.start
+    check(config, world.size)
+    if checkpoint is not None:
+        parameters.local_values = draw_nothing
+    begins = start is not None and start.begins_unlearning
+    run(config, world, checkpoint, argv, begins_unlearning=begins, faults=command.faults)
+
+
 def main() -> None:
     # What a run measures and draws is in no law here, and takes a third of the time of so small a run.
     run_module.gemm_flops_per_s = lambda mesh, precision: 1.0
     console_module.plot_losses = lambda folder, entropy, title: folder
-    draw = parameters.local_values
     for index, argv in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        world = read_world(os.environ)
-        world = replace(world, master_port=world.master_port + index)
-        log.configure(is_main_rank=world.rank == 0)
-        verb, argv = (argv[0], argv[1:]) if argv[0] == "unlearn" else ("train", argv)
-        command = read_train_command(argv, verb)
-        config, checkpoint, start = command.config, command.checkpoint, command.start
-        check(config, world.size)
-        parameters.local_values = draw if checkpoint is None else draw_nothing
-        begins = start is not None and start.begins_unlearning
-        run(config, world, checkpoint, argv, begins_unlearning=begins, faults=command.faults)
+        call_in_fork(run_one, argv, index)
 
 
 if __name__ == "__main__":
