@@ -50,12 +50,12 @@ def run(argv: list[str]) -> None:
     given = make_parser().parse_args(argv)
     if given.tokenizer_model is not None and given.held_out is None:
         raise ConfigError(
-            [f"--tokenizer-model {given.tokenizer_model} belongs to --held-out: give both, or drop it"]
+            f"--tokenizer-model {given.tokenizer_model} belongs to --held-out: give both, or drop it"
         )
     text = _read(given.held_out) if given.held_out is not None else ""
     if given.held_out is not None and given.every is not None:
         raise ConfigError(
-            [f"--held-out {given.held_out} loads models: give it without --every, when the runs are over"]
+            f"--held-out {given.held_out} loads models: give it without --every, when the runs are over"
         )
     with log.importing("torch"):
         from megatron_nexus.reports.divergence import measure_divergences
@@ -94,9 +94,9 @@ def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError([f"--held-out {path}: {error.strerror}: give a text file"]) from error
+        raise ConfigError(f"--held-out {path}: {error.strerror}: give a text file") from error
     except UnicodeDecodeError as error:
-        raise ConfigError([f"--held-out {path} is not UTF-8 text: give a text file"]) from error
+        raise ConfigError(f"--held-out {path} is not UTF-8 text: give a text file") from error
     if not text:
-        raise ConfigError([f"--held-out {path} is empty: give a file with text"])
+        raise ConfigError(f"--held-out {path} is empty: give a file with text")
     return text

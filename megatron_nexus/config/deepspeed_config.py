@@ -152,11 +152,11 @@ def _read(path: Path) -> Json:
     try:
         loaded = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError([f"--deepspeed-config {path}: {error.strerror}: give a JSON file"]) from error
+        raise ConfigError(f"--deepspeed-config {path}: {error.strerror}: give a JSON file") from error
     except ValueError as error:
-        raise ConfigError([f"--deepspeed-config {path} is not JSON ({error}): correct it"]) from error
+        raise ConfigError(f"--deepspeed-config {path} is not JSON ({error}): correct it") from error
     if not isinstance(loaded, dict):
-        raise ConfigError([f"--deepspeed-config {path} is not a JSON object: write {{...}}"])
+        raise ConfigError(f"--deepspeed-config {path} is not a JSON object: write {{...}}")
     return loaded
 
 

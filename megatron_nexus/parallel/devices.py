@@ -47,7 +47,7 @@ def require_own_device(control: "HostTree", host: str, kind: str, uuid: str) -> 
     kinds = control.distinct_str(kind)
     if len(kinds) > 1:
         listed = ", ".join(f"rank {rank} has {found}" for found, rank in kinds.items())
-        raise ConfigError([f"devices differ ({listed}): start ranks on machines of one kind, see nvidia-smi"])
+        raise ConfigError(f"devices differ ({listed}): start ranks on machines of one kind, see nvidia-smi")
     if kind == "cpu":
         return
     on_host = [text.split() for text in control.gather_str_on_host(f"{control.rank} {uuid}")]

@@ -185,11 +185,9 @@ def require_whole_nodes(node_size: int, tp_size: int, per_stage: int) -> None:
     """Raise ConfigError where a stage's ranks are not whole nodes, each of whole tensor-parallel groups."""
     if node_size % tp_size or per_stage % node_size:
         raise ConfigError(
-            [
-                f"--hierarchical-grad-reduce: the {per_stage} ranks of a pipeline stage are not whole nodes "
-                f"of {node_size} ranks, each of whole copies of --tp {tp_size}: leave the flag out, or "
-                "change --tp, --pp or the ranks of a node"
-            ]
+            f"--hierarchical-grad-reduce: the {per_stage} ranks of a pipeline stage are not whole nodes "
+            f"of {node_size} ranks, each of whole copies of --tp {tp_size}: leave the flag out, or "
+            "change --tp, --pp or the ranks of a node"
         )
 
 
@@ -203,10 +201,8 @@ def _own_device(local_rank: int) -> torch.device:
     index = local_rank if torch.cuda.device_count() > 1 else 0
     if index >= torch.cuda.device_count():
         raise ConfigError(
-            [
-                f"local rank {index} has no device of its own, {torch.cuda.device_count()} are visible: "
-                "start as many ranks on a machine as it has devices"
-            ]
+            f"local rank {index} has no device of its own, {torch.cuda.device_count()} are visible: "
+            "start as many ranks on a machine as it has devices"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)

@@ -187,4 +187,4 @@ def _not_met(world: World, error: RuntimeError) -> ConfigError:
     if "ranks have come" in str(error):
         remedy = "look at why the others do not start, or raise --distributed-timeout-minutes"
     reason = str(error).splitlines()[0]
-    return ConfigError([f"rank {world.rank}: {world.master_addr}:{world.master_port}: {reason}: {remedy}"])
+    return ConfigError(f"rank {world.rank}: {world.master_addr}:{world.master_port}: {reason}: {remedy}")

@@ -111,14 +111,14 @@ def _world(names: _Names, environment: Mapping[str, str]) -> World:
     rank, size = int(environment[names.rank]), int(environment[names.size])
     if rank >= size:
         raise ConfigError(
-            [f"{names.rank} {rank} is not below {names.size} {size}: number the ranks from 0 to {size - 1}"]
+            f"{names.rank} {rank} is not below {names.size} {size}: number the ranks from 0 to {size - 1}"
         )
     # "4(x2)" in SLURM's variable: four tasks on each of two hosts.
     counts = [re.match(r"\d+", environment.get(name, "")) for name in names.local_size]
     local_sizes = [int(count[0]) for count in counts if count]
     port = int(environment.get("MASTER_PORT") or _job_port(environment))
     if not 1 <= port <= 65535:
-        raise ConfigError([f"MASTER_PORT {port} is not a port: use one from 1 to 65535"])
+        raise ConfigError(f"MASTER_PORT {port} is not a port: use one from 1 to 65535")
     return World(
         launcher=names.launcher,
         rank=rank,
@@ -140,16 +140,14 @@ def _master_address(environment: Mapping[str, str], world_size: int) -> str:
             listed = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise ConfigError(
-                [f"{' '.join(command)} failed ({error}): set MASTER_ADDR to the first of these hosts"]
+                f"{' '.join(command)} failed ({error}): set MASTER_ADDR to the first of these hosts"
             ) from error
         return listed.stdout.split()[0]
     local = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", environment.get("MPI_LOCALNRANKS", world_size)))
     if local < world_size:
         raise ConfigError(
-            [
-                "mpirun spans several hosts and MASTER_ADDR is not set: add -x MASTER_ADDR=<first host> "
-                "-x MASTER_PORT=<port>"
-            ]
+            "mpirun spans several hosts and MASTER_ADDR is not set: add -x MASTER_ADDR=<first host> "
+            "-x MASTER_PORT=<port>"
         )
     return "127.0.0.1"
 

@@ -60,7 +60,7 @@ def measure_divergences(seams: Sequence[Seam], text: str, tokenizer_model: Path 
         CheckpointError, DataError: a checkpoint or the tokenizer cannot be read, or the text is too short.
     """
     if not seams:
-        raise ConfigError(["--held-out compares grown models with their parents: none of the runs has grown"])
+        raise ConfigError("--held-out compares grown models with their parents: none of the runs has grown")
     return [one for seam in seams for one in _of_seam(seam, text, tokenizer_model)]
 
 
@@ -74,10 +74,8 @@ def _parent_checkpoint(seam: Seam) -> Path:
         if (folder / MANIFEST_FILE).is_file():
             return folder
     raise ConfigError(
-        [
-            f"--held-out needs the checkpoint {named}, from which {seam.run.name} was grown: copy it there, "
-            "or drop the flag"
-        ]
+        f"--held-out needs the checkpoint {named}, from which {seam.run.name} was grown: copy it there, "
+        "or drop the flag"
     )
 
 

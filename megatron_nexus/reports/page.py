@@ -62,7 +62,7 @@ def make_page(
 def check_output(output: Path) -> None:
     """Raise ConfigError where `output` is not a name for the page."""
     if output.is_dir() or output.suffix not in (".html", ".htm"):
-        raise ConfigError([f"--output {output} is not a name of an HTML file: give one such as report.html"])
+        raise ConfigError(f"--output {output} is not a name of an HTML file: give one such as report.html")
 
 
 def write_page(page: str, output: Path) -> None:
@@ -73,6 +73,4 @@ def write_page(page: str, output: Path) -> None:
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(output)
     except OSError as error:
-        raise ConfigError(
-            [f"--output {output}: {error.strerror}: give a file that can be written"]
-        ) from error
+        raise ConfigError(f"--output {output}: {error.strerror}: give a file that can be written") from error

@@ -50,7 +50,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     """Return the last parts of each path that tell it apart. Raises ConfigError: one is given twice."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
-        raise ConfigError(["a run is given twice: give each folder once"])
+        raise ConfigError("a run is given twice: give each folder once")
     for parts in range(1, max(len(path.parts) for path in paths)):
         names = [str(Path(*path.parts[-parts:])) for path in paths]
         if len(set(names)) == len(names):
@@ -80,7 +80,7 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
     Raises ConfigError where the file cannot be written.
     """
     if path.is_dir() or not path.suffix:  # matplotlib would choose an ending of its own
-        raise ConfigError([f"--output {path} names no kind of picture: give a file such as losses.png"])
+        raise ConfigError(f"--output {path} names no kind of picture: give a file such as losses.png")
     import matplotlib  # here: half a second that the table does not need
 
     matplotlib.use("Agg")
@@ -129,7 +129,7 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
         figure.savefig(path)
     except (OSError, ValueError) as error:  # ValueError: an ending that is not a format of pictures
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError([f"--output {path}: {reason}: give a file such as losses.png"]) from error
+        raise ConfigError(f"--output {path}: {reason}: give a file such as losses.png") from error
     finally:
         pyplot.close(figure)
 

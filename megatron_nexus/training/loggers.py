@@ -47,7 +47,7 @@ class TensorBoardLogger:
             self._writer = SummaryWriter(folder, purge_step=resumed_step + 1, flush_secs=10)
         except OSError as error:
             raise ConfigError(
-                [f"--tensorboard-dir {folder}: {error.strerror}: give a writable folder"]
+                f"--tensorboard-dir {folder}: {error.strerror}: give a writable folder"
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -84,7 +84,7 @@ class WandbLogger:
             )
         except (wandb.Error, OSError) as error:
             raise ConfigError(
-                [f"{given}: {error}: run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"]
+                f"{given}: {error}: run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
             ) from error
         _write_runs(run_dir, {**runs, "wandb": self._run.id})
 
@@ -137,10 +137,8 @@ class MLflowLogger:
                 self._client.log_batch(self._run, params=settings[first : first + 100])
         except (MlflowException, OSError) as error:
             raise ConfigError(
-                [
-                    f"{given}, --mlflow-tracking-uri {uri or '(not given)'}: {str(error).splitlines()[0]}: "
-                    "give the http address of a server, or sqlite:///FILE with all of the package mlflow"
-                ]
+                f"{given}, --mlflow-tracking-uri {uri or '(not given)'}: {str(error).splitlines()[0]}: "
+                "give the http address of a server, or sqlite:///FILE with all of the package mlflow"
             ) from error
         _write_runs(run_dir, {**runs, "mlflow": self._run})
 
@@ -197,7 +195,7 @@ def open_loggers(
 
 
 def _missing(given: str, extra: str) -> ConfigError:
-    return ConfigError([f"{given} needs {extra}: {install_command(extra)}"])
+    return ConfigError(f"{given} needs {extra}: {install_command(extra)}")
 
 
 def _read_runs(run_dir: Path) -> dict[str, str]:
@@ -207,9 +205,9 @@ def _read_runs(run_dir: Path) -> dict[str, str]:
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError([f"{path} is not JSON ({error}): remove it to begin new logged runs"]) from error
+        raise ConfigError(f"{path} is not JSON ({error}): remove it to begin new logged runs") from error
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise ConfigError([f"{path} holds no identifiers of runs: remove it to begin new logged runs"])
+        raise ConfigError(f"{path} holds no identifiers of runs: remove it to begin new logged runs")
     return found
 
 

@@ -63,7 +63,7 @@ def _check_device(config: RunConfig, mesh: Mesh) -> None:
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         name = torch.cuda.get_device_name(mesh.device)
-        raise ConfigError([f"--bf16: {name} on {socket.gethostname()} has no bf16: use --fp32"])
+        raise ConfigError(f"--bf16: {name} on {socket.gethostname()} has no bf16: use --fp32")
 
 
 def _prepare_kernels(config: RunConfig, mesh: Mesh) -> None:
