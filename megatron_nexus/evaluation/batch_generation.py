@@ -13,6 +13,7 @@ from megatron_nexus.evaluation.sampling import Sampling, draw
 from megatron_nexus.log import Progress
 
 ROWS_PER_BATCH = 32
+SEED = 1234
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ def generate_texts(
     prompts: Sequence[str],
     sampling: Sampling,
     stop: Stop,
-    seed: int = 1234,
 ) -> list[str]:
     """Return the continuation of each prompt, without the text that stopped it.
 
@@ -46,7 +46,7 @@ def generate_texts(
     ids = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
     # Prompts of similar length go together: shorter ones are padded.
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]), reverse=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     texts: dict[int, str] = {}
     with Progress("generating", len(ids), "texts") as progress:
         for begin in range(0, len(order), ROWS_PER_BATCH):

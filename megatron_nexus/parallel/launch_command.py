@@ -19,7 +19,7 @@ VERBS = ("train", "unlearn")
 ADDED_BY_LAUNCHERS = ("--local_rank", "--local-rank")
 
 
-def launch_words(world: World, argv: Sequence[str], verb: str = "train") -> list[str]:
+def launch_words(world: World, argv: Sequence[str], verb: str) -> list[str]:
     """Return the words that start a verb again on such a world; its flags `argv` follow them."""
     own = typed_words([sys.orig_argv], sys.argv[0], argv) or command_words(verb)
     found = typed_words([sys.orig_argv, *(process.words for process in ancestors())], sys.argv[0], argv)

@@ -49,9 +49,9 @@ def scaled_axis(title: str, largest: float, units: Sequence[tuple[float, str]]) 
     return Axis(title, reached[-1][1], reached[-1][0])
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers from `low` to `high`."""
-    rough = (high - low) / max(1, count - 1)
+def ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers from `low` to `high`."""
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)

@@ -23,8 +23,8 @@ def make_page(
     runs: Sequence[RecordedRun],
     title: str,
     output: Path,
-    divergences: Sequence[Divergence] = (),
-    reload_s: int = 0,
+    divergences: Sequence[Divergence],
+    reload_s: int,
 ) -> str:
     """Return the document of `runs`; `divergences` are those of grown models from their parents.
 

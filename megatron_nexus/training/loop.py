@@ -113,7 +113,7 @@ class Trainer:
     def resume(
         self,
         checkpoint: Location,
-        open_state: Callable[[Location], StateReader] = CheckpointReader,
+        open_state: Callable[[Location], StateReader],
         begins: bool = False,
     ) -> Manifest:
         """Continue from a checkpoint, which `open_state` reads; a collective call.
