@@ -2,12 +2,14 @@
 
 import gc
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,16 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of processes would import torch again
 os.environ["TORCH_EXTENSIONS_DIR"] = str(COMPILED)
 gc.set_threshold(100_000)  # thousands of modules live here, none of them garbage
+sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # hidden from DeepSpeed, as ranks hide it
+DEFAULT_MARKS = "not law and not slow"
+NOT_BY_DEFAULT = re.compile(r"^pytestmark = .*pytest\.mark\.(law|slow)\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file all of whose tests are left out by default: some import seconds of libraries."""
+    if config.option.markexpr == DEFAULT_MARKS and collection_path.name.startswith("test_"):
+        return NOT_BY_DEFAULT.search(collection_path.read_text()) is not None or None
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Counter(item.path for item in items)
     long = {item.path for item in items if item.get_closest_marker("law") or item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in long, tests[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of later garbage collections, of which pytest makes some itself."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -171,9 +171,10 @@ def test_every_field_of_the_configuration_is_read() -> None:
     assert not unread, f"fields that nothing reads: {unread}; use them, or drop them"
 
 
-def test_a_wrong_flag_is_answered_without_importing_torch() -> None:
+def test_wrong_flags_the_api_s_settings_and_reading_a_checkpoint_need_no_torch() -> None:
     program = (
-        "import sys, megatron_nexus.cli.train\n"
+        "import sys, megatron_nexus.cli.train, megatron_nexus.checkpoint.store\n"
+        "from megatron_nexus import api\napi.configure()\n"
         "print([name for name in ('torch', 'deepspeed', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -164,9 +164,15 @@ def test_what_fences_need_is_one_of_three_things() -> None:
         assert len(marks) == sum(bool(needs) for needs, _ in FENCE.findall(text)), page.name
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_a_command_exists_with_its_flags(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_command(command, monkeypatch)
+@pytest.mark.parametrize("page", sorted({command.page for command in COMMANDS}))
+def test_the_commands_of_a_page_exist_with_their_flags(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in COMMANDS:
+        if command.page == page:
+            try:
+                check_command(command, monkeypatch)
+            except BaseException as error:
+                error.add_note(str(command))
+                raise
 
 
 def test_the_commands_of_all_pages_were_found() -> None:

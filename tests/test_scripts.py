@@ -47,6 +47,7 @@ def test_the_scripts_were_found() -> None:
     } <= {path.name for path in SHELL}
 
 
+@pytest.mark.slow
 def test_the_job_for_kubernetes_is_one_of_the_operator() -> None:
     text = (REPOSITORY / "examples" / "kubernetes" / "pytorchjob.yaml").read_text()
     # Kubernetes' client looks for classes among its own. A field that they lack is lost on the way.

@@ -20,9 +20,10 @@ PACKAGE = REPOSITORY / "megatron_nexus"
 
 def names_of_torch(path: Path) -> Iterator[str]:
     """Dotted names of torch: of imports, and of attributes of what imports bind."""
-    tree = ast.parse(path.read_text())
+    text = path.read_text()
+    nodes = list(ast.walk(ast.parse(text))) if "torch" in text else []
     bound: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "torch":
@@ -32,7 +33,7 @@ def names_of_torch(path: Path) -> Iterator[str]:
             for alias in node.names:
                 yield f"{node.module}.{alias.name}"
                 bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute):
             parts = [node.attr]
             inner: ast.expr = node.value

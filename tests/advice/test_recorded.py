@@ -38,6 +38,7 @@ def test_no_recorded_growth_has_the_opposite_advice_of_its_result(
         assert answer not in ((Answer.NEVER,) if case.gain > 0 else (Answer.NOW, Answer.LATER))
 
 
+@pytest.mark.law
 def test_ends_are_in_their_intervals_about_as_often_as_these_say(runs: list[Recorded]) -> None:
     for _, forecasts in ends(runs):
         inside = sum(i.low <= truth <= i.high for i, truth in forecasts.pairs)

@@ -35,15 +35,20 @@ def write_run(root: Path, grown: Path, config: object, tp: int) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and two runs of the same growth and weights, by one rank and by two stages of two ranks."""
+    """A base, and a run of a growth of it, by one rank."""
     root, config = tmp_path_factory.mktemp("analyze"), checkpoints.configure()
-    base = checkpoints.write_checkpoint(root / "base", config)
+    checkpoints.write_checkpoint(root / "base", config)
     loss = {"name": "validation", "step": checkpoints.STEP, "validation_loss": 2.7}
     (root / "base" / METRICS_FILE).write_text(json.dumps(loss) + "\n")
-    for name, tp, pp in (("one", 1, 1), ("four", 2, 2)):
-        made, after = checkpoints.grow(base, root / name, config, SIZES, tp, pp, init="out_rand")
-        write_run(root / name, made, after, tp)
+    grow_run(root, "one", 1, 1)
     return root
+
+
+def grow_run(root: Path, name: str, tp: int, pp: int) -> None:
+    """Grow the base and write the run that follows, always with the same weights."""
+    base, config = root / "base" / f"iter_{checkpoints.STEP:07d}", checkpoints.configure()
+    made, after = checkpoints.grow(base, root / name, config, SIZES, tp, pp, init="out_rand")
+    write_run(root / name, made, after, tp)
 
 
 def analyze(folder: Path, *words: str) -> dict:
@@ -56,6 +61,7 @@ def test_two_topologies_give_the_same_numbers_and_runs_are_pooled(
     folder: Path, console: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--samples", "40", "--seed", "3"]
+    grow_run(folder, "four", 2, 2)
     one, four = (analyze(folder, str(folder / name), *words)["groups"] for name in ("one", "four"))
     assert json.dumps(one).replace(str(folder / "one"), "RUN") == json.dumps(four).replace(
         str(folder / "four"), "RUN"

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_nexus.interchange import safetensors_writer
 from tests.support import checkpoints
+from tests.support.cases import first_by_default
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 from tests.support.verbs import CallVerb
@@ -24,10 +26,18 @@ TOOL = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py")]
 Run = Callable[[str], tuple[int, str]]
 
 
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a run."""
+    root = tmp_path_factory.mktemp("old")
+    checkpoints.write_checkpoint(root, checkpoints.configure(), tp=2)
+    return root
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(old: Path, tmp_path: Path) -> Path:
     """A folder with the checkpoints of a run in `old`."""
-    checkpoints.write_checkpoint(tmp_path / "old", checkpoints.configure(), tp=2)
+    shutil.copytree(old, tmp_path / "old")
     (tmp_path / "names.json").write_text('{"head.weight": "lm_head.weight"}')
     return tmp_path
 
@@ -43,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("block", [17, safetensors_writer.BLOCK_ELEMENTS])
+@pytest.mark.parametrize("block", first_by_default(1, [17, safetensors_writer.BLOCK_ELEMENTS]))
 def test_a_plain_file_holds_every_tensor_by_its_logical_name(
     block: int, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from megatron_nexus.models.decoder import decoder_specs
 from megatron_nexus.spec.cost import parameter_count
 from tests.support import checkpoints
 from tests.support.paths import REPOSITORY
+from tests.support.verbs import CallVerb
 from tests.support.waiting import TIMEOUT_S
 
 PAGE = REPOSITORY / "docs" / "paper_numbers.md"
@@ -113,7 +114,7 @@ def test_wrong_flags_are_answered_as_a_run_answers(words: str, expected: str) ->
         count(words.split())
 
 
-def test_the_tool_ends_with_code_2() -> None:
-    done = run("--all", "--load", "nowhere")
-    assert done.returncode == 2
-    assert done.stderr.startswith("ConfigError: ") and "Traceback" not in done.stderr
+def test_the_tool_ends_with_code_2(call_verb: CallVerb) -> None:
+    code, output = call_verb("count", "--all --load nowhere")
+    assert code == 2
+    assert output.startswith("ConfigError: ") and "Traceback" not in output

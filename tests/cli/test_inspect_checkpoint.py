@@ -1,8 +1,5 @@
 """The command that shows and checks a checkpoint."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,7 @@ import pytest
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.spec.cost import parameter_count
 from tests.support import checkpoints
-from tests.support.paths import REPOSITORY
+from tests.support.verbs import CallVerb
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +15,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write_checkpoint(tmp_path_factory.mktemp("inspect"), checkpoints.configure(), tp=2)
 
 
-def inspect(*words: str | Path) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "tools" / "inspect_checkpoint.py", *words],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return done.returncode, done.stdout
-
-
-def test_it_tells_what_a_checkpoint_holds_and_finds_it_sound(checkpoint: Path) -> None:
-    code, output = inspect(checkpoint.parent, "--tensors", "--verify")
+def test_it_tells_what_a_checkpoint_holds_and_finds_it_sound(checkpoint: Path, call_verb: CallVerb) -> None:
+    code, output = call_verb("inspect", [checkpoint.parent, "--tensors", "--verify"])
     assert code == 0, output
     specs = read_manifest(checkpoint).specs
     count = parameter_count(specs.values())
@@ -47,14 +33,14 @@ def test_it_tells_what_a_checkpoint_holds_and_finds_it_sound(checkpoint: Path) -
         assert message in output, message
 
 
-def test_damage_ends_it_with_the_file_and_the_tensor(checkpoint: Path) -> None:
+def test_damage_ends_it_with_the_file_and_the_tensor(checkpoint: Path, call_verb: CallVerb) -> None:
     data = checkpoint / "rank_00001.safetensors"
     whole = data.read_bytes()
     data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        code, _ = inspect(checkpoint)
+        code, _ = call_verb("inspect", [checkpoint])
         assert code == 0, "only --verify reads the tensors"
-        code, output = inspect(checkpoint, "--verify")
+        code, output = call_verb("inspect", [checkpoint, "--verify"])
     finally:
         data.write_bytes(whole)
     assert code == 2, output
@@ -63,7 +49,7 @@ def test_damage_ends_it_with_the_file_and_the_tensor(checkpoint: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_no_checkpoint_is_answered_as_load_answers(tmp_path: Path) -> None:
-    code, output = inspect(tmp_path)
+def test_no_checkpoint_is_answered_as_load_answers(tmp_path: Path, call_verb: CallVerb) -> None:
+    code, output = call_verb("inspect", [tmp_path])
     assert code == 2
     assert "no complete checkpoint" in output and "holds nothing" in output

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from functools import cache
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
+from megatron_nexus.config import command_line
 from megatron_nexus.config.command_line import (
     IN_SAMPLES,
     Consumed,
@@ -63,7 +65,8 @@ def test_no_flags_give_the_default_preset() -> None:
     assert values == expected
 
 
-def test_every_flag_sets_its_field_and_no_other() -> None:
+def test_every_flag_sets_its_field_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "make_parser", cache(make_parser))  # one for all: they are many
     before = parse()
     for section, name, hint, _ in ALONE:
         flag = "--" + name.replace("_", "-")

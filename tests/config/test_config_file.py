@@ -115,7 +115,7 @@ WRONG = [
     ("data: {data_path: 3}", ["data.data_path 3 must be a list of words"]),
     ("model: {num_layers: 2, num_layers: 3}", ["line 1 sets num_layers again"]),
     ("model:\n  a: [", ["run.yaml:", "correct the YAML"]),
-    ("model: " + 2000 * "[" + 2000 * "]", ["nested too deeply"]),
+    ("model: " + 600 * "[" + 600 * "]", ["nested too deeply"]),
     ("- 3", ["holds no sections"]),
     ("", ["holds no sections"]),
     ("model: {a: 1, b: 2}\ntraining: {seq_length: x}", ["3 problems"]),
@@ -172,11 +172,11 @@ cpu-offloading-num-layers yaml-cfg
 )
 
 
-@pytest.mark.parametrize("flag", COMMON)
-def test_a_flag_of_megatron_s_present_list_is_answered(flag: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        given_flags([f"--{flag}", "1"])
-    assert re.match(rf"unknown flag --{flag}: (use|drop|did you mean) ", caught.value.problems[0])
+def test_flags_of_megatron_s_present_list_are_answered() -> None:
+    for flag in COMMON:
+        with pytest.raises(ConfigError) as caught:
+            given_flags([f"--{flag}", "1"])
+        assert re.match(rf"unknown flag --{flag}: (use|drop|did you mean) ", caught.value.problems[0])
 
 
 def test_a_flag_of_ours_misspelt_is_not_taken_for_one_of_a_family() -> None:

@@ -1,10 +1,12 @@
 """Every impossible configuration is refused before anything starts, with value, rule and remedy."""
 
 import dataclasses
+from functools import cache
 
 import pytest
 
-from megatron_nexus.config.command_line import build, given_flags
+from megatron_nexus.config import command_line
+from megatron_nexus.config.command_line import build, given_flags, make_parser
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.model_rules import divisors
 from megatron_nexus.config.rules import check, config_warnings
@@ -116,7 +118,8 @@ def test_a_broken_rule_is_told_with_value_rule_and_remedy(
     assert all(part in found[0] for part in expected), found[0]
 
 
-def test_every_number_is_checked_against_the_bounds_of_its_field() -> None:
+def test_every_number_is_checked_against_the_bounds_of_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "make_parser", cache(make_parser))  # one for all: they are many
     for kind in SECTIONS.values():
         for field in dataclasses.fields(kind):
             if not isinstance(field.default, int | float) or isinstance(field.default, bool):

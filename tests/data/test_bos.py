@@ -49,7 +49,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As SentencePiece's own trainer makes one: it normalizes, strips, and has a BOS piece."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(inspect.getsource(inspect).split("\n")),
+        sentence_iterator=iter(inspect.getsource(json.decoder).split("\n")),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=300,
         minloglevel=2,

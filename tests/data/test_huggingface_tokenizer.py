@@ -13,7 +13,7 @@ from megatron_nexus.data.huggingface_tokenizer import HuggingFaceTokenizer
 from megatron_nexus.data.tokenizer import open_tokenizer
 from megatron_nexus.errors import DataError
 
-SOURCES = [inspect.getsource(module) for module in (inspect, json, json.decoder, textwrap)]
+SOURCES = [inspect.getsource(module) for module in (json, json.decoder, textwrap)]
 HARD_TEXTS = [
     "",
     " ",

@@ -125,7 +125,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path, which: int, damag
 
 
 def test_the_index_is_written_without_a_copy_of_its_lengths(tmp_path: Path) -> None:
-    documents = 1 << 24
+    documents = 1 << 23
     with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
         writer._lengths.frombytes(bytes(4 * documents))
         tracemalloc.start()

@@ -27,7 +27,7 @@ def whole(dataset: IndexedDataset) -> SplitRange:
 
 
 def test_a_permutation_is_a_bijection() -> None:
-    for n in (*range(1, 40), 97, 100, 101, 1000, 1023, 1024, 1025, 10_007):
+    for n in (*range(1, 40), 97, 100, 101, 1023, 1024, 1025, 3001):
         for seed, epoch in [(0, 0), (1, 0), (0, 1), (-3, 2), (2**63, 7)]:
             order = Permutation(n, seed, epoch)
             assert sorted(order[i] for i in range(n)) == list(range(n)), (n, seed, epoch)

@@ -11,7 +11,7 @@ import pytest
 from megatron_nexus.data.sentencepiece_tokenizer import BLANK, SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.errors import DataError
 
-SOURCES = [inspect.getsource(module) for module in (inspect, json, json.decoder, textwrap)]
+SOURCES = [inspect.getsource(module) for module in (json, json.decoder, textwrap)]
 HARD_TEXTS = [
     "",
     " ",

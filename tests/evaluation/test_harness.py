@@ -37,7 +37,8 @@ def test_a_task_from_a_file_scores_twice_alike(
     states = (random.getstate(), torch.get_rng_state())
     results = run_harness(model, tasks)
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
-    assert run_harness(model, tasks) == results, "tasks can be asked again"
+    again = run_harness(model, {"piqa": tasks["piqa"]})
+    assert again["piqa"] == results["piqa"], "a task can be asked again"
     # The first task by hand: the likelier of two solutions, per character for acc_norm.
     right, right_norm = 0, 0
     for record in tasks["piqa"].test_docs():

@@ -12,6 +12,7 @@ from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer, make_rows
 from megatron_nexus.models.scores import Request, Score
 from tests.support import eval_model
+from tests.support.cases import first_by_default
 
 
 def alone(loaded: LoadedModel, request: Request) -> Score:
@@ -42,12 +43,15 @@ def requests(loaded: LoadedModel) -> list[Request]:
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        {},
-        {"attention_order": 2},
-        {"projection": "linear", "num_query_groups": 1},
-        {"sliding_window": 7, "no_rope_freq": 2},
-    ],
+    first_by_default(
+        2,
+        [
+            {"attention_order": 2},
+            {"sliding_window": 7, "no_rope_freq": 2},
+            {},
+            {"projection": "linear", "num_query_groups": 1},
+        ],
+    ),
     ids=str,
 )
 def test_each_score_is_that_of_the_request_alone_in_every_family(

@@ -1,16 +1,11 @@
 """transformers' own classes, computing in the precision of their weights."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.olmo2 import modeling_olmo2
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
-from transformers.models.smollm3 import modeling_smollm3
 
 
 @pytest.fixture
@@ -34,13 +29,7 @@ def float64_hf_models(monkeypatch: pytest.MonkeyPatch) -> None:
         turns = position_ids[..., None] * f
         return tuple(torch.cat((f, f), dim=-1).to(x.dtype) for f in (turns.cos(), turns.sin()))
 
-    for module, name in (
-        (modeling_llama, "Llama"),
-        (modeling_mistral, "Mistral"),
-        (modeling_qwen2, "Qwen2"),
-        (modeling_qwen3, "Qwen3"),
-        (modeling_olmo2, "Olmo2"),
-        (modeling_smollm3, "SmolLM3"),
-    ):
+    for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "SmolLM3"):
+        module = import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
         monkeypatch.setattr(getattr(module, f"{name}RMSNorm"), "forward", norm)
         monkeypatch.setattr(getattr(module, f"{name}RotaryEmbedding"), "forward", angles)

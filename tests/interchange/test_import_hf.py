@@ -23,16 +23,18 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
-from megatron_nexus.cli.main import main
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.interchange import import_checkpoint
 from megatron_nexus.interchange.export import export_checkpoint
+from tests.interchange.test_round_trip import import_folder, run
 from tests.support import checkpoints, reference
 from tests.support.cli import WARM
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
+
+pytestmark = pytest.mark.slow  # the imports of transformers
 
 # Rounding of float64 in sums of at most a hundred terms, over a few layers.
 EXACT = 1e-10
@@ -70,49 +72,10 @@ def random_model(kind: str) -> PreTrainedModel:
     return model
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        main("import")
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
-def import_folder(monkeypatch: pytest.MonkeyPatch, source: Path, root: Path) -> tuple[Path, RunConfig]:
-    """Import through the command; the checkpoint and its configuration."""
-    assert run(monkeypatch, "--input", source, "--save", root) == 0
-    checkpoint = root / "iter_0000000"
-    return checkpoint, saved_config(checkpoint, read_manifest(checkpoint))
-
-
 def logits(checkpoint: Path, config: RunConfig, tokens: Tensor) -> Tensor:
     return reference.logits(checkpoints.weights(checkpoint), tokens, dataclasses.asdict(config.model))
 
 
-COMING_BACK: dict[str, dict[str, object]] = {
-    "nexusformer": {"qk_layernorm": True, "nexus_inner_norm": True, "nexus_output_projection": True},
-    "nexified": {
-        "projection": "linear_nexus",
-        "num_query_groups": 1,
-        "attention_order": 2,
-        "attention_gate": True,
-    },
-    "released": {
-        "nexus_inner_norm": True,
-        "nexus_inner_norm_scale": "width",
-        "nexus_output_projection": True,
-        "feed_forward": "nexus",
-        "ffn_nexus_m": 13,
-    },
-    "tokenformer": {
-        "projection": "pattention",
-        "pattention_slots": 11,
-        "feed_forward": "pattention",
-        "normalization": "NonParametricLayerNorm",
-        "nexus_m": 0,
-        "nexus_a": 0,
-    },
-}
 TOKENS = torch.randint(0, SIZES["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -166,23 +129,6 @@ def test_what_came_in_goes_out_as_it_was(kind: str, tmp_path: Path, monkeypatch:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", COMING_BACK)
-def test_an_exported_nexusformer_comes_back(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = checkpoints.configure(**COMING_BACK[kind])
-    source = checkpoints.write_checkpoint(tmp_path / "run", config)
-    source, config = checkpoints.grow(
-        source, tmp_path / "grown", config, {"hidden_size": 14, "kv_channels": 6}
-    )
-    export_checkpoint(source, tmp_path / "hf", config, None, "fp32", 10**9)
-    checkpoint, again = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "again")
-    assert again.model == config.model
-    before, after = checkpoints.tensors(source), checkpoints.tensors(checkpoint)
-    assert before.keys() == after.keys()
-    assert all(np.array_equal(before[name], after[name]) for name in before)
-
-
 def test_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_model("qwen3").save_pretrained(tmp_path / "hf")
     checkpoint, config = import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")
@@ -191,7 +137,6 @@ def test_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (logits(larger, after, TOKENS) - logits(checkpoint, config, TOKENS)).abs().max() < EXACT
 
 
-@pytest.mark.slow
 def test_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spawn: Spawn) -> None:
     random_model("llama").save_pretrained(tmp_path / "hf")
     import_folder(monkeypatch, tmp_path / "hf", tmp_path / "run")

@@ -11,6 +11,7 @@ from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
 from tests.models.test_decoder import ALL, ALONE, MODEL
 from tests.support import reference
+from tests.support.cases import first_by_default
 from tests.support.train_worker import document_positions
 
 BATCH, LENGTH = 3, 24
@@ -26,7 +27,15 @@ def sample() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention_order": 2}, {"attention_order": 2, "attention_inner": "cross"}, {"sliding_window": 4}],
+    first_by_default(
+        2,
+        [
+            {"attention_order": 2},
+            {"sliding_window": 4},
+            {},
+            {"attention_order": 2, "attention_inner": "cross"},
+        ],
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.law)])

@@ -14,6 +14,7 @@ import pytest
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS, parse_exit_signals
 from megatron_nexus.parallel.local_ranks import missing_ranks
 from megatron_nexus.parallel.world import World
+from tests.support.cases import first_by_default
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Program, Spawn
 from tests.support.waiting import scaled_by_load, wait_for
@@ -175,7 +176,7 @@ def test_a_signal_that_ranks_do_not_heed_yet_ends_them_all_with_one_message(star
     assert "was terminated by SIGINT: the run had not begun to train" in output
 
 
-@pytest.mark.parametrize("heeds", [False, True])
+@pytest.mark.parametrize("heeds", first_by_default(1, [True, False]))
 def test_ranks_are_asked_to_stop_when_their_parent_is_killed(start: Start, heeds: bool) -> None:
     stop = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved '), os._exit(0)))" if heeds else ""
     run = start(2, f"{stop}\nready(); time.sleep(600)")
@@ -247,18 +248,21 @@ print(local_ranks.missing_ranks(World("deepspeed", 0, 1, 0, 1, "127.0.0.1", 0), 
 
 @pytest.mark.parametrize(
     ("words", "missing"),
-    [
-        ("train.py --tp 4", True),
-        ("--master_port 29777 train.py --tp 4", True),
-        ("--num_gpus 1 train.py --tp 4", False),
-        ("--num_gpus=1 train.py --tp 4", False),
-        ("--num_accelerators 1 train.py", False),
-        ("--include localhost:0 train.py", False),
-        ("-i localhost:0 train.py", False),
-        ("-H hosts train.py", False),
-        # After the script they are the script's own.
-        ("train.py --num_gpus 1 -i 3", True),
-    ],
+    first_by_default(
+        3,
+        [
+            ("--master_port 29777 train.py --tp 4", True),
+            ("--num_gpus 1 train.py --tp 4", False),
+            # After the script they are the script's own.
+            ("train.py --num_gpus 1 -i 3", True),
+            ("train.py --tp 4", True),
+            ("--num_gpus=1 train.py --tp 4", False),
+            ("--num_accelerators 1 train.py", False),
+            ("--include localhost:0 train.py", False),
+            ("-i localhost:0 train.py", False),
+            ("-H hosts train.py", False),
+        ],
+    ),
 )
 def test_what_the_deepspeed_command_was_told_is_read_from_its_process(
     tmp_path: Path, words: str, missing: bool

@@ -24,6 +24,7 @@ from megatron_nexus.planner.step_time import (
 )
 from megatron_nexus.planner.traffic import StageSize, Traffic, data_parallel_traffic
 from tests.planner.small_model import SMALL
+from tests.support.cases import first_by_default
 
 H100 = DEVICES["h100"]
 LARGE: dict[str, Value] = {"preset": "nexusformer-640m", "global_batch_size": 64}
@@ -56,7 +57,7 @@ def test_flops_of_the_traced_kernels_are_those_of_the_specs(flags: dict[str, Val
     assert counted == [3 * tokens * flops for flops in (embedding, block, head)]
 
 
-@pytest.mark.parametrize("preset", ["qwen3-640m", "nexusformer-640m"])
+@pytest.mark.parametrize("preset", first_by_default(1, ["nexusformer-640m", "qwen3-640m"]))
 def test_ranks_share_the_products_and_recompute_repeats_them(preset: str) -> None:
     large: dict[str, Value] = {"preset": preset, "global_batch_size": 64, "padding_multiple": 1}
     whole = traced_work(build(large)).block
@@ -74,7 +75,7 @@ def test_ranks_share_the_products_and_recompute_repeats_them(preset: str) -> Non
 
 
 @pytest.mark.parametrize("preset", ["nexusformer-tiny", "qwen3-tiny", "tokenformer-tiny"])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", first_by_default(1, ["none", "selective", "full"]))
 def test_compiled_blocks_move_fewer_bytes_in_fewer_kernels(preset: str, recompute: str) -> None:
     flags: dict[str, Value] = {"preset": preset, "precision": "bf16", "recompute_granularity": recompute}
     eager, compiled = (traced_work(build({**flags, "compile": compiled})) for compiled in (False, True))
@@ -87,8 +88,10 @@ def test_compiled_blocks_move_fewer_bytes_in_fewer_kernels(preset: str, recomput
             assert 0.05 * many < few < 0.9 * many, number
 
 
-@pytest.mark.parametrize("size", [3, 8, 16])
-@pytest.mark.parametrize("flags", [{}, {"compile": True, "preset": "tokenformer-640m"}], ids=str)
+@pytest.mark.parametrize("size", first_by_default(1, [3, 8, 16]))
+@pytest.mark.parametrize(
+    "flags", first_by_default(1, [{}, {"compile": True, "preset": "tokenformer-640m"}]), ids=str
+)
 def test_work_is_affine_in_the_micro_batch(flags: dict[str, Value], size: int) -> None:
     config = build({**LARGE, **flags})
     traced = traced_work(replace(config, training=replace(config.training, micro_batch_size=size)))

@@ -1,6 +1,7 @@
 """Checkpoints for the growth tests: written without training, grown by the library, read back whole."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.checkpoint.chunks import fragment_boxes, full_box, index_within
 from megatron_nexus.checkpoint.data_file import STATES, Chunk, FilePart, write_chunks
 from megatron_nexus.checkpoint.manifest import (
+    MANIFEST_FILE,
     EngineRecord,
     JsonObject,
     Manifest,
@@ -114,7 +116,7 @@ def write_checkpoint(
     config: RunConfig,
     tp: int = 1,
     seed: int = 7,
-    chunk_elements: int = 100,
+    chunk_elements: int = 200,
     step: int = STEP,
     lineage: Sequence[JsonObject] = (),
 ) -> Path:
@@ -181,10 +183,16 @@ def grow(
 
 
 def tensors(folder: Path, state: str = "fp32") -> dict[str, np.ndarray]:
-    """All logical tensors of a checkpoint."""
+    """All logical tensors of a checkpoint, which is verified first."""
+    reader = _verified(folder, (folder / MANIFEST_FILE).stat().st_mtime_ns)
+    return {n: reader.read_box(n, state, full_box(s.shape)) for n, s in reader.manifest.specs.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def _verified(folder: Path, written_ns: int) -> CheckpointReader:
     reader = CheckpointReader(folder)
     reader.verify()
-    return {n: reader.read_box(n, state, full_box(s.shape)) for n, s in reader.manifest.specs.items()}
+    return reader
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

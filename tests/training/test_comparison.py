@@ -26,9 +26,8 @@ def test_runs_are_told_apart_tabled_and_drawn(tmp_path: Path) -> None:
         "| a/run | 1 to 2 | 4.000000 | 3.000000 | 3.000000 | 3.5000 |",
         "| b/run | 3 to 4 | 3.000000 | 2.500000 | 2.500000 | 3.0000 |",
     ]
-    plot_runs(runs, tmp_path / "pictures" / "losses.png", "two runs")
     alike = read_runs([*folders, run_of(tmp_path / "c" / "run", 3, [3.0])])
-    plot_runs(alike, tmp_path / "pictures" / "three.png", "three, of which two begin together")
+    plot_runs(alike, tmp_path / "pictures" / "losses.png", "three, of which two begin together")
     assert (tmp_path / "pictures" / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,6 +5,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ FLAGS = {
 }
 
 LEVELDB_BLOCK = 1 << 15
+
+
+def import_mlflow() -> ModuleType:
+    """MLflow, which conftest hides."""
+    if sys.modules["mlflow"] is None:
+        del sys.modules["mlflow"]
+    return pytest.importorskip("mlflow")
 
 
 def log(flags: dict[str, str], run_dir: Path, first: int, last: int, failed: bool = False) -> None:
@@ -89,7 +97,7 @@ def test_weights_and_biases_keeps_one_run_over_a_stop(
 
 @pytest.mark.slow
 def test_mlflow_keeps_one_run_over_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = import_mlflow()
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs more than mlflow-skinny
     uri = (tmp_path / "mlruns").as_uri()
     flags = {**FLAGS["mlflow"], "mlflow_tracking_uri": uri}
@@ -135,7 +143,7 @@ def test_a_hook_that_fails_hides_neither_the_error_of_the_run_nor_the_run_from_o
 def test_a_run_whose_memory_runs_out_has_failed_in_mlflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = import_mlflow()
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "mlruns").as_uri()
     config = build({**FLAGS["mlflow"], "mlflow_tracking_uri": uri})
@@ -163,6 +171,7 @@ def test_what_is_not_installed_is_a_wrong_flag(
         open_loggers(build(FLAGS[name]), tmp_path, 0)
 
 
+@pytest.mark.slow  # the import of wandb
 def test_a_damaged_record_of_runs_is_named(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     (tmp_path / LOGGED_RUNS_FILE).write_text("{")
