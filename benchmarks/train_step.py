@@ -72,8 +72,9 @@ COMPILED = (
 class Contestant:
     """A running process and what it has answered."""
 
-    def __init__(self, entry: Entry, job: Job) -> None:
+    def __init__(self, entry: Entry, job: Job, cpu_seconds: bool) -> None:
         self.entry = entry
+        self._clock = int(cpu_seconds)
         context = multiprocessing.get_context("spawn")
         self._connection: Connection
         self._connection, theirs = context.Pipe()
@@ -93,7 +94,7 @@ class Contestant:
     def ask(self, steps: int) -> float:
         """Seconds that the next `steps` steps took."""
         self._connection.send(steps)
-        return float(self._receive())
+        return float(self._receive()[self._clock])
 
     def _receive(self) -> Any:
         try:
@@ -135,7 +136,7 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def compete(
-    entries: list[Entry], threads: int, precision: Precision, rounds: int, steps: int
+    entries: list[Entry], threads: int, precision: Precision, rounds: int, steps: int, cpu_seconds: bool
 ) -> list[Result]:
     """Run one table: start everybody, then round after round ask each for `steps` steps."""
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the processes that start now
@@ -155,7 +156,7 @@ def compete(
                 corpus,
                 own,
             )
-            contestants.append(Contestant(entry, job))
+            contestants.append(Contestant(entry, job, cpu_seconds))
         try:
             for contestant in contestants:
                 contestant.await_warm()
@@ -249,6 +250,11 @@ def main() -> None:
     parser.add_argument(
         "--same-allocator", action="store_true", help="leave out those under glibc's default allocator"
     )
+    parser.add_argument(
+        "--cpu-seconds",
+        action="store_true",
+        help="take the processor's seconds, where others compute beside; best with --threads 1",
+    )
     parser.add_argument("--json", type=Path, help="file for all numbers")
     options = parser.parse_args()
     load = os.getloadavg()[0]
@@ -263,7 +269,14 @@ def main() -> None:
                 entries = [entry for entry in entries if entry.keeps_memory]
             if precision == "bf16" and not options.only:
                 entries.append(REAL_PATH_FP32)
-            results = compete([REAL_PATH, *entries], threads, precision, options.rounds, options.steps)
+            results = compete(
+                [REAL_PATH, *entries],
+                threads,
+                precision,
+                options.rounds,
+                options.steps,
+                options.cpu_seconds,
+            )
             report(results, threads, precision)
             tables.append(
                 {

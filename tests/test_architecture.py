@@ -35,6 +35,7 @@ SEALED = {
         "training/deepspeed_adam.py",
         "training/deepspeed_muon.py",
         "training/gradient_reducer.py",
+        "training/gradient_sums.py",
         "training/linear_cross_entropy.py",
         "training/stage_module.py",
         "training/zero_state.py",

@@ -44,3 +44,32 @@ def test_predictions_of_the_kit_are_the_planners(monkeypatch: pytest.MonkeyPatch
     assert stage.predicted_product_rate(8192, 8192, 8192, h100) == pytest.approx(
         h100.gemm * h100.bf16, rel=0.03
     )
+
+
+HANGS = """
+import sys, time, gpu_kit
+from gpu_stage import Row
+def stage(kit):
+    yield Row("before it hangs", 1.0)
+    time.sleep(600)
+gpu_kit.STAGES["env"] = stage
+sys.exit(gpu_kit.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_that_hangs_is_cut_off_when_the_budget_is_spent(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path), "--only", "env,maths", "--budget", "12"],
+        cwd=REPOSITORY / "benchmarks",
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    (record,) = (json.loads(line) for line in (tmp_path / "kit.jsonl").read_text().splitlines())
+    assert [row["name"] for row in record["rows"]] == ["before it hangs"]
+    assert "in stage" in record["error"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| env | before it hangs | 1 " in table and "cut off: the budget is spent" in table

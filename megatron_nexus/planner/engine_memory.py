@@ -180,13 +180,18 @@ class _Bf16(EngineMemory):
             self.memory.hold("gradients", FP32 * flat)
 
     def take(self, index: int, size: int) -> None:
+        if self.scattered:  # GradientSums
+            super().take(index, size)
+            return
         # Cast, added to the fp32 one and freed (accumulate_hp_grads_and_remove_lp).
         grad = self.memory.hold("gradients", size)
         self.transient(FP32 * self.sizes[index])
         self.memory.drop(grad)
 
     def after_backward(self, last: bool) -> None:
-        if not self.immediate:  # they stay allocated and are added one by one (update_hp_grads)
+        if (
+            not self.immediate and not self.scattered
+        ):  # they stay allocated and are added one by one (update_hp_grads)
             self.transient(FP32 * max(self.sizes))
         if last and self.scattered:
             self.transient(self.received * self.elements * (self.copies > 1))
@@ -251,8 +256,8 @@ class _Stage1And2(EngineMemory):
             self.own = None
             assert self.gathered is not None
             self.memory.drop(self.gathered)
-        elif last and self.scattered and self.copies > 1:
-            self._reduce_scatter()
+        elif last and self.scattered:
+            self._reduce_scatter() if self.copies > 1 else self._put_together()
         elif last:
             self.transient(FP32 * min(self.elements, self.bucket_elements))
 
@@ -265,6 +270,13 @@ class _Stage1And2(EngineMemory):
             self.memory.drop(*(self.grads.pop(index) for index in group if index in self.grads))
             sent.append(self.memory.hold("buffers", self.received * flat))
         self.memory.drop(*sent)
+
+    def _put_together(self) -> None:
+        """Copy the gradients of each bucket into one tensor, which is where the optimizer reads them."""
+        for group, flat in zip(self.groups, self.flat, strict=True):
+            self.memory.hold("gradients", FP32 * flat)
+            self.memory.drop(*(self.grads.pop(index) for index in group if index in self.grads))
+        self.kept = Allocation(FP32 * self.elements, "gradients")
 
     def step(self) -> None:
         # Each group's gradients in one piece: the unpartitioned ones are dropped after that.

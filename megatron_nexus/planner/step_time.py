@@ -18,7 +18,7 @@ from megatron_nexus.planner.kernels import Kind
 from megatron_nexus.planner.layer_work import Work, traced_work
 from megatron_nexus.planner.memory import stage_parameters, stage_ranges, stage_shape
 from megatron_nexus.planner.roofline import HOST_S, Roofline, roofline_of
-from megatron_nexus.planner.traffic import StageSize, copied_bytes, data_parallel_traffic
+from megatron_nexus.planner.traffic import ByNode, StageSize, copied_bytes, data_parallel_traffic
 
 GRADIENTS = "gradients into fp32"
 WAITS_FOR_HOST = "waiting for the host"
@@ -28,11 +28,10 @@ DEEPSPEED_S = 2.8e-3
 """Host time of DeepSpeed's own work on a micro-batch, measured on a CPU."""
 STEP_S = 1.5e-3
 """Host time of a step: norm and loss are read, the next step is prepared."""
-# Bytes a parameter. bf16 gradients are cast, and added to fp32 ones; fp32 ones are added in place.
-ACCUMULATED = {"bf16": 18, "fp32": 12}
-# Of this rank's partition: norm 4, clip 8, Adam 28, cast 6. Of all: zeroed gradients, weights copied out of
-# the gathered ones.
-OWN_BYTES, ALL_BYTES = 46, 14
+# Bytes a parameter that a gradient moves as it is added to the sum, in fp32.
+ACCUMULATED = {"bf16": 10, "fp32": 12}
+# Of this rank's partition: norm 4, clip 8, Adam 28, cast 6. Of all: weights copied out of the gathered ones.
+OWN_BYTES, ALL_BYTES = 46, 10
 BACKWARD_SHARE = 2 / 3
 """Share of a micro-batch's time that its backward pass takes."""
 
@@ -138,19 +137,39 @@ def _data_parallel(
     config: RunConfig, world_size: int, roofline: Roofline, size: StageSize, micro_batch_s: float
 ) -> float:
     """Return the seconds in which data-parallel ranks send and nothing is computed."""
-    traffic = data_parallel_traffic(config, world_size, size)
-    copies = config.data_parallel_size(world_size)
-    spanned = copies * config.parallel.tensor_model_parallel_size
+    traffic = data_parallel_traffic(config, world_size, size, int(roofline.device.gpus_per_node))
+    copies, tp = config.data_parallel_size(world_size), config.parallel.tensor_model_parallel_size
+    spanned, backward_s = copies * tp, BACKWARD_SHARE * micro_batch_s
 
     def seconds(sent: float, messages: float = 0) -> float:
         return roofline.link_seconds(sent, messages, copies, spanned)
 
     computed_s = config.accumulation_steps(world_size) * micro_batch_s
-    return (
+    exposed_s = (
         seconds(traffic.exposed, traffic.messages)
         + max(0.0, seconds(traffic.beside_all) - computed_s)
-        + max(0.0, seconds(traffic.beside_last_backward) - BACKWARD_SHARE * micro_batch_s)
+        + max(0.0, seconds(traffic.beside_last_backward) - backward_s)
     )
+    if traffic.by_node is None:
+        return exposed_s
+    return exposed_s + _reduction_by_node(traffic.by_node, roofline, copies, tp, backward_s)
+
+
+def _reduction_by_node(sent: ByNode, roofline: Roofline, copies: int, tp: int, backward_s: float) -> float:
+    """Return the exposed seconds of gradients that are reduced within nodes, then across.
+
+    Of a ring over all ranks a node sends out as much as one of its ranks does (NCCL: docs/performance.md);
+    here it sends what its ranks do together. A bucket's first stage overlaps the second of the one before.
+    """
+
+    def across(share: float, messages: int) -> float:
+        return roofline.link_seconds(
+            share * sent.near * sent.across, messages, copies // sent.near, copies * tp
+        )
+
+    within_s = roofline.link_seconds(sent.last_bucket * sent.within, sent.buckets, sent.near, sent.near * tp)
+    hidden_s = across(1 - sent.last_bucket, 0)
+    return within_s + across(sent.last_bucket, sent.buckets) + max(0.0, hidden_s - backward_s)
 
 
 COMMUNICATION = {"bubble": (BUBBLE,), "TP": (Kind.COLLECTIVE,), "PP": (SENDS,), "DP": (DATA_PARALLEL,)}

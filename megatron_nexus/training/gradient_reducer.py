@@ -21,6 +21,7 @@ from megatron_nexus.config.optimizer_groups import DECAY, NO_DECAY
 from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.data_parallel import MeanReduction
 from megatron_nexus.parallel.mesh import Mesh
+from megatron_nexus.training.gradient_sums import GradientSums
 from megatron_nexus.training.zero_state import DeepSpeedEngine
 
 
@@ -123,6 +124,7 @@ class _Bf16Reducer(GradientReducer):
         return list(self._zero.bf16_groups)
 
     def _install(self) -> None:
+        self._sums = GradientSums(self._zero)
         _replace_reduction(self._engine, self.finish)
         # A rank has the sums of its own partition alone.
         self._zero.get_grads_for_norm = self._own_gradients
@@ -134,6 +136,7 @@ class _Bf16Reducer(GradientReducer):
         return bool(self._zero.immediate_grad_update)
 
     def _begin(self, index: int) -> MeanReduction:
+        self._sums.complete([index])
         flat = self._zero.fp32_groups_gradients_flat[index]
         partition = self._zero.fp32_groups_gradient_flat_partition[index]
         return MeanReduction(flat, partition, self._mesh.reduction_groups)
@@ -178,6 +181,12 @@ class _Fp32Reducer(GradientReducer):
     def _begin(self, index: int) -> MeanReduction:
         own = self._zero._build_compact_grad_partition_buffer(index)
         flat = own.flat_partition.new_empty(self._zero.bit16_groups_flat[index].numel())
+        self._gather(index, flat)
+        self._zero.averaged_gradients[index] = own
+        return MeanReduction(flat, own.flat_partition, self._mesh.reduction_groups)
+
+    def _gather(self, index: int, flat: Tensor) -> None:
+        """Move the gradients of a bucket into `flat`."""
         start = 0
         for parameter in self._buckets[index]:
             into = flat[start : start + parameter.numel()].view_as(parameter)
@@ -188,8 +197,6 @@ class _Fp32Reducer(GradientReducer):
             parameter.grad = None
             start += parameter.numel()
         flat[start:].zero_()
-        self._zero.averaged_gradients[index] = own
-        return MeanReduction(flat, own.flat_partition, self._mesh.reduction_groups)
 
     def _norm(self) -> Tensor:
         """Return the norm of all gradients, not finite where they are not.
@@ -226,6 +233,21 @@ class _Fp32Reducer(GradientReducer):
         self._zero._release_ipg_buffers()
 
 
+class _Fp32Alone(_Fp32Reducer):
+    """One data-parallel rank: each gradient is copied into its bucket; norm and clipping are DeepSpeed's."""
+
+    def _install(self) -> None:
+        self._zero.reduce_gradients = lambda pipeline_parallel: self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the gradients of each bucket together."""
+        for index in range(len(self._buckets)):
+            own = self._zero._build_compact_grad_partition_buffer(index)
+            self._gather(index, own.flat_partition)
+            self._zero.averaged_gradients[index] = own
+
+
 def reduce_gradients(engine: DeepSpeedEngine, mesh: Mesh, overlap: bool, beacon: Beacon) -> None:
     """Have the gradients of an engine at ZeRO 1 reduced here, not by DeepSpeed."""
     is_bf16 = isinstance(engine.optimizer, BF16_Optimizer)
@@ -233,7 +255,10 @@ def reduce_gradients(engine: DeepSpeedEngine, mesh: Mesh, overlap: bool, beacon:
         (_Bf16Reducer if is_bf16 else _Fp32Reducer)(engine, mesh, overlap, beacon)
     elif is_bf16:
         # DeepSpeed would copy them all, all-reduce the copy over one rank, and copy it back.
-        _replace_reduction(engine, lambda: None)
+        _replace_reduction(engine, GradientSums(engine.optimizer).complete)
+    else:
+        # The same, and flatten them once more.
+        _Fp32Alone(engine, mesh, overlap=False, beacon=beacon)
 
 
 def _replace_reduction(engine: DeepSpeedEngine, reduce: Callable[[], None]) -> None:

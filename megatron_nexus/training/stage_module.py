@@ -14,7 +14,7 @@ from megatron_nexus.config.deepspeed_config import Json
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.attention_backend import uses_flex_attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks
-from megatron_nexus.models.layer_context import DTYPES, LayerContext
+from megatron_nexus.models.layer_context import DTYPES, LayerContext, groups_projections
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.parallel.grid import Grid
 from megatron_nexus.parallel.mesh import Mesh
@@ -49,16 +49,17 @@ def layer_context(
 ) -> LayerContext:
     """Return what the layers of this rank have in common; weights stay zero without `init_weights`."""
     training = config.training
+    dtype = torch.float64 if float64 else DTYPES[training.precision]
     return LayerContext(
         TensorParallel(mesh.tp_group, config.parallel.sequence_parallel),
         shard,
         training.seed if init_weights else None,
-        torch.float64 if float64 else DTYPES[training.precision],
+        dtype,
         recompute=training.recompute_granularity,
         norm_impl=training.norm_impl,
         reset_position_ids=config.data.reset_position_ids,
         reset_attention_mask=config.data.reset_attention_mask,
-        group_projections=training.compile or mesh.device.type == "cuda",
+        group_projections=groups_projections(training.compile, dtype, mesh.device.type),
         flex_attention=uses_flex_attention(config, mesh.device.type),
         ends_before_head=training.cross_entropy_fusion_impl == "linear",
     )

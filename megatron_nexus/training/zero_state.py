@@ -55,6 +55,10 @@ PRIVATE_NAMES: dict[type[ZeROOptimizer], tuple[str, ...]] = {
         "immediate_grad_update",
         "get_grads_for_norm",
         "mpu",
+        "_update_hp_grad",
+        "clear_hp_grads",
+        "fp32_groups_gradients",
+        "fp32_groups_has_gradients",
     ),
     DeepSpeedZeroOptimizer_Stage3: (
         "fp32_partitioned_groups_flat",

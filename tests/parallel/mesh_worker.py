@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_nexus.config.command_line import build
 from megatron_nexus.parallel.data_parallel import MeanReduction
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
+from megatron_nexus.planner.traffic import FP32, StageSize, data_parallel_traffic
 from tests.support.waiting import TIMEOUT_S
 
 NODE, PART, BUCKETS = 2, 3, 3
@@ -37,18 +39,22 @@ def reduced(mesh: Mesh, groups: Sequence[dist.ProcessGroup]) -> list[Tensor]:
 
 
 def check_reduction(mesh: Mesh) -> None:
-    """Both ways give the mean; by node a rank sends a half of the elements, or less, to other nodes."""
+    """Both ways give the mean; by node a rank sends a half of the elements, or less, to other nodes.
+
+    The bytes are those that the planner has.
+    """
     sent: Counter[bool] = Counter()
     real = dist.all_to_all_single
 
     def counted(received: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool) -> object:
-        for other in dist.get_process_group_ranks(group):
+        for other in set(dist.get_process_group_ranks(group)) - {mesh.rank}:
             sent[other // NODE != mesh.rank // NODE] += x.numel() // group.size()
         return real(received, x, group=group, async_op=async_op)
 
     dist.all_to_all_single = counted
     flat = reduced(mesh, (mesh.dp_group,))
-    across_at_once = sent.pop(True)
+    across_at_once = sent[True]
+    sent.clear()
     by_node = reduced(mesh, mesh.reduction_groups)
     dist.all_to_all_single = real
     mean = sum(range(1, mesh.dp_size + 1)) / mesh.dp_size
@@ -58,6 +64,11 @@ def check_reduction(mesh: Mesh) -> None:
     nodes = mesh.dp_size // NODE
     assert across_at_once == BUCKETS * PART * (mesh.dp_size - NODE)
     assert sent[True] == BUCKETS * PART * (nodes - 1) == across_at_once // NODE
+    config = build({"global_batch_size": 8 * mesh.dp_size, "hierarchical_grad_reduce": True})
+    size = StageSize(BUCKETS * PART * mesh.dp_size, BUCKETS)
+    planned = data_parallel_traffic(config, mesh.world_size, size, NODE).by_node
+    assert planned is not None
+    assert (planned.within, planned.across) == (FP32 * sent[False], FP32 * sent[True])
 
 
 def main() -> None:

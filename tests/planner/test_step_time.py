@@ -172,6 +172,36 @@ def test_reduced_gradients_and_gathered_weights_are_six_bytes_a_parameter() -> N
     assert traffic(zero_stage=2).exposed == 10 * share
 
 
+@pytest.mark.parametrize(("ranks", "flags"), [(64, {}), (64, {"tensor_model_parallel_size": 2}), (8, {})])
+def test_a_reduction_by_node_sends_as_much_and_less_across_nodes(ranks: int, flags: dict[str, Value]) -> None:
+    """It is never slower on up to eight nodes, and beyond by the first stage of the last bucket at most."""
+    size, config = StageSize(400_000_000, 300), {**LARGE, "sequence_parallel": True, **flags}
+    flat = build({**config, "sequence_parallel": bool(flags)})
+    by_node = replace(flat, parallel=replace(flat.parallel, hierarchical_grad_reduce=True))
+    one, two = (data_parallel_traffic(of, ranks, size, node_size=8) for of in (flat, by_node))
+    seconds = [step_time(of, ranks, H100).seconds[DATA_PARALLEL] for of in (flat, by_node)]
+    if ranks == 8:
+        assert one == two and seconds[0] == seconds[1], "one node"
+        return
+    sent, copies = two.by_node, flat.data_parallel_size(ranks)
+    assert sent is not None and sent.near == 8 * copies // ranks
+    assert two.exposed + sent.within + sent.across == pytest.approx(one.exposed + one.beside_last_backward)
+    assert sent.across == 4 * size.elements * (ranks // 8 - 1) / copies
+    assert seconds[1] < seconds[0]
+
+
+@pytest.mark.parametrize("bucket", [0, 10_000_000])
+def test_beyond_eight_nodes_the_first_stage_of_a_large_bucket_may_cost_what_the_second_saves(
+    bucket: int,
+) -> None:
+    flat = build({**LARGE, "global_batch_size": 4096, "ddp_bucket_size": bucket})
+    by_node = replace(flat, parallel=replace(flat.parallel, hierarchical_grad_reduce=True))
+    one, two = (step_time(of, 1024, H100).seconds[DATA_PARALLEL] for of in (flat, by_node))
+    largest = 4 * 7 / 8 * (bucket or 600_000_000)
+    assert one - two < 0.1 * one
+    assert two <= one + (largest / (0.8e9 * H100.nvlink) if not bucket else 0.0)
+
+
 # The best layouts of a 1.34B model on nodes of eight H100, with a global batch of about 1M tokens: nodes,
 # data, tensor and pipeline parallelism, MFU in percent. nanotron, in The Ultra-Scale Playbook (Hugging Face,
 # 2025).
