@@ -28,7 +28,7 @@ class ByNode:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in an optimizer step, in a ring of all data-parallel ranks but for `by_node`."""
+    """Bytes that a rank sends in an optimizer step, in a ring of all data-parallel ranks but `by_node`."""
 
     exposed: float
     """While nothing is computed."""

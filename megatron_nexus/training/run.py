@@ -28,6 +28,7 @@ from megatron_nexus.parallel.world import World
 from megatron_nexus.training.answer_batches import AnswerBatches
 from megatron_nexus.training.answer_scorer import open_reference
 from megatron_nexus.training.command_log import log_command
+from megatron_nexus.training.compile_errors import explaining_damaged_libraries
 from megatron_nexus.training.console import announce, announce_resumed, curve_title, summarise
 from megatron_nexus.training.corpus import Corpus, open_answers, open_corpus
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
@@ -84,6 +85,7 @@ def run(
         telling_of_failures(hooks, beacon),
         watch.naming_lost_ranks(),
         explaining_memory_errors(config, mesh.rank, mesh.dp_size, mesh.device, beacon),
+        explaining_damaged_libraries(mesh.rank) if config.training.compile else nullcontext(),
     ):
         # 3. The model and its optimizer, new or from the checkpoint.
         if mesh.rank == 0:
