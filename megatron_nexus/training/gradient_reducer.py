@@ -246,6 +246,7 @@ class _Fp32Alone(_Fp32Reducer):
             own = self._zero._build_compact_grad_partition_buffer(index)
             self._gather(index, own.flat_partition)
             self._zero.averaged_gradients[index] = own
+        self._zero._release_ipg_buffers()
 
 
 def reduce_gradients(engine: DeepSpeedEngine, mesh: Mesh, overlap: bool, beacon: Beacon) -> None:
