@@ -82,9 +82,11 @@ def test_the_metadata_says_what_it_is(built: tuple[set[str], ...]) -> None:
     assert metadata.get_payload().startswith("# megatron_nexus")
 
 
-def test_the_changelog_begins_with_this_version_and_its_date() -> None:
+def test_the_changelog_has_this_version_and_its_date_below_what_is_unreleased() -> None:
     headings = re.findall(r"^## (.*)$", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert re.fullmatch(re.escape(__version__) + r" \(\d{4}-\d\d-\d\d\)", headings[0])
+    assert re.fullmatch(
+        re.escape(__version__) + r" \(\d{4}-\d\d-\d\d\)", headings[headings[0] == "Unreleased"]
+    )
 
 
 def needed_by(names: list[str]) -> set[str]:

@@ -98,16 +98,14 @@ def _decay_warning(saved: SavedRun) -> str | None:
         if config.optimizer.lr_decay_style == "WSD" and at < step and decayed_rate(config, at) is None
     ]
     remedy = (
-        f"grow {stable[-1]}, which is before the decay"
+        f"Grow {stable[-1]}, which is before the decay"
         if stable
-        else "grow a run of --lr-decay-style WSD before its decay, and let it decay once, at the end"
+        else "Train with --lr-decay-style WSD and grow before the decay"
     )
-    style, peak = config.optimizer.lr_decay_style, config.optimizer.lr
     return (
-        f"warning: {saved.checkpoint.name} is in the {style} decay of its learning rate ({rate:.2e}, peak "
-        f"{peak:.2e}). A second decay cost nothing where depth was stacked at a third of a run, and 0.05 to "
-        "0.08 nats where widths grew at half of one: of models of 0.1M to 0.3M parameters 5.9 % of the FLOPs "
-        f"saved became 13.7 % lost: {remedy} (docs/growth.md, The schedule)"
+        f"warning: {saved.checkpoint.name} is past its peak learning rate ({rate:.2e} of "
+        f"{config.optimizer.lr:.2e}). Growing now needs a second warm-up and decay, which cost up to "
+        f"0.08 nats where it was measured. {remedy}. docs/growth.md#the-schedule"
     )
 
 

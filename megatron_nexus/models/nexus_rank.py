@@ -60,17 +60,17 @@ class NexusWidths:
 
 def attention_widths(model: ModelConfig) -> NexusWidths:
     """Return the widths of the Nexus-Ranks of the attention."""
-    at_birth = (model.base_nexus_m or model.nexus_m, model.base_nexus_a or model.nexus_a)
-    return NexusWidths(model.nexus_m, model.nexus_a, _norm_scales(model, *at_birth))
+    base = (model.base_nexus_m or model.nexus_m, model.base_nexus_a or model.nexus_a)
+    return NexusWidths(model.nexus_m, model.nexus_a, _norm_scales(model, *base))
 
 
 def feed_forward_widths(model: ModelConfig) -> NexusWidths:
     """Return the widths of a Nexus-Rank feed-forward."""
-    at_birth = (
+    base = (
         model.base_ffn_nexus_m or model.ffn_nexus_m,
         model.base_ffn_hidden_size or model.ffn_hidden_size,
     )
-    return NexusWidths(model.ffn_nexus_m, model.ffn_hidden_size, _norm_scales(model, *at_birth))
+    return NexusWidths(model.ffn_nexus_m, model.ffn_hidden_size, _norm_scales(model, *base))
 
 
 def _norm_scales(model: ModelConfig, base_m: int, base_a: int) -> tuple[float, float] | None:

@@ -62,7 +62,7 @@ class Pattention(SpecModule):
     """Several Pattentions of the same input, with one collective for the norms of all."""
 
     def __init__(
-        self, pairs: dict[str, tuple[ParamSpec, ...]], slots_at_birth: int, context: LayerContext
+        self, pairs: dict[str, tuple[ParamSpec, ...]], base_slots: int, context: LayerContext
     ) -> None:
         """`pairs` of keys and values by short name ("q")."""
         specs = {
@@ -73,7 +73,7 @@ class Pattention(SpecModule):
         super().__init__(specs, context.shard, context.seed, context.dtype)
         self.names = tuple(pairs)
         self.context = context
-        self.scale = float(slots_at_birth) ** 0.5
+        self.scale = float(base_slots) ** 0.5
 
     def _activation(self, scores: Tensor, factor: Tensor) -> Tensor:
         return F.gelu((scores * factor).to(scores.dtype))

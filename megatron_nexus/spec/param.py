@@ -1,7 +1,7 @@
 """ParamSpec: the one description of a parameter that everything else reads.
 
 A parameter is a logical tensor with named axes. How it lies on ranks (`shard`), what it starts as
-(`initialise`), what it costs (`cost`), how it grows (`grow`) and how a checkpoint keeps it all follow
+(`initialise`), what it costs (`cost`), how it grows (`growth_rule`) and how a checkpoint keeps it all follow
 from its spec.
 """
 

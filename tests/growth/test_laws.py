@@ -230,7 +230,7 @@ def test_a_growth_of_a_growth_keeps_its_function_and_its_lineage(tmp_path: Path)
     assert config.model.base_kv_channels == 4
 
 
-def test_a_pattention_keeps_the_scale_of_its_birth_over_growths(tmp_path: Path) -> None:
+def test_a_pattention_keeps_its_scale_at_initialization_over_growths(tmp_path: Path) -> None:
     """But by `random`, as in the released code of Tokenformer, where it follows the slots and all changes."""
     config = checkpoints.configure(**OPTIONS["tokenformer"])
     folder, tokens = checkpoints.write_checkpoint(tmp_path / "0", config), checkpoints.sample(config.model)
@@ -300,7 +300,7 @@ def test_active_new_slots_are_refused(name: str) -> None:
         plan_growth(config, GrowthRequest({name: 40}, GrowthConfig(init="in_rand")))
 
 
-def test_births_cover_what_is_new_once(tmp_path: Path) -> None:
+def test_grown_regions_cover_what_is_new_once(tmp_path: Path) -> None:
     config = checkpoints.configure()
     source = checkpoints.write_checkpoint(tmp_path / "0", config)
     settings = {"depth_init": "random"}

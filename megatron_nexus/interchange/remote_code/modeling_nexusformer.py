@@ -56,12 +56,12 @@ def wide(x: Tensor) -> Tensor:
 class NexusformerRMSNorm(nn.Module):
     """y = x / sqrt(sum(x^2) / S + eps) * gain over a last axis of D, where S is D before growth."""
 
-    def __init__(self, size: int, birth_size: int, epsilon: float) -> None:
+    def __init__(self, size: int, base_size: int, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         # As a mean over D: 1 / sqrt(sum / S + eps) = r / sqrt(sum / D + eps r^2) with r^2 = S / D.
-        self.scale = math.sqrt(birth_size / size)
-        self.epsilon = epsilon * birth_size / size
+        self.scale = math.sqrt(base_size / size)
+        self.epsilon = epsilon * base_size / size
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -75,19 +75,19 @@ class NexusformerLayerNorm(nn.Module):
     Later units are scaled and counted as the others, but neither enter m nor have it subtracted.
     """
 
-    def __init__(self, birth_size: int, epsilon: float) -> None:
+    def __init__(self, base_size: int, epsilon: float) -> None:
         super().__init__()
-        self.birth_size = birth_size
+        self.base_size = base_size
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        born, size = self.birth_size, x.shape[-1]
-        if born == size:
+        base, size = self.base_size, x.shape[-1]
+        if base == size:
             return F.layer_norm(x, (size,), eps=self.epsilon)
-        old, new = wide(x).split([born, size - born], dim=-1)
+        old, new = wide(x).split([base, size - base], dim=-1)
         rest = torch.cat([old - old.mean(-1, keepdim=True), new], dim=-1)
-        share = born / size
+        share = base / size
         return (F.rms_norm(rest, (size,), eps=self.epsilon * share) * math.sqrt(share)).to(x.dtype)
 
 
@@ -130,10 +130,10 @@ class NexusRank(nn.Module):
         super().__init__()
         if feed_forward:
             m, a = config.ffn_nexus_m, config.intermediate_size
-            at_birth = (config.base_ffn_nexus_m or m, config.base_intermediate_size or a)
+            base = (config.base_ffn_nexus_m or m, config.base_intermediate_size or a)
         else:
             m, a = config.nexus_m, config.nexus_a
-            at_birth = (config.base_nexus_m or m, config.base_nexus_a or a)
+            base = (config.base_nexus_m or m, config.base_nexus_a or a)
         self.w_m = nn.Linear(inputs, m, bias=False)
         self.w_a = nn.Linear(m, a, bias=False)
         self.w_d = nn.Linear(a, outputs, bias=False)
@@ -142,8 +142,8 @@ class NexusRank(nn.Module):
         self.scale_a: float | None = None
         if config.nexus_inner_norm:
             if config.nexus_inner_norm_scale == "hidden":
-                at_birth = (config.norm_size, config.norm_size)
-            self.scale_m, self.scale_a = map(math.sqrt, at_birth)
+                base = (config.norm_size, config.norm_size)
+            self.scale_m, self.scale_a = map(math.sqrt, base)
 
     def activation(self, h: Tensor, scale: float | None) -> Tensor:
         """gelu(h), or gelu(h / (||h||_2 + 1e-5) * scale) with an inner norm."""
@@ -178,11 +178,11 @@ class Pattention(nn.Module):
     tau is the root of the number of slots before growth. Scores of zeros have no direction: they give zero.
     """
 
-    def __init__(self, inputs: int, outputs: int, slots: int, slots_at_birth: int) -> None:
+    def __init__(self, inputs: int, outputs: int, slots: int, base_slots: int) -> None:
         super().__init__()
         self.keys = nn.Linear(inputs, slots, bias=False)
         self.values = nn.Linear(slots, outputs, bias=False)
-        self.scale = math.sqrt(slots_at_birth)
+        self.scale = math.sqrt(base_slots)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
