@@ -38,6 +38,7 @@ def open_files(command: TrainCommand, world: World) -> RunData | UnlearningSampl
             )
     elif sources:
         run_data = RunData(config, sources, tokenizer_path(config.data))
+        run_data.require_tokenizer(command.tokenizer_record)
     elif tokenizer_path(config.data) is not None:
         find_tokenizer(config, command.tokenizer_record)
     elif command.start and not command.tokenizer_record.fingerprint:

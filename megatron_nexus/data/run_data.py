@@ -27,6 +27,7 @@ from megatron_nexus.data.samples import (
     split_shares,
 )
 from megatron_nexus.data.tokenizer import open_tokenizer
+from megatron_nexus.data.tokenizer_record import TokenizerRecord
 from megatron_nexus.errors import DataError
 
 
@@ -70,6 +71,19 @@ class RunData:
         """Corpora of the blend that --split leaves no sample to validate on, where others have some."""
         self.evaluations = self._evaluations(sources) if config.logging.eval_iters else {}
         self.prepend_bos = self._begin_with_bos() if prepend_bos is None else prepend_bos
+        self.tokenizer_fingerprint = self._written_with()
+        """`Tokenizer.fingerprint` of what wrote the corpora; empty where none of them says."""
+
+    def require_tokenizer(self, record: TokenizerRecord) -> None:
+        """Raise DataError where the corpora are of another tokenizer than the checkpoint's."""
+        mine = self.tokenizer_fingerprint
+        if mine and record.fingerprint not in ("", mine):
+            names = ", ".join(map(str, self.datasets))
+            raise DataError(
+                f"{names}: written with another tokenizer (sha256 {mine[:12]}) than the checkpoint was "
+                f"trained with ({record.fingerprint[:12]}), so token ids would mean something else: "
+                "preprocess the text with that one, or train another model"
+            )
 
     def _open(self, prefix: Path) -> IndexedDataset:
         if prefix not in self.datasets:
@@ -92,6 +106,23 @@ class RunData:
                     f"--vocab-size {vocab_size}: use --vocab-size {description.vocab_size} or more"
                 )
         return self.datasets[prefix]
+
+    def _written_with(self) -> str:
+        """Return the fingerprint of the corpora's tokenizer, as far as they say. Raises DataError."""
+        if self.tokenizer is not None:
+            return self.tokenizer.fingerprint
+        described = {
+            description.tokenizer_fingerprint: prefix
+            for prefix in self.datasets
+            if (description := read_description(prefix)) is not None
+        }
+        if len(described) > 1:
+            one, other, *_ = described.values()
+            raise DataError(
+                f"{one} and {other} were written with two tokenizers, so one id means two things: preprocess "
+                "one of them again with the tokenizer of the other"
+            )
+        return next(iter(described), "")
 
     def _begin_with_bos(self) -> bool | None:
         """Return whether the documents begin with BOS, or None where it is unknown. Raises DataError."""

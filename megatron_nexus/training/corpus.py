@@ -39,6 +39,8 @@ class Corpus:
     """The training data in words: shares, prefixes, tokens."""
     fingerprint: str
     """Hash of the training data and of all that decides the order of its samples, but not of paths."""
+    tokenizer_fingerprint: str
+    """Of the tokenizer that the data, or else the checkpoint that the run starts from, was written with."""
     prepend_bos: bool | None = None
     """Whether the documents begin with BOS, as checkpoints keep it; None: as the tokenizer's files say."""
 
@@ -112,7 +114,8 @@ def open_corpus(
     the run reads, where they are open already.
 
     Raises:
-        DataError: files that are missing, damaged, too short or do not fit the model's vocabulary.
+        DataError: files that are missing, damaged, too short, do not fit the model's vocabulary or are of
+            another tokenizer than the checkpoint.
     """
     if run_data is None and (sources := training_sources(config.data)):
         run_data = RunData(config, sources, tokenizer_path(config.data))
@@ -122,6 +125,7 @@ def open_corpus(
         run_data = RunData(config, (source,), built_in.tokenizer_path, built_in.prepend_bos)
     training = run_data.training
     _require_same_data(run_data, mesh)
+    run_data.require_tokenizer(record)
     prepend_bos = _prepend_bos(run_data, record)
     tokenizer = run_data.tokenizer
     if tokenizer is not None and prepend_bos is not None:
@@ -137,6 +141,7 @@ def open_corpus(
             for part, share in zip(training.parts, training.shares, strict=True)
         ),
         fingerprint=run_data.order_fingerprint(),
+        tokenizer_fingerprint=run_data.tokenizer_fingerprint or record.fingerprint,
         prepend_bos=prepend_bos,
     )
     _log_contents(run_data, config)
@@ -187,6 +192,7 @@ def open_answers(samples: UnlearningSamples, mesh: Mesh, record: TokenizerRecord
         entropy=None,
         description=samples.description,
         fingerprint=samples.fingerprint,
+        tokenizer_fingerprint=samples.tokenizer.fingerprint,
         prepend_bos=record.prepend_bos,
     )
 

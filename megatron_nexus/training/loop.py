@@ -17,7 +17,6 @@ from megatron_nexus.checkpoint.writer import SaveRequest
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.prefetcher import Prefetcher
-from megatron_nexus.errors import CheckpointError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.beacon import Beacon, Phase
@@ -121,15 +120,9 @@ class Trainer:
         If an unlearning run `begins`, it has the weights of the checkpoint, and nothing else of it.
 
         Raises:
-            CheckpointError: it cannot be loaded, or was trained with another tokenizer.
+            CheckpointError: it cannot be loaded.
         """
         manifest = self._load(checkpoint, open_state)
-        tokenizer = self.corpus.tokenizer
-        if tokenizer is not None and manifest.tokenizer_fingerprint not in ("", tokenizer.fingerprint):
-            raise CheckpointError(
-                f"{checkpoint} was trained with another tokenizer than {tokenizer.model_path}: token ids "
-                "would change their meaning; use the tokenizer and the data that it was trained with"
-            )
         if begins:
             self.lineage = begin_unlearning(self.engine.state, checkpoint, manifest, self.config, self.data)
             self.checkpoints.complete(0, checkpoint)
@@ -366,11 +359,10 @@ class Trainer:
 
         Raises CheckpointError where this save or the one before it failed.
         """
-        tokenizer = self.corpus.tokenizer
         request = SaveRequest(
             self.progress,
             dataclasses.asdict(self.config),
-            tokenizer.fingerprint if tokenizer is not None else "",
+            self.corpus.tokenizer_fingerprint,
             self.lineage,
             self.data,
             self.grown_regions,

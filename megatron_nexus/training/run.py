@@ -87,9 +87,8 @@ def run(
         explaining_memory_errors(config, mesh.rank, mesh.dp_size, mesh.device, beacon),
         explaining_damaged_libraries(mesh.rank) if config.training.compile else nullcontext(),
     ):
-        # 3. The model and its optimizer, new or from the checkpoint.
+        # 3. The model and its optimizer, new or from the checkpoint; a grown model is another run than that.
         if mesh.rank == 0:
-            # A grown model is another run than the checkpoint's.
             check_writable(save, None if config.checkpoint.grow or begins_unlearning else checkpoint)
         times = RunTimes(run_dir, mesh.rank == 0)
         rate = gemm_flops_per_s(mesh, config.training.precision)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_nexus.config.command_line import build
+from megatron_nexus.data.corpus_description import CorpusDescription
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.run_data import RunData, training_sources
+from megatron_nexus.data.tokenizer_record import TokenizerRecord
 from megatron_nexus.errors import DataError
 from tests.support.paths import REPOSITORY
 
@@ -95,3 +97,32 @@ def test_data_of_which_nothing_is_left_for_validation_is_refused_with_both_remed
         DataError, match=r"validation part of .*small has 0 tokens.*--split.*or --eval-iters 0"
     ):
         run_data(tmp_path, data_path=(str(tmp_path / "small"),))
+
+
+def described(prefix: Path, fingerprint: str) -> str:
+    """Write a corpus that says which tokenizer wrote it, or nothing where there is no fingerprint."""
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for _ in range(100):
+            writer.add_document(range(40))
+        if fingerprint:
+            writer.description = CorpusDescription(
+                "t.model", fingerprint, 61, 1, True, "text", "file", 1, 1, 100, 4000, 4000, 0, {}, []
+            ).to_json()
+    return str(prefix)
+
+
+def test_a_corpus_of_another_tokenizer_than_the_checkpoint_s_is_refused(tmp_path: Path) -> None:
+    of_a, of_b, silent = (described(tmp_path / f"of-{name}", name) for name in ("a", "b", ""))
+
+    def opened(*prefixes: str) -> RunData:
+        config = build({"data_path": prefixes, "seq_length": 8, "vocab_size": 61, "split": "1,1"})
+        return RunData(config, training_sources(config.data), None)
+
+    opened(of_a).require_tokenizer(TokenizerRecord("a"))
+    opened(of_a).require_tokenizer(TokenizerRecord())
+    opened(silent).require_tokenizer(TokenizerRecord("a"))
+    assert opened(of_b, silent).tokenizer_fingerprint == "b"
+    with pytest.raises(DataError, match=r"sha256 b\).*the checkpoint was trained with \(a\).*preprocess"):
+        opened(of_b, silent).require_tokenizer(TokenizerRecord("a"))
+    with pytest.raises(DataError, match=r"two tokenizers.*preprocess one of them again"):
+        opened(of_a, of_b)

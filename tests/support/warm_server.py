@@ -20,7 +20,12 @@ from tests.support.paths import REPOSITORY
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.support.preload"])
-_SERVER_ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+_SERVER_ENVIRONMENT = {
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 EXECUTABLE = "NEXUS_TEST_EXECUTABLE"
 """The variable with the interpreter that a warm process starts its own processes with, if not its own."""
@@ -105,7 +110,7 @@ def become(words: list[str], cwd: Path, environment: Mapping[str, str], name: st
 
 
 def call_in_fork(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function in a forked process; where it fails, exit with its code.
+    """Call a function in a forked process; where it fails, end as it did.
 
     What a case of several in one process leaves behind ends with it: DeepSpeed's engines and gloo's threads,
     four of which a group look a hundred times a second for something to do.
@@ -113,8 +118,10 @@ def call_in_fork(function: Callable[..., object], *arguments: object) -> None:
     process = multiprocessing.get_context("fork").Process(target=_call, args=(function, arguments))
     process.start()
     process.join()
+    if process.exitcode is not None and process.exitcode < 0:
+        os.kill(os.getpid(), -process.exitcode)
     if process.exitcode:
-        sys.exit(process.exitcode if process.exitcode > 0 else 128 - process.exitcode)
+        sys.exit(process.exitcode)
 
 
 def _call(function: Callable[..., object], arguments: tuple[object, ...]) -> None:

@@ -27,7 +27,7 @@ from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models import decoder
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
-from megatron_nexus.training import engine as engine_module
+from megatron_nexus.training import stage_module
 from megatron_nexus.training.engine import Engine
 
 STEPS = 3
@@ -88,7 +88,7 @@ def compiled_by(backend: str) -> Iterator[None]:
             yield
         return
     with (
-        mock.patch.object(engine_module, "compile_blocks", partial(decoder.compile_blocks, backend=backend)),
+        mock.patch.object(stage_module, "compile_blocks", partial(decoder.compile_blocks, backend=backend)),
         mock.patch.object(decoder, "compiled_kernel", partial(decoder.compiled_kernel, backend)),
     ):
         yield
