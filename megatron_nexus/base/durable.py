@@ -126,7 +126,10 @@ def _lock_dir(folder: Path) -> tuple[int, list[Path]]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return _acquire(folder / LOCK_FILE, wait=False, create=True), made
-        except FileNotFoundError as error:
+        except (
+            FileNotFoundError,
+            FileExistsError,
+        ) as error:  # another holder just removed the folder, or it is a file
             failure = error
     raise failure
 
