@@ -247,7 +247,7 @@ TOOLS = [
         ["3 problems", "SentencePiece .model", "--vocab-file: use --tokenizer-model", "use --workers"],
     ),
     ("grow_sharded_checkpoint.py", "--load kept --nexus-mm 200", ["--nexus-mm: did you mean --nexus-m?"]),
-    ("inspect_data.py", "mine --bogus", ["unknown flag --bogus: see --help"]),
+    ("inspect_data.py", "mine --bogus", ["unknown flag --bogus: drop it; see nexus"]),
     ("inspect_data.py", "mine stray", ["'stray' belongs to no flag"]),
     ("plot_runs.py", "", ["required: RUN"]),
     ("inspect_data.py", "nowhere", ["nowhere"]),

@@ -21,12 +21,17 @@ class Bounds:
     positive: bool
     maximum: float
     below: float
+    default: float
 
     def problem(self, flag: str, value: float) -> str | None:
         """Return what is wrong with `value` and what to give instead, or None."""
         if self.below < inf:
             inside = 0 <= value < self.below
-            return None if inside else f"{flag} {value} must lie in [0, {self.below:g}): give such as 0.9"
+            return (
+                None
+                if inside
+                else f"{flag} {value} must lie in [0, {self.below:g}): the default is {self.default}"
+            )
         if self.maximum < value < inf:
             return f"{flag} {value} must be at most {self.maximum:,}: give a smaller number"
         if self.positive and not 0 < value < inf:
@@ -53,7 +58,7 @@ def config_field(
     bounds = None
     if isinstance(default, int | float) and not isinstance(default, bool):
         most = inf if isinstance(default, float) else MOST if maximum is None else maximum
-        bounds = Bounds(positive, most, below)
+        bounds = Bounds(positive, most, below, default)
     made: T = field(
         default=default,
         metadata={"help": help_text, "aliases": aliases, "bounds": bounds, "grows": grows},

@@ -51,17 +51,16 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError; what is wrong with one flag is followed by what that flag takes."""
-        see_help = f"; see {self.prog} --help" if self.add_help else ""
         _, _, text = message.partition("argument ")
         action = self._option_string_actions.get(text.split("/")[0].split(":")[0])
         if action is None:
-            raise ConfigError(f"{message}{see_help}")
+            raise ConfigError(f"{message}{self._see_help}")
         if "choose from" in text:
             raise ConfigError(text)
         if "not allowed with" in text:
             raise ConfigError(f"{text}: drop one of the two")
         value = action.metavar or self._get_formatter()._get_default_metavar_for_optional(action)
-        raise ConfigError(f"{text}: give {action.option_strings[-1]} {value}{see_help}")
+        raise ConfigError(f"{text}: give {action.option_strings[-1]} {value}{self._see_help}")
 
     def parse_args(  # type: ignore[override]  # no namespace of the caller's
         self, args: Sequence[str] | None = None
@@ -79,7 +78,7 @@ class FlagParser(argparse.ArgumentParser):
                 [
                     self._unknown(word)
                     if word.startswith("-")
-                    else f"{word!r} belongs to no flag: drop it, or name its flag; see --help"
+                    else f"{word!r} belongs to no flag: drop it, or name its flag{self._see_help}"
                     for word in strays
                 ]
             )
@@ -96,4 +95,9 @@ class FlagParser(argparse.ArgumentParser):
         }
         near = difflib.get_close_matches(flag.strip("-").replace("_", "-"), names, n=1, cutoff=NEAR)
         meant = f"did you mean {names[near[0]]}?" if near else self.family_hint(flag)
-        return f"unknown flag {word}: {self.replacement_hint(flag) or meant or 'see --help for all flags'}"
+        hint = self.replacement_hint(flag) or meant or f"drop it{self._see_help}"
+        return f"unknown flag {word}: {hint}"
+
+    @property
+    def _see_help(self) -> str:
+        return f"; see {self.prog} --help" if self.add_help else ""

@@ -167,16 +167,18 @@ inference-max-requests ft-num-warmup-iters inprocess-restart dist-ckpt-workers d
 log-energy log-straggler wandb-tags exp-avg-dtype virtual-pipeline-model-parallel-size
 hybrid-layer-pattern linear-attention-freq kv-lora-rank muon-momentum tokenizer-hf-no-use-fast
 full-validation grad-reduce-in-bf16 multiple-validation-sets rerun-mode error-injection-rate
-cpu-offloading-num-layers yaml-cfg
+cpu-offloading-num-layers yaml-cfg learning-rate max-steps per-device-train-batch-size hidden_size gpus
 """,
 )
 
 
-def test_flags_of_megatron_s_present_list_are_answered() -> None:
+def test_flags_of_megatron_s_present_list_and_of_others_are_answered() -> None:
     for flag in COMMON:
         with pytest.raises(ConfigError) as caught:
             given_flags([f"--{flag}", "1"])
-        assert re.match(rf"unknown flag --{flag}: (use|drop|did you mean) ", caught.value.problems[0])
+        assert re.match(
+            rf"unknown flag --{flag}: (use|drop it:|did you mean|start the run) ", caught.value.problems[0]
+        )
 
 
 def test_a_flag_of_ours_misspelt_is_not_taken_for_one_of_a_family() -> None:
