@@ -43,11 +43,11 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What one process is to be: `kind` names its builder, `keeps_memory` its allocator."""
+    """What one process is to be: `kind` names its builder; `tunes_malloc`: malloc keeps freed memory."""
 
     kind: str
     precision: Precision
-    keeps_memory: bool
+    tunes_malloc: bool
     compiled: bool
     fused: bool
     corpus: Path
@@ -60,7 +60,7 @@ def serve(job: Job, connection: Connection) -> None:
     os.dup2(console.fileno(), sys.stdout.fileno())
     os.dup2(console.fileno(), sys.stderr.fileno())
     torch.manual_seed(1234)
-    if job.keeps_memory:
+    if job.tunes_malloc:
         tune_malloc()
     config = configuration(job)
     LOOPS[job.kind](job, config, connection)
@@ -91,7 +91,7 @@ def batches(job: Job, config: RunConfig) -> Iterator[Batch]:
     return itertools.cycle([(a.view(MICRO_BATCH, length), b.view(MICRO_BATCH, length)) for a, b in pairs])
 
 
-# ------------------------------------------------------------------------------------- the real path
+# ------------------------------------------------------------------------------------------- nexus train
 
 
 def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
@@ -138,7 +138,7 @@ def real_path(job: Job, config: RunConfig, connection: Connection) -> None:
 
 
 def adamw(parameters: list[Tensor], optimizer: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
-    """The real path's optimizer: matrices decay, gains do not; not fused: torch's choice."""
+    """The optimizer of `nexus train`: matrices decay, gains do not; not fused: torch's choice."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optimizer.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -159,7 +159,7 @@ def train(
 ) -> None:
     """The loop that nobody can write shorter.
 
-    bf16 means what it means on the real path: weights in fp32, products in bf16, gradients in fp32. A bf16
+    bf16 means what it means in `nexus train`: weights in fp32, products in bf16, gradients in fp32. A bf16
     copy of the weights, made again after every step, is faster than autocast, which makes it in every pass.
     """
     if job.precision == "bf16":
@@ -187,7 +187,7 @@ def train(
 
 
 def bare(job: Job, config: RunConfig, connection: Connection) -> None:
-    """The real path's model without DeepSpeed, loop, data pipeline and metrics."""
+    """The model of `nexus train` without DeepSpeed, loop, data pipeline and metrics."""
     from megatron_nexus.models.decoder import DecoderStage, Loss
     from megatron_nexus.models.layer_context import LayerContext
     from megatron_nexus.parallel.tensor_parallel import TensorParallel

@@ -5,7 +5,7 @@
 Each case starts its ranks on this machine, once with either setting of the allocator. A rank first takes
 two steps of a tiny model, so that libraries are loaded; then it builds the engine of the case, takes three
 steps and notes the most that it held above what it held before: by malloc's own account, looked at every
-millisecond, and of resident memory. README.md says more.
+millisecond, and of resident memory. docs/performance.md has the results.
 """
 
 import ctypes
@@ -161,7 +161,7 @@ class Watch:
         return self.most
 
 
-def measure(config: RunConfig, keeps: bool, out: Path) -> None:
+def measure(config: RunConfig, tunes_malloc: bool, out: Path) -> None:
     """One rank: the most it holds above its level before the engine was built, allocated and resident."""
     from megatron_nexus.training.engine import Engine
 
@@ -170,7 +170,7 @@ def measure(config: RunConfig, keeps: bool, out: Path) -> None:
     parallel = config.parallel
     mesh = make_mesh(world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     set_num_threads(mesh)
-    if keeps:
+    if tunes_malloc:
         tune_malloc()
     tiny = dataclasses.replace(config, model=dataclasses.replace(config.model, **TINY))
     warm, batches = Engine(tiny, mesh), random_batches(tiny)
@@ -190,9 +190,9 @@ def measure(config: RunConfig, keeps: bool, out: Path) -> None:
     close_mesh()
 
 
-def run(flags: dict[str, Value], ranks: int, keeps: bool, folder: Path) -> list[dict[str, int]]:
+def run(flags: dict[str, Value], ranks: int, tunes_malloc: bool, folder: Path) -> list[dict[str, int]]:
     """What each rank of a case has measured."""
-    words = ["--rank", json.dumps(flags), str(int(keeps)), str(folder)]
+    words = ["--rank", json.dumps(flags), str(int(tunes_malloc)), str(folder)]
     assert run_local_ranks(ranks, [__file__, *words]) == 0, f"{flags} failed"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -203,7 +203,7 @@ def main() -> None:
     log.configure(is_main_rank=True)
     wanted = [int(word) for word in sys.argv[1:]] or range(len(CASES))
     print(
-        "| run | rank | plan | allocated | plan / it | resident | plan / it | freed memory kept | plan / it |"
+        "| run | rank | plan | allocated | plan / it | resident | plan / it | resident, mallopt | plan / it |"
     )
     print("|---|---|" + "---:|" * 7)
     for name, ranks, case in (CASES[index] for index in wanted):
@@ -215,11 +215,11 @@ def main() -> None:
                 flags["deepspeed_config"] = str(deepspeed)
             config = build(flags)
             plan = plan_memory(config, ranks, "cpu")
-            plain, keeping = (run(flags, ranks, keeps, Path(folder)) for keeps in (False, True))
+            default, tuned = (run(flags, ranks, tunes, Path(folder)) for tunes in (False, True))
         for rank in range(ranks):
             planned = plan[rank * len(plan) // ranks].peak
             cells = [f"{planned / MIB:,.0f}"]
-            for most in (plain[rank]["allocated"], plain[rank]["resident"], keeping[rank]["resident"]):
+            for most in (default[rank]["allocated"], default[rank]["resident"], tuned[rank]["resident"]):
                 cells += [f"{most / MIB:,.0f}", f"{100 * (planned / most - 1):+.0f} %"]
             print(f"| {name} | {rank} | {' | '.join(cells)} |", flush=True)
 

@@ -1,11 +1,11 @@
-"""Training throughput of the real path, of a bare loop of the same model and of its peers.
+"""Training throughput of `nexus train`, of a bare loop of the same model and of other implementations.
 
     python benchmarks/train_step.py --threads 1 2 --precision fp32 bf16
 
 Each contestant is a process of its own (an allocator belongs to a process), kept alive and asked for a few
 steps at a time, in turn with all others idle. A round asks everybody once, so that whatever the machine does
 meanwhile happens to all; ratios are taken within a round and their median is reported. The first step, with
-compilation where there is one, is a column of its own. README.md says more.
+compilation where there is one, is a column of its own. docs/performance.md has the results.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Entry:
 
     name: str
     kind: str
-    keeps_memory: bool
+    tunes_malloc: bool
     compiled: bool = False
     fused: bool = True
     precision: Precision | None = None  # where it is not the table's
@@ -113,16 +113,16 @@ class Result:
     """A row: rates per round, in the order of the rounds."""
 
     name: str
-    keeps_memory: bool
+    tunes_malloc: bool
     fused: bool
     parameters: int
     flops_per_token: float
     tokens_per_s: list[float]
     warm_up_s: float
     gemm_share: float
-    real_path_ratio: float
+    nexus_train_ratio: float
     compiled_ratio: float | None
-    """Of the real path with --compile, where it has run."""
+    """Of `nexus train --compile`, where it has run."""
 
     @property
     def median(self) -> float:
@@ -150,7 +150,7 @@ def compete(
             job = Job(
                 entry.kind,
                 entry.precision or precision,
-                entry.keeps_memory,
+                entry.tunes_malloc,
                 entry.compiled,
                 entry.fused,
                 corpus,
@@ -188,13 +188,13 @@ def evaluate(gemm: Contestant, contestants: list[Contestant]) -> list[Result]:
             Result(
                 name=contestant.entry.name,
                 fused=contestant.entry.fused,
-                keeps_memory=contestant.entry.keeps_memory,
+                tunes_malloc=contestant.entry.tunes_malloc,
                 parameters=int(made["parameters"]),
                 flops_per_token=made["flops_per_token"],
                 tokens_per_s=[made["tokens_per_step"] / seconds for seconds in contestant.seconds],
                 gemm_share=ratio(flops, gemm_rates),
                 warm_up_s=made["warm_up_s"],
-                real_path_ratio=ratio(contestant.seconds, real.seconds),
+                nexus_train_ratio=ratio(contestant.seconds, real.seconds),
                 compiled_ratio=ratio(contestant.seconds, compiled.seconds) if compiled else None,
             )
         )
@@ -202,7 +202,7 @@ def evaluate(gemm: Contestant, contestants: list[Contestant]) -> list[Result]:
 
 
 def write_corpus(prefix: Path) -> None:
-    """Random tokens in the file format of the real path."""
+    """Random tokens in the file format that `nexus train` reads."""
     vocabulary = build({"preset": "nexusformer-20m"}).model.vocab_size
     generator = np.random.default_rng(1234)
     with IndexedDatasetWriter(prefix, token_dtype(vocabulary)) as writer:
@@ -214,22 +214,24 @@ def report(results: list[Result], threads: int, precision: Precision) -> None:
     """Print one table and the comparisons that matter."""
     print(f"\n{threads} thread{'s' if threads > 1 else ''}, {precision}\n")
     names = ("contestant", "allocator", "AdamW", "parameters", "MFLOP/token", "first step", "tokens/s")
-    print(f"| {' | '.join(names)} | of GEMM rate | real path / it | real path compiled / it |")
+    print(f"| {' | '.join(names)} | of GEMM rate | nexus train / it | nexus train --compile / it |")
     print(f"|{3 * '---|'}{7 * '---:|'}")
     for result in results:
         print(
-            f"| {result.name} | {'keeps memory' if result.keeps_memory else 'default'} "
+            f"| {result.name} | {'mallopt' if result.tunes_malloc else 'default'} "
             f"| {'fused' if result.fused else 'default'} "
             f"| {result.parameters / 1e6:.2f}M | {result.flops_per_token / 1e6:.0f} "
             f"| {result.warm_up_s:.0f} s | {result.median:,.0f} "
-            f"| {100 * result.gemm_share:.0f} % | {result.real_path_ratio:.2f} "
+            f"| {100 * result.gemm_share:.0f} % | {result.nexus_train_ratio:.2f} "
             f"| {'' if result.compiled_ratio is None else f'{result.compiled_ratio:.2f}'} |"
         )
     peers = {entry.name for entry in PEERS}
-    rivals = [result for result in results if result.keeps_memory and result.name in peers]
+    rivals = [result for result in results if result.tunes_malloc and result.name in peers]
     if rivals:
         fastest = max(rivals, key=lambda result: result.median)
-        print(f"\nfastest peer under the same allocator: {fastest.name}, ratio {fastest.real_path_ratio:.2f}")
+        print(
+            f"\nfastest peer under the same allocator: {fastest.name}, ratio {fastest.nexus_train_ratio:.2f}"
+        )
 
 
 def main() -> None:
@@ -237,28 +239,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Training throughput compared with a bare loop and peers.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of each contestant")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=5, help="times each contestant is asked")
-    parser.add_argument("--steps", type=int, default=1, help="optimizer steps it is asked for each time")
-    parser.add_argument(
-        "--only", nargs="+", help="builders to run next to the real path, such as bare litgpt"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; each contestant runs once a round")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps a round")
+    parser.add_argument("--only", nargs="+", help="builders to run next to nexus train, such as bare litgpt")
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="add the real path with --compile, and litgpt under torch.compile as its command runs it",
+        help="add nexus train --compile, and litgpt under torch.compile as its command runs it",
     )
     parser.add_argument(
-        "--same-allocator", action="store_true", help="leave out those under glibc's default allocator"
+        "--same-allocator",
+        action="store_true",
+        help="leave out the rows with glibc's default malloc settings",
     )
     parser.add_argument(
         "--cpu-seconds",
         action="store_true",
-        help="take the processor's seconds, where others compute beside; best with --threads 1",
+        help="measure CPU time instead of wall time, on a machine that is shared; best with --threads 1",
     )
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--json", type=Path, help="file to write all numbers to, as JSON")
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    print(f"load average before the start: {load:.2f} (above 0.5 somebody else is computing: repeat later)")
+    print(
+        f"load average before the start: {load:.2f} (above 0.5 other processes are computing: repeat later)"
+    )
     tables = []
     for threads in options.threads:
         for precision in options.precision:
@@ -266,7 +270,7 @@ def main() -> None:
             if options.only:
                 entries = [entry for entry in entries if entry.kind in ("real_path", *options.only)]
             if options.same_allocator:
-                entries = [entry for entry in entries if entry.keeps_memory]
+                entries = [entry for entry in entries if entry.tunes_malloc]
             if precision == "bf16" and not options.only:
                 entries.append(REAL_PATH_FP32)
             results = compete(

@@ -3,7 +3,7 @@
 Compared with `reference`, which shares no code with the package: five losses, five gradient norms, every
 gradient of the first step, the loss of an evaluation and every weight at the end. The gradients are read
 from the checkpoint of step 1, where Adam's first moment is (1 - beta1) x the clipped gradient: so the law
-holds for the real path, from the engines to the stored pieces.
+holds for `nexus train`, from the engines to the stored pieces.
 """
 
 import dataclasses
