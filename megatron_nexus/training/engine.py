@@ -88,7 +88,8 @@ class Engine:
         whatever the precision of the run.
         """
         # On a CPU DeepSpeed would build a shared-memory collective that leaves 67 MB per rank in /dev/shm.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # vars(): the attribute, read for the first time, imports setuptools and tries what can be compiled.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._mesh = mesh
         self._beacon = beacon or Beacon()

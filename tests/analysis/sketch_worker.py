@@ -25,6 +25,7 @@ from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.engine import Engine
 from tests.support import train_worker
 from tests.support.waiting import TIMEOUT_S
+from tests.support.warm_server import call_in_fork
 
 
 def written_by(zero_stage: int, case: dict, mesh: Mesh, out: Path) -> Path:
@@ -36,19 +37,23 @@ def written_by(zero_stage: int, case: dict, mesh: Mesh, out: Path) -> Path:
     return next(folder.glob("iter_*"))
 
 
+def run_case(case: dict, out: Path, number: int) -> None:
+    world = read_world(os.environ)
+    world = dataclasses.replace(world, master_port=world.master_port + number)
+    mesh = make_mesh(world, case["tp"], case["pp"], TIMEOUT_S)
+    load = written_by(case["zero"], case, mesh, out) if case["zero"] else Path(case["load"])
+    config = build(case["flags"])
+    reader = CheckpointReader(load)
+    model = SampleGradients(reader, config, mesh, torch.float64, case["size"], 5, *case["options"])
+    sketches = model.sketch([AnswerTokens(tuple(ids), start) for ids, start in case["samples"]])
+    np.save(out / f"{case['name']}-{mesh.rank}.npy", sketches.numpy())
+    close_mesh()
+
+
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for number, case in enumerate(cases):
-        world = read_world(os.environ)
-        world = dataclasses.replace(world, master_port=world.master_port + number)
-        mesh = make_mesh(world, case["tp"], case["pp"], TIMEOUT_S)
-        load = written_by(case["zero"], case, mesh, out) if case["zero"] else Path(case["load"])
-        config = build(case["flags"])
-        reader = CheckpointReader(load)
-        model = SampleGradients(reader, config, mesh, torch.float64, case["size"], 5, *case["options"])
-        sketches = model.sketch([AnswerTokens(tuple(ids), start) for ids, start in case["samples"]])
-        np.save(out / f"{case['name']}-{mesh.rank}.npy", sketches.numpy())
-        close_mesh()
+        call_in_fork(run_case, case, out, number)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,16 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-from torch import Tensor, nn
+from torch import Tensor
 
 import tests.support.preload  # noqa: F401 - what the ranks would import
 from megatron_nexus.checkpoint import writer
@@ -37,8 +36,6 @@ from megatron_nexus.checkpoint.writer import CheckpointWriter, SaveRequest
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
-from megatron_nexus.spec.initialise import local_values
-from megatron_nexus.spec.param import Axis, Constant, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Shard
 from megatron_nexus.training.zero_state import (
     PRIVATE_NAMES,
@@ -47,66 +44,12 @@ from megatron_nexus.training.zero_state import (
     zero_state,
 )
 from tests.checkpoint.engine_kinds import FOUR_RANKS, KILLED, STARTS, Kind, at_step
+from tests.checkpoint.toy_model import INNER, WIDTH, D, Down, Layer, M, Toy, Up, loss_of
 from tests.support.ports import free_port
+from tests.support.warm_server import call_in_fork
 
-D, M = 7, 13  # odd, so that every shard, range and buffer is padded
-WIDTH, INNER = Axis("hidden", D), Axis("inner", M, Layout.SHARDED_PADDED)
-FIRST_STAGE = [
-    ParamSpec("up.weight", (INNER, WIDTH), Normal(0.3), Role.MATMUL),
-    ParamSpec("up.gain", (WIDTH,), Constant(1.0), Role.VECTOR),
-]
-LAST_STAGE = [
-    ParamSpec("down.weight", (WIDTH, INNER), Normal(0.3), Role.MATMUL),
-    ParamSpec("down.gain", (WIDTH,), Constant(1.0), Role.VECTOR),
-]
 MICRO_BATCH, ACCUMULATION = 4, 2
-
-
-class Layer(nn.Module):
-    """Parameters from specs."""
-
-    def __init__(self, specs: list[ParamSpec], shard: Shard) -> None:
-        super().__init__()
-        self.specs = specs
-        for spec in specs:
-            parameter = nn.Parameter(local_values(spec, shard, seed=1))
-            parameter.tensor_model_parallel = spec.is_sharded
-            self.register_parameter(spec.name.split(".")[1], parameter)
-
-    def named(self) -> Iterator[tuple[ParamSpec, nn.Parameter]]:
-        for spec in self.specs:
-            yield spec, self.get_parameter(spec.name.split(".")[1])
-
-
-class Up(Layer):
-    def __init__(self, shard: Shard) -> None:
-        super().__init__(FIRST_STAGE, shard)
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        x_BD = x_BD.to(self.weight.dtype)
-        return torch.cat([F.gelu(x_BD @ self.weight.T), x_BD * self.gain], dim=-1)
-
-
-class Down(Layer):
-    def __init__(self, shard: Shard) -> None:
-        super().__init__(LAST_STAGE, shard)
-
-    def forward(self, joined: Tensor) -> Tensor:
-        hidden_BM, gated_BD = joined[:, :-D], joined[:, -D:]
-        return torch.cat([hidden_BM @ self.weight.T, gated_BD * self.gain], dim=-1)
-
-
-def loss_of(output: Tensor, label: Tensor) -> Tensor:
-    return F.mse_loss(output.float(), label)
-
-
-class Toy(nn.Module):
-    def __init__(self, shard: Shard) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Up(shard), Down(shard)])
-
-    def forward(self, x_BD: Tensor, label: Tensor) -> Tensor:
-        return loss_of(self.layers[1](self.layers[0](x_BD)), label)
+MOST_CASES = 30
 
 
 def arrange(base: Mesh, kind: Kind) -> Mesh:
@@ -346,45 +289,56 @@ def be_killed_while_saving(base: Mesh, folder: Path) -> None:
     run.save(folder / "killed", 2)
 
 
-def run_rank(plan: str, folder: Path) -> None:
-    """All cases of a start, on one of its ranks."""
+def take_up(base: Mesh, folder: Path) -> None:
+    """Save what the ranks of the killed save left."""
+    run = Run(base, FOUR_RANKS[0])
+    run.load(find_checkpoint(folder))
+    run.save(folder, 2)
+
+
+def run_case(index: int, name: str, plan: Path, case: Callable[..., object], *arguments: object) -> None:
+    """One case, at a port of its own, and its outcome."""
     # TRAPS of CPU runs: DeepSpeed's shared-memory collectives leak 67 MB a rank and need a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.manual_seed(int(os.environ["RANK"]))
-    base = make_mesh(read_world(os.environ), tp_size=1, pp_size=1, timeout_s=300.0)
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    world = read_world(os.environ)
+    torch.manual_seed(world.rank)
+    world = replace(world, master_port=world.master_port + index)
+    base = make_mesh(world, tp_size=1, pp_size=1, timeout_s=300.0)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    kinds, crossings = STARTS[base.world_size]
-    outcome: dict[str, object] = {}
-    for kind in kinds:
-        outcome[kind.name] = resume_exactly(base, kind, folder / plan / kind.name)
-    for here, there in crossings:
-        name = f"{here.name}-to-{there.name}"
-        source = at_step(folder / plan / here.name / "through", 3)
-        outcome[name] = cross(base, source, here, there, folder / plan / name)
-    if plan == "two":
-        outcome["failures"] = fail_cleanly(base, folder / plan)
-    else:
-        # What the two ranks of the killed save left, taken up by four.
-        run = Run(base, FOUR_RANKS[0])
-        run.load(find_checkpoint(folder / "continued"))
-        run.save(folder / "continued", 2)
-    (folder / plan / f"outcome_{base.rank}.json").write_text(json.dumps(outcome))
-    base.control.barrier()
-    if plan == "two":
-        be_killed_while_saving(base, folder / plan)
+    outcome = case(base, *arguments)
+    (plan / f"{name}_{base.rank}.json").write_text(json.dumps(outcome))
     close_mesh()
 
 
-def start(plan: str, world_size: int, folder: Path) -> list[int]:
+def run_rank(plan: Path, world_size: int) -> None:
+    """All cases of a start, on one of its ranks."""
+    kinds, crossings = STARTS[world_size]
+    cases: list[tuple[object, ...]] = [
+        (kind.name, plan, resume_exactly, kind, plan / kind.name) for kind in kinds
+    ]
+    for here, there in crossings:
+        name = f"{here.name}-to-{there.name}"
+        source = at_step(plan / here.name / "through", 3)
+        cases.append((name, plan, cross, source, here, there, plan / name))
+    if world_size == 2:
+        cases += [("failures", plan, fail_cleanly, plan), ("killed", plan, be_killed_while_saving, plan)]
+    else:
+        cases.append(("continued", plan, take_up, plan.parent / "continued"))
+    for index, case in enumerate(cases):
+        call_in_fork(run_case, index, *case)
+
+
+def start(name: str, world_size: int, folder: Path) -> list[int]:
     """Fork the ranks of a start and wait; their exit codes."""
-    (folder / plan).mkdir()
+    plan = folder / name
+    plan.mkdir()
     # Nodes of two ranks: those of a node write one file.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port(MOST_CASES)), LOCAL_WORLD_SIZE="2")
     context, ranks = multiprocessing.get_context("fork"), []
     for rank in range(world_size):
         # read by the child, which gets a copy of this environment
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        ranks.append(context.Process(target=run_rank, args=(plan, folder)))
+        ranks.append(context.Process(target=run_rank, args=(plan, world_size)))
         ranks[-1].start()
     for process in ranks:
         process.join()

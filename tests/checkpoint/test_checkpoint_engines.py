@@ -36,9 +36,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcomes(folder: Path, plan: str, world_size: int) -> list[dict[str, Any]]:
-    files = [folder / plan / f"outcome_{rank}.json" for rank in range(world_size)]
-    assert all(file.exists() for file in files), (folder / "log").read_text()[-6000:]
-    return [json.loads(file.read_text()) for file in files]
+    """What each rank has recorded of each case."""
+    last = "failures" if plan == "two" else "continued"
+    log = (folder / "log").read_text()[-6000:]
+    assert all((folder / plan / f"{last}_{rank}.json").exists() for rank in range(world_size)), log
+    return [
+        {
+            file.stem.removesuffix(f"_{rank}"): json.loads(file.read_text())
+            for file in (folder / plan).glob(f"*_{rank}.json")
+        }
+        for rank in range(world_size)
+    ]
 
 
 @pytest.fixture(scope="module")

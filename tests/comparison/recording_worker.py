@@ -27,6 +27,7 @@ from megatron_nexus.spec import initialise
 from megatron_nexus.spec.param import ParamSpec
 from megatron_nexus.spec.shard import Box
 from megatron_nexus.training import gradient_reducer, loop
+from tests.support.warm_server import call_in_fork
 
 SAMPLES = 3
 RANK_BATCHES = loop.rank_batches
@@ -141,15 +142,19 @@ def planted(fault: str) -> Iterator[None]:
             yield
 
 
+def run_case(case: dict, out: Path, index: int) -> None:
+    config, world = build(case["flags"]), read_world(os.environ)
+    world = dataclasses.replace(world, master_port=world.master_port + index)
+    check(config, world.size)
+    settings = RecordSettings(out / case["name"], case["steps"], SAMPLES, float64=True)
+    with planted(case.get("fault", "")):
+        record_steps(config, world, None, settings)
+
+
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for index, case in enumerate(cases):
-        config, world = build(case["flags"]), read_world(os.environ)
-        world = dataclasses.replace(world, master_port=world.master_port + index)
-        check(config, world.size)
-        settings = RecordSettings(out / case["name"], case["steps"], SAMPLES, float64=True)
-        with planted(case.get("fault", "")):
-            record_steps(config, world, None, settings)
+        call_in_fork(run_case, case, out, index)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tests.support.cli import WARM, assert_refused, ended, summary
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 from tests.support.task_files import write_task_files
+from tests.support.verbs import CallVerb
 
 FLAGS = shlex.split(
     "--data-path corpus --split 8,2 --tokenizer-model tokenizer.model --vocab-size 400 --num-layers 2 "
@@ -85,8 +86,14 @@ def test_a_run_tells_what_its_checkpoint_scores(folder: Path, spawn: Spawn) -> N
     ],
 )
 def test_mistakes_are_answered_before_anything_starts(
-    words: str, kind: str, expected: str, folder: Path, spawn: Spawn
+    words: str,
+    kind: str,
+    expected: str,
+    folder: Path,
+    call_verb: CallVerb,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    code, output = train(f"--save run {words}", folder, spawn)
+    monkeypatch.chdir(folder)
+    code, output = call_verb("train", [*FLAGS, "--save", "run", *shlex.split(words)])
     assert_refused(code, output, kind, expected)
     assert not (folder / "run").exists()

@@ -147,7 +147,7 @@ def main() -> None:
     world = read_world(os.environ)
     mesh = make_mesh(world, tp_size=world.size, pp_size=1, timeout_s=TIMEOUT_S)
     # As the engine does: or every rank would leave 67 MB in /dev/shm.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     tp = TensorParallel(mesh.tp_group)
     kernels = {"default": None, "chunked": CHUNKED, "compiled": compiled_kernel("aot_eager")}

@@ -29,6 +29,7 @@ from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training import stage_module
 from megatron_nexus.training.engine import Engine
+from tests.support.warm_server import call_in_fork
 
 STEPS = 3
 
@@ -94,11 +95,13 @@ def compiled_by(backend: str) -> Iterator[None]:
         yield
 
 
-def run_case(flags: dict, index: int) -> dict[str, object]:
+def run_case(flags: dict, index: int, out: Path) -> None:
     backend = flags.pop("backend", "inductor")
     counters["stats"].clear()
     with compiled_by(backend):
-        return {**take_steps(build(flags), index), "graphs": counters["stats"]["unique_graphs"]}
+        record = take_steps(build(flags), index)
+    record["graphs"] = counters["stats"]["unique_graphs"]
+    (out / f"{index}-{os.environ['RANK']}.json").write_text(json.dumps(record))
 
 
 def take_steps(config: RunConfig, index: int) -> dict[str, object]:
@@ -152,8 +155,8 @@ def take_steps(config: RunConfig, index: int) -> dict[str, object]:
 
 
 def main() -> None:
-    records = [run_case(flags, index) for index, flags in enumerate(json.loads(sys.argv[1]))]
-    (Path(sys.argv[2]) / f"{os.environ['RANK']}.json").write_text(json.dumps(records))
+    for index, flags in enumerate(json.loads(sys.argv[1])):
+        call_in_fork(run_case, flags, index, Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from megatron_nexus.training.metrics import Evaluation, GrowthMetrics, StepMetri
 from megatron_nexus.training.optimizer import configure_groups
 from tests.support.train_worker import STEPS, Batch, global_batches, my_batches
 from tests.support.waiting import TIMEOUT_S
+from tests.support.warm_server import call_in_fork
 
 
 class Samples:
@@ -81,7 +82,7 @@ def run_case(case: dict, out: Path, index: int) -> None:
 
 def main() -> None:
     for index, case in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        run_case(case, Path(sys.argv[2]), index)
+        call_in_fork(run_case, case, Path(sys.argv[2]), index)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,10 @@ def seen(ranks: int) -> list[list[dict]]:
 def _run(ranks: int, cases: list[dict[str, object]]) -> list[list[dict]]:
     with TemporaryDirectory() as folder:
         run_ranks(ranks, WORKER, json.dumps([{**FLAGS, **case} for case in cases]), folder)
-        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+        return [
+            [json.loads(Path(folder, f"{case}-{rank}.json").read_text()) for case in range(len(cases))]
+            for rank in range(ranks)
+        ]
 
 
 @pytest.mark.parametrize("ranks", CASES)

@@ -19,11 +19,12 @@ from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training import engine as engine_module
 from megatron_nexus.training.engine import Engine
 from tests.support import train_worker
+from tests.support.warm_server import call_in_fork
 
 derived_config = engine_module.deepspeed_config
 
 
-def load(case: dict, how: str, out: Path, index: int) -> dict:
+def load(case: dict, how: str, out: Path, index: int) -> None:
     config = build(case["flags"])
     world = read_world(os.environ)
     world = dataclasses.replace(world, master_port=world.master_port + index)
@@ -52,14 +53,15 @@ def load(case: dict, how: str, out: Path, index: int) -> dict:
         for group in engine.optimizer.param_groups
     ]
     close_mesh()
-    return {"losses": losses, "groups": groups, "iteration": client.get("iteration")}
+    record = {"losses": losses, "groups": groups, "iteration": client.get("iteration")}
+    (out / case["name"] / f"{how}_{mesh.rank}.json").write_text(json.dumps(record))
 
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for number, case in enumerate(cases):
-        record = {how: load(case, how, out, 2 * number + i) for i, how in enumerate(("deepspeed", "package"))}
-        (out / case["name"] / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(record))
+        for i, how in enumerate(("deepspeed", "package")):
+            call_in_fork(load, case, how, out, 2 * number + i)
 
 
 if __name__ == "__main__":
