@@ -28,7 +28,7 @@ from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import ParallelConfig, RunConfig
 from megatron_nexus.config.schedule import next_length
 from megatron_nexus.errors import ConfigError
-from megatron_nexus.growth.request import GROWING, GrowthRequest, add_growth_flags
+from megatron_nexus.growth.request import GROWING, GrowthRequest, add_growth_flags, grown_config
 
 
 def make_parser() -> FlagParser:
@@ -105,6 +105,8 @@ def write_grown(given: argparse.Namespace, saved: SavedRun, sizes: Mapping[str, 
     request = GrowthRequest.from_flags({**vars(given), **sizes})
     parallel = ParallelConfig(tensor_model_parallel_size=given.tp, pipeline_model_parallel_size=given.pp)
     root = _target_folder(given.save, source, given.dry_run)
+    after = dataclasses.replace(grown_config(saved.config, request), parallel=parallel)
+    check(after, given.tp * given.pp)
     # torch is imported only now: wrong flags are answered at once.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with log.importing("torch"):
@@ -113,10 +115,7 @@ def write_grown(given: argparse.Namespace, saved: SavedRun, sizes: Mapping[str, 
         from megatron_nexus.growth.report import plan_table, size_lines, warnings
         from megatron_nexus.growth.worker_group import make_worker_group
 
-    plan = plan_growth(saved.config, request)
-    after = dataclasses.replace(plan.after, parallel=parallel)
-    check(after, given.tp * given.pp)
-    plan = dataclasses.replace(plan, after=after)
+    plan = dataclasses.replace(plan_growth(saved.config, request), after=after)
     group = make_worker_group(given.workers)
     log.configure(is_main_rank=group.is_first)
     log.logger.info("%s %s", "growing" if plan.axes else "resharding", source)

@@ -110,6 +110,11 @@ def read_train_command(argv: list[str], verb: str = "train") -> TrainCommand:
         done = start.manifest.progress
         saved = grown_config(start.config, start.growth) if start.growth else start.config
         config = build(given, saved, Consumed(done.step, done.samples, done.tokens))
+        if (last := config.training.train_iters) < done.step:
+            raise ConfigError(
+                f"--train-iters {last} is below the {done.step} iterations of {start.checkpoint}: iterations "
+                f"count from the run's beginning; give more, or {done.step} to validate without training"
+            )
     world_size = size if isinstance(size, int) else None
     faults = parse_faults(words if isinstance(words := given.get("inject", ()), tuple) else ())
     return TrainCommand(argv, config, start, dry_run, world_size, device, "search" in given, faults)
