@@ -67,8 +67,11 @@ def serve(job: Job, connection: Connection) -> None:
 
 
 def configuration(job: Job) -> RunConfig:
-    """The configuration of the real path, by its command line; the others take their sizes from it."""
-    flags = {
+    """The configuration of the real path, by its command line; the others take their sizes from it.
+
+    `same_architecture` is litgpt's decoder in our code: linear Q, K and V, and the peers' feed-forward.
+    """
+    flags: dict[str, object] = {
         "preset": PRESET,
         "precision": job.precision,
         "micro-batch-size": MICRO_BATCH,
@@ -78,6 +81,8 @@ def configuration(job: Job) -> RunConfig:
         "data-path": job.corpus,
         "save": job.folder / "run",
     }
+    if job.kind == "same_architecture":
+        flags |= {"projection": "linear", "nexus-m": 0, "nexus-a": 0, "ffn-hidden-size": PEER_FEED_FORWARD}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     return build(given_flags([*words, *(["--compile"] if job.compiled else [])]))
 
@@ -351,6 +356,7 @@ def facts(config: RunConfig, parameters: int, flops_per_token: int) -> dict[str,
 
 LOOPS: dict[str, Callable[[Job, RunConfig, Connection], None]] = {
     "real_path": real_path,
+    "same_architecture": real_path,
     "bare": bare,
     "qwen3": qwen3,
     "qwen3_trainer": qwen3_trainer,

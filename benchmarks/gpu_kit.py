@@ -87,12 +87,13 @@ class _Results:
                 print(error, file=sys.stderr)
             print(f"  {self._stage}: {seconds:.1f} s", flush=True)
 
-    def cut_off(self) -> None:
-        """End the process: the budget is spent and a stage still runs, or hangs."""
+    def cut_off(self, kit: Kit) -> None:
+        """End the process and what it runs: the budget is spent and a stage still runs, or hangs."""
         main = sys._current_frames()[threading.main_thread().ident or 0]
         stack = "".join(traceback.format_stack(main))[-4000:]
         self.end(f"{stack}cut off: the budget is spent")
         print(f"cut off; table: {self._folder / 'table.md'}", flush=True)
+        kit.kill_command()
         os._exit(1)
 
     def _write(self, line: str) -> None:
@@ -127,7 +128,7 @@ def main() -> int:
     (given.out / "env.txt").write_text(_environment())
     print(_environment(), end="")
     kit, results = Kit(given.out.resolve(), given.budget), _Results(given.out)
-    watchdog = threading.Timer(given.budget, results.cut_off)
+    watchdog = threading.Timer(given.budget, results.cut_off, [kit])
     watchdog.daemon = True
     watchdog.start()
     for name in names:

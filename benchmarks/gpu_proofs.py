@@ -1,10 +1,7 @@
 """Stages of gpu_kit.py that prove: numbers, compilation, engine, waits, resumption, growth."""
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +13,6 @@ from gpu_stage import (
     CUDA,
     FP32_BOUND,
     PRESET,
-    REPOSITORY,
     SHRUNK,
     Kit,
     Row,
@@ -152,21 +148,6 @@ def sync(kit: Kit) -> Iterator[Row]:
                     profile.export_chrome_trace(str(kit.folder / "profile.json.gz"))
 
 
-def _run(kit: Kit, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-        timeout=max(30.0, kit.left_s),
-    )
-    assert done.returncode == 0, (
-        f"{words}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}"
-    )
-    return done.stdout + done.stderr
-
-
 def _corpus(kit: Kit) -> Path:
     prefix = kit.folder / "corpus"
     if not prefix.with_suffix(".bin").exists():
@@ -180,8 +161,7 @@ def _corpus(kit: Kit) -> Path:
 
 def _train(kit: Kit, name: str, steps: int, *flags: str) -> list[dict[str, float]]:
     folder = kit.folder / name
-    _run(
-        kit,
+    kit.run(
         "pretrain_nexus.py",
         *("--data-path", str(_corpus(kit)), "--eval-iters", "0", "--bf16"),
         *("--lr-decay-style", "constant", "--micro-batch-size", "4", "--global-batch-size", "8"),
@@ -226,8 +206,7 @@ def growth(kit: Kit) -> Iterator[Row]:
         _train_whole(kit)
     model = build({"preset": PRESET}).model
     sizes = ("--nexus-m", str(model.nexus_m + 64), "--nexus-a", str(model.nexus_a + 64))
-    said = _run(
-        kit,
+    said = kit.run(
         "tools/grow_sharded_checkpoint.py",
         "--load",
         str(whole / "iter_0000006"),

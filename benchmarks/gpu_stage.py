@@ -1,8 +1,11 @@
 """What the stages of gpu_kit.py share: rows of the table, the budget, models, engines and clocks."""
 
 import os
+import signal
 import socket
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +79,7 @@ class Kit:
         self.deadline = time.monotonic() + budget_s
         self.gemm_flops_per_s = 0.0
         self._mesh: Mesh | None = None
+        self._command: subprocess.Popen[str] | None = None
 
     @property
     def left_s(self) -> float:
@@ -88,6 +92,33 @@ class Kit:
         if self._mesh is None:
             self._mesh = make_mesh(World("none", 0, 1, 0, 1, "127.0.0.1", _free_port()), 1, 1)
         return self._mesh
+
+    def run(self, *words: str) -> str:
+        """Run a Python command in the repository and return what it prints.
+
+        Raises TimeoutExpired where the budget is spent first; the command and its children are then killed.
+        """
+        path = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
+        with subprocess.Popen(
+            [sys.executable, *words],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a process group of its own
+        ) as self._command:
+            try:
+                said, _ = self._command.communicate(timeout=max(30.0, self.left_s))
+            finally:
+                self.kill_command()
+        assert self._command.returncode == 0, f"{words}: exit code {self._command.returncode}\n{said[-2000:]}"
+        return said
+
+    def kill_command(self) -> None:
+        """Kill the command that is running, if one is, and all that it has started."""
+        if self._command is not None and self._command.returncode is None:
+            os.killpg(self._command.pid, signal.SIGKILL)
 
 
 def _free_port() -> int:

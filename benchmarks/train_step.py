@@ -48,6 +48,10 @@ class Entry:
 REAL_PATH = Entry("megatron_nexus", "real_path", True)
 REAL_PATH_COMPILED = Entry("megatron_nexus, --compile", "real_path", True, compiled=True)
 REAL_PATH_FP32 = Entry("megatron_nexus, fp32", "real_path", True, precision="fp32")
+SAME_COMPILED = Entry(
+    "megatron_nexus, litgpt's architecture, --compile", "same_architecture", True, compiled=True
+)
+LITGPT_COMPILED = Entry("litgpt, torch.compile", "litgpt", True, compiled=True)
 GEMM = Entry("matrix products", "gemm", True)
 BARE = Entry("bare loop of its model", "bare", True)
 PEERS = (
@@ -64,7 +68,8 @@ AS_USED = (
 )
 COMPILED = (
     REAL_PATH_COMPILED,
-    Entry("litgpt, torch.compile", "litgpt", True, compiled=True),
+    SAME_COMPILED,
+    LITGPT_COMPILED,
     Entry("litgpt, torch.compile", "litgpt", False, compiled=True, fused=False),
 )
 

@@ -24,6 +24,7 @@ from megatron_nexus.checkpoint.data_file import (
     parts_of_one_file,
     write_chunks,
 )
+from megatron_nexus.checkpoint.host_copies import held, passing
 from megatron_nexus.checkpoint.index import part_from_json, part_to_json, record_from_json, record_to_json
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import (
@@ -141,7 +142,7 @@ class CheckpointWriter:
             prepend_bos=request.prepend_bos,
         )
         owned = list(_owned(state, mesh))
-        values = [tensor.to("cpu", copy=True) for _, tensor in owned] if async_save else [t for _, t in owned]
+        values = (held if async_save else passing)([tensor for _, tensor in owned], mesh.device)
         parts = self._parts_of_file(FilePart(mesh.rank, [chunk for chunk, _ in owned], random_states(mesh)))
         own = [part.rank for part in parts].index(mesh.rank)
         job = self._thread.submit(write_chunks, checkpoint.folder, parts, self._arrays(values), own)
@@ -157,10 +158,10 @@ class CheckpointWriter:
         near = [part_from_json(part) for at, part in map(json.loads, told) if at == host]
         return parts_of_one_file(near, mine.rank, self._files_per_node)
 
-    def _arrays(self, values: Sequence[Tensor]) -> Iterator[Array]:
+    def _arrays(self, values: Iterator[Tensor]) -> Iterator[Array]:
         for tensor in values:
             self._on_chunk()
-            yield tensor.cpu().numpy()
+            yield tensor.numpy()
 
     @property
     def is_writing(self) -> bool:

@@ -33,7 +33,7 @@ from megatron_nexus.training.evaluations import Evaluations
 from megatron_nexus.training.fault_injection import FaultInjector
 from megatron_nexus.training.faults import FiniteCheckpoints, StopRequest, is_finite, non_finite_error
 from megatron_nexus.training.hooks import Hook
-from megatron_nexus.training.machine import peak_memory_bytes
+from megatron_nexus.training.machine import PeakMemory
 from megatron_nexus.training.metrics import AnswerScores, StepMetrics, TaskScores, Validation
 from megatron_nexus.training.optimizer import configure_groups
 from megatron_nexus.training.profiler import profiling_hooks
@@ -100,6 +100,7 @@ class Trainer:
         self._open_state: tuple[Location | None, Callable[[Location], StateReader]] = (None, CheckpointReader)
         self._batches_left: Prefetcher[Batch] = Prefetcher(iter(()))
         self._beacon = beacon or Beacon()
+        self._memory = PeakMemory(mesh, config.logging.log_interval, self._beacon)
         self.injector: FaultInjector | None = None
         self.times = times or RunTimes(run_dir, writes=False)
         self.hooks: list[Hook] = [] if hooks is None else hooks
@@ -298,7 +299,7 @@ class Trainer:
             tokens_per_s=tokens_per_s,
             gemm_fraction=self.throughput.gemm_fraction(tokens_per_s),
             mfu=self.throughput.mfu(tokens_per_s),
-            memory_bytes=peak_memory_bytes(self.mesh),
+            memory_bytes=self._memory.bytes_after(step),
             skipped=None if result.was_made else True,
             time=round(time.time(), 3),
         )

@@ -12,9 +12,11 @@ from math import floor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_nexus.config.run_config import Precision, RunConfig
 from megatron_nexus.models.layer_context import DTYPES
+from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.collective_failure import TRACE_PREFIX
 from megatron_nexus.parallel.mesh import Mesh
 
@@ -156,3 +158,25 @@ def peak_memory_bytes(mesh: Mesh) -> int:
     if mesh.device.type == "cuda":
         return torch.cuda.max_memory_allocated(mesh.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class PeakMemory:
+    """The most memory that any rank has held, which the ranks share at --log-interval."""
+
+    def __init__(self, mesh: Mesh, log_interval: int, beacon: Beacon) -> None:
+        """`beacon` shows that this rank waits for the others."""
+        self._mesh, self._interval, self._beacon = mesh, log_interval, beacon
+        self._most = 0
+
+    def bytes_after(self, step: int) -> int:
+        """Return the most that any rank had held when the ranks last shared it, or that this one has held.
+
+        They share it, a collective call, at the interval and the first time.
+        """
+        most = torch.tensor(max(self._most, peak_memory_bytes(self._mesh)))
+        if self._mesh.world_size > 1 and (not self._most or step % self._interval == 0):
+            self._beacon.mark(Phase.TIMES)
+            self._mesh.control.all_reduce(most, dist.ReduceOp.MAX)
+            self._beacon.mark(Phase.HOOKS)
+        self._most = int(most)
+        return self._most

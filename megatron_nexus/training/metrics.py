@@ -46,6 +46,7 @@ class StepMetrics:
     gemm_fraction: float
     mfu: float | None
     memory_bytes: int
+    """The most that any rank has held, which the ranks share at --log-interval: see `PeakMemory`."""
     skipped: bool | None = None
     """True where the update was left out, by --spike-policy; else None."""
     time: float | None = None

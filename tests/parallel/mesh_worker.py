@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nexus.config.command_line import build
+from megatron_nexus.parallel.beacon import Beacon
 from megatron_nexus.parallel.data_parallel import MeanReduction
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.planner.traffic import FP32, StageSize, data_parallel_traffic
+from megatron_nexus.training.machine import PeakMemory, peak_memory_bytes
 from tests.support.waiting import TIMEOUT_S
 
 NODE, PART, BUCKETS = 2, 3, 3
@@ -71,6 +73,19 @@ def check_reduction(mesh: Mesh) -> None:
     assert (planned.within, planned.across) == (FP32 * sent[False], FP32 * sent[True])
 
 
+def check_memory(mesh: Mesh) -> None:
+    """The memory of a step's metrics is that of the rank that has held most, shared at the interval."""
+    memory, last = PeakMemory(mesh, log_interval=2, beacon=Beacon()), mesh.world_size - 1
+    first = memory.bytes_after(1)
+    held = torch.ones(first // 4 if mesh.rank == last else 1)  # as much as any rank has held before
+    told = memory.bytes_after(3)
+    assert told >= peak_memory_bytes(mesh) and (told > 1.3 * first) == (mesh.rank == last)
+    shared = memory.bytes_after(4)
+    assert len(set(mesh.control.all_gather_str(str(shared)))) == 1
+    assert shared >= 1.3 * first, f"{shared:,} bytes, not as much more than {first:,} as the last rank took"
+    del held
+
+
 def main() -> None:
     in_use = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
     # Enough for one group of two ranks, not for four groups of four.
@@ -83,6 +98,7 @@ def main() -> None:
     assert total.item() == mesh.world_size
     assert [group.size() for group in mesh.node_groups] == [NODE, mesh.world_size // NODE]
     check_reduction(mesh)
+    check_memory(mesh)
     close_mesh()
 
 
