@@ -50,13 +50,12 @@ def products(shapes: Shapes, dtype: torch.dtype) -> Callable[[], None]:
         **{shape: MODEL.num_layers * count for shape, count in shapes.items()},
         (D, MODEL.vocab_size): 1,
     }
-    made = [
-        (count, *(torch.randn(size).to(dtype) for size in ((TOKENS, k), (n, k), (TOKENS, n))))
-        for (k, n), count in layers.items()
-    ]
+    made: list[tuple[int, list[Tensor]]] = []
+    for (k, n), count in layers.items():
+        made.append((count, [torch.randn(size).to(dtype) for size in ((TOKENS, k), (n, k), (TOKENS, n))]))
 
     def run() -> None:
-        for count, x, w, grad in made:
+        for count, (x, w, grad) in made:
             for _ in range(count):
                 torch.mm(x, w.t())
                 torch.mm(grad, w)
