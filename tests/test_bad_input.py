@@ -63,6 +63,8 @@ FLAGS = [
     ("--load kept --preset nexusformer-240m", ["--preset", "is not the checkpoint's"]),
     ("--save kept", ["--save kept holds iter_0000002", "use --load kept", "or another --save"]),
     ("--save corpus.bin", ["--save corpus.bin is a file: give a folder"]),
+    ("--save corpus.bin/new", ["--save corpus.bin/new lies below", "a file: give a folder"]),
+    ("--preset tiny", ["--preset 'tiny'", "nexusformer-tiny is the nearest", "presets"]),
     ("--optimizer-impl apex", ["--optimizer-impl apex", "apex"]),
     (f"--save {LONG}", [f"--save {LONG[:100]}... (300 characters): File name too long", "a shorter name"]),
     (f"--load {LONG}", [f"--load {LONG[:100]}...", "a shorter name"]),

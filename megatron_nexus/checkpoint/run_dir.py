@@ -4,6 +4,8 @@ SAVE/iter_0000100/  a checkpoint; on a disk it gets this name only when it is co
 SAVE/latest         the name of the one to resume from, replaced atomically
 """
 
+import errno
+import os
 import re
 from contextlib import suppress
 from functools import cache
@@ -168,7 +170,10 @@ def _listing(folder: Location) -> str:
     ]
     if checkpoints:
         return f"{folder} has the checkpoints {', '.join(checkpoints)}"
-    names = sorted(path.name for path in folder.iterdir())
+    entries: list[Location] = list(folder.iterdir())
+    # A run is a folder: files are only told where there is nothing else.
+    folders = [f"{path.name}/" for path in entries if path.is_dir() and not path.name.startswith(".")]
+    names = sorted(folders or (path.name for path in entries))
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return f"{folder} holds {shown or 'nothing'}"
 
@@ -176,12 +181,19 @@ def _listing(folder: Location) -> str:
 def check_save_folder(folder: Location, checkpoint: Location | None) -> None:
     """Raise ConfigError if a run from `checkpoint` must not save in `folder`.
 
-    It is a file, or holds checkpoints that the run does not continue: none is ever overwritten. Only looks.
+    It is a file, or holds checkpoints that the run does not continue: none is ever overwritten. Raises
+    CheckpointError where it cannot be made or written, as far as permissions tell. Only looks.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--save {folder} is a file: give a folder, or a name that does not exist yet")
     if (folder / MANIFEST_FILE).is_file():
         raise ConfigError(f"--save {folder} is a checkpoint, which is never changed: give another folder")
+    if isinstance(folder, Path):
+        above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not above.is_dir():
+            raise ConfigError(f"--save {folder} lies below {above}, a file: give a folder")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise not_writable_error(folder, OSError(errno.EACCES, f"{above} cannot be written"))
     newest = newest_checkpoint(folder)
     if newest is not None and (checkpoint is None or checkpoint.resolve() != newest.resolve()):
         raise ConfigError(

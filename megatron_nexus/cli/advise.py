@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
-from megatron_nexus.checkpoint.run_dir import complete_checkpoints
+from megatron_nexus.checkpoint.run_dir import complete_checkpoints, find_checkpoint
 from megatron_nexus.checkpoint.saved_run import SavedRun
 from megatron_nexus.cli.arguments import count, positive
 from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
@@ -91,6 +91,8 @@ def run(argv: list[str]) -> None:
     log.configure(is_main_rank=True, stream=sys.stderr if given.json else None)
     if given.probe and importlib.util.find_spec("scipy") is None:
         raise ConfigError(f"--probe needs scipy, not installed here: {install_command('analysis')}")
+    for place in (given.run, *given.pilots):
+        find_checkpoint(place)
     from megatron_nexus.advice.phase import position, schedule_of
     from megatron_nexus.advice.report import Advice, report_lines
     from megatron_nexus.advice.run_curve import read_runs, size_of

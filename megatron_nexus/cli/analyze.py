@@ -136,9 +136,6 @@ class _Run:
 
 def _open_run(root: Location, given: argparse.Namespace) -> _Run:
     """Find a run's checkpoints since the growth that is asked for. Raises ConfigError, CheckpointError."""
-    from megatron_nexus.analysis.samples import make_groups
-    from megatron_nexus.growth.generations import boxes_by_growth, growths_of
-
     checkpoints = complete_checkpoints(root)
     names = {folder.name for folder in checkpoints.values()}
     if not checkpoints:
@@ -146,6 +143,9 @@ def _open_run(root: Location, given: argparse.Namespace) -> _Run:
         raise ConfigError(f"{root} is one checkpoint: give the folder of its run, {found.parent}")
     if left_out := sorted({path.name for path in root.iterdir() if path.name.startswith("iter_")} - names):
         log.logger.info("%s: left out, as they are not whole: %s", root, ", ".join(left_out))
+    from megatron_nexus.analysis.samples import make_groups
+    from megatron_nexus.growth.generations import boxes_by_growth, growths_of
+
     manifests = {step: read_manifest(folder) for step, folder in checkpoints.items()}
     step, newest = max(manifests.items())
     growths = growths_of(newest.lineage)

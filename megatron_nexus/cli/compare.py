@@ -24,7 +24,7 @@ from pathlib import Path
 from megatron_nexus import log
 from megatron_nexus.api import error_of
 from megatron_nexus.base.durable import LOCK_FILE, exclusive_lock
-from megatron_nexus.base.invocation import program_words
+from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.cli.arguments import positive
@@ -91,6 +91,8 @@ def run(argv: list[str]) -> None:
         return
     if len(runs) > 2:
         raise ConfigError(f"{len(runs)} runs were given: compare two")
+    if not argv:
+        raise ConfigError(f"nothing to compare: give two runs, or such as {command('compare')} --b '--tp 2'")
     if len(runs) == 1 and not own.b and not flags:
         raise ConfigError(
             f"{runs[0]} alone was given: name another run or recording, or the same with --b, such as --b "
@@ -187,14 +189,14 @@ def _recorded(side: Side, own: argparse.Namespace, folder: Path) -> Path:
         return side.recording
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--keep {folder.parent} holds {folder.name} already: give a new folder")
-    command = [*program_words("compare"), "--record", str(folder), "--steps", str(own.steps)]
-    command += ["--samples", str(own.samples)]
+    words = [*program_words("compare"), "--record", str(folder), "--steps", str(own.steps)]
+    words += ["--samples", str(own.samples)]
     if side.world_size:
-        command += ["--world-size", str(side.world_size)]
+        words += ["--world-size", str(side.world_size)]
     said = shlex.join(side.flags) or "the default preset"
     with log.Progress(f"{side.name}: recording {own.steps} steps of {said}"):
         done = subprocess.run(
-            [sys.executable, "-u", *command, *side.flags],
+            [sys.executable, "-u", *words, *side.flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -10,6 +10,7 @@ from megatron_nexus import log
 from megatron_nexus.cli.arguments import positive
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.training.comparison import find_runs, run_names
 
 if TYPE_CHECKING:
     from megatron_nexus.reports.recorded_run import RecordedRun
@@ -57,13 +58,16 @@ def run(argv: list[str]) -> None:
         raise ConfigError(
             f"--held-out {given.held_out} loads models: give it without --every, when the runs are over"
         )
+    if given.output.is_dir() or given.output.suffix not in (".html", ".htm"):
+        raise ConfigError(
+            f"--output {given.output} is not a name of an HTML file: give one such as report.html"
+        )
+    folders = find_runs(given.runs)
     with log.importing("torch"):
         from megatron_nexus.reports.divergence import measure_divergences
         from megatron_nexus.reports.family import seams
-        from megatron_nexus.reports.page import check_output, make_page, write_page
-        from megatron_nexus.reports.recorded_run import find_runs, read_run
-        from megatron_nexus.training.comparison import run_names
-    check_output(given.output)
+        from megatron_nexus.reports.page import make_page, write_page
+        from megatron_nexus.reports.recorded_run import read_run
 
     def page_of(folders: Sequence[Path], reload_s: int) -> "list[RecordedRun]":
         """Write the page of the runs as they are now, and return them."""
@@ -73,7 +77,7 @@ def run(argv: list[str]) -> None:
         write_page(make_page(runs, title, given.output, divergences, reload_s), given.output)
         return runs
 
-    runs = page_of(find_runs(given.runs), given.every or 0)
+    runs = page_of(folders, given.every or 0)
     for one in runs:
         for note in one.notes:
             log.logger.info("note: %s: %s", one.name, note)

@@ -122,11 +122,13 @@ def add_field_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[obje
 
 
 def preset_name(text: str) -> str:
-    """Return the name of a preset. Raises ArgumentTypeError, which names the nearest, where there is none."""
+    """Return the name of a preset. Raises ConfigError, which names the nearest, where there is none."""
     if text not in PRESETS:
-        near = difflib.get_close_matches(text, PRESETS, n=1, cutoff=0)[0]
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a preset, {near} is the nearest: `{command('presets')}` lists all"
+        containing = [name for name in PRESETS if text and text in name]
+        near = [*containing, *difflib.get_close_matches(text, PRESETS, n=1, cutoff=0)][0]
+        raise ConfigError(
+            f"--preset {text!r} is not a preset, {near} is the nearest: give one that "
+            f"`{command('presets')}` lists"
         )
     return text
 

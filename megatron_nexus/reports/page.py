@@ -59,12 +59,6 @@ def make_page(
     )
 
 
-def check_output(output: Path) -> None:
-    """Raise ConfigError where `output` is not a name for the page."""
-    if output.is_dir() or output.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--output {output} is not a name of an HTML file: give one such as report.html")
-
-
 def write_page(page: str, output: Path) -> None:
     """Write the document, whole at every moment. Raises ConfigError where that cannot be."""
     try:

@@ -127,31 +127,6 @@ def _is_number(record: Mapping[str, Any], name: str) -> bool:
     return fits(record.get(name), float)
 
 
-def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Return the folders of runs among `folders` and below them, in order.
-
-    Raises ConfigError: one is not a run and holds none, or a run is given twice.
-    """
-    found: list[Path] = []
-    problems = []
-    for folder in folders:
-        runs = [folder] if (folder / METRICS_FILE).is_file() else []
-        runs += sorted(path.parent for path in folder.glob(f"*/**/{METRICS_FILE}")) if folder.is_dir() else []
-        if not runs:
-            what = "has no" if folder.is_dir() else "is not a folder and has no"
-            problems.append(
-                f"{folder} {what} {METRICS_FILE}, and no folder below it has one: give a run's folder (what "
-                "--save named), or a folder of runs"
-            )
-        found += runs
-    if problems:
-        raise ConfigError(problems)
-    resolved = [run.resolve() for run in found]
-    if twice := sorted({str(run) for run in found if resolved.count(run.resolve()) > 1}):
-        raise ConfigError(f"{', '.join(twice)}: given twice, or with a folder around it: give each run once")
-    return found
-
-
 def read_run(folder: Path, name: str) -> RecordedRun:
     """Return what a run's folder records; what cannot be read is a note."""
     notes: list[str] = []

@@ -16,6 +16,19 @@ from tests.support.paths import REPOSITORY
 
 HEAVY = ("torch", "deepspeed", "matplotlib", "lm_eval", "transformers", "datasets", "pyarrow")
 
+REFUSED = (
+    "compare",
+    "report nowhere",
+    "plot nowhere",
+    "advise nowhere",
+    "analyze nowhere",
+    "inspect nowhere",
+    "generate --load nowhere",
+    "export --load nowhere --output new",
+    "train --load nowhere",
+    "grow --load nowhere --save new",
+)
+
 
 def call(
     monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str], *words: str
@@ -51,7 +64,7 @@ def test_a_word_that_is_not_a_verb_is_answered_with_the_nearest(
     assert code == 2 and out == "" and repr(word) in err and remedy in err
 
 
-def test_help_of_every_verb_imports_nothing_heavy_and_has_a_short_usage_line() -> None:
+def test_help_and_refusals_of_a_missing_run_import_nothing_heavy_and_usage_lines_are_short() -> None:
     program = (
         "import sys, json\n"
         "from megatron_nexus.cli.main import main\n"
@@ -60,6 +73,10 @@ def test_help_of_every_verb_imports_nothing_heavy_and_has_a_short_usage_line() -
         "    sys.argv = ['/usr/bin/nexus', verb, '--help']\n"
         "    try: main()\n"
         "    except SystemExit as ended: assert not ended.code\n"
+        f"for line in {REFUSED}:\n"
+        "    sys.argv = ['/usr/bin/nexus', *line.split()]\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: assert ended.code == 2, line\n"
         f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
     )
     done = subprocess.run(
