@@ -4,12 +4,15 @@ Usage: train_worker.py CASES.json OUT_FOLDER; the launcher's variables come from
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,11 +28,13 @@ from megatron_nexus.growth.generations import newest_regions
 from megatron_nexus.growth.grown_reader import GrownReader
 from megatron_nexus.growth.plan import plan_growth
 from megatron_nexus.growth.request import read_request
+from megatron_nexus.models import decoder
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.scores import Request
 from megatron_nexus.parallel.beacon import Beacon
 from megatron_nexus.parallel.mesh import Mesh, close_mesh, make_mesh
 from megatron_nexus.parallel.world import read_world
+from megatron_nexus.training import stage_module
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.grown_adam import install_bias_correction
@@ -68,7 +73,7 @@ def scoring_requests(vocab_size: int, seq_length: int, every_last_token: bool) -
     The latter are many: one case of each topology asks them.
     """
     generator = torch.Generator().manual_seed(9)
-    lengths = [(seq_length + 1, seq_length), (2, 1), (seq_length, 3), *((n, n // 2) for n in range(4, 11))]
+    lengths = [(seq_length + 1, seq_length), (2, 1), (seq_length, 3), *((n, n // 2) for n in (4, 7, 10))]
     texts = [(torch.randint(0, vocab_size, (n,), generator=generator).tolist(), k) for n, k in lengths]
     if every_last_token:
         texts += [([*texts[0][0][:2], last], 1) for last in range(vocab_size)]
@@ -122,6 +127,24 @@ def save(engine: Engine, mesh: Mesh, folder: Path, request: SaveRequest) -> None
     writer.finish()
 
 
+@contextmanager
+def compiled_in_turn(lock: Path) -> Iterator[None]:
+    """Have one rank at a time compile: the others find in inductor's cache what the first has made."""
+
+    def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            from torch._inductor.compile_fx import compile_fx  # seconds, and one case needs it
+
+            return compile_fx(graph, inputs)
+
+    with (
+        mock.patch.object(stage_module, "compile_blocks", partial(decoder.compile_blocks, backend=inductor)),
+        mock.patch.object(decoder, "compiled_kernel", partial(decoder.compiled_kernel, inductor)),
+    ):
+        yield
+
+
 def run_case(case: dict, out: Path, index: int) -> None:
     config = build(case["flags"])
     world = read_world(os.environ)
@@ -137,7 +160,8 @@ def run_case(case: dict, out: Path, index: int) -> None:
     beacon = Beacon()
     if config.optimizer.optimizer_impl == "deepspeed":
         build_deepspeed_adam(mesh)
-    engine = Engine(config, mesh, beacon=beacon)
+    with compiled_in_turn(out / "compiler.lock"):
+        engine = Engine(config, mesh, beacon=beacon)
     if "load" in case:
         begin_from(case, engine, mesh, out)
     batches = global_batches(config.model.vocab_size, training.global_batch_size, training.seq_length)
