@@ -13,10 +13,12 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_nexus.config.model_config import ModelConfig
+from megatron_nexus.kernels.causal_attention import LONGEST, causal_attention
 from megatron_nexus.kernels.document_attention import block_masked_attention
 from megatron_nexus.models.higher_order import Refinement, each_head, gate_specs
 from megatron_nexus.models.kv_cache import LayerCache
@@ -71,6 +73,7 @@ class Attention(nn.Module):
         super().__init__()
         parts = attention_specs(model, prefix)
         self.tp = context.tp
+        self.computes_backward = context.attention_backward
         self.head_size = model.kv_channels
         self.score_scale = 1.0 / math.sqrt(model.rotary_channels)
         self.has_rotary = has_rotary
@@ -135,6 +138,9 @@ class Attention(nn.Module):
         if packing is not None and packing.blocks is not None:
             return block_masked_attention(q_BNTH, k, v, packing.blocks, self.score_scale)
         mask = window_mask(packing, q_BNTH.shape[2], k.shape[2], self.window, k.device)
+        is_square = q_BNTH.shape[1:3] == k.shape[1:3] and mask is None
+        if self.computes_backward and is_square and k.shape[2] <= LONGEST and torch.is_grad_enabled():
+            return causal_attention(q_BNTH, k, v, self.score_scale)
         return F.scaled_dot_product_attention(
             q_BNTH,
             k,

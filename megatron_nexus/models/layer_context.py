@@ -31,13 +31,19 @@ def groups_projections(compiled: bool, dtype: torch.dtype, device_type: str) -> 
     return device_type == "cuda" or (compiled and dtype == torch.bfloat16)
 
 
+def computes_attention_backward(compiled: bool, dtype: torch.dtype, device_type: str) -> bool:
+    """Return whether short samples' attention has our backward pass: on a CPU, in compiled bf16."""
+    return device_type == "cpu" and compiled and dtype == torch.bfloat16
+
+
 @dataclass(frozen=True)
 class LayerContext:
     """The tensor-parallel ranks, this rank's share, the seed and type of new weights, what is recomputed,
     and whose kernels compute the norms. Without a seed weights are zeros, to be filled from a checkpoint.
 
     The next two keep the documents of a packed sample apart: see `packing`. `group_projections` has the
-    Nexus-Ranks of one input use fewer, larger products; `flex_attention` has the blocks, which are then
+    Nexus-Ranks of one input use fewer, larger products; `attention_backward` has attention
+    of short samples computed by `kernels.causal_attention`; `flex_attention` has the blocks, which are then
     compiled, keep documents apart by FlexAttention. `ends_before_head` leaves the head's product to the loss.
     """
 
@@ -50,6 +56,7 @@ class LayerContext:
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
     group_projections: bool = False
+    attention_backward: bool = False
     flex_attention: bool = False
     ends_before_head: bool = False
     observer: ActivationObserver = field(default_factory=ActivationObserver)

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.run_config import Recompute
 from megatron_nexus.models.decoder import DecoderStage, Loss
-from megatron_nexus.models.layer_context import LayerContext, groups_projections
+from megatron_nexus.models.layer_context import LayerContext, computes_attention_backward, groups_projections
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.models.rotary import rotary_tables, stage_tables
@@ -152,6 +152,7 @@ class _Stage:
             reset_position_ids=shape.reset_position_ids,
             reset_attention_mask=shape.reset_attention_mask,
             group_projections=groups_projections(shape.compiled, shape.dtype, shape.device_type),
+            attention_backward=computes_attention_backward(shape.compiled, shape.dtype, shape.device_type),
             ends_before_head=shape.linear_loss,
         )
         self.decoder = DecoderStage(shape.model, shape.layers, context)

@@ -14,7 +14,12 @@ from megatron_nexus.config.deepspeed_config import Json
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.attention_backend import uses_flex_attention
 from megatron_nexus.models.decoder import DecoderStage, Loss, compile_blocks
-from megatron_nexus.models.layer_context import DTYPES, LayerContext, groups_projections
+from megatron_nexus.models.layer_context import (
+    DTYPES,
+    LayerContext,
+    computes_attention_backward,
+    groups_projections,
+)
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.parallel.grid import Grid
 from megatron_nexus.parallel.mesh import Mesh
@@ -60,6 +65,7 @@ def layer_context(
         reset_position_ids=config.data.reset_position_ids,
         reset_attention_mask=config.data.reset_attention_mask,
         group_projections=groups_projections(training.compile, dtype, mesh.device.type),
+        attention_backward=computes_attention_backward(training.compile, dtype, mesh.device.type),
         flex_attention=uses_flex_attention(config, mesh.device.type),
         ends_before_head=training.cross_entropy_fusion_impl == "linear",
     )
