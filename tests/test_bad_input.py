@@ -254,6 +254,8 @@ TOOLS = [
     ),
     ("grow_sharded_checkpoint.py", "--load kept --nexus-mm 200", ["--nexus-mm: did you mean --nexus-m?"]),
     ("inspect_data.py", "mine --bogus", ["unknown flag --bogus: drop it; see "]),
+    ("inspect_checkpoint.py", "--load kept", ["unknown flag --load: give checkpoint without a flag"]),
+    ("export_hf.py", "--load kept --save hf", ["unknown flag --save: use --output"]),
     ("inspect_data.py", "mine stray", ["'stray' belongs to no flag"]),
     ("plot_runs.py", "", ["required: RUN"]),
     ("inspect_data.py", "nowhere", ["nowhere"]),
@@ -355,6 +357,7 @@ def test_a_folder_without_permission_is_named(command: Command) -> None:
         assert_refused(
             code, output, "CheckpointError", f"--save {place}", "give a folder that can be written"
         )
+        assert "importing torch" not in output
 
 
 def test_tokens_beyond_the_vocabulary_are_refused_where_they_are_met(command: Command) -> None:

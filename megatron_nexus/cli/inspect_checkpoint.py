@@ -74,7 +74,7 @@ def _describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
     return {
         "progress": f"step {done.step:,}: {done.samples:,} samples, {done.tokens:,} tokens, "
         f"{done.flops:.3g} FLOPs",
-        "model": f"{config.preset}: {parameter_count(manifest.specs.values()):,} parameters (true count) in "
+        "model": f"{config.preset}: {parameter_count(manifest.specs.values()):,} parameters in "
         f"{len(manifest.specs)} tensors",
         "sizes": ", ".join(f"{name} {value}" for name, value in vars(model).items()),
         "written by": f"{ranks.world_size} rank{'s' if ranks.world_size > 1 else ''}: tensor "

@@ -1,7 +1,7 @@
 """The verbs `train` and `unlearn`, from the command line to a run: read, check, start ranks, train.
 
 torch and DeepSpeed are imported only by the ranks that train, after the checks: a wrong flag is answered
-at once. `training.run` continues from here.
+at once. `training.run.train` continues from here.
 """
 
 import os
@@ -96,7 +96,7 @@ def _dry_run(command: TrainCommand, world: World) -> NoReturn:
 def _train(command: TrainCommand, world: World, run_data: RunData | UnlearningSamples | None) -> NoReturn:
     """Train, and end the process."""
     with importing_torch():
-        from megatron_nexus.training.run import run as train
+        from megatron_nexus.training.run import train
     start = command.start
 
     def task() -> None:

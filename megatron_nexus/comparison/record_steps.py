@@ -60,7 +60,7 @@ def record_steps(
 ) -> None:
     """Train the first steps of a run, and record them; every rank calls this once.
 
-    The arguments are those of `training.run.run`.
+    The arguments are those of `training.run.train`.
     """
     mesh = start_ranks(config, world, checkpoint)
     corpus = open_corpus(config, mesh, world.local_rank, record, run_data)

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
@@ -13,6 +13,9 @@ from megatron_nexus.errors import ConfigError
 
 NEAR = 0.7
 """How alike two names are of which one is the other misspelt: below, advice would be absurd."""
+
+_READ, _WRITTEN = ("load", "checkpoint", "model", "run"), ("save", "output", "output-dir", "output-prefix")
+"""Names under which verbs take what they read and what they write."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -95,8 +98,21 @@ class FlagParser(argparse.ArgumentParser):
         }
         near = difflib.get_close_matches(flag.strip("-").replace("_", "-"), names, n=1, cutoff=NEAR)
         meant = f"did you mean {names[near[0]]}?" if near else self.family_hint(flag)
-        hint = self.replacement_hint(flag) or meant or f"drop it{self._see_help}"
+        hint = (
+            self.replacement_hint(flag) or self._synonym(flag, names) or meant or f"drop it{self._see_help}"
+        )
         return f"unknown flag {word}: {hint}"
+
+    def _synonym(self, flag: str, names: Mapping[str, str]) -> str | None:
+        """Return what this verb takes in place of another verb's flag for the same."""
+        name = flag.strip("-").replace("_", "-")
+        group = next((group for group in (_READ, _WRITTEN) if name in group), ())
+        if found := [names[other] for other in group if other in names]:
+            return f"use {found[0]}"
+        words = [action for action in self._actions if not action.option_strings]
+        return (
+            f"give {words[0].metavar or words[0].dest} without a flag" if group == _READ and words else None
+        )
 
     @property
     def _see_help(self) -> str:

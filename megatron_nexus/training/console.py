@@ -83,18 +83,20 @@ def announce(
         ", sequence parallel" if config.parallel.sequence_parallel else "",
     )
     logger.info(
-        "kernels: attention %s, %s of %s, AdamW of %s (%s)",
+        "kernels: attention %s, %s from %s, %s from %s",
         attention_backend(config, mesh.device),
         config.model.normalization,
         training.norm_impl,
-        config.optimizer.optimizer_impl,
         type(engine.optimizer.optimizer).__name__,
+        config.optimizer.optimizer_impl,
     )
+    steps = config.accumulation_steps(mesh.world_size)
     logger.info(
-        "batch: %d samples of %d tokens in %d micro-batches a rank; %d iterations",
+        "batch: %d samples of %d tokens in %d micro-batch%s a rank; %d iterations",
         training.global_batch_size,
         sample_tokens,
-        config.accumulation_steps(mesh.world_size),
+        steps,
+        "es" if steps > 1 else "",
         training.train_iters,
     )
     if training.rampup_batch_size:
@@ -175,7 +177,7 @@ def summarise(
     count = parameter_count(decoder_specs(config.model).values())
     rate = outcome.tokens_per_s
     lines = {
-        "parameters": f"{count:,} (true count of {model_name(config)})",
+        "parameters": f"{count:,} ({model_name(config)})",
         "tokens": f"{trainer.progress.tokens:,} in {trainer.progress.step:,} iterations",
         "throughput": f"{rate:,.0f} tokens/s, {trainer.throughput.utilization(rate)}"
         if rate

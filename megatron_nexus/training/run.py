@@ -51,7 +51,7 @@ _BEFORE_TIMEOUT = 0.95
 """Share of torch's time-out at which ranks that hang are named: it counts from a collective's start."""
 
 
-def run(
+def train(
     config: RunConfig,
     world: World,
     checkpoint: Location | None,

@@ -31,7 +31,7 @@ from megatron_nexus.config.rules import check
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training.metrics import METRICS_FILE
-from megatron_nexus.training.run import run
+from megatron_nexus.training.run import train
 from tests.support.cli import SMALL
 from tests.support.ports import free_port
 from tests.support.waiting import TIMEOUT_S
@@ -48,7 +48,7 @@ def live(argv: list[str], output: Path) -> None:
         log.configure(is_main_rank=world.rank == 0)
         config, checkpoint = configure(argv)
         check(config, world.size)
-        run(config, world, checkpoint, argv)
+        train(config, world, checkpoint, argv)
 
 
 def begin(root: Path, ranks: int, async_save: bool) -> list[BaseProcess]:

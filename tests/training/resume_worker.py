@@ -18,7 +18,7 @@ from megatron_nexus.models import parameters
 from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training import console as console_module
 from megatron_nexus.training import run as run_module
-from megatron_nexus.training.run import run
+from megatron_nexus.training.run import train
 from tests.support.warm_server import call_in_fork
 
 
@@ -39,7 +39,7 @@ def run_one(argv: list[str], index: int) -> None:
     if checkpoint is not None:
         parameters.local_values = draw_nothing
     begins = start is not None and start.begins_unlearning
-    run(config, world, checkpoint, argv, begins_unlearning=begins, faults=command.faults)
+    train(config, world, checkpoint, argv, begins_unlearning=begins, faults=command.faults)
 
 
 def main() -> None:
