@@ -29,6 +29,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("chain", "victim", "number"),
     [

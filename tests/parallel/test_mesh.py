@@ -45,6 +45,7 @@ def test_ranks_wait_long_for_the_first_step_and_less_in_later_ones() -> None:
     run_ranks(2, TESTS / "parallel" / "timeout_worker.py")
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(("flags", "calls"), [("", 3), ("--tp 8 --pp 4", 4)])
 def test_what_a_start_costs_rank_0_does_not_grow_with_the_ranks(
     tmp_path: Path, flags: str, calls: int
