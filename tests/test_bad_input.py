@@ -352,12 +352,8 @@ def test_the_corpora_here_are_bad_by_what_was_done_to_them_alone(command: Comman
 
 
 def test_a_folder_without_permission_is_named(command: Command) -> None:
-    for place in ("/proc/nexus", "corpus.bin/run"):
-        code, output = command.run(f"--save {place} --train-iters 1")
-        assert_refused(
-            code, output, "CheckpointError", f"--save {place}", "give a folder that can be written"
-        )
-        assert "importing torch" not in output
+    code, output = command.run("--save /proc/nexus --train-iters 1")
+    assert_refused(code, output, "CheckpointError", "--save /proc/nexus", "give a folder that can be written")
 
 
 def test_tokens_beyond_the_vocabulary_are_refused_where_they_are_met(command: Command) -> None:

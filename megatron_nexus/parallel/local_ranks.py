@@ -122,7 +122,8 @@ def _watch(ranks: list[subprocess.Popen[bytes]], exit_signals: Sequence[signal.S
         codes = [process.poll() for process in ranks]
         bad = [(rank, code) for rank, code in enumerate(codes) if code]
         if not failed and bad:
-            rank, failed = bad[0]
+            # Of those that ended since the last look, one that was killed: the others left because of it.
+            rank, failed = min(bad, key=lambda found: (found[1] > 0, found[0]))
             deadline = time.monotonic() + GRACE_PERIOD_S
             if failed < 0:
                 ended_by = signal.Signals(-failed)

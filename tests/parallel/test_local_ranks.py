@@ -1,5 +1,6 @@
 """Local ranks live and die together: real processes, and none is left behind."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS, parse_exit_signals
-from megatron_nexus.parallel.local_ranks import missing_ranks
+from megatron_nexus.parallel.local_ranks import _watch, missing_ranks
 from megatron_nexus.parallel.world import World
 from tests.support.cases import first_by_default
 from tests.support.paths import REPOSITORY
@@ -129,6 +130,17 @@ def test_a_killed_rank_is_named_and_ends_the_run(start: Start) -> None:
     code, output = run.end()
     assert code == 128 + signal.SIGKILL
     assert output == "rank 1 was terminated by SIGKILL: out of memory, or killed manually?\n"
+
+
+def test_of_ranks_that_end_together_the_killed_one_is_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    """The others leave because of it, within the same look at them."""
+    words = ("raise SystemExit(75)", "import os; os.kill(os.getpid(), 9)")
+    ranks = [subprocess.Popen([sys.executable, "-c", word]) for word in words]
+    for rank in ranks:
+        rank.wait()
+    with caplog.at_level(logging.ERROR):
+        assert _watch(ranks, []) == 128 + signal.SIGKILL
+    assert "rank 1 was terminated by SIGKILL" in caplog.text
 
 
 def test_a_rank_whose_data_file_is_cut_short_is_reported_with_that_cause(start: Start) -> None:
