@@ -183,8 +183,8 @@ def test_old_weights_and_moments_are_kept_and_new_moments_are_zero(tmp_path: Pat
 @pytest.mark.parametrize(
     ("axes", "option", "settings"),
     [
-        pytest.param("M-A", "plain", {"init": "pairs"}, marks=pytest.mark.law),
-        ("all", "released", {}),
+        ("M-A", "plain", {"init": "pairs"}),
+        pytest.param("all", "released", {}, marks=pytest.mark.law),
         pytest.param("all", "plain", {"init": "split", "moments": "copied"}, marks=pytest.mark.law),
         pytest.param("all", "tokenformer", {"depth_init": "copy"}, marks=pytest.mark.law),
     ],

@@ -124,6 +124,7 @@ def test_when_one_rank_fails_those_that_hang_are_ended_within_ten_seconds(start:
     assert time.monotonic() - began < scaled_by_load(10.0)
 
 
+@pytest.mark.law
 def test_a_killed_rank_is_named_and_ends_the_run(start: Start) -> None:
     run = start(2, "ready(); time.sleep(0.5 if rank == 0 else 600)")
     os.kill(run.await_ready(2)[1], signal.SIGKILL)
@@ -200,6 +201,7 @@ def test_ranks_are_asked_to_stop_when_their_parent_is_killed(start: Start, heeds
     assert run.program.output() == "saved saved " * heeds
 
 
+@pytest.mark.law
 def test_the_ranks_port_is_taken_from_the_start_and_the_first_rank_s_to_serve(start: Start) -> None:
     run = start(
         2,

@@ -37,6 +37,7 @@ def taken() -> Iterator[int]:
         yield port
 
 
+@pytest.mark.law
 def test_rank_0_whose_port_is_taken_tells_the_other_machines(
     taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

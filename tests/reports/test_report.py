@@ -192,6 +192,7 @@ def test_what_is_missing_is_said_in_the_page(folder: Path, tmp_path: Path) -> No
     assert "unlearned: its parent" not in page.words and "grown: its parent" not in page.words
 
 
+@pytest.mark.slow
 def test_a_page_follows_a_run_until_it_has_finished(folder: Path, tmp_path: Path) -> None:
     root, output = tmp_path / "run", tmp_path / "report.html"
     shutil.copytree(folder / "base", root)
