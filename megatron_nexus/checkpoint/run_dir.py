@@ -171,7 +171,7 @@ def _listing(folder: Location) -> str:
     if checkpoints:
         return f"{folder} has the checkpoints {', '.join(checkpoints)}"
     entries: list[Location] = list(folder.iterdir())
-    # A run is a folder: files are only told where there is nothing else.
+    # A run is a folder: files are listed only where there are no folders.
     folders = [f"{path.name}/" for path in entries if path.is_dir() and not path.name.startswith(".")]
     names = sorted(folders or (path.name for path in entries))
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
