@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import deepspeed
@@ -54,6 +55,9 @@ def _problem(on_cpu: bool) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
         with exclusive_lock(folder / LOCK_FILE, waiting=nullcontext()):
+            import cpuinfo  # which DeepSpeed asks twice, a second and a process each time
+
+            cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
             for stale in folder.glob("*/lock"):
                 stale.unlink()
             (CPUAdamBuilder if on_cpu else FusedAdamBuilder)().load(verbose=False)

@@ -21,7 +21,7 @@ from megatron_nexus.parallel.collective_failure import TRACE_PREFIX
 from megatron_nexus.parallel.mesh import Mesh
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_GEMM_SECONDS, _GEMM_BLOCKS = 0.5, 5
+_GEMM_S, _GEMM_BLOCK_S = 0.2, 0.03
 
 TESTED_TORCH = ("2.10", "2.13")
 """The oldest version that the laws are run on, and the newest."""
@@ -143,11 +143,13 @@ def gemm_flops_per_s(mesh: Mesh, precision: Precision) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    multiply(2)
+    multiply(1)
     mesh.control.barrier()
-    times = max(1, round(_GEMM_SECONDS / _GEMM_BLOCKS / max(multiply(3) / 3, 1e-6)))
+    times = max(1, round(_GEMM_BLOCK_S / max(multiply(1), 1e-6)))
     # The fastest of several blocks: whatever else the machine does only ever slows one down.
-    fastest_s = min(multiply(times) for _ in range(_GEMM_BLOCKS))
+    end, fastest_s = time.perf_counter() + _GEMM_S, multiply(times)
+    while time.perf_counter() < end:
+        fastest_s = min(fastest_s, multiply(times))
     rate = torch.tensor(2.0 * size**3 * times / fastest_s, dtype=torch.float64)
     mesh.control.all_reduce(rate)
     return float(rate)

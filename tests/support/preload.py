@@ -1,5 +1,7 @@
 """What the warm server imports once, for all processes that it forks (see `warm_server`)."""
 
+import functools
+
 from megatron_nexus.base.gc_paused import gc_paused
 from megatron_nexus.base.hidden_modules import hidden_modules
 
@@ -11,6 +13,12 @@ with gc_paused(), hidden_modules("mlflow"):
     from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
 
     import_muon_uncompiled()
+
+    # DeepSpeed asks for it in each process that loads its Adam: 1.2 CPU seconds.
+    import cpuinfo
+
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
 
     # DeepSpeed imports these at the first engine, in .2 s.
     import deepspeed.module_inject.auto_ep_layer
