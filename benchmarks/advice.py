@@ -34,7 +34,7 @@ RECORDED = Path(__file__).with_name("advice_runs.json")
 SHARES = {"25 %": 0.25, "50 %": 0.5, "100 %": 1.0, "pilots": 0.0}
 """Of the target's run from scratch that is known; or all that was run with half of the FLOPs."""
 SHOWN = (("long/long1-g2000-tD", "50 %"), ("tiny/s1-g500-tMA", "100 %"), ("depth/s1-g713-2076", "pilots"))
-STABLE = Position(Phase.STABLE, "WSD", 1.0)
+STABLE = Position(Phase.STABLE, "WSD")
 HELD_OUT = "held"
 """The experiment that was recorded after all constants were chosen, and had no part in any."""
 NEAR = 0.03

@@ -36,7 +36,6 @@ from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.saved_run import saved_config
-from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.evaluation.harness import NexusLM
@@ -44,6 +43,7 @@ from megatron_nexus.evaluation.loaded_model import load_model
 from megatron_nexus.evaluation.local_scorer import LocalScorer
 from megatron_nexus.evaluation.task_files import PAPER_TASKS
 from megatron_nexus.evaluation.tasks import Tasks, open_tasks
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.interchange.export import export_checkpoint
 from megatron_nexus.models.layer_context import DTYPES
 

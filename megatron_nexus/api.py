@@ -57,14 +57,13 @@ def configure(**settings: Setting) -> "RunConfig":
 
 
 def _configure(verb: str, settings: Mapping[str, Setting]) -> "RunConfig":
-    """Return the configuration of a verb that trains, checked."""
     require_linux()
-    from megatron_nexus.cli import train_command
+    from megatron_nexus.cli.train_command import read_train_command
     from megatron_nexus.config.rules import check
 
     with path_errors():
-        config, _ = train_command.configure(_flags(settings), verb)
-    check(config, config.model_parallel_size)
+        config = read_train_command(_flags(settings), verb).config
+        check(config, config.model_parallel_size)
     return config
 
 
@@ -151,10 +150,17 @@ def retrieve(
 
 def _run(verb: str, settings: Mapping[str, Setting], echo: bool) -> None:
     """Run a verb in a process of its own; raise the error that it ends with."""
-    command = [sys.executable, "-u", "-m", "megatron_nexus", verb, *_flags(settings)]
+    run_program(["-m", "megatron_nexus", verb, *_flags(settings)], echo)
+
+
+def run_program(words: Sequence[str], echo: bool) -> None:
+    """Run a command of this package, whose `words` follow `python`; its lines go to stdout where `echo`.
+
+    Raises the error that it ends with.
+    """
     lines = []
     with subprocess.Popen(
-        command,
+        [sys.executable, "-u", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,9 +7,10 @@ is an `assert`, never one of these.
 import errno
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 EXIT_CODE_USER_ERROR = 2
 EXIT_CODE_RESTART = 75
@@ -49,6 +50,12 @@ class ConfigError(NexusError):
         super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
 
 
+def raise_problems(problems: Iterable[str]) -> None:
+    """Raise ConfigError with all problems, if there are any."""
+    if found := list(problems):
+        raise ConfigError(found)
+
+
 class RefusedError(ConfigError):
     """A rank of another machine was refused; what it said is the problem."""
 
@@ -84,6 +91,26 @@ def path_errors() -> Iterator[None]:
         if error.filename is None:
             raise  # of no file: the network, a pipe
         raise path_error(error, sys.argv[1:]) from error
+
+
+def try_all(*steps: Callable[[], Any]) -> list[Any]:
+    """Return what independent steps return.
+
+    Raises what one of them raises, or ConfigError with the problems of several.
+    """
+    found: list[Any] = []
+    errors: list[NexusError] = []
+    for step in steps:
+        try:
+            with path_errors():
+                found.append(step())
+        except NexusError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    said = (error.problems if isinstance(error, ConfigError) else [str(error)] for error in errors)
+    raise_problems(problem for problems in said for problem in problems)
+    return found
 
 
 def path_error(error: OSError, words: Sequence[str]) -> ConfigError:

@@ -3,6 +3,8 @@
 The project is on no index: `pip install -e .[eval]` works in a checkout only, its packages anywhere.
 """
 
+import importlib.util
+import re
 import shlex
 
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -19,3 +21,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 def install_command(extra: str) -> str:
     """Return the pip command that installs the packages of an extra."""
     return shlex.join(["pip", "install", *EXTRAS[extra]])
+
+
+def missing_packages(extra: str, needed_by: str) -> list[str]:
+    """Return what is wrong where packages of an extra, which something needs, are not installed."""
+    names = [re.split("[<>=]", package)[0] for package in EXTRAS[extra]]
+    missing = [name for name in names if importlib.util.find_spec(name.replace("-", "_")) is None]
+    wanted = f"{needed_by} {' and '.join(missing)}, not installed here: {install_command(extra)}"
+    return [wanted] if missing else []

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -62,6 +63,12 @@ def also_to_file(path: Path) -> None:
         console.setLevel(logger.level)
     logger.addHandler(file)
     logger.setLevel(logging.DEBUG)
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines."""
+    for line in lines:
+        logger.info("%s", line)
 
 
 def error(text: str) -> None:

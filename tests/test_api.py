@@ -144,7 +144,7 @@ def test_what_is_not_there_is_an_exception(folder: Path) -> None:
         api.load("nowhere", precision="fp8")
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         api.unlearn("nowhere", "new", "forget.jsonl", lr=1e-5, train_iters=1)
-    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
         api.retrieve("nowhere", "corpus.jsonl", "q.jsonl", forget=1, retain=1, sketch_size=64)
     assert list(folder.iterdir()) == []
 

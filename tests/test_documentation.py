@@ -84,7 +84,8 @@ def parse(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(FlagParser, "parse_args", parse_args)
             with pytest.raises(ParsedError):
-                importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run(flags)
+                run = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run
+                run(flags, *(["unlearn"] if verb == "unlearn" else []))
         return
     given = given_flags(flags)
     if given.keys().isdisjoint(("load", "config")):

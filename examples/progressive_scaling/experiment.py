@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megatron_nexus.cli.train_command import configure
+from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.growth.request import grown_config, read_request
@@ -94,7 +94,7 @@ class Experiment:
 
     def config_of(self, shape: str) -> RunConfig:
         """Return the configuration of a shape's runs. Raises ConfigError."""
-        return configure(words({**self.train, **self.shapes[shape]}))[0]
+        return read_train_command(words({**self.train, **self.shapes[shape]})).config
 
     def growth(self, before: str, stage: Stage) -> str:
         """Return what --grow takes to make a stage's shape of the shape `before`; "" where they are one."""

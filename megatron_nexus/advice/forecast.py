@@ -64,6 +64,10 @@ class Plan:
         """The FLOPs of the whole run, had the small model had its size from the beginning."""
         return self.flops + self.cheaper_by
 
+    def tokens_left(self, small: Size, target: Size) -> float:
+        """Return the tokens that what is left pays for with the target."""
+        return (self.flops_at_size - small.flops_per_token * self.now.tokens) / target.flops_per_token
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -99,8 +103,7 @@ def forecast(small: LossLaw, target: LossLaw, sizes: tuple[Size, Size], plan: Pl
     more = schedule.area_after(all_small - plan.now.tokens, all_small)
     trained_on = small.loss(plan.now.area + more, low)
     scratch = target.loss(schedule.area(all_target), low)
-    left = (plan.flops_at_size - plan.now.tokens * cheap) / dear
-    restarted = target.loss(max(1.0, schedule.area(left)), low)
+    restarted = target.loss(max(1.0, schedule.area(plan.tokens_left(*sizes))), low)
 
     def grown_at(tokens: float) -> tuple[Array, Array, float]:
         """Return losses and areas at the end of a growth at `tokens`, and the tokens there."""

@@ -20,9 +20,10 @@ from megatron_nexus.analysis.estimate import Estimate, estimate
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.checkpoint.store import CheckpointReader
+from megatron_nexus.config.command_line import IN_STEPS
 from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.config.schedule import learning_rate
+from megatron_nexus.config.schedule import learning_rate, run_end
 from megatron_nexus.data.default_corpus import cache_folder, prepare_default_corpus
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
@@ -30,7 +31,7 @@ from megatron_nexus.data.tokenizer_record import TokenizerRecord
 from megatron_nexus.growth.request import GrowthRequest
 from megatron_nexus.growth.verify import layerwise_logits
 from megatron_nexus.log import Progress
-from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, training_curve, validation_curves
+from megatron_nexus.training.metrics import METRICS_FILE, held_out_curve, read_metrics, training_curve
 
 KL_TOKENS = 2048
 """At most so many tokens' predictions are compared: two tensors of them times the vocabulary."""
@@ -131,9 +132,8 @@ def _run(
     save = folder / "run"
     train(save, probe_settings(saved, grow, steps))
     records = read_metrics(save / METRICS_FILE)
-    losses = [loss for _, loss in training_curve(records)]
-    held_out_losses = [c[-1][1] for n, c in validation_curves(records).items() if n.startswith("validation")]
-    last = held_out_losses[0] if held_out_losses else float(np.mean(losses[len(losses) // 2 :]))
+    losses, validated = [loss for _, loss in training_curve(records)], held_out_curve(records)
+    last = validated[-1][1] if validated else float(np.mean(losses[len(losses) // 2 :]))
     child = _logits(open_saved_run(save).checkpoint, tokens)[..., : parent.shape[-1]]
     shutil.rmtree(save)
     p, q = (logits.log_softmax(-1) for logits in (parent, child))
@@ -143,11 +143,8 @@ def _run(
 def probe_settings(saved: SavedRun, grow: str, steps: int) -> dict[str, int | float | str]:
     """Return the settings of a run of a probe: the checkpoint's own, at a constant learning rate."""
     optimizer, progress = saved.config.optimizer, saved.manifest.progress
-    last = saved.config.training.train_iters
-    at, end = progress.step, last
-    if optimizer.counts_samples:
-        at, end = progress.samples, saved.config.batches.samples(0, last)
-    rate = learning_rate(optimizer, max(1, at), end)
+    at = progress.samples if optimizer.counts_samples else progress.step
+    rate = learning_rate(optimizer, max(1, at), run_end(saved.config))
     grown: dict[str, int | float | str] = {"grow": grow} if grow else {}
     return grown | {
         "load": str(saved.checkpoint),
@@ -155,10 +152,7 @@ def probe_settings(saved: SavedRun, grow: str, steps: int) -> dict[str, int | fl
         "lr": rate,
         "min_lr": min(rate, optimizer.min_lr),
         "lr_decay_style": "constant",
-        "lr_warmup_iters": 0,
-        "lr_decay_iters": 0,
-        "lr_wsd_decay_iters": 0,
-        "lr_start_iter": 0,
+        **dict.fromkeys(IN_STEPS, 0),
         "save_interval": 0,
         "eval_interval": 0,
     }

@@ -57,7 +57,6 @@ def _add(found: list[tuple[Recipe, _Effect | None]], recipe: Recipe, effect: _Ef
 
 
 def _variations(asked: Recipe) -> list[Recipe]:
-    """Return the recipes that differ in one choice."""
     made = []
     for field, kind in get_type_hints(GrowthConfig).items():
         values = get_args(kind) if get_origin(kind) is Literal else ()

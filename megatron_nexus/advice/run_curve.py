@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_nexus.advice.curve import Curve, GrownFrom, Point, Size
+from megatron_nexus.advice.curve import Array, Curve, GrownFrom, Point, Size
 from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.config.model_config import ModelConfig
@@ -15,7 +14,7 @@ from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.growth.generations import growths_of
 from megatron_nexus.models.decoder import decoder_specs, training_flops_per_token
 from megatron_nexus.spec.cost import parameter_count
-from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, validation_curves
+from megatron_nexus.training.metrics import METRICS_FILE, held_out_curve, run_metrics
 
 BINS = 40
 """Means of training losses that stand in where a run was not validated often enough."""
@@ -61,7 +60,7 @@ def read_run(place: Location, by_validation: bool = True) -> RunCurve:
     """
     saved = open_saved_run(place)
     root = saved.checkpoint.parent
-    records = _records(root)
+    records = run_metrics(root)
     steps = [r for r in records if _is_step(r)]
     if not steps:
         raise ConfigError(
@@ -77,18 +76,15 @@ def read_run(place: Location, by_validation: bool = True) -> RunCurve:
         base = size_of(replace(model, **sizes), length, "base")
         start = _area_before(growths[-1])
         grown = GrownFrom(float(growths[-1]["tokens"]), start, float(growths[-1]["flops"]), base)
-    at = (saved.config.optimizer.lr, start, grown.tokens if grown else 0.0)
-    points = _validations(records, steps, *at) if by_validation else []
+    peak = saved.config.optimizer.lr
+    areas = _areas(steps, peak, start, grown.tokens if grown else 0.0)
+    points = _validations(held_out_curve(records), steps, areas, peak) if by_validation else []
     if not (validated := bool(points)):
-        points = _training_losses(steps, *at)
+        points = _training_losses(steps, areas, peak)
     rates = [r["tokens_per_s"] for r in steps[-20:] if isinstance(r.get("tokens_per_s"), float)]
     rate = float(np.median(rates)) * size.flops_per_token if rates else None
     seen = tuple(point for point in points if point.tokens <= saved.manifest.progress.tokens)
     return RunCurve(saved, root, Curve(str(place), size, seen, grown), rate, validated)
-
-
-def _records(root: Location) -> list[dict[str, Any]]:
-    return read_metrics(root / METRICS_FILE) if isinstance(root, Path) else []
 
 
 def _is_step(record: Mapping[str, Any]) -> bool:
@@ -100,18 +96,14 @@ def _area_before(growth: Mapping[str, Any]) -> float:
     tokens = float(growth["tokens"])
     try:
         parent = location(str(growth["parent"]))
-        records = [r for r in _records(parent.parent) if _is_step(r) and r["step"] <= growth["step"]]
+        records = [r for r in run_metrics(parent.parent) if _is_step(r) and r["step"] <= growth["step"]]
         peak = open_saved_run(parent).config.optimizer.lr
     except (CheckpointError, OSError):
         return tokens
-    areas = _areas(records, peak, 0.0, 0.0)
-    return float(areas[-1]) if len(areas) else tokens
+    return float(_areas(records, peak, 0.0, 0.0)[-1]) if records else tokens
 
 
-def _areas(
-    steps: Sequence[Mapping[str, Any]], peak: float, start: float, first_token: float
-) -> np.ndarray[Any, Any]:
-    """Return the area after each step."""
+def _areas(steps: Sequence[Mapping[str, Any]], peak: float, start: float, first_token: float) -> Array:
     tokens = np.array([r["tokens"] for r in steps], float)
     rates = np.array([r["learning_rate"] for r in steps], float) / peak
     # A file that begins later, as of a resumed run whose first part is gone, goes on from the peak.
@@ -120,29 +112,21 @@ def _areas(
 
 
 def _validations(
-    records: list[dict[str, Any]],
-    steps: Sequence[Mapping[str, Any]],
-    peak: float,
-    start: float,
-    first_token: float,
+    curve: Sequence[tuple[int, float]], steps: Sequence[Mapping[str, Any]], areas: Array, peak: float
 ) -> list[Point]:
     """Return the points of the validation set; none where there are too few."""
-    areas = _areas(steps, peak, start, first_token)
     index = {r["step"]: i for i, r in enumerate(steps)}
-    held_out = {name: c for name, c in validation_curves(records).items() if name.startswith("validation")}
     found = [
         Point(float(steps[i]["tokens"]), float(areas[i]), steps[i]["learning_rate"] / peak, loss)
-        for step, loss in next(iter(held_out.values()), [])
+        for step, loss in curve
         if (i := index.get(step)) is not None
     ]
     return found if len(found) >= LEAST_VALIDATIONS else []
 
 
-def _training_losses(
-    steps: Sequence[Mapping[str, Any]], peak: float, start: float, first_token: float
-) -> list[Point]:
+def _training_losses(steps: Sequence[Mapping[str, Any]], areas: Array, peak: float) -> list[Point]:
     """Return the means of training losses over `BINS` equal parts of the steps."""
-    areas, points = _areas(steps, peak, start, first_token), []
+    points = []
     for part in np.array_split(np.arange(len(steps)), min(BINS, len(steps))):
         loss, rate = (float(np.mean([steps[i][of] for i in part])) for of in ("loss", "learning_rate"))
         middle = steps[int(part[len(part) // 2])]

@@ -59,17 +59,12 @@ def advise(
             kept, measured = _kept(run.size, size, pilots, laws[_key(run.size)], law, seed)
             evidence += f"; {measured}"
             found = forecast(laws[_key(run.size)], law, (run.size, size), plan, kept)
-        end = found.end_tokens if found else _end_tokens(run.size, size, plan)
+        end = found.end_tokens if found else plan.now.tokens + plan.tokens_left(run.size, size)
         notes = limits(run.size, size, plan.now.tokens, end, plan.flops)
         verdict = decide(found, position, elsewhere)
         shown = None if kept is None else Interval.of(kept)
         made.append(TargetAdvice(name, size, evidence, shown, found, tuple(notes), verdict))
     return made
-
-
-def _end_tokens(small: Size, target: Size, plan: Plan) -> float:
-    left = plan.flops_at_size - small.flops_per_token * plan.now.tokens
-    return plan.now.tokens + left / target.flops_per_token
 
 
 def _law(
@@ -79,7 +74,6 @@ def _law(
     parameters: Mapping[str, int],
     seed: int,
 ) -> tuple[LossLaw | None, str]:
-    """Return the law of a target, and where it comes from."""
     if (law := laws.get(_key(size))) is not None:
         return law, f"runs of the target, to {law.seen.tokens:,.0f} tokens"
     largest = max(parameters[key] for key in laws)
@@ -96,7 +90,6 @@ def _law(
 def _kept(
     small: Size, size: Size, pilots: Sequence[Curve], law: LossLaw, target: LossLaw, seed: int
 ) -> tuple[Array, str]:
-    """Return draws of kappa, and what they were measured on."""
     own = [
         draws
         for pilot in pilots

@@ -48,30 +48,30 @@ def decide(found: Forecast | None, position: Position, elsewhere: str) -> Verdic
 
 def _by_losses(found: Forecast) -> tuple[Answer, tuple[str, ...]]:
     ceiling, gain, best = found.ceiling, found.gain, found.best_gain
-    size = f"ceiling: target minus small, from scratch at equal tokens, {_nats(ceiling)}"
+    size = f"ceiling: target minus small, from scratch at equal tokens, {ceiling} nats"
     if ceiling.low > -NEGLIGIBLE:
         return Answer.NEVER, (f"{size}: size is not what limits this run", _equal_flops(gain))
     if ceiling.holds_zero:
         size += ": the interval holds 0, so that size may not be what limits this run"
     if best.high < 0.0:
         why = "at equal FLOPs no growth within this budget catches up with the small model trained on"
-        return Answer.NEVER, (f"{why}: best {_nats(best)} (+: growth is better)", size)
+        return Answer.NEVER, (f"{why}: best {best} nats (+: growth is better)", size)
     if found.restarted_minus_grown.high < 0.0 and found.restarted.high < found.trained_on.low:
         why = "the target from scratch with the FLOPs that are left ends below it grown"
-        return Answer.NEVER, (f"{why}: {_nats(found.restarted_minus_grown)}", _equal_flops(gain), size)
+        return Answer.NEVER, (f"{why}: {found.restarted_minus_grown} nats", _equal_flops(gain), size)
     if gain.low > 0.0 and found.later.low > 0.0:
-        why = f"growth pays, and at {found.best_tokens:,.0f} tokens {_nats(found.later)} more than now"
+        why = f"growth pays, and at {found.best_tokens:,.0f} tokens {found.later} nats more than now"
         return Answer.LATER, (why, _equal_flops(gain), size)
     if gain.low > 0.0:
         return Answer.NOW, (_equal_flops(gain), size)
     if best.low > 0.0:
-        why = f"growth pays at {found.best_tokens:,.0f} tokens, {_nats(best)}, and not certainly now"
+        why = f"growth pays at {found.best_tokens:,.0f} tokens, {best} nats, and not certainly now"
         return Answer.LATER, (why, _equal_flops(gain), size)
     return Answer.UNKNOWN, (f"{_equal_flops(gain)}: the interval holds 0", size)
 
 
 def _equal_flops(gain: Interval) -> str:
-    return f"equal FLOPs: grown now ends {_nats(gain)} below the small model trained on"
+    return f"equal FLOPs: grown now ends {gain} nats below the small model trained on"
 
 
 def _schedule_reason(position: Position, elsewhere: str) -> str:
@@ -91,10 +91,6 @@ def _schedule_reason(position: Position, elsewhere: str) -> str:
         f"schedule: not from here, {where}, and a second decay after a growth cost up to 0.08 nats where "
         f"measured; grow in the stable phase of WSD and decay once, after it: {elsewhere}"
     )
-
-
-def _nats(interval: Interval) -> str:
-    return f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f}) nats"
 
 
 def overall(verdicts: dict[str, Verdict], gains: dict[str, float]) -> tuple[Answer, str]:

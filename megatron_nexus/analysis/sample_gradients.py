@@ -8,7 +8,7 @@ activations on and its gradient back, one sample at a time.
 T tokens, D hidden, K numbers of a sketch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -140,17 +140,13 @@ def _fill(reader: StateReader, spec: ParamSpec, state: str, shard: Shard, values
     box = shard.box(spec)
     if box.numel:
         read = torch.from_numpy(reader.read_box(spec.name, state, box))
-        values[tuple(slice(0, size) for size in box.sizes)] = read.to(values.device, values.dtype)
+        values[box.index_at_origin] = read.to(values.device, values.dtype)
 
 
 def _adam_scale(reader: StateReader, spec: ParamSpec, shard: Shard, parameter: Tensor) -> Tensor:
     """Return 1 / (sqrt(v) + eps) of this rank's elements, 0 where v is 0."""
     v = torch.zeros(shard.local_shape(spec), dtype=torch.promote_types(parameter.dtype, torch.float32))
     _fill(reader, spec, ADAM_SECOND_MOMENT, shard, v)
-    scale = torch.where(v > 0, 1.0 / (v.sqrt() + _epsilon(reader.manifest.optimizer.groups)), 0.0)
-    return scale.to(parameter.device)
-
-
-def _epsilon(groups: Mapping[str, Mapping[str, object]]) -> float:
-    """Return the eps of Adam, which all groups of a run share."""
-    return max(float(str(group["eps"])) for group in groups.values() if "eps" in group)
+    groups = reader.manifest.optimizer.groups.values()
+    epsilon = max(float(str(group["eps"])) for group in groups if "eps" in group)  # all groups share it
+    return torch.where(v > 0, 1.0 / (v.sqrt() + epsilon), 0.0).to(parameter.device)

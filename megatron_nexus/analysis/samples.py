@@ -31,15 +31,8 @@ class Group:
     """Matrices that are compared as one: all, a layer, a kind, or one matrix; base weights and grown ones."""
 
     name: str
-    level: str
-    """One of "all", "layer", "kind", "matrix"."""
     base: Region
     grown: Region
-
-    @property
-    def can_be_compared(self) -> bool:
-        """Whether it has weights on both sides."""
-        return bool(self.base and self.grown)
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ def make_groups(
             ]
     levels = [ALL, "layer", "kind", "matrix"]
     ordered = sorted(regions.items(), key=lambda item: levels.index(item[0][0]))
-    return [Group(name, level, tuple(base), tuple(grown)) for (level, name), (base, grown) in ordered]
+    return [Group(name, tuple(base), tuple(grown)) for (_, name), (base, grown) in ordered]
 
 
 def read_samples(reader: StateReader, groups: Sequence[Group], count: int, seed: int) -> dict[str, Sample]:

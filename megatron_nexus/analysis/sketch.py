@@ -45,8 +45,7 @@ class Bins:
         """Return the sum that each element in a part of a logical tensor is added to, int32."""
         if self.offsets is not None:
             indices = np.arange(spec.numel, dtype=np.int32).reshape(spec.shape)
-            part = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
-            return indices[part] + np.int32(self.offsets[spec.name])
+            return indices[box.index] + np.int32(self.offsets[spec.name])
         key = f"sketch:{self.seed}:{self.size}:{spec.name}"
         return draw_box(key, spec.shape, box, self._draw, np.int32)
 
@@ -104,7 +103,7 @@ class Sketcher:
         box = shard.box(spec)
         codes = np.full(shard.local_shape(spec), self._bins.sums - 1, np.int32)
         if box.numel:
-            codes[tuple(slice(0, size) for size in box.sizes)] = self._bins.codes(spec, box)
+            codes[box.index_at_origin] = self._bins.codes(spec, box)
         return torch.from_numpy(codes).flatten().to(parameter.device)
 
     def _hook(self, number: int, name: str, codes: Tensor | None) -> Callable[[Tensor], None]:

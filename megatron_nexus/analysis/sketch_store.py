@@ -133,7 +133,6 @@ class SketchStore:
 
 
 def _ending(dtype: "np.dtype[Any]") -> str:
-    """Return how the names of shards of a type end."""
     return f".f{8 * dtype.itemsize}"
 
 

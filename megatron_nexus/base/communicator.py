@@ -97,16 +97,13 @@ class MpiCommunicator:
         self.cores = max(1, len(cores) // same)
 
     def send(self, rank: int, message: object) -> None:
-        """Send a picklable message; may wait until `rank` looks for messages."""
         self._world.send(message, rank)
 
     def received(self) -> Iterator[object]:
-        """Yield the messages that have arrived since the last call, those of one sender in order."""
         while self._world.iprobe():
             yield self._world.recv()
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks on every rank; a collective call."""
         if self.rank != 0:
             self.send(0, (self.rank, value))
             values: list[T] = wait_for_message(self)  # type: ignore[assignment]  # of rank 0
@@ -123,11 +120,9 @@ class MpiCommunicator:
         return values
 
     def all_gather_str(self, message: str) -> list[str]:
-        """Return the message of every rank on every rank; a collective call."""
         return self.gather(message)
 
     def abort(self) -> None:
-        """End all ranks at once."""
         self._world.Abort(1)
 
 

@@ -5,10 +5,14 @@ numbers of more than 4,300 digits.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from math import isfinite
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from megatron_nexus.errors import ConfigError
 
 Record = TypeVar("Record")
 MOST_DIGITS = 300
@@ -40,6 +44,26 @@ def parse_record(text: str | bytes) -> Any:
         raise
     except ValueError:  # not UTF-8, or a number of more digits than int takes
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4300 else float(digits))
+
+
+def read_object(flag: str, path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that a flag names. Raises ConfigError where it has none; OSError."""
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{flag} {path} is not JSON ({error}): correct it") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f'{flag} {path} is not a JSON object: write {{"name": value, ...}}')
+    return found
+
+
+def read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in the lines of a file that may be missing, but lines that a crash cut short."""
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):  # no JSON, or no UTF-8
+            record = parse_record(line)
+            if isinstance(record, dict):
+                yield record
 
 
 def record_of(kind: type[Record], raw: object) -> Record:

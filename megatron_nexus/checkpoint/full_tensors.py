@@ -14,5 +14,4 @@ READ_ELEMENTS = 1 << 22
 def read_full_tensor(reader: StateReader, name: str, values: Tensor) -> None:
     """Fill `values`, of the logical shape and any type, with the weights `name`. Raises CheckpointError."""
     for box in split_box(full_box(tuple(values.shape)), READ_ELEMENTS):
-        part = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
-        values[part] = torch.from_numpy(reader.read_box(name, "fp32", box)).to(values.dtype)
+        values[box.index] = torch.from_numpy(reader.read_box(name, "fp32", box)).to(values.dtype)

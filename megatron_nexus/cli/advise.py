@@ -1,7 +1,6 @@
 """The verb `advise`: grow a run now, later, never, or cannot tell; how far, and what it saves."""
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -14,15 +13,14 @@ from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.run_dir import complete_checkpoints, find_checkpoint
 from megatron_nexus.checkpoint.saved_run import SavedRun
-from megatron_nexus.cli.arguments import count, positive
-from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
+from megatron_nexus.cli.arguments import count, given_twice, positive
 from megatron_nexus.cli.next_command import train_command
-from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError
-from megatron_nexus.extras import install_command
+from megatron_nexus.config.run_config import RunConfig, TrainingConfig
+from megatron_nexus.errors import ConfigError, raise_problems
+from megatron_nexus.extras import missing_packages
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.growth.request import GrowthRequest, grown_config, read_request
 from megatron_nexus.growth.settings import GrowthConfig
 
@@ -86,11 +84,10 @@ class Target:
 
 def run(argv: list[str]) -> None:
     """Run `nexus advise` with the flags `argv`."""
-    end_on_sigterm()
     given = make_parser().parse_args(argv)
     log.configure(is_main_rank=True, stream=sys.stderr if given.json else None)
-    if given.probe and importlib.util.find_spec("scipy") is None:
-        raise ConfigError(f"--probe needs scipy, not installed here: {install_command('analysis')}")
+    if given.probe:
+        raise_problems(missing_packages("analysis", "--probe needs"))
     for place in (given.run, *given.pilots):
         find_checkpoint(place)
     from megatron_nexus.advice.phase import position, schedule_of
@@ -123,8 +120,7 @@ def run(argv: list[str]) -> None:
     }
     answer, name = found.answer
     after = _growth_command(saved, plan, targets[name], found.growth(name)) if answer is Answer.NOW else None
-    for line in report_lines(found, pilots_to_run, after):
-        log.logger.info("%s", line)
+    log.show(report_lines(found, pilots_to_run, after))
 
 
 def _probe(saved: SavedRun, targets: Mapping[str, Target], given: argparse.Namespace) -> list["Probed"]:
@@ -212,11 +208,7 @@ def _require_comparable(run: "RunCurve", pilots: Sequence["RunCurve"]) -> None:
             for name, (its, ours) in facts.items()
             if its != ours
         ]
-    roots = [str(one.root.resolve()) for one in (run, *pilots)]
-    twice = [root for root in dict.fromkeys(roots) if roots.count(root) > 1]
-    problems += [f"{root} is given twice: give each run once" for root in twice]
-    if problems:
-        raise ConfigError(problems)
+    raise_problems([*problems, *given_twice(str(one.root.resolve()) for one in (run, *pilots))])
 
 
 def _plan(run: "RunCurve", given: argparse.Namespace, schedule: Any) -> "Plan":
@@ -259,16 +251,15 @@ def _elsewhere(run: "RunCurve") -> str:
     return "no checkpoint of that phase is left; keep some of the next run (--save-interval)"
 
 
-def _steps(config: RunConfig, tokens: float) -> int:
-    return max(1, round(tokens / (config.training.global_batch_size * config.training.seq_length)))
+def _steps(training: TrainingConfig, tokens: float) -> int:
+    return max(1, round(tokens / (training.global_batch_size * training.seq_length)))
 
 
 def _pilot_command(run: "RunCurve", plan: "Plan", one: "TargetAdvice", target: Target) -> str:
     """Return the command of a pilot that would tell what the target reaches, and its cost."""
-    small, now = run.curve.size, plan.now
-    end = now.tokens + (plan.flops_at_size - small.flops_per_token * now.tokens) / one.size.flops_per_token
-    steps = _steps(run.saved.config, PILOT_SHARE * end)
-    cost = steps * run.saved.config.training.global_batch_size * run.saved.config.training.seq_length
+    training = run.saved.config.training
+    steps = _steps(training, PILOT_SHARE * (plan.now.tokens + plan.tokens_left(run.curve.size, one.size)))
+    cost = steps * training.global_batch_size * training.seq_length
     sizes = [word for name, size in target.request.sizes.items() for word in (flag_of(name), str(size))]
     text = train_command(
         "--config",
@@ -287,13 +278,12 @@ def _wsd_flags(steps: int, decay: float) -> list[str]:
 
 
 def _growth_command(saved: SavedRun, plan: "Plan", target: Target, growth: str | None) -> str:
-    """Return the command that grows the run and trains it to the end of the budget."""
     from megatron_nexus.advice.run_curve import size_of
 
     config = saved.config
     dear = size_of(target.config.model, config.training.seq_length, "target").flops_per_token
     left = plan.flops - saved.manifest.progress.flops
-    steps = saved.manifest.progress.step + _steps(config, left / dear)
+    steps = saved.manifest.progress.step + _steps(config.training, left / dear)
     return train_command(
         "--load",
         str(saved.checkpoint),

@@ -1,7 +1,6 @@
 """The verb `analyze`: the growth dynamics of the Nexusformer paper, from the checkpoints of grown runs."""
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import complete_checkpoints, find_checkpoint
 from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.cli.arguments import count, file_problems, positive
+from megatron_nexus.cli.arguments import count, given_twice, output_problems, positive
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.errors import ConfigError
-from megatron_nexus.extras import install_command
+from megatron_nexus.errors import ConfigError, raise_problems
+from megatron_nexus.extras import missing_packages
 from megatron_nexus.growth.settings import CHANGING
-from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, task_averages, validation_curves
+from megatron_nexus.training.metrics import run_metrics, task_averages, validation_curves
 
 if TYPE_CHECKING:
     from megatron_nexus.analysis.path import Path as GrowthPath
@@ -78,8 +77,7 @@ def run(argv: list[str]) -> None:
     log.logger.info("samples of at most %s weights of each side, seed %d", f"{given.samples:,}", given.seed)
     with log.Progress("fitting", after_s=2.0):
         reports = make_report(paths, given.seed)
-    for line in report_lines(reports):
-        log.logger.info("%s", line)
+    log.show(report_lines(reports))
     if given.output is not None:
         settings = {name: getattr(given, name) for name in ("compare_with", "samples", "seed")}
         found = {
@@ -97,20 +95,13 @@ def run(argv: list[str]) -> None:
 
 def _look_ahead(given: argparse.Namespace) -> None:
     """Raise ConfigError for what can be wrong before anything is read."""
-    problems = []
-    if importlib.util.find_spec("scipy") is None:
-        needed = install_command("analysis")
-        problems.append(f"{command('analyze')} needs scipy, not installed here: {needed}")
-    names = [str(root) for root in given.runs]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    problems += [f"{name} is given twice: give each run once" for name in twice]
-    for flag, path in (("--output", given.output), ("--plot", given.plot)):
-        problems += file_problems(flag, path)
+    problems = missing_packages("analysis", f"{command('analyze')} needs")
+    problems += given_twice(map(str, given.runs))
+    problems += [*output_problems("--output", given.output), *output_problems("--plot", given.plot)]
     if given.plot is not None and given.plot.suffix.lower() not in FORMATS:
         endings = ", ".join(FORMATS)
         problems.append(f"--plot {given.plot} must end in one of {endings}: give such as growth.png")
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
 
 
 @dataclass(frozen=True)
@@ -160,24 +151,20 @@ def _open_run(root: Location, given: argparse.Namespace) -> _Run:
         raise ConfigError(f"--layers {max(given.layers)}: {held}: give some of these")
     boxes = boxes_by_growth(model, newest.lineage)
     groups = make_groups(newest.specs, boxes, number, given.compare_with == "whole", given.layers)
-    groups = [group for group in groups if group.can_be_compared]
+    groups = [group for group in groups if group.base and group.grown]
     if not groups:
         axes = ", ".join(growths[number - 1]["axes"])
         problem = f"growth {number} ({axes}) left no matrix with both base and new weights"
         raise ConfigError(f"{root}: {problem}: give another --growth, or another run")
     since = {s: path for s, path in checkpoints.items() if len(growths_of(manifests[s].lineage)) >= number}
     growth = growths[number - 1]
-    records = _metrics(root)
+    records = run_metrics(root)
     if growth["settings"].get("init") not in CHANGING and growth.get("parent"):
         # The model computed the same before it grew: what its parent reached at that step is its own.
-        before = _metrics(location(growth["parent"]).parent)
+        before = run_metrics(location(growth["parent"]).parent)
         records = [r for r in before if r["step"] == growth["step"]] + records
     losses, name, performances = _performance(root, records, given.performance)
     return _Run(str(root), growth, since, groups, losses, name, performances)
-
-
-def _metrics(root: Location) -> list[dict[str, Any]]:
-    return read_metrics(root / METRICS_FILE) if isinstance(root, Path) else []
 
 
 def _performance(

@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 from megatron_nexus.checkpoint.location import SCHEME, Location
 from megatron_nexus.config.config_field import MOST
 from megatron_nexus.config.flag_parser import FlagParser
+from megatron_nexus.data.documents import RecordFormat
 from megatron_nexus.data.input_files import ENDINGS
 from megatron_nexus.errors import ConfigError
 
@@ -24,33 +26,22 @@ def add_reading_arguments(parser: FlagParser) -> None:
         "--json-keys",
         "field of JSON records and column of parquet files that holds the text, doc.text for one within "
         "another (default: text)",
-        action=_OneKey,
         nargs="+",
-        default="text",
+        default=["text"],
         metavar="KEY",
     )
     text = "what a document is in .txt files (default: file)"
     flag("--txt-documents", text, choices=("file", "line"), default="file")
 
 
-class _OneKey(argparse.Action):
-    """Megatron-LM's flag takes several keys; here one is taken, and more are answered."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[object] | None,
-        option_string: str | None = None,
-    ) -> None:
-        assert values is not None and not isinstance(values, str), "nargs is +"
-        if len(values) > 1:
-            raise argparse.ArgumentError(
-                self,
-                f"{len(values)} keys, and a corpus is of one: run once for each, with an output of its own, "
-                "and blend the corpora with --data-path; or join the fields in the records",
-            )
-        setattr(namespace, self.dest, values[0])
+def record_format(given: argparse.Namespace) -> RecordFormat:
+    """Return where the text of a record is. Raises ConfigError: Megatron-LM's flag takes several keys."""
+    if len(given.json_keys) > 1:
+        raise ConfigError(
+            f"--json-keys: {len(given.json_keys)} keys, and a corpus is of one: run once for each, with an "
+            "output of its own, and blend the corpora with --data-path; or join the fields in the records"
+        )
+    return RecordFormat(given.json_keys[0], given.txt_documents)
 
 
 def number(kind: type[T], rule: str, holds: Callable[[T], bool]) -> Callable[[str], T]:
@@ -91,20 +82,36 @@ def folder_on_disk(flag: str, text: str, source: Location) -> Path:
     return folder
 
 
-def file_problems(flag: str, path: Path | None) -> list[str]:
-    """Return why a file that a flag names cannot be written; nothing where none is named."""
+def given_twice(runs: Iterable[str]) -> list[str]:
+    """Return what is wrong with runs that are given more than once."""
+    return [f"{run} is given twice: give each run once" for run, times in Counter(runs).items() if times > 1]
+
+
+def output_problems(flag: str, path: Path | None, is_folder: bool = False) -> Iterator[str]:
+    """Yield why a file or a folder that a flag names cannot be written; nothing where none is named."""
     if path is None:
-        return []
-    parent = path.resolve().parent
-    if not parent.is_dir():
-        return [f"{flag} {path}: its folder does not exist: make it, or give another"]
-    if path.is_dir():
-        return [f"{flag} {path} is a folder: add the name of a file"]
-    return (
-        []
-        if os.access(parent, os.W_OK)
-        else [f"{flag} {path}: its folder cannot be written to: give another"]
-    )
+        return
+    absolute = path.resolve()
+    there = next(place for place in (absolute, *absolute.parents) if place.exists())
+    if there == absolute and path.is_dir() != is_folder:
+        yield f"{flag} {path} is a {'file: give a folder' if is_folder else 'folder: add the name of a file'}"
+    elif not is_folder and there not in (absolute, absolute.parent):
+        yield f"{flag} {path}: its folder does not exist: make it, or give another"
+    elif not os.access(there if is_folder else absolute.parent, os.W_OK):
+        yield f"{flag} {path}: {there} cannot be written to: give another"
+
+
+def read_text(flag: str, path: Path) -> str:
+    """Return the text of a file that a flag names. Raises ConfigError where there is none; OSError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{flag} {path} is not UTF-8 text ({error}): convert it, or give another"
+        ) from error
+    if not text:
+        raise ConfigError(f"{flag} {path} is empty: give a file with text")
+    return text
 
 
 def prefix(text: str) -> Path:

@@ -11,38 +11,35 @@ order of execution.
 import argparse
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron_nexus import log
-from megatron_nexus.api import error_of
+from megatron_nexus.api import run_program
 from megatron_nexus.base.durable import LOCK_FILE, exclusive_lock
 from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.checkpoint.location import SCHEME, location
 from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.cli.arguments import positive
 from megatron_nexus.cli.recorded_run import record
-from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.cli.train_command import read_train_command
+from megatron_nexus.comparison.difference_report import report
+from megatron_nexus.comparison.first_difference import compare, differing
+from megatron_nexus.comparison.recording import RECORDING_FILE, Recording
 from megatron_nexus.config.command_line import given_flags
 from megatron_nexus.config.config_file import CONFIG_FILE
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError, NexusError
-from megatron_nexus.parallel.local_ranks import die_with_parent
+from megatron_nexus.errors import ConfigError, NexusError, raise_problems
 
 EXIT_CODE_DIFFERENT = 1
 SCRATCH = "nexus-compare-"
 """What names of temporary folders begin with."""
-RECORDING_FILE = "recording.json"  # of comparison.recording, which imports torch
 
 
 def make_parser() -> FlagParser:
@@ -102,12 +99,14 @@ def run(argv: list[str]) -> None:
         _side(name, place, flags, more, own)
         for name, place, more in zip("AB", [*runs, None, None][:2], (own.a, own.b), strict=True)
     ]
-    _check_one_model(sides)
-    end_on_sigterm()
+    if all(configs := [side.config for side in sides]):  # else the recordings say it
+        facts = [asdict(one.model) | {"seq_length": one.training.seq_length} for one in configs if one]
+        raise_problems(differing(facts[0], facts[1], "compare runs of one model"))
     with nullcontext(own.keep) if own.keep else _scratch_folder() as keep:
-        folders = [_recorded(side, own, keep / side.name.lower()) for side in sides]
-        code = _compare(folders, own)
-    sys.exit(code)
+        a, b = (Recording(_recorded(side, own, keep / side.name.lower())) for side in sides)
+        found = compare(a, b, own.rtol)
+        log.show(report(a, b, found, own.all))
+    sys.exit(EXIT_CODE_DIFFERENT if found.differences else 0)
 
 
 @contextmanager
@@ -161,21 +160,6 @@ def _side(
     return Side(name, None, tuple(flags), ranks, config)
 
 
-def _check_one_model(sides: Sequence[Side]) -> None:
-    """Raise ConfigError where two sides that are both to be run are of two models, which is known already."""
-    a, b = (side.config for side in sides)
-    if a is None or b is None:
-        return
-    facts = [asdict(config.model) | {"seq_length": config.training.seq_length} for config in (a, b)]
-    problems = [
-        f"{name} is {ours} in A and {facts[1][name]} in B: compare runs of one model"
-        for name, ours in facts[0].items()
-        if ours != facts[1][name]
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
 def side_error(name: str, error: NexusError) -> NexusError:
     """Return an error with the side that it is of."""
     if isinstance(error, ConfigError):
@@ -195,15 +179,10 @@ def _recorded(side: Side, own: argparse.Namespace, folder: Path) -> Path:
         words += ["--world-size", str(side.world_size)]
     said = shlex.join(side.flags) or "the default preset"
     with log.Progress(f"{side.name}: recording {own.steps} steps of {said}"):
-        done = subprocess.run(
-            [sys.executable, "-u", *words, *side.flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=partial(die_with_parent, signal.SIGTERM),
-        )
-    if done.returncode:
-        raise side_error(side.name, error_of(done.stdout, done.returncode))
+        try:
+            run_program([*words, *side.flags], echo=False)
+        except NexusError as error:
+            raise side_error(side.name, error) from None
     return folder
 
 
@@ -219,16 +198,3 @@ def _start_flags(place: str, as_many_ranks: bool) -> list[str]:
     if as_many_ranks:
         flags += ["--world-size", str(topology.world_size)]
     return [*flags, "--sequence-parallel"] if parallel.sequence_parallel else flags
-
-
-def _compare(folders: list[Path], own: argparse.Namespace) -> int:
-    """Print what differs; return the exit code."""
-    with log.importing("torch"):
-        from megatron_nexus.comparison.difference_report import report
-        from megatron_nexus.comparison.first_difference import compare
-        from megatron_nexus.comparison.recording import Recording
-    a, b = (Recording(folder) for folder in folders)
-    found = compare(a, b, own.rtol)
-    for line in report(a, b, found, own.all):
-        log.logger.info("%s", line)
-    return EXIT_CODE_DIFFERENT if found.differences else 0

@@ -43,7 +43,7 @@ def run(argv: list[str]) -> None:
 
 def _parsers(verb: str) -> list[FlagParser]:
     """Return the parsers of a verb's flags: none of launch, which passes them on; of count two."""
-    if verb in ("train", "launch"):
-        return [make_train_parser()] if verb == "train" else []
+    if verb in ("train", "unlearn", "launch"):
+        return [make_train_parser(verb)] if verb != "launch" else []
     made: FlagParser = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").make_parser()
     return [make_train_parser(), made] if verb in ("count", "compare") else [made]

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_nexus import log
-from megatron_nexus.base.json_text import parse_json
+from megatron_nexus.base.json_text import read_object
 from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import Manifest
@@ -19,9 +19,8 @@ from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.cli.arguments import folder_on_disk
-from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 
 MODEL_FILE = "model.safetensors"
 
@@ -54,7 +53,6 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus convert` with the flags `argv`."""
-    end_on_sigterm()
     given = make_parser().parse_args(argv)
     is_universal = given.format == "universal"
     if is_universal and (given.moments or given.dtype != "fp32"):
@@ -91,7 +89,13 @@ def run(argv: list[str]) -> None:
         if is_universal:
             write_universal(folder, reader, names, progress.advance, non_finite)
         else:
-            metadata = _metadata(manifest)
+            metadata = {
+                "producer": "megatron_nexus",
+                "step": str(manifest.progress.step),
+                "tokens": str(manifest.progress.tokens),
+                "tokenizer": manifest.tokenizer_fingerprint,
+                "model": json.dumps(manifest.config["model"]),
+            }
             for state, precision in files.items():
                 path = folder / (MODEL_FILE if state == "fp32" else f"{state}.safetensors")
                 write_safetensors(
@@ -111,14 +115,7 @@ def read_names(file: str, manifest: Manifest) -> dict[str, str]:
     names = {name: name for name in manifest.specs}
     if not file:
         return names
-    try:
-        given = parse_json(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--names {file}: {error.strerror}: give a JSON file") from error
-    except ValueError as error:
-        raise ConfigError(f"--names {file} is not JSON ({error}): correct it") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f'--names {file} is not a JSON object: write {{"logical": "theirs", ...}}')
+    given = read_object("--names", Path(file))
     problems = [
         f"--names {file} has {name!r}, which is not a parameter of the checkpoint: "
         "inspect_checkpoint.py --tensors lists them"
@@ -130,27 +127,14 @@ def read_names(file: str, manifest: Manifest) -> dict[str, str]:
         for name, theirs in given.items()
         if not isinstance(theirs, str) or theirs in ("", ".", "..") or "/" in theirs or "\0" in theirs
     ]
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     names |= given
     for theirs, times in Counter(names.values()).items():
         if times > 1:
             same = " and ".join(name for name in names if names[name] == theirs)
             problems.append(f"--names {file} calls {same} {theirs!r}: give each a name of its own")
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     return names
-
-
-def _metadata(manifest: Manifest) -> dict[str, str]:
-    """Return the metadata of a safetensors header, whose values are strings."""
-    return {
-        "producer": "megatron_nexus",
-        "step": str(manifest.progress.step),
-        "tokens": str(manifest.progress.tokens),
-        "tokenizer": manifest.tokenizer_fingerprint,
-        "model": json.dumps(manifest.config["model"]),
-    }
 
 
 def _log_how_to_load(save: Path, manifest: Manifest) -> None:

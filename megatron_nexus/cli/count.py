@@ -10,7 +10,7 @@ import json
 
 from megatron_nexus import log
 from megatron_nexus.cli.arguments import positive
-from megatron_nexus.cli.train_command import configure
+from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.command_line import given_flags
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
@@ -19,8 +19,7 @@ from megatron_nexus.errors import ConfigError
 
 def run(argv: list[str]) -> None:
     """Run `nexus count` with the flags `argv`."""
-    for line in count(argv):
-        log.logger.info("%s", line)
+    log.show(count(argv))
 
 
 def count(argv: list[str]) -> list[str]:
@@ -38,7 +37,7 @@ def count(argv: list[str]) -> list[str]:
 
         rows = preset_rows(given, own.world_size)
         return [json.dumps([row.as_json() for row in rows], indent=1)] if own.json else cost_table(rows)
-    config, _ = configure(flags)
+    config = read_train_command(flags).config
     world_size = own.world_size or config.model_parallel_size
     check(config, world_size)
     from megatron_nexus.planner.model_cost import cost_lines, model_cost, state_per_rank

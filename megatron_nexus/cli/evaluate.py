@@ -9,14 +9,16 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nexus import log
-from megatron_nexus.cli.arguments import count, file_problems, positive
+from megatron_nexus.cli.arguments import count, output_problems, positive, read_text
 from megatron_nexus.cli.model_arguments import TrainedModel, add_model_arguments, find_model
+from megatron_nexus.config.files_config import split_names
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.errors import ConfigError, raise_problems, try_all
 from megatron_nexus.evaluation.task_files import PAPER_TASKS, require_tasks
 from megatron_nexus.spec.cost import parameter_count
 
@@ -35,7 +37,7 @@ def make_parser() -> FlagParser:
     add_model_arguments(parser)
     flag = parser.add_flag
     text = f"tasks of lm-evaluation-harness, with commas between them, such as {','.join(PAPER_TASKS)}"
-    flag("--tasks", text, type=_names, default=(), metavar="NAMES")
+    flag("--tasks", text, type=split_names, default=(), metavar="NAMES")
     text = "read the tasks' records from its files, such as piqa.jsonl (default: fetch the published ones)"
     flag("--task-path", text, type=Path, metavar="FOLDER")
     text = "folders of task files of your own (YAML of lm-evaluation-harness), for --tasks"
@@ -55,16 +57,10 @@ def make_parser() -> FlagParser:
     return parser
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """Return the names between commas, each once."""
-    return tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
-
-
 def run(argv: list[str]) -> None:
     """Run `nexus evaluate` with the flags `argv`."""
     given = make_parser().parse_args(argv)
-    texts = _look_ahead(given)
-    trained = find_model(given)
+    texts, trained = try_all(lambda: _look_ahead(given), lambda: find_model(given))
     # Data that cannot be fetched is an error before a model is loaded.
     tasks = None
     if given.tasks:
@@ -74,7 +70,7 @@ def run(argv: list[str]) -> None:
     loaded = trained.load()
     from megatron_nexus.evaluation.local_scorer import TOKENS_PER_PASS, LocalScorer
     from megatron_nexus.evaluation.perplexity import measure_perplexity
-    from megatron_nexus.evaluation.results import perplexity_line, task_table
+    from megatron_nexus.evaluation.results import task_table
 
     per_pass = given.batch_size * loaded.seq_length if given.batch_size else TOKENS_PER_PASS
     scorer = LocalScorer(loaded, per_pass)
@@ -85,8 +81,7 @@ def run(argv: list[str]) -> None:
         model = NexusLM(scorer, trained.tokenizer, loaded)
         samples: dict[str, list[dict[str, Any]]] = {}
         results = run_harness(model, tasks, given.limit, samples if given.log_samples else None)
-        for line in task_table(results):
-            log.logger.info("%s", line)
+        log.show(task_table(results))
         if model.cut:
             log.logger.info(
                 "note: %d of %d continuations with their prompts are longer than the %d tokens of the model, "
@@ -94,53 +89,32 @@ def run(argv: list[str]) -> None:
                 *(model.cut, model.asked, loaded.seq_length),
             )
         for name, of_task in samples.items():
-            _write(_samples_file(given.output, name), sample_lines(of_task))
+            # scores_samples_piqa.jsonl next to scores.json
+            file = f"{given.output.stem}_samples_{name.replace(os.sep, '_')}.jsonl"
+            _write(given.output.with_name(file), sample_lines(of_task))
     perplexities = {}
     for path, text in texts.items():
         perplexities[path] = measure_perplexity(scorer, trained.tokenizer, text, given.perplexity_stride)
-        log.logger.info("%s: %s", path, perplexity_line(perplexities[path]))
+        log.logger.info("%s: %s", path, perplexities[path])
     if given.output is not None:
         record = _record(trained, str(loaded.device), results, perplexities)
         _write(given.output, json.dumps(record, indent=2) + "\n")
 
 
-def _samples_file(output: Path, task: str) -> Path:
-    """Return the file of a task's items: scores_samples_piqa.jsonl next to scores.json."""
-    return output.with_name(f"{output.stem}_samples_{task.replace(os.sep, '_')}.jsonl")
-
-
 def _write(path: Path, contents: str) -> None:
-    """Write results. Raises DataError where that cannot be."""
-    try:
-        path.write_text(contents, encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"--output {path}: {error.strerror}: the results stand above; give another file"
-        ) from error
+    path.write_text(contents, encoding="utf-8")
     log.logger.info("wrote %s", path)
 
 
 def _look_ahead(given: argparse.Namespace) -> dict[Path, str]:
-    """Read the texts and look at all that can be wrong before a model is loaded.
-
-    Raises ConfigError or DataError.
-    """
+    """Read the texts and look at all that can be wrong before a model is loaded. Raises NexusError."""
     if not given.tasks and not given.perplexity:
         raise ConfigError("nothing to evaluate: give --tasks, --perplexity, or both")
     _check_flags(given)
     if given.tasks:
         require_tasks(given.tasks, given.task_path)
-    texts = {}
-    for path in given.perplexity:
-        try:
-            texts[path] = path.read_bytes().decode()
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}: give a text file that can be read") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text ({error}): convert it, or give another") from error
-        if not texts[path]:
-            raise DataError(f"{path} is empty, and perplexity is of a text: give a file with text")
-    return texts
+    texts = try_all(*(partial(read_text, "--perplexity", path) for path in given.perplexity))
+    return dict(zip(given.perplexity, texts, strict=True))
 
 
 def _check_flags(given: argparse.Namespace) -> None:
@@ -161,14 +135,13 @@ def _check_flags(given: argparse.Namespace) -> None:
         )
     if given.log_samples and given.output is None:
         problems.append("--log-samples writes next to --output, and there is none: add --output scores.json")
-    problems += file_problems("--output", given.output)
+    problems += output_problems("--output", given.output)
     problems += [
         f"--include-path {folder} is not a folder: give one that holds task files (YAML)"
         for folder in given.include_path
         if not folder.is_dir()
     ]
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
 
 
 def _record(
@@ -177,9 +150,6 @@ def _record(
     results: "Mapping[str, TaskResult]",
     perplexities: "Mapping[Path, Perplexity]",
 ) -> dict[str, object]:
-    """Return all results, and what they were measured on, for JSON."""
-    from megatron_nexus.evaluation.results import perplexity_record
-
     return {
         "checkpoint": str(trained.checkpoint),
         "preset": trained.config.preset,
@@ -189,5 +159,5 @@ def _record(
         "precision": trained.precision,
         "device": device,
         "tasks": {name: dataclasses.asdict(result) for name, result in results.items()},
-        "perplexity": {str(path): perplexity_record(found) for path, found in perplexities.items()},
+        "perplexity": {str(path): found.record for path, found in perplexities.items()},
     }

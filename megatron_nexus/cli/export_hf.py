@@ -12,10 +12,9 @@ from megatron_nexus import log
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.cli.arguments import folder_on_disk, positive
-from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
-from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.run_tokenizer import find_tokenizer
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.interchange.output_dir import check_is_new
 
 NO_TOKENIZER = "none"
@@ -44,7 +43,6 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus export` with the flags `argv`."""
-    end_on_sigterm()
     given = make_parser().parse_args(argv)
     saved = open_saved_run(location(given.load))
     target = folder_on_disk("--output", given.output, saved.checkpoint)

@@ -20,14 +20,13 @@ from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
 from megatron_nexus.cli.arguments import folder_on_disk
 from megatron_nexus.cli.next_command import log_next_command, train_command
-from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.command_line import preset_name
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import ParallelConfig, RunConfig
 from megatron_nexus.config.schedule import next_length
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 from megatron_nexus.growth.request import GROWING, GrowthRequest, add_growth_flags, grown_config
 
 
@@ -78,15 +77,13 @@ def target_sizes(given: argparse.Namespace, saved: RunConfig) -> dict[str, int]:
             for name, value in vars(saved.model).items()
             if name in kept and preset.get(name, value) != value
         ]
-        if other:
-            raise ConfigError(other)
+        raise_problems(other)
         sizes |= {name: size for name in GROWING if isinstance(size := preset.get(name), int)}
     return sizes | {name: values[name] for name in GROWING if name in values}
 
 
 def run(argv: list[str]) -> None:
     """Run `nexus grow` with the flags `argv`."""
-    end_on_sigterm()
     grow(make_parser().parse_args(argv))
 
 
@@ -117,15 +114,12 @@ def write_grown(given: argparse.Namespace, saved: SavedRun, sizes: Mapping[str, 
 
     plan = dataclasses.replace(plan_growth(saved.config, request), after=after)
     group = make_worker_group(given.workers)
-    log.configure(is_main_rank=group.is_first)
+    log.configure(is_main_rank=group.comm.rank == 0)
     log.logger.info("%s %s", "growing" if plan.axes else "resharding", source)
-    for warning in warnings(plan, saved):
-        log.logger.info("%s", warning)
+    log.show(warnings(plan, saved))
     if given.dry_run:
-        for line in plan_table(plan):
-            log.logger.info("%s", line)
-    for line in size_lines(plan):
-        log.logger.info("%s", line)
+        log.show(plan_table(plan))
+    log.show(size_lines(plan))
     if given.dry_run:
         log.logger.info("nothing was written: --dry-run")
         return None

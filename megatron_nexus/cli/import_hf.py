@@ -14,7 +14,6 @@ from pathlib import Path
 from megatron_nexus import log
 from megatron_nexus.cli.arguments import folder_on_disk
 from megatron_nexus.cli.next_command import log_next_command, train_command
-from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.command_line import build
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check
@@ -50,7 +49,6 @@ def make_parser() -> FlagParser:
 
 def run(argv: list[str]) -> None:
     """Run `nexus import` with the flags `argv`."""
-    end_on_sigterm()
     given = make_parser().parse_args(argv)
     origin: Path = given.input
     root = folder_on_disk("--save", given.save, origin)

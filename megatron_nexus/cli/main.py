@@ -31,9 +31,9 @@ def main(verb: str | None = None) -> NoReturn:
         verb, argv = _split(argv)
     # Until the verb itself listens, Ctrl-C ends the process at once: there is nothing to save.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    run: Callable[[list[str]], None] = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run
-    if verb in ("train", "unlearn", "retrieve"):
-        run(argv)  # ends the process, after handling signals and errors of its own
+    run: Callable[..., None] = importlib.import_module(f"megatron_nexus.cli.{VERBS[verb].module}").run
+    if verb in ("train", "unlearn", "retrieve"):  # which end the process, after handling signals and errors
+        run(argv, verb)
     from megatron_nexus.cli.runner import run_tool
 
     signal.signal(signal.SIGINT, interrupt)

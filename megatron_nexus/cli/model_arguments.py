@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
-from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.log import Progress, logger
 from megatron_nexus.spec.cost import parameter_count
 

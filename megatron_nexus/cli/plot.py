@@ -25,7 +25,6 @@ def run(argv: list[str]) -> None:
     """Run `nexus plot` with the flags `argv`."""
     given = make_parser().parse_args(argv)
     runs = read_runs(given.runs)
-    for line in comparison_table(runs):
-        log.logger.info("%s", line)
+    log.show(comparison_table(runs))
     plot_runs(runs, given.output, given.title)
     log.logger.info("picture: %s", given.output)

@@ -9,10 +9,9 @@ from pathlib import Path
 from megatron_nexus import log
 from megatron_nexus.base.communicator import get_communicator
 from megatron_nexus.base.workers import start_server
-from megatron_nexus.cli.arguments import add_reading_arguments, positive, prefix
+from megatron_nexus.cli.arguments import add_reading_arguments, positive, prefix, record_format
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.megatron_flags import instead_of_preprocessing
-from megatron_nexus.data.documents import RecordFormat
 from megatron_nexus.errors import NexusError
 
 EPILOG = """\
@@ -26,6 +25,7 @@ the inputs, the tokenizer and the output folder under the same paths.
 def run(argv: list[str]) -> None:
     """Run `nexus preprocess` with the flags `argv`."""
     given = make_parser().parse_args(argv)
+    reading = record_format(given)
     start_server("megatron_nexus.data.shards")
     # Takes as long as the server needs to start: both at once.
     from megatron_nexus.data.preprocess import PreprocessConfig, preprocess, work_folder
@@ -37,7 +37,7 @@ def run(argv: list[str]) -> None:
         tokenizing=TokenizeConfig(
             work_folder(given.output_prefix),
             given.tokenizer_model,
-            RecordFormat(given.json_keys, given.txt_documents),
+            reading,
             given.append_eod,
             given.strict,
             given.prepend_bos,

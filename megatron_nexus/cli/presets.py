@@ -45,8 +45,7 @@ def run(argv: list[str]) -> None:
     if given.json:
         log.logger.info("%s", json.dumps(rows, indent=1))
         return
-    for line in _table(rows):
-        log.logger.info("%s", line)
+    log.show(_table(rows))
 
 
 def preset_rows() -> Iterator[dict[str, int | str]]:

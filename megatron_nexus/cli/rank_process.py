@@ -85,7 +85,6 @@ def end_failed_rank(error: BaseException, world: World) -> NoReturn:
 
 
 def _report(error: BaseException, rank: int) -> None:
-    """Write why this rank fails to stderr."""
     if isinstance(error, NexusError):
         log.error(f"{type(error).__name__}: {error}")
     elif failed := describe_collective_failure(error, rank):

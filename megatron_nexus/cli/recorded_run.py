@@ -2,24 +2,22 @@
 
 import argparse
 import os
+import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import NoReturn
 
 from megatron_nexus import log
 from megatron_nexus.base.invocation import program_words
 from megatron_nexus.cli.rank_process import importing_torch, run_rank
 from megatron_nexus.cli.run_files import open_files
 from megatron_nexus.cli.train import state_opener
-from megatron_nexus.cli.train_command import TrainCommand, read_train_command
+from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.data.run_data import RunData
 from megatron_nexus.data.unlearning_samples import UnlearningSamples
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.parallel.local_ranks import run_local_ranks
-from megatron_nexus.parallel.world import World, read_world
+from megatron_nexus.parallel.world import read_world
 
 PRECISION_FLAGS = ("--precision", "--bf16", "--fp32")
 
@@ -29,6 +27,7 @@ def record(own: argparse.Namespace, flags: list[str], argv: list[str]) -> None:
 
     `own` are the flags of compare, `argv` the whole command line. Raises ConfigError and what train raises.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of a rank that waits for others, at once
     world = read_world(os.environ)
     log.configure(is_main_rank=world.rank == 0)
     command = read_train_command(flags)
@@ -49,7 +48,15 @@ def record(own: argparse.Namespace, flags: list[str], argv: list[str]) -> None:
         raise ConfigError(f"--record {own.record} is not empty: give a new folder, or remove it")
     run_data = open_files(command, world)
     assert not isinstance(run_data, UnlearningSamples), "of the verb train"
-    _record_rank(own, command, world, run_data, float64)
+    with importing_torch():
+        from megatron_nexus.comparison.record_steps import RecordSettings, record_steps
+    settings = RecordSettings(own.record, own.steps, own.samples, float64)
+
+    def task() -> None:
+        opener, tokenizer = state_opener(command.start), command.tokenizer_record
+        record_steps(command.config, world, command.checkpoint, settings, tokenizer, run_data, opener)
+
+    run_rank(task, world)
 
 
 def _recorded_config(config: RunConfig, float64: bool) -> RunConfig:
@@ -63,24 +70,3 @@ def _recorded_config(config: RunConfig, float64: bool) -> RunConfig:
         optimizer = replace(optimizer, optimizer_impl="torch")
     logging = replace(config.logging, eval_tasks="")
     return replace(config, training=training, optimizer=optimizer, logging=logging)
-
-
-def _record_rank(
-    own: argparse.Namespace, command: TrainCommand, world: World, run_data: RunData | None, float64: bool
-) -> NoReturn:
-    with importing_torch():
-        from megatron_nexus.comparison.record_steps import RecordSettings, record_steps
-    settings = RecordSettings(Path(own.record), own.steps, own.samples, float64)
-
-    def task() -> None:
-        record_steps(
-            command.config,
-            world,
-            command.checkpoint,
-            settings,
-            command.tokenizer_record,
-            run_data,
-            state_opener(command.start),
-        )
-
-    run_rank(task, world)

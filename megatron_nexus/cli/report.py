@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nexus import log
-from megatron_nexus.cli.arguments import positive
+from megatron_nexus.cli.arguments import positive, read_text
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.training.comparison import find_runs, run_names
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> None:
         raise ConfigError(
             f"--tokenizer-model {given.tokenizer_model} belongs to --held-out: give both, or drop it"
         )
-    text = _read(given.held_out) if given.held_out is not None else ""
+    text = read_text("--held-out", given.held_out) if given.held_out is not None else ""
     if given.held_out is not None and given.every is not None:
         raise ConfigError(
             f"--held-out {given.held_out} loads models: give it without --every, when the runs are over"
@@ -91,16 +91,3 @@ def run(argv: list[str]) -> None:
             runs = page_of(find_runs(given.runs), given.every)
     page_of(find_runs(given.runs), 0)
     log.logger.info("%s: no longer loaded again by itself", given.output)
-
-
-def _read(path: Path) -> str:
-    """Return a held-out text. Raises ConfigError where there is none to read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--held-out {path}: {error.strerror}: give a text file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--held-out {path} is not UTF-8 text: give a text file") from error
-    if not text:
-        raise ConfigError(f"--held-out {path} is empty: give a file with text")
-    return text

@@ -24,15 +24,15 @@ from megatron_nexus.base.durable import dir_lock
 from megatron_nexus.base.gc_paused import gc_paused
 from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.checkpoint.manifest import INDEX_FILE, MANIFEST_FILE
-from megatron_nexus.cli.arguments import count, positive
+from megatron_nexus.cli.arguments import count, output_problems, positive
 from megatron_nexus.cli.model_arguments import TrainedModel, add_checkpoint_arguments, find_model
 from megatron_nexus.cli.rank_process import end_refused_rank, run_rank
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.rules import check_topology
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.data.answer_sources import AnswerSource, open_answer_source
+from megatron_nexus.data.answer_sources import AnswerSource, open_answer_source, require_corpus
 from megatron_nexus.data.answers import Answer, AnswerTokens, read_answers, tokenize_answers
-from megatron_nexus.errors import ConfigError, NexusError, path_errors
+from megatron_nexus.errors import ConfigError, NexusError, path_errors, raise_problems, try_all
 from megatron_nexus.parallel.launcher_watch import stop_without_launcher
 from megatron_nexus.parallel.local_ranks import missing_ranks, run_local_ranks
 from megatron_nexus.parallel.world import World, read_world
@@ -108,7 +108,7 @@ class _Search:
     query_tokens: Sequence[AnswerTokens]
 
 
-def run(argv: list[str]) -> NoReturn:
+def run(argv: list[str], verb: str = "retrieve") -> NoReturn:
     """Run `nexus retrieve` with the flags `argv` and end the process."""
     world = None
     try:
@@ -121,7 +121,7 @@ def run(argv: list[str]) -> NoReturn:
                 log.logger.info(
                     "launched as one process on a CPU-only machine; spawning %d local ranks", needed
                 )
-                sys.exit(run_local_ranks(needed, [*program_words("retrieve"), *argv]))
+                sys.exit(run_local_ranks(needed, [*program_words(verb), *argv]))
             if world.launcher != "local":
                 stop_without_launcher(signal.SIGTERM)
             source = _open_corpus(search)
@@ -150,13 +150,18 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
         problems.append("--select threshold and --threshold COSINE belong together: give both, or neither")
     if given.threshold is not None and not -1.0 <= given.threshold <= 1.0:
         problems.append(f"--threshold {given.threshold} is no cosine: give one from -1 to 1, such as 0.2")
-    problems += _output_problems("--output", given.output)
-    if given.save_sketches is not None:
-        problems += _output_problems("--save-sketches", given.save_sketches)
-    if problems:
-        raise ConfigError(problems)
-    trained = find_model(given)
-    _check_sketch_size(given.sketch_size, trained)
+    problems += output_problems("--output", given.output, is_folder=True)
+    problems += output_problems("--save-sketches", given.save_sketches, is_folder=True)
+    raise_problems(problems)
+    trained, queries, _ = try_all(
+        lambda: find_model(given), lambda: _read_queries(given.queries), lambda: require_corpus(given.corpus)
+    )
+    whole = parameter_count(trained.manifest.specs.values())
+    if given.sketch_size > max(whole, DEFAULT_NUMBERS):
+        raise ConfigError(
+            f"--sketch-size {given.sketch_size:,} is more than the {whole:,} parameters of the model: give "
+            "less, or 0 for exact gradients"
+        )
     parallel = dataclasses.replace(
         trained.config.parallel,
         tensor_model_parallel_size=given.tp,
@@ -167,7 +172,6 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
     config = dataclasses.replace(trained.config, parallel=parallel)
     needed = given.tp * given.pp
     check_topology(config, needed if missing_ranks(world, needed) else world.size)
-    queries = read_answers(given.queries)
     tokens, cut = tokenize_answers(queries, trained.tokenizer, config.training.seq_length)
     if cut:
         length = config.training.seq_length
@@ -175,25 +179,10 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
     return _Search(given, trained, config, queries, tokens)
 
 
-def _check_sketch_size(numbers: int, trained: TrainedModel) -> None:
-    """Raise ConfigError for a sketch that is larger than what it stands for, and than the default."""
-    whole = parameter_count(trained.manifest.specs.values())
-    if numbers > max(whole, DEFAULT_NUMBERS):
-        raise ConfigError(
-            f"--sketch-size {numbers:,} is more than the {whole:,} parameters of the model: give less, or 0 "
-            "for exact gradients"
-        )
-
-
-def _output_problems(flag: str, folder: Path) -> list[str]:
-    """Return what keeps a folder from being written, which is to be known before hours of work."""
-    if folder.exists() and not folder.is_dir():
-        return [f"{flag} {folder} is a file: give a folder"]
-    absolute = folder.resolve()
-    there = next(path for path in (absolute, *absolute.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        return [f"{flag} {folder}: {there} cannot be written to: give another folder"]
-    return []
+def _read_queries(path: Path) -> list[Answer]:
+    if not path.is_file():
+        raise ConfigError(f"--queries {path} is not a file: give a .jsonl file of undesired outputs")
+    return read_answers(path)
 
 
 def _open_corpus(search: _Search) -> AnswerSource:
@@ -284,7 +273,6 @@ def _locked(folder: Path | None) -> Iterator[None]:
 
 
 def _write(search: _Search, source: AnswerSource, scores_NQ: "Scores", numbers: int) -> None:
-    """Choose both sets, write them, and say what they are."""
     from megatron_nexus.analysis.retrieval_report import (
         FORGET_FILE,
         RETAIN_FILE,
@@ -316,8 +304,7 @@ def _write(search: _Search, source: AnswerSource, scores_NQ: "Scores", numbers: 
     report = make_report(source, search.queries, scores, selection, rule, given.sketch_size)
     given.output.mkdir(parents=True, exist_ok=True)
     write_results(given.output, source, order, scores, selection, report)
-    for line in report_lines(report):
-        log.logger.info("%s", line)
+    log.show(report_lines(report))
     log.logger.info("wrote %s, %s", given.output / FORGET_FILE, given.output / RETAIN_FILE)
     if not (selection.forget and selection.retain):
         return

@@ -1,4 +1,4 @@
-"""How a verb ends: a mistake of the user is one message and exit code 2, Ctrl-C is exit code 130."""
+"""How a verb ends: a mistake of the user is one message and exit code 2, Ctrl-C or SIGTERM exit code 130."""
 
 import gc
 import signal
@@ -15,6 +15,8 @@ EXIT_CODE_INTERRUPTED = 130
 def run_tool(tool: Callable[[], None]) -> NoReturn:
     """Run a tool, whose messages go to stdout, and end the process."""
     log.configure(is_main_rank=True)
+    # As Ctrl-C: half-written output is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The 700 of Python are for small programs: a third of the time to import torch goes into collections.
     gc.set_threshold(100_000)
     try:
@@ -29,8 +31,3 @@ def run_tool(tool: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         log.silence(sys.stdout)  # the interpreter would complain of it at exit
     sys.exit(0)
-
-
-def end_on_sigterm() -> None:
-    """Make SIGTERM end this process as Ctrl-C does, so that half-written output is removed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)

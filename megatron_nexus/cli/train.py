@@ -34,11 +34,11 @@ from megatron_nexus.parallel.world import World, read_world
 
 if TYPE_CHECKING:
     from megatron_nexus.checkpoint.store import StateReader
-    from megatron_nexus.evaluation.in_training import InTrainingEvaluator
+    from megatron_nexus.training.scoring import TaskEvaluator
 
 
 def run(argv: list[str], verb: str = "train") -> NoReturn:
-    """Run `nexus train`, or another verb that trains, with the flags `argv` and end the process."""
+    """Run `nexus train`, or `nexus unlearn`, with the flags `argv` and end the process."""
     world = None
     try:
         world = read_world(os.environ)
@@ -88,13 +88,11 @@ def _dry_run(command: TrainCommand, world: World) -> NoReturn:
                 lines = search_report(command.config, ranks, command.device)
             else:
                 lines = report(command.config, ranks, command.device)
-        for line in [*lines, "", *config_text(command.config).rstrip().splitlines()]:
-            log.logger.info("%s", line)
+        log.show([*lines, "", *config_text(command.config).rstrip().splitlines()])
     sys.exit(0)
 
 
 def _train(command: TrainCommand, world: World, run_data: RunData | UnlearningSamples | None) -> NoReturn:
-    """Train, and end the process."""
     with importing_torch():
         from megatron_nexus.training.run import train
     start = command.start
@@ -127,14 +125,13 @@ def state_opener(start: Start | None) -> "Callable[[Location], StateReader]":
     from megatron_nexus.growth.report import recipe_lines, warnings
 
     plan = plan_growth(start.config, start.growth)
-    for line in (*warnings(plan, start), *recipe_lines(plan)):
-        log.logger.info("%s", line)
+    log.show((*warnings(plan, start), *recipe_lines(plan)))
     return partial(GrownReader, plan=plan)
 
 
-def _open_evaluator(config: RunConfig, tokenizer: Tokenizer) -> "InTrainingEvaluator":
+def _open_evaluator(config: RunConfig, tokenizer: Tokenizer) -> "TaskEvaluator":
     """Return what evaluates --eval-tasks. Raises ConfigError or DataError where a task cannot be opened."""
     with log.importing("lm-evaluation-harness"):
-        from megatron_nexus.evaluation.in_training import InTrainingEvaluator
+        from megatron_nexus.evaluation.harness import make_evaluator
     path, limit = config.logging.eval_task_path, config.logging.eval_tasks_limit
-    return InTrainingEvaluator(config.logging.task_names, Path(path) if path else None, limit, tokenizer)
+    return make_evaluator(config.logging.task_names, Path(path) if path else None, limit, tokenizer)

@@ -13,7 +13,6 @@ from megatron_nexus.checkpoint.location import Location, location
 from megatron_nexus.checkpoint.manifest import RunProgress
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.saved_run import SavedRun, open_saved_run
-from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.cli.unlearn_start import base_of, find_start
 from megatron_nexus.config.command_line import Consumed, build, given_flags, merge_settings
 from megatron_nexus.config.config_field import flag_of
@@ -24,6 +23,7 @@ from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import ConfigError
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.growth.request import GrowthRequest, grown_config, model_before, read_request
 from megatron_nexus.growth.settings import recorded_settings
 
@@ -96,7 +96,12 @@ def read_train_command(argv: list[str], verb: str = "train") -> TrainCommand:
         given = merge_settings(read_config_file(Path(str(given["config"]))), given)
     if verb == "train" and given.get("forget"):
         raise ConfigError(f"unlearning.forget {given['forget']} belongs to the verb unlearn: use that")
-    start = _start(given) if verb == "train" else _unlearning_start(given)
+    start: Start | None
+    if verb == "train":
+        start = _start(given)
+    else:
+        source, begins = find_start(given)
+        start = Start(**vars(source), growth=None, begins_unlearning=begins)
     if start is not None and (start.growth is not None or start.has_grown):
         given = _beside_growth(given, start)
     if start is None:
@@ -140,18 +145,15 @@ def _beside_growth(given: Mapping[str, Value], start: Start) -> dict[str, Value]
     return {name: value for name, value in given.items() if name not in done and before.get(name) != value}
 
 
-def configure(argv: list[str], verb: str = "train") -> tuple[RunConfig, Location | None]:
-    """Return the configuration of a command line and the checkpoint it starts from; errors as above."""
-    read = read_train_command(argv, verb)
-    return read.config, read.checkpoint
-
-
 def _start(given: Mapping[str, Value]) -> Start | None:
     """Return what --load and --grow name; None without a checkpoint."""
     load, grow = str(given.get("load", "")), str(given.get("grow", ""))
-    place = None
-    if load:
-        place = _newest_in_save(given) if load == "auto" else location(load)
+    if load == "auto" and "save" not in given:
+        raise ConfigError("--load auto needs --save: give the run's folder as --save, or name it as --load")
+    if load == "auto":
+        place = newest_checkpoint(location(str(given["save"])))
+    else:
+        place = location(load) if load else None
     if "grow" in given and not grow.strip():
         raise ConfigError("--grow is empty: write such as nexus_m=1088, or drop it")
     if place is None:
@@ -162,19 +164,6 @@ def _start(given: Mapping[str, Value]) -> Start | None:
     if growth and (continued := _grown_before(given, place, growth)):
         return Start(**vars(continued), growth=None, has_grown=True)
     return Start(**vars(open_saved_run(place)), growth=growth)
-
-
-def _unlearning_start(given: Mapping[str, Value]) -> Start:
-    """Return where an unlearning run starts."""
-    saved, begins = find_start(given)
-    return Start(**vars(saved), growth=None, begins_unlearning=begins)
-
-
-def _newest_in_save(given: Mapping[str, Value]) -> Location | None:
-    """Return what --load auto means: the newest checkpoint in --save. Raises ConfigError without --save."""
-    if "save" not in given:
-        raise ConfigError("--load auto needs --save: give the run's folder as --save, or name it as --load")
-    return newest_checkpoint(location(str(given["save"])))
 
 
 def _grown_before(given: Mapping[str, Value], source: Location, growth: GrowthRequest) -> SavedRun | None:

@@ -7,12 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_nexus import log
-from megatron_nexus.cli.arguments import add_reading_arguments, positive
+from megatron_nexus.cli.arguments import add_reading_arguments, positive, record_format
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.documents import (
     REPORTED,
     Document,
-    RecordFormat,
     bad_record_lines,
     no_document,
     read_slice,
@@ -55,7 +54,7 @@ def run(argv: list[str]) -> None:
         )
     if output.exists() and not given.overwrite:
         raise ConfigError(f"--output {output} exists: add --overwrite or choose another name")
-    reading = RecordFormat(given.json_keys, given.txt_documents)
+    reading = record_format(given)
     files = find_input_files(given.input, given.strict)
     slices = split_into_slices(files, reading, sys.maxsize)
     left_out: Counter[str] = Counter()
@@ -92,10 +91,7 @@ def run(argv: list[str]) -> None:
 
 @contextmanager
 def _writable(output: Path) -> Iterator[None]:
-    """Check that a file can be written before the work; leave nothing behind if the work fails.
-
-    Raises ConfigError.
-    """
+    """Check that a file can be written before the work; leave nothing if that fails. Raises ConfigError."""
     made = [place for place in (output.parent, *output.parent.parents) if not place.exists()]
     draft = output.with_name(f"{output.name}.partial")
     try:

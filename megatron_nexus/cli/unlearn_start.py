@@ -16,7 +16,7 @@ from megatron_nexus.config.files_config import DataConfig
 from megatron_nexus.config.presets import Value
 from megatron_nexus.config.run_config import OptimizerConfig, RunConfig
 from megatron_nexus.config.unlearning_config import UnlearningConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 
 UNREAD = (
     *("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_range", "split"),
@@ -103,8 +103,7 @@ def base_of(saved: RunConfig, begins: bool, given: Mapping[str, Value]) -> RunCo
         )
         if not is_given
     ]
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     old = saved.optimizer
     kept = ("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "optimizer_impl")
     optimizer = OptimizerConfig(
@@ -125,5 +124,4 @@ def _check_same(unlearning: UnlearningConfig, given: Mapping[str, Value]) -> Non
         for name, value in dataclasses.asdict(unlearning).items()
         if name not in ("forget", "retain") and given.get(name, value) != value
     ]
-    if clashes:
-        raise ConfigError(clashes)
+    raise_problems(clashes)

@@ -17,7 +17,6 @@ from dataclasses import replace
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.cli.grow import add_writing_flags, write_grown
-from megatron_nexus.cli.runner import end_on_sigterm
 from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.growth.request import add_settings_flags, with_empty_branch
@@ -39,23 +38,16 @@ def make_parser() -> FlagParser:
     )
     add_writing_flags(parser)
     for name, share in WIDENING.items():
-        parser.add_argument(
-            flag_of(name),
-            type=int,
-            help=f"width of the branch (default: {share:g} of the hidden size)",
-        )
-    parser.add_argument(
-        "--attention-order",
-        type=int,
-        help="order of the attention, behind gates that begin at 0; adds no branch unless a width is given",
-    )
+        text = f"width of the branch (default: {share:g} of the hidden size)"
+        parser.add_flag(flag_of(name), text, type=int)
+    text = "order of the attention, behind gates that begin at 0; adds no branch unless a width is given"
+    parser.add_flag("--attention-order", text, type=int)
     add_settings_flags(parser)
     return parser
 
 
 def run(argv: list[str]) -> None:
     """Run `nexus upcycle` with the flags `argv`."""
-    end_on_sigterm()
     given = make_parser().parse_args(argv)
     saved, values = open_saved_run(location(given.load)), vars(given)
     sizes = {"attention_order": given.attention_order} if "attention_order" in values else {}

@@ -16,7 +16,7 @@ class Verb:
 GROUPS: dict[str, dict[str, Verb]] = {
     "Train": {
         "train": Verb("train", "pretrain a model; resume a run, or grow its model while loading"),
-        "unlearn": Verb("unlearn", "train a model to forget some answers and to retain others"),
+        "unlearn": Verb("train", "train a model to forget some answers and to retain others"),
         "launch": Verb(
             "launch", "start `train` or `unlearn` on many devices or nodes with DeepSpeed's runner"
         ),

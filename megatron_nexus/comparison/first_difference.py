@@ -4,14 +4,14 @@ A tensor differs where elements lie further apart than rounding explains: rtol x
 where sums have cancelled, rtol x 1e-4 x the largest element of all tensors of its kind so far.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_nexus.comparison.recording import Array, Copies, Held, Key, LogicalAxis, Phase, Place, Recording
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.comparison.recording import Array, Copies, Key, LogicalAxis, Part, Phase, Place, Recording
+from megatron_nexus.errors import ConfigError, raise_problems
 
 Mask = npt.NDArray[np.bool_]
 
@@ -46,11 +46,6 @@ class Difference:
         """How far apart the sides are, or the copies of one of them."""
         return max(self.largest, self.copies[1].difference if self.copies else 0.0)
 
-    @staticmethod
-    def of_missing(key: Key, side: str) -> "Difference":
-        """Return the difference of a tensor that `side` alone has."""
-        return Difference(key, np.inf, 0.0, (np.nan, np.nan), (), 0, 0, "", (), only=side)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -64,24 +59,21 @@ class Comparison:
     """The largest difference of those, as a share of the tensor's largest element."""
 
 
-def require_comparable(a: Recording, b: Recording) -> None:
-    """Raise ConfigError where two recordings are not of one model and one batch."""
-    problems = []
-    for name in sorted(a.run.model.keys() | b.run.model.keys()):
-        ours, theirs = a.run.model.get(name), b.run.model.get(name)
-        if ours != theirs:
-            problems.append(f"{name} is {ours} in A and {theirs} in B: compare runs of one model")
-    for name in ("seq_length", "global_batch_size", "samples"):
-        ours, theirs = getattr(a.run, name), getattr(b.run, name)
-        if ours != theirs:
-            problems.append(f"{name} is {ours} in A and {theirs} in B: record both with the same")
-    if problems:
-        raise ConfigError(problems)
+def differing(a: Mapping[str, object], b: Mapping[str, object], remedy: str) -> list[str]:
+    """Return what is different in A and B, each with what to do."""
+    return [
+        f"{name} is {a.get(name)} in A and {b.get(name)} in B: {remedy}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]
 
 
 def compare(a: Recording, b: Recording, rtol: float | None = None) -> Comparison:
-    """Compare the steps that both recordings have. Raises ConfigError where they cannot be compared."""
-    require_comparable(a, b)
+    """Compare the steps that both recordings have. Raises ConfigError: not of one model and one batch."""
+    problems = differing(a.run.model, b.run.model, "compare runs of one model")
+    names = ("seq_length", "global_batch_size", "samples")
+    ours, theirs = ({name: getattr(one.run, name) for name in names} for one in (a, b))
+    raise_problems([*problems, *differing(ours, theirs, "record both with the same")])
     allowed = rtol or max(RTOL[a.run.dtype], RTOL[b.run.dtype])
     in_a, in_b = set(a.keys), set(b.keys)
     keys = [key for key in in_order(a.keys, b.keys) if key.step <= min(a.run.steps, b.run.steps)]
@@ -90,17 +82,18 @@ def compare(a: Recording, b: Recording, rtol: float | None = None) -> Comparison
     before, closest = 0, 0.0
     for key in keys:
         if key not in in_a or key not in in_b:
-            differences.append(Difference.of_missing(key, "A" if key in in_a else "B"))
+            side = "A" if key in in_a else "B"
+            differences.append(Difference(key, np.inf, 0.0, (np.nan, np.nan), (), 0, 0, "", (), only=side))
             continue
-        (ours, copies_a), (theirs, copies_b) = a.assemble(key), b.assemble(key)
-        if ours.shape != theirs.shape:
-            raise ConfigError(f"{key.name} is {ours.shape} in A and {theirs.shape} in B: compare one model")
-        scale = float(np.nanmax(np.abs(np.stack([ours, theirs])), initial=0.0))
+        (x, copies_a), (y, copies_b) = a.assemble(key), b.assemble(key)
+        if x.shape != y.shape:
+            raise ConfigError(f"{key.name} is {x.shape} in A and {y.shape} in B: compare one model")
+        scale = float(np.nanmax(np.abs(np.stack([x, y])), initial=0.0))
         kind = f"{key.step} {key.phase} {key.name.rpartition('.')[2] if key.phase is Phase.OPTIMIZER else ''}"
         largest[kind] = max(largest.get(kind, 0.0), scale)
         tolerance = allowed * max(scale, CANCELLED * largest[kind])
-        apart = np.abs(ours - theirs)
-        wrong = ~(apart <= tolerance) & ~(np.isnan(ours) & np.isnan(theirs)) & (ours != theirs)
+        apart = np.abs(x - y)
+        wrong = ~(apart <= tolerance) & ~(np.isnan(x) & np.isnan(y)) & (x != y)
         bad = next(
             ((side, c) for side, c in (("B", copies_b), ("A", copies_a)) if c and c.difference > tolerance),
             None,
@@ -113,7 +106,7 @@ def compare(a: Recording, b: Recording, rtol: float | None = None) -> Comparison
                         closest, float(np.nanmax(apart, initial=0.0)) / max(scale, tolerance / allowed)
                     )
             continue
-        differences.append(_difference(key, a, b, ours, theirs, wrong, tolerance, bad))
+        differences.append(_difference(key, a, b, x, y, wrong, tolerance, bad))
     return Comparison(tuple(differences), before, len(keys), closest)
 
 
@@ -193,14 +186,12 @@ def _ranges(indices: Sequence[int]) -> str:
     return ", ".join([*words[:4], *([f"and {len(words) - 4} more"] if len(words) > 4 else [])])
 
 
-def _holders(side: str, parts: Sequence[Held], wrong: Mask) -> Iterator[str]:
+def _holders(side: str, parts: Sequence[Part], wrong: Mask) -> Iterator[str]:
     """Yield which ranks hold what differs, where others hold nothing of it."""
     hit: list[Place] = []
     free: list[Place] = []
-    for held in parts:
-        box = held.part.box
-        index = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
-        (hit if wrong[index].any() else free).append(held.place)
+    for part in parts:
+        (hit if wrong[part.box.index].any() else free).append(part.place)
     hit_ranks = {place.rank for place in hit}
     clean = [place for place in free if place.rank not in hit_ranks]
     if not clean:
@@ -242,12 +233,10 @@ def _pattern(axes: Sequence[LogicalAxis], ours: Array, theirs: Array, wrong: Mas
 def _missing_sum(side: str, recording: Recording, key: Key, other: Array, tolerance: float) -> Iterator[str]:
     """Yield that the copies of one side's ranks add up to the other side's tensor."""
     by_rank: dict[int, Array] = {}
-    for held in recording.parts(key):
-        whole = by_rank.setdefault(held.place.tp_rank, np.zeros(other.shape))
-        box = held.part.box
-        index = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
-        share = recording.values(held)
-        whole[index] = whole[index] + share if held.part.is_share else share
+    for part in recording.parts(key):
+        whole = by_rank.setdefault(part.place.tp_rank, np.zeros(other.shape))
+        index, share = part.box.index, recording.values(part)
+        whole[index] = whole[index] + share if part.is_share else share
     total = sum(by_rank.values(), np.zeros(other.shape))
     if len(by_rank) > 1 and np.abs(total - other).max(initial=0.0) <= 100 * tolerance:
         other_side = "A" if side == "B" else "B"

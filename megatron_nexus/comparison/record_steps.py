@@ -43,12 +43,6 @@ class RecordSettings:
     float64: bool
 
 
-def chosen_samples(settings: RecordSettings, batch: int) -> tuple[int, ...]:
-    """Return the samples of a global batch whose activations are kept, evenly from all of it."""
-    count = min(settings.samples, batch)
-    return tuple(index * batch // count for index in range(count))
-
-
 def record_steps(
     config: RunConfig,
     world: World,
@@ -72,7 +66,8 @@ def record_steps(
     place = Place(mesh.rank, mesh.pp_rank, mesh.dp_rank, mesh.tp_rank)
     writer = RecordingWriter(settings.folder, place)
     batch = config.batches.size(trainer.progress.samples)
-    samples = chosen_samples(settings, batch)
+    count = min(settings.samples, batch)
+    samples = tuple(index * batch // count for index in range(count))  # evenly from all of it
     require_room(config, mesh, settings)
     recorder = TensorRecorder(writer, config, mesh, engine, samples)
     _take_steps(trainer, recorder, settings.steps)

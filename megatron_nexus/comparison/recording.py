@@ -12,18 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.spec.shard import Box
+
+if TYPE_CHECKING:
+    from torch import Tensor  # which comparing needs not
 
 RECORDING_FILE = "recording.json"
 FORMAT = 1
@@ -64,19 +64,6 @@ class LogicalAxis:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a logical tensor that one rank holds; `start` is its first byte in the rank's file."""
-
-    key: Key
-    axes: tuple[LogicalAxis, ...]
-    box: Box
-    dtype: str
-    start: int
-    is_share: bool
-    """Whether the tensor is the sum of the parts of all data-parallel ranks."""
-
-
-@dataclass(frozen=True)
 class Place:
     """Where a rank stands in its mesh."""
 
@@ -84,6 +71,20 @@ class Place:
     pp_rank: int
     dp_rank: int
     tp_rank: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a logical tensor that one rank holds; `start` is its first byte in the rank's file."""
+
+    place: Place
+    key: Key
+    axes: tuple[LogicalAxis, ...]
+    box: Box
+    dtype: str
+    start: int
+    is_share: bool
+    """Whether the tensor is the sum of the parts of all data-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -117,24 +118,26 @@ class RecordingWriter:
         self._orders.setdefault(key, len(self._orders))
 
     def write(
-        self, key: Key, axes: Sequence[LogicalAxis], box: Box, values: Tensor, is_share: bool = False
+        self, key: Key, axes: Sequence[LogicalAxis], box: Box, values: "Tensor", is_share: bool = False
     ) -> None:
         """Write the values of a box of the tensor `key`."""
         self.reserve(key)
         held = values.detach().to("cpu")
-        held = held.float() if held.dtype == torch.bfloat16 else held
-        array = held.contiguous().numpy()
+        is_half = held.dtype.is_floating_point and held.dtype.itemsize == 2  # numpy has no bfloat16
+        array = (held.float() if is_half else held).contiguous().numpy()
         assert array.size == box.numel, f"{key}: {array.shape} for {box}"
         if not array.size:
             return
-        self._parts.append(Part(key, tuple(axes), box, array.dtype.name, self._file.tell(), is_share))
+        start = self._file.tell()
+        self._parts.append(Part(self._place, key, tuple(axes), box, array.dtype.name, start, is_share))
         self._file.write(array.tobytes())
 
     def close(self) -> None:
         """Write what the file of values holds."""
         self._file.close()
         ordered = sorted(self._parts, key=lambda part: self._orders[part.key])
-        record = {"place": asdict(self._place), "parts": [asdict(part) for part in ordered]}
+        parts = [{k: v for k, v in asdict(part).items() if k != "place"} for part in ordered]
+        record = {"place": asdict(self._place), "parts": parts}
         self._path.write_text(json.dumps(record))
 
 
@@ -151,14 +154,6 @@ class Copies:
     difference: float
 
 
-@dataclass(frozen=True)
-class Held:
-    """A part of a tensor with the rank that holds it."""
-
-    place: Place
-    part: Part
-
-
 class Recording:
     """The recording in a folder. Its tensors are assembled one at a time."""
 
@@ -173,7 +168,7 @@ class Recording:
                     "record it again"
                 )
             self.run = RecordedRun(**{**record, "samples": tuple(record["samples"])})
-            self._held: dict[Key, list[Held]] = {}
+            self._parts: dict[Key, list[Part]] = {}
             self._files: dict[int, np.memmap[Any, np.dtype[np.uint8]]] = {}
             self._order: dict[tuple[int, Phase], dict[int, dict[str, None]]] = {}
             for path in sorted(folder.glob("rank_*.json")):
@@ -192,6 +187,7 @@ class Recording:
         for entry in record["parts"]:
             step, phase, name = entry["key"]
             part = Part(
+                place,
                 key=Key(step, Phase(phase), name),
                 axes=tuple(LogicalAxis(**axis) for axis in entry["axes"]),
                 box=Box(tuple(entry["box"]["offsets"]), tuple(entry["box"]["sizes"])),
@@ -199,7 +195,7 @@ class Recording:
                 start=entry["start"],
                 is_share=entry["is_share"],
             )
-            self._held.setdefault(part.key, []).append(Held(place, part))
+            self._parts.setdefault(part.key, []).append(part)
             stages = self._order.setdefault((step, part.key.phase), {})
             stages.setdefault(place.pp_rank, {}).setdefault(name)
 
@@ -215,17 +211,16 @@ class Recording:
 
     def axes(self, key: Key) -> tuple[LogicalAxis, ...]:
         """Return the axes of a tensor."""
-        return self._held[key][0].part.axes
+        return self._parts[key][0].axes
 
-    def parts(self, key: Key) -> list[Held]:
-        """Return the parts of a tensor by the ranks that hold them."""
-        return self._held[key]
+    def parts(self, key: Key) -> list[Part]:
+        """Return the parts of a tensor that the ranks hold."""
+        return self._parts[key]
 
-    def values(self, held: Held) -> Array:
+    def values(self, part: Part) -> Array:
         """Return the values of a part."""
-        part = held.part
-        count = prod(part.box.sizes) * np.dtype(part.dtype).itemsize
-        raw = self._files[held.place.rank][part.start : part.start + count]
+        count = part.box.numel * np.dtype(part.dtype).itemsize
+        raw = self._files[part.place.rank][part.start : part.start + count]
         return raw.view(part.dtype).reshape(part.box.sizes).astype(np.float64)
 
     def assemble(self, key: Key) -> tuple[Array, Copies | None]:
@@ -234,21 +229,20 @@ class Recording:
         shares: dict[int, Array] = {}
         owners: dict[int, npt.NDArray[np.int32]] = {}
         worst: Copies | None = None
-        for held in sorted(self._held[key], key=lambda one: one.place.rank):
-            share = held.place.dp_rank if held.part.is_share else 0
+        for part in sorted(self._parts[key], key=lambda one: one.place.rank):
+            share = part.place.dp_rank if part.is_share else 0
             if share not in shares:
                 shares[share], owners[share] = np.full(shape, np.nan), np.full(shape, -1, np.int32)
-            box = held.part.box
-            index = tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
-            mine, whole, owner = self.values(held), shares[share][index], owners[share][index]
+            box = part.box
+            mine, whole, owner = self.values(part), shares[share][box.index], owners[share][box.index]
             copied = owner >= 0
             if copied.any():
                 apart = np.where(copied & ~_same(mine, whole), np.abs(mine - whole), 0.0)
                 apart[np.isnan(apart)] = np.inf
                 if (largest := float(apart.max())) > (worst.difference if worst else 0.0):
                     first = int(owner.reshape(-1)[apart.argmax()])
-                    worst = Copies((first, held.place.rank), largest)
-            whole[~copied], owner[~copied] = mine[~copied], held.place.rank
+                    worst = Copies((first, part.place.rank), largest)
+            whole[~copied], owner[~copied] = mine[~copied], part.place.rank
         return sum(shares.values(), np.zeros(shape)), worst
 
 

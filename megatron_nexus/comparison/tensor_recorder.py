@@ -93,9 +93,8 @@ class TensorRecorder:
         def refined(module: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
             for side, x in zip("qk", outputs, strict=True):
                 units = x.flatten(2)
-                axis = (
-                    self._keys if side == "k" and units.shape[2] == self._local(self._keys) else self._heads
-                )
+                is_keys = side == "k" and units.shape[2] == self._engine.shard.stored(self._keys)
+                axis = self._keys if is_keys else self._heads
                 self._activation(f"{name}.{side}_refined", units, axis)
 
         attention.qkv.register_forward_hook(projected)
@@ -113,9 +112,6 @@ class TensorRecorder:
             self._activation(f"{name}.heads", inputs[0], axis, gradient=not whole)
 
         attention.output.register_forward_pre_hook(mixed)
-
-    def _local(self, axis: Axis) -> int:
-        return self._engine.shard.stored(axis)
 
     def _after(self, module: nn.Module, name: str, axis: Axis | None = None) -> None:
         def seen(module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -212,7 +208,7 @@ class TensorRecorder:
                 partitioned.add(name)
                 continue
             box = shard.box(spec)
-            held = parameter.detach()[tuple(slice(0, size) for size in box.sizes)]
+            held = parameter.detach()[box.index_at_origin]
             self._writer.write(Key(step, Phase.WEIGHTS, name), logical_axes(spec), box, held)
         for view in self._engine.state.views():
             if view.spec.name in partitioned:
@@ -231,7 +227,7 @@ class TensorRecorder:
             self._writer.write(Key(self._step, phase, name), SCALAR, box, values)
         for name, total in self._gradients.items():
             spec, _ = self._engine.parameters[name]
-            held = total[tuple(slice(0, size) for size in shard.box(spec).sizes)]
+            held = total[shard.box(spec).index_at_origin]
             key = Key(self._step, Phase.BACKWARD, f"{name}.grad")
             self._writer.write(key, logical_axes(spec), shard.box(spec), held, is_share=True)
         self._gradients.clear()

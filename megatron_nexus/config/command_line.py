@@ -19,7 +19,7 @@ from megatron_nexus.config.injection import KINDS
 from megatron_nexus.config.megatron_flags import family_hint, replacement_hint
 from megatron_nexus.config.presets import DEFAULT_PRESET, PRESETS, Value
 from megatron_nexus.config.run_config import ALL_SECTIONS, SECTIONS, RunConfig, TrainingConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 
 # Flags that launchers and scripts add and nobody here reads.
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed")
@@ -79,7 +79,8 @@ def make_parser(verb: str = "train") -> FlagParser:
                     const=precision,
                     help=f"short for --precision {precision}",
                 )
-    parser.print_options_last()
+    # The help ends with the flags that are in no group of their own, where argparse begins.
+    parser._action_groups.append(parser._action_groups.pop(parser._action_groups.index(parser._optionals)))
     return parser
 
 
@@ -197,8 +198,7 @@ def build(
             for field, value in {"preset": name, **model}.items()
             if given.get(field, value) != value
         ]
-        if clashes:
-            raise ConfigError(clashes)
+        raise_problems(clashes)
         kept = (saved.model, saved.training, saved.optimizer, saved.data)
         values = {name: value for section in kept for name, value in vars(section).items()}
         often = vars(saved.checkpoint) | vars(saved.logging)

@@ -21,24 +21,16 @@ class Bounds:
     positive: bool
     maximum: float
     below: float
-    default: float
 
-    def problem(self, flag: str, value: float) -> str | None:
-        """Return what is wrong with `value` and what to give instead, or None."""
-        if self.below < inf:
-            inside = 0 <= value < self.below
-            return (
-                None
-                if inside
-                else f"{flag} {value} must lie in [0, {self.below:g}): the default is {self.default}"
-            )
+    def problem(self, value: float) -> str | None:
+        """Return the rule that `value` breaks and what to give instead, or None."""
+        if self.below < inf and not 0 <= value < self.below:
+            return f"must lie in [0, {self.below:g}): give such as {self.below / 2:g}"
         if self.maximum < value < inf:
-            return f"{flag} {value} must be at most {self.maximum:,}: give a smaller number"
+            return f"must be at most {self.maximum:,}: give a smaller number"
         if self.positive and not 0 < value < inf:
-            return f"{flag} {value} must be positive: give a finite number above 0"
-        if not 0 <= value < inf:
-            return f"{flag} {value} must not be negative: give a finite number, 0 or above"
-        return None
+            return "must be positive: give a finite number above 0"
+        return None if 0 <= value < inf else "must not be negative: give a finite number, 0 or above"
 
 
 def config_field(
@@ -58,7 +50,7 @@ def config_field(
     bounds = None
     if isinstance(default, int | float) and not isinstance(default, bool):
         most = inf if isinstance(default, float) else MOST if maximum is None else maximum
-        bounds = Bounds(positive, most, below, default)
+        bounds = Bounds(positive, most, below)
     made: T = field(
         default=default,
         metadata={"help": help_text, "aliases": aliases, "bounds": bounds, "grows": grows},
@@ -74,11 +66,11 @@ def flag_of(name: str) -> str:
 def bound_problems(section: Any) -> Iterator[str]:
     """Yield a message for each number of a section, a dataclass of `config_field`s, outside its bounds."""
     for entry in fields(section):
-        bounds: Bounds | None = entry.metadata["bounds"]
+        bounds, value = entry.metadata["bounds"], getattr(section, entry.name)
         # As users write it: --tp, not --tensor-model-parallel-size.
         flag = next((alias for alias in entry.metadata["aliases"] if len(alias) <= 4), flag_of(entry.name))
-        if bounds is not None and (said := bounds.problem(flag, getattr(section, entry.name))):
-            yield said
+        if bounds is not None and (said := bounds.problem(value)):
+            yield f"{flag} {value} {said}"
 
 
 def growing_fields(section: type) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.model_config import INNER_BEFORE_IT_WAS_RECORDED
 from megatron_nexus.config.presets import PRESETS, Value
 from megatron_nexus.config.run_config import ALL_SECTIONS, SECTIONS, RunConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 
 CONFIG_FILE = "config.yaml"
 """In the folder of a run: what it was configured as."""
@@ -37,12 +37,10 @@ NEVER_WRITTEN = {"checkpoint": ("save", "load", "grow", "reset_optimizer")}
 def read_config_file(path: Path) -> dict[str, Value]:
     """Return the fields that a file sets, by name, `preset` among them.
 
-    Raises ConfigError with every problem: an unreadable file, an unknown key, a value of the wrong type.
+    Raises ConfigError with every problem: no YAML, an unknown key, a value of the wrong type; OSError.
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}: give a YAML file that can be read") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path} is not UTF-8 text: give a YAML file") from error
     try:
@@ -64,8 +62,7 @@ def read_config_file(path: Path) -> dict[str, Value]:
         values.setdefault("attention_inner", INNER_BEFORE_IT_WAS_RECORDED)
     if len(said := [name for name in ("train_tokens", "train_samples", "train_iters") if name in values]) > 1:
         problems.append(f"--config {path}: {' and '.join(said)} both say how long to train: keep one")
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     return values
 
 

@@ -10,7 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_nexus.base.json_text import parse_json
+from megatron_nexus.base.json_text import read_object
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 
@@ -32,24 +32,18 @@ FLAG_OF = {
 }
 # What a file may set, with its type; "auto" leaves it at its default.
 FREE: dict[str, type] = {
-    "steps_per_print": int,
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "dump_state": bool,
-    "comms_logger": dict,
-    "flops_profiler": dict,
-    "tensorboard": dict,
-    "wandb": dict,
-    "csv_monitor": dict,
-    "communication_data_type": str,
+    **dict.fromkeys(("comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor"), dict),
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), bool),
     "bf16.immediate_grad_update": bool,
     "timers.throughput.enabled": bool,
+    "communication_data_type": str,
+    "steps_per_print": int,
     "zero_optimization.overlap_comm": bool,
     "zero_optimization.contiguous_gradients": bool,
     "zero_optimization.reduce_scatter": bool,
+    "zero_optimization.allgather_partitions": bool,
     "zero_optimization.reduce_bucket_size": int,
     "zero_optimization.allgather_bucket_size": int,
-    "zero_optimization.allgather_partitions": bool,
     "zero_optimization.sub_group_size": int,
     "zero_optimization.stage3_max_live_parameters": int,
     "zero_optimization.stage3_max_reuse_distance": int,
@@ -117,7 +111,7 @@ def deepspeed_config(config: RunConfig, world_size: int, device_type: str = "cpu
     }
     if config.parallel.deepspeed_config:
         path = Path(config.parallel.deepspeed_config)
-        problems = list(_merge(_read(path), derived, ""))
+        problems = list(_merge(read_object("--deepspeed-config", path), derived, ""))
         monitor = derived.get("wandb")
         if config.logging.wandb_project and isinstance(monitor, dict) and monitor.get("enabled"):
             problems.append(
@@ -146,18 +140,6 @@ def bucket_elements(config: RunConfig, world_size: int, settings: Json) -> int:
     if copies == 1 or not config.parallel.overlap_grad_reduce or not engine_reduces_gradients(settings):
         return 0
     return config.parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * copies)
-
-
-def _read(path: Path) -> Json:
-    try:
-        loaded = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--deepspeed-config {path}: {error.strerror}: give a JSON file") from error
-    except ValueError as error:
-        raise ConfigError(f"--deepspeed-config {path} is not JSON ({error}): correct it") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"--deepspeed-config {path} is not a JSON object: write {{...}}")
-    return loaded
 
 
 def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[str]:

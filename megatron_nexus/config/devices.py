@@ -7,9 +7,10 @@ of the devices that are not from that generation it is a guess, as are the share
 """
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import raise_problems
 
 GIB = 2**30
 TERA, GIGA = 1e12, 1e9
@@ -102,7 +103,7 @@ def parse_device(text: str) -> Device:
     Raises ConfigError, with all problems, where a name or a number is not one.
     """
     problems: list[str] = []
-    name, given = "", dict[str, float]()
+    name, given = "", dict[str, Any]()
     for index, word in enumerate(part.strip() for part in text.split(",")):
         key, equals, value = (part.strip() for part in word.partition("="))
         if not equals and index == 0 and key.lower() in DEVICES:
@@ -128,14 +129,9 @@ def parse_device(text: str) -> Device:
             f"--device {text} lacks {', '.join(needed)}: add {','.join(f'{key}=...' for key in needed)}, or "
             f"begin with one of {', '.join(DEVICES)}"
         )
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     base = DEVICES[name] if name else Device(text, given["memory"], given["bf16"], given["bandwidth"])
-    return Device(name=text if given else name, **(_numbers(base) | given), torch_names=base.torch_names)
-
-
-def _numbers(device: Device) -> dict[str, float]:
-    return {key: value for key, value in vars(device).items() if key in _NUMBERS}
+    return replace(base, name=text if given else name, **given)
 
 
 def _bounds(key: str) -> tuple[float, float]:

@@ -4,16 +4,16 @@ import signal
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import raise_problems
 
 DEFAULT_EXIT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """What terminals (Ctrl-C, a closed window) and schedulers (SLURM, submitit, LSF, Grid Engine) send."""
 
-UNCATCHABLE = ("SIGKILL", "SIGSTOP")
-FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS")
-"""Faults of the program, which would happen again as soon as the handler returns."""
-NO_REQUESTS = ("SIGCHLD", "SIGPIPE", "SIGWINCH", "SIGURG", "SIGCONT")
-"""Sent when a child has ended, a pipe was closed, or the window has another size."""
+NO_REQUESTS = (
+    *("SIGKILL", "SIGSTOP"),  # cannot be caught
+    *("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS"),  # would happen again at once
+    *("SIGCHLD", "SIGPIPE", "SIGWINCH", "SIGURG", "SIGCONT"),  # a child has ended, a pipe was closed, ...
+)
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -27,15 +27,14 @@ def parse_exit_signals(names: Sequence[str]) -> tuple[signal.Signals, ...]:
     found = []
     for name in names:
         member = signal.Signals.__members__.get(name if name.startswith("SIG") else f"SIG{name}")
-        if member is None or member.name in (*UNCATCHABLE, *FAULTS, *NO_REQUESTS):
+        if member is None or member.name in NO_REQUESTS:
             why = "is not a signal" if member is None else "cannot ask a run to save and exit"
             problems.append(
                 f"--exit-signal {name} {why}: use names such as {', '.join(DEFAULT_EXIT_SIGNALS)}"
             )
         else:
             found.append(member)
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     return tuple(dict.fromkeys(found))
 
 

@@ -9,6 +9,11 @@ from megatron_nexus.config.exit_signals import DEFAULT_EXIT_SIGNALS
 TimingLogOption = Literal["max", "minmax", "all"]
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """Return the names between commas, each once."""
+    return tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from."""
@@ -142,4 +147,4 @@ class LoggingConfig:
     @property
     def task_names(self) -> tuple[str, ...]:
         """The tasks of `eval_tasks`, each once."""
-        return tuple(dict.fromkeys(name for part in self.eval_tasks.split(",") if (name := part.strip())))
+        return split_names(self.eval_tasks)

@@ -48,10 +48,6 @@ class FlagParser(argparse.ArgumentParser):
         """Add a flag, of one name or of several with spaces between; the rest is as for `add_argument`."""
         self.add_argument(*names.split(), help=text, **kwargs)
 
-    def print_options_last(self) -> None:
-        """Have the help end with the flags that are in no group of their own, where argparse begins."""
-        self._action_groups.append(self._action_groups.pop(self._action_groups.index(self._optionals)))
-
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError; what is wrong with one flag is followed by what that flag takes."""
         _, _, text = message.partition("argument ")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import raise_problems
 
 Kind = Literal["rank_hung", "rank_killed", "slow_rank", "nan", "spike", "bit_flip", "disk_full"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -48,8 +48,7 @@ def parse_faults(words: Sequence[str]) -> tuple[InjectedFault, ...]:
             )
         else:
             found.append(InjectedFault(kind, int(match[2]), int(match[3] or 0), seconds))
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     return tuple(found)
 
 
@@ -71,5 +70,4 @@ def check_faults(faults: Sequence[InjectedFault], world_size: int, zero_stage: i
         for fault in faults
         if fault.kind == "bit_flip" and zero_stage == 3
     ]
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)

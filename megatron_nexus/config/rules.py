@@ -12,7 +12,7 @@ from megatron_nexus.config.exit_signals import parse_exit_signals
 from megatron_nexus.config.model_rules import divisors, model_problems
 from megatron_nexus.config.profile import profile_problems
 from megatron_nexus.config.run_config import ALL_SECTIONS, RunConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 
 MOST_ELEMENTS = 2**59
 """Most elements of all weights or of a layer's activations: 16 bytes of each are counted in 64 bits."""
@@ -44,15 +44,13 @@ def check(config: RunConfig, world_size: int) -> None:
     ]
     if not problems:
         deepspeed_config(config, world_size)
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
 
 
 def check_topology(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError where `world_size` ranks cannot hold the model as `config.parallel` says."""
     problems = [*bound_problems(config.parallel), *_topology_problems(config, world_size)]
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
 
 
 def config_warnings(config: RunConfig) -> list[str]:

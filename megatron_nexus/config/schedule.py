@@ -40,13 +40,17 @@ def position(config: RunConfig, step: int) -> int:
     return config.batches.samples(0, step) if config.optimizer.counts_samples else step
 
 
+def run_end(config: RunConfig) -> int:
+    """Return the last step of a run, or its last sample, as its schedule counts."""
+    return position(config, config.training.train_iters)
+
+
 def decayed_rate(config: RunConfig, step: int) -> float | None:
     """Return the learning rate of a run's optimizer step `step` where its decay has begun, else None."""
-    optimizer, last = config.optimizer, position(config, config.training.train_iters)
-    step = position(config, step)
+    optimizer, step = config.optimizer, position(config, step)
     if step <= optimizer.lr_start_iter + optimizer.lr_spans[0]:
         return None
-    rate = learning_rate(optimizer, step, last)
+    rate = learning_rate(optimizer, step, run_end(config))
     return rate if rate < optimizer.lr * (1.0 - 1e-9) else None
 
 

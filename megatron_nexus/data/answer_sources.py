@@ -120,21 +120,28 @@ class DocumentPieces:
 def open_answer_source(
     names: Sequence[str], tokenizer: Tokenizer, seq_length: int, vocab_size: int
 ) -> AnswerSource:
-    """Open .jsonl files, or the one corpus whose files begin with a prefix.
+    """Open .jsonl files, or the one corpus whose files begin with a prefix; `require_corpus` has let them in.
 
-    Raises ConfigError: both, or several prefixes; DataError: as the two kinds say.
+    Raises DataError: as the two kinds say.
     """
-    files = [name for name in names if name.endswith(ENDING)]
-    if len(files) == len(names):
+    if names[0].endswith(ENDING):
         return AnswerFiles([Path(name) for name in names], tokenizer, seq_length)
+    return DocumentPieces(Path(names[0]), tokenizer, seq_length, vocab_size)
+
+
+def require_corpus(names: Sequence[str]) -> None:
+    """Raise ConfigError, DataError or OSError where `open_answer_source` cannot open what --corpus names."""
+    for name in names:
+        if name.endswith(ENDING):
+            Path(name).stat()
+    if all(name.endswith(ENDING) for name in names):
+        return
     if len(names) > 1:
         raise ConfigError(
             f"--corpus {' '.join(names)}: give {ENDING} files, or the prefix of one .bin/.idx pair"
         )
-    prefix = Path(names[0])
-    if not idx_path(prefix).exists():
+    if not idx_path(Path(names[0])).exists():
         raise DataError(
-            f"--corpus {prefix} is no {ENDING} file, and {idx_path(prefix)} does not exist: give {ENDING} "
-            "files, or the prefix of a .bin/.idx pair"
+            f"--corpus {names[0]} is no {ENDING} file, and {idx_path(Path(names[0]))} does not exist: give "
+            f"{ENDING} files, or the prefix of a .bin/.idx pair"
         )
-    return DocumentPieces(prefix, tokenizer, seq_length, vocab_size)

@@ -66,12 +66,9 @@ class AnswerTokens:
 def read_answers(path: Path) -> list[Answer]:
     """Return the prompts and answers of a .jsonl file, blank lines left out.
 
-    Raises DataError: it cannot be read, holds none, or has lines that are neither form; the first are named.
+    Raises DataError, which names the first lines that are neither form, or says that there is none; OSError.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}: give a .jsonl file with lines such as {_FORM}") from error
+    lines = path.read_bytes().split(b"\n")
     lines[0] = lines[0].removeprefix(BOM_UTF8)
     answers: list[Answer] = []
     problems: list[str] = []

@@ -3,7 +3,8 @@
 import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -14,13 +15,13 @@ from lm_eval.utils import handle_non_serializable
 
 from megatron_nexus.base.invocation import command
 from megatron_nexus.data.tokenizer import Tokenizer, context_id
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import raise_problems
 from megatron_nexus.evaluation.batch_generation import Stop, generate_texts
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.perplexity import windows
 from megatron_nexus.evaluation.results import TaskResult
 from megatron_nexus.evaluation.sampling import Sampling
-from megatron_nexus.evaluation.tasks import Tasks
+from megatron_nexus.evaluation.tasks import Tasks, open_tasks
 from megatron_nexus.models.scores import Request, Scorer
 
 BOOTSTRAPS = 1000
@@ -59,11 +60,6 @@ class NexusLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         if add_special_tokens is None or add_special_tokens:
             ids = [*self._tokenizer.document_prefix, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each (context, continuation), and whether it is the greedy one."""
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return scores
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenizedPair], disable_tqdm: bool = True
@@ -113,8 +109,26 @@ def require_scoring(tasks: Tasks) -> None:
         for name, task in tasks.items()
         if task.OUTPUT_TYPE == "generate_until"
     ]
-    if wrong:
-        raise ConfigError(wrong)
+    raise_problems(wrong)
+
+
+def make_evaluator(
+    names: Sequence[str], folder: Path | None, limit: int, tokenizer: Tokenizer
+) -> Callable[[Scorer], Mapping[str, Mapping[str, float]]]:
+    """Return what scores tasks, whose records are read now, by the ranks that train a model.
+
+    `folder` None fetches the published records, `limit` 0 takes all items of a task.
+
+    Raises ConfigError, DataError: as `open_tasks`, and where a task has the model generate text.
+    """
+    tasks = open_tasks(names, folder)
+    require_scoring(tasks)
+
+    def evaluate(scorer: Scorer) -> Mapping[str, Mapping[str, float]]:
+        results = run_harness(NexusLM(scorer, tokenizer), tasks, limit or None)
+        return {name: result.metrics for name, result in results.items()}
+
+    return evaluate
 
 
 def run_harness(

@@ -10,7 +10,7 @@ token more context, costs seq_length / stride times as much, and gives a lower p
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_nexus.data.tokenizer import Tokenizer, context_id, encode_prompt
 from megatron_nexus.errors import CheckpointError, DataError
@@ -46,6 +46,19 @@ class Perplexity:
     def bits_per_byte(self) -> float:
         """The mean loss of a byte, in bits."""
         return -self.log_likelihood / self.bytes / math.log(2.0)
+
+    @property
+    def record(self) -> dict[str, float]:
+        """All of it, for JSON."""
+        derived = ("per_token", "per_word", "per_byte", "bits_per_byte")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.per_token:.4g} per token, {self.per_word:.4g} per word, {self.per_byte:.4g} "
+            f"per byte ({self.bits_per_byte:.4f} bits per byte) over {self.tokens:,} tokens, "
+            f"{self.words:,} words, {self.bytes:,} bytes"
+        )
 
 
 def _exp(loss: float) -> float:

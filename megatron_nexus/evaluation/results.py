@@ -1,10 +1,9 @@
 """Results of an evaluation: a table with a column for each task, as the paper's Table 1, and JSON."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from megatron_nexus.base.table import table
-from megatron_nexus.evaluation.perplexity import Perplexity
 
 
 @dataclass(frozen=True)
@@ -35,18 +34,3 @@ def task_table(results: Mapping[str, TaskResult]) -> list[str]:
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}" if abs(value) <= 1 else f"{value:.4g}"
-
-
-def perplexity_line(perplexity: Perplexity) -> str:
-    """Return a perplexity as a line of text."""
-    return (
-        f"perplexity {perplexity.per_token:.4g} per token, {perplexity.per_word:.4g} per word, "
-        f"{perplexity.per_byte:.4g} per byte ({perplexity.bits_per_byte:.4f} bits per byte) over "
-        f"{perplexity.tokens:,} tokens, {perplexity.words:,} words, {perplexity.bytes:,} bytes"
-    )
-
-
-def perplexity_record(perplexity: Perplexity) -> dict[str, float]:
-    """Return a perplexity for JSON."""
-    derived = ("per_token", "per_word", "per_byte", "bits_per_byte")
-    return asdict(perplexity) | {name: getattr(perplexity, name) for name in derived}

@@ -8,14 +8,13 @@
 Needs no lm-evaluation-harness: wrong files are answered before it is imported.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_nexus.base.json_text import parse_record
-from megatron_nexus.errors import ConfigError, DataError
-from megatron_nexus.extras import install_command
+from megatron_nexus.errors import DataError, raise_problems
+from megatron_nexus.extras import missing_packages
 
 PAPER_TASKS = ("piqa", "openbookqa", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks of the paper's Table 1."""
@@ -32,15 +31,6 @@ _TEXTS = {
 Record = dict[str, Any]
 
 
-def require_harness() -> None:
-    """Raise ConfigError where lm-evaluation-harness is not installed."""
-    missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"tasks need {' and '.join(missing)}, not installed here: {install_command('eval')}"
-        )
-
-
 def require_tasks(tasks: Sequence[str], folder: Path | None) -> None:
     """Look at all that can be known of tasks without the harness: that it is there, and local files.
 
@@ -50,7 +40,7 @@ def require_tasks(tasks: Sequence[str], folder: Path | None) -> None:
         require_task_files(folder, tasks)
         for task in tasks:
             read_task_file(task_file(folder, task), task)
-    require_harness()
+    raise_problems(missing_packages("eval", "tasks need"))
 
 
 def task_file(folder: Path, task: str) -> Path:
@@ -70,18 +60,13 @@ def require_task_files(folder: Path, tasks: Sequence[str]) -> None:
         for task in tasks
         if task in PAPER_TASKS and not task_file(folder, task).is_file()
     ]
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
 
 
 def read_task_file(path: Path, task: str) -> list[Record]:
-    """Return the records of a task. Raises DataError, which names the first line that is not one."""
+    """Return the records of a task. Raises DataError, which names the first line that is not one; OSError."""
     records = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}: give a file that can be read") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -17,7 +17,7 @@ import lm_eval.tasks
 import yaml
 from lm_eval.api.task import Task
 
-from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.errors import ConfigError, DataError, raise_problems
 from megatron_nexus.evaluation.task_files import read_task_file, require_task_files, task_file
 from megatron_nexus.log import Progress, logger
 
@@ -49,8 +49,9 @@ def open_tasks(
         ConfigError: a task is unknown, has no file, is none for a model of text, or has too few examples.
         DataError: a file is not a file of its task, or a data set cannot be had.
     """
-    # It warns of settings that are meant so.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # One warns of settings that are meant so, the other of each try to reach the hub.
+    for library in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     tasks = _local_tasks(names, folder) if folder is not None else _fetched_tasks(names, include_paths)
     for name, task in tasks.items():
@@ -144,8 +145,7 @@ def _fetched_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> Tasks
                 unknown.append(
                     f"lm-evaluation-harness {lm_eval.__version__}{where} no task {name!r}: {remedy}"
                 )
-        if unknown:
-            raise ConfigError(unknown)
+        raise_problems(unknown)
         specs = list(dict.fromkeys(names))
     try:
         with Progress("fetching the data of the tasks"):

@@ -149,11 +149,9 @@ def regions_after_growth(optimizer: OptimizerRecord, plan: GrowthPlan) -> tuple[
                 continue
             assert tensor.old is not None and filled.old is not None, f"{name} keeps elements of nothing"
             for region in recorded.get(tensor.old.name, []):
-                shared = intersect(region.box, filled.old)
-                if shared is not None:
-                    grown_regions.append(
-                        GrownRegion(name, translate(shared, filled.old, filled.box), region.adam_step)
-                    )
+                if shared := intersect(region.box, filled.old):
+                    moved = translate(shared, filled.old, filled.box)
+                    grown_regions.append(GrownRegion(name, moved, region.adam_step))
     return tuple(grown_regions)
 
 

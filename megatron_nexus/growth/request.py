@@ -1,7 +1,7 @@
 """Growth as a user asks for it: the sizes of the larger model, and how its new weights begin."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
@@ -12,7 +12,7 @@ from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 from megatron_nexus.growth.division import division_problems
 from megatron_nexus.growth.settings import EARLIER, GrowthConfig
 from megatron_nexus.spec.growth_rule import DIVIDING, Init
@@ -49,68 +49,71 @@ def _foreign_sizes(old: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _nexus_widths(model: ModelConfig) -> list[str]:
-    """Return the fields that are widths of Nexus-Ranks."""
     names = ["nexus_m", "nexus_a"] if model.has_nexus else []
     return [*names, "ffn_nexus_m", "ffn_hidden_size"] if model.feed_forward == "nexus" else names
 
 
-def _active_at_once(old: ModelConfig, sizes: Mapping[str, int], init: Init) -> list[str]:
-    """List why `init` would change the function: norms over units that become active at once."""
-    problems = []
+def _active_at_once(old: ModelConfig, sizes: Mapping[str, int], init: Init) -> Iterator[str]:
+    """Yield why `init` would change the function: norms over units that become active at once."""
 
     def grows(*names: str) -> bool:
         return any(sizes.get(name, 0) > getattr(old, name) for name in names)
 
     if old.nexus_inner_norm and grows(*_nexus_widths(old)):
-        problems.append(
+        yield (
             f"--init {init} makes new units of M and A active at once, which this model's inner norm "
             "sees, so the function would change: use --init out_rand"
         )
     slots = [
-        f"{flag_of(name)}"
+        flag_of(name)
         for name, kind in (("pattention_slots", old.projection), ("ffn_hidden_size", old.feed_forward))
         if kind == "pattention" and grows(name)
     ]
     if slots and init != "split":
-        problems.append(
+        yield (
             f"--init {init} gives new slots ({', '.join(slots)}) random keys, which the norm over all slots "
             "sees at once, so the function would change: use --init out_rand, which begins with keys of zero"
         )
-    return problems
 
 
-def _order_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> list[str]:
-    """List why attention cannot be raised to the order that is asked for."""
+def _setting_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> Iterator[str]:
+    """Yield what is asked of attention, of new layers or of moments where nothing is new."""
     order = sizes.get("attention_order", old.attention_order)
-    if order == old.attention_order:
-        if growth.attention_inner == GrowthConfig.attention_inner:
-            return []
-        return [
+    if order == old.attention_order and growth.attention_inner != GrowthConfig.attention_inner:
+        yield (
             f"--attention-inner {growth.attention_inner} belongs to an --attention-order above the "
             f"checkpoint's {old.attention_order}: give one, or drop the flag"
-        ]
-    if old.attention_order > 1:
-        return [
+        )
+    if order != old.attention_order and old.attention_order > 1:
+        yield (
             f"--attention-order {order}: the checkpoint's attention is of order {old.attention_order} "
             "already, and only order 1 can be raised without changing the function: drop the flag"
-        ]
-    return []
-
-
-def _depth_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> list[str]:
-    """List what is asked of new layers or of moments where nothing is new."""
-    problems = []
-    if growth.depth_init != GrowthConfig.depth_init and sizes.get("num_layers", 0) <= old.num_layers:
-        problems.append(
+        )
+    deeper = sizes.get("num_layers", 0) > old.num_layers
+    if growth.depth_init != GrowthConfig.depth_init and not deeper:
+        yield (
             f"--depth-init {growth.depth_init} is about new layers, and none are requested besides the "
             f"checkpoint's {old.num_layers}: give a larger --num-layers, or drop the flag"
         )
     if growth.moments != GrowthConfig.moments and not sizes:
-        problems.append(
+        yield (
             f"--moments {growth.moments} belongs to a growth, and no size is given: give one, or "
             "drop the flag"
         )
-    return problems
+    if old.no_rope_freq and deeper and growth.placement != "end":
+        yield (
+            f"new layers among the old ones would move those without rotary embedding (--no-rope-freq "
+            f"{old.no_rope_freq}), and the function would change: use --depth-placement end"
+        )
+    # Settings that another --init reads.
+    readers: tuple[tuple[str, Init], ...] = (("split_share", "split"), ("noise_share", "noise"))
+    for name, reader in readers:
+        value = getattr(growth, name)
+        if growth.init != reader and value != getattr(GrowthConfig, name) and not any(bound_problems(growth)):
+            yield (
+                f"{flag_of(name)} {value} belongs to --init {reader}, and --init {growth.init} does not read "
+                f"it: give --init {reader}, or drop {flag_of(name)}"
+            )
 
 
 def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> list[str]:
@@ -134,16 +137,19 @@ def _fixed_sizes(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     ]
 
 
-def _unread_settings(growth: GrowthConfig) -> list[str]:
-    """Return what is wrong with settings that another --init reads."""
-    default = GrowthConfig()
-    readers: tuple[tuple[str, Init], ...] = (("split_share", "split"), ("noise_share", "noise"))
-    return [
-        f"{flag_of(name)} {getattr(growth, name)} belongs to --init {reader}, and --init {growth.init} does "
-        f"not read it: give --init {reader}, or drop {flag_of(name)}"
-        for name, reader in readers
-        if growth.init != reader and getattr(growth, name) != getattr(default, name)
-    ]
+def _growth_problems(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> Iterator[str]:
+    for name, size in sizes.items():
+        # 0 query groups are as many as heads.
+        before = old.query_groups if name == "num_query_groups" and size else getattr(old, name)
+        if size < before:
+            yield f"{flag_of(name)} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
+    yield from _foreign_sizes(old, sizes)
+    if growth.fill_rule in ("in_rand", *DIVIDING):
+        yield from _active_at_once(old, sizes, growth.fill_rule)
+    yield from division_problems(old, sizes, growth.fill_rule, growth.split_share)
+    yield from _setting_problems(old, sizes, growth)
+    yield from _fixed_sizes(old, sizes, growth)
+    yield from bound_problems(growth)
 
 
 def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfig) -> ModelConfig:
@@ -152,29 +158,7 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
     Raises ConfigError with every reason why it cannot.
     """
     assert set(sizes) <= set(GROWING), f"{sorted(set(sizes) - set(GROWING))} cannot grow"
-    problems = []
-    for name, size in sizes.items():
-        flag = flag_of(name)
-        # 0 query groups are as many as heads.
-        before = old.query_groups if name == "num_query_groups" and size else getattr(old, name)
-        if size < before:
-            problems.append(
-                f"{flag} {size} is below the checkpoint's {before}, growth never shrinks: raise it"
-            )
-    problems += _foreign_sizes(old, sizes) + _order_problems(old, sizes, growth)
-    if growth.fill_rule in ("in_rand", *DIVIDING):
-        problems += _active_at_once(old, sizes, growth.fill_rule)
-    problems += division_problems(old, sizes, growth.fill_rule, growth.split_share)
-    problems += _depth_problems(old, sizes, growth)
-    if old.no_rope_freq and sizes.get("num_layers", 0) > old.num_layers and growth.placement != "end":
-        problems.append(
-            f"new layers among the old ones would move those without rotary embedding (--no-rope-freq "
-            f"{old.no_rope_freq}), and the function would change: use --depth-placement end"
-        )
-    problems += _fixed_sizes(old, sizes, growth)
-    problems += list(bound_problems(growth)) or _unread_settings(growth)
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(_growth_problems(old, sizes, growth))
     new = ModelConfig(**{**asdict(old), **sizes})
     if new.num_attention_heads * old.query_groups != old.num_attention_heads * new.query_groups:
         share = old.num_attention_heads // old.query_groups
@@ -183,29 +167,27 @@ def _grown_model(old: ModelConfig, sizes: Mapping[str, int], growth: GrowthConfi
             f"group of keys and values serves {share} of {old.num_attention_heads} heads, and old heads "
             f"keep theirs: give --num-attention-heads as {share} times --num-query-groups"
         )
-    copies = growth.init == "split"
+    changed: dict[str, Any] = {}
+    times = 2 if growth.init == "split" else 1
     if new.hidden_size > old.hidden_size:
         # A stream that is there twice has twice the sum of squares.
-        new = replace(new, base_hidden_size=old.norm_size * (2 if copies else 1))
+        changed["base_hidden_size"] = times * old.norm_size
     if new.kv_channels > old.kv_channels:
-        new = replace(new, base_kv_channels=old.rotary_channels)
+        changed["base_kv_channels"] = old.rotary_channels
     if new.attention_order > old.attention_order:
         # Gates of zero: the function of order 1.
-        new = replace(new, attention_inner=growth.attention_inner, attention_gate=True)
+        changed |= {"attention_inner": growth.attention_inner, "attention_gate": True}
     # The scale of a Pattention stays that of its base size, or is the root of its slots as it is.
-    keeps = growth.init != "random"
+    times = 0 if growth.init == "random" else times
     if new.pattention_slots > old.pattention_slots:
-        slots = old.attention_scale_slots * (2 if copies else 1)
-        new = replace(new, base_pattention_slots=slots if keeps else 0)
+        changed["base_pattention_slots"] = times * old.attention_scale_slots
     if new.feed_forward == "pattention" and new.ffn_hidden_size > old.ffn_hidden_size:
-        slots = old.feed_forward_scale_slots * (2 if copies else 1)
-        new = replace(new, base_ffn_hidden_size=slots if keeps else 0)
+        changed["base_ffn_hidden_size"] = times * old.feed_forward_scale_slots
     if new.nexus_inner_norm and new.nexus_inner_norm_scale == "width":
         # Scales stay those of the widths that the old model was created with.
         grown = [name for name in _nexus_widths(old) if getattr(new, name) > getattr(old, name)]
-        bases = {f"base_{name}": getattr(old, f"base_{name}") or getattr(old, name) for name in grown}
-        new = replace(new, **bases)
-    return new
+        changed |= {f"base_{name}": getattr(old, f"base_{name}") or getattr(old, name) for name in grown}
+    return replace(new, **changed)
 
 
 def with_empty_branch(saved: RunConfig) -> RunConfig:
@@ -244,7 +226,7 @@ class GrowthRequest:
         """Return the request with the `init` that "auto" means for the model `old`."""
         if self.settings.init != "auto":
             return self
-        init: Init = "out_rand" if _active_at_once(old, self.sizes, "in_rand") else "in_rand"
+        init: Init = "out_rand" if any(_active_at_once(old, self.sizes, "in_rand")) else "in_rand"
         return replace(self, settings=replace(self.settings, init=init))
 
     def made(self, old: ModelConfig, recorded: Mapping[str, Any]) -> bool:

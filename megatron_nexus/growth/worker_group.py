@@ -30,11 +30,6 @@ class WorkerGroup:
         self.comm = comm
         self._workers = workers
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0."""
-        return self.comm.rank == 0
-
     @contextmanager
     def aborted_on_error(self) -> Iterator[None]:
         """End the other ranks if the block fails with what they cannot know of; they would wait for ever."""

@@ -36,33 +36,19 @@ SMOLLM3 = Architecture("smollm3", "SmolLM3ForCausalLM")
 STOCK = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, SMOLLM3)
 """transformers' own; each but Llama has one more thing in addition: see `architecture_of`."""
 
-NEXUSFORMER_KEYS = {
-    "attention_order": "attention_order",
-    "attention_inner": "attention_inner",
-    "attention_gate": "attention_gate",
-    "projection": "projection",
-    "pattention_slots": "pattention_slots",
-    "feed_forward": "feed_forward",
-    "normalization": "normalization",
+_SAME_KEYS = (
+    *("attention_order", "attention_inner", "attention_gate", "projection", "pattention_slots"),
+    *("feed_forward", "normalization", "post_norm", "sliding_window", "nexus_m", "nexus_a"),
+    *("nexus_inner_norm", "nexus_inner_norm_scale", "ffn_nexus_m", "nexus_output_projection"),
+    *("base_hidden_size", "base_pattention_slots", "base_nexus_m", "base_nexus_a", "base_ffn_nexus_m"),
+)
+NEXUSFORMER_KEYS = {name: name for name in _SAME_KEYS} | {
     "qk_norm": "qk_layernorm",
     "qk_norm_all_heads": "qk_layernorm_all_heads",
-    "post_norm": "post_norm",
     "qkv_bias": "add_qkv_bias",
-    "sliding_window": "sliding_window",
     "no_rope_layer_interval": "no_rope_freq",
-    "nexus_m": "nexus_m",
-    "nexus_a": "nexus_a",
-    "nexus_inner_norm": "nexus_inner_norm",
-    "nexus_inner_norm_scale": "nexus_inner_norm_scale",
-    "ffn_nexus_m": "ffn_nexus_m",
-    "nexus_output_projection": "nexus_output_projection",
-    "base_hidden_size": "base_hidden_size",
     "base_head_dim": "base_kv_channels",
-    "base_pattention_slots": "base_pattention_slots",
     "base_intermediate_size": "base_ffn_hidden_size",
-    "base_nexus_m": "base_nexus_m",
-    "base_nexus_a": "base_nexus_a",
-    "base_ffn_nexus_m": "base_ffn_nexus_m",
 }
 """The keys that the `config.json` of a Nexusformer has besides a Llama's, and the fields of ModelConfig."""
 

@@ -80,7 +80,9 @@ def export_checkpoint(
     needed = plain_bytes(specs, precision)
     begin_token, end_token = (tokenizer.bos_id, tokenizer.eod_id) if tokenizer is not None else (None, None)
     shards = _shards(specs, precision, shard_bytes)
-    names = _file_names(len(shards))
+    count = len(shards)
+    names = tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
+    names = names if count > 1 else ("model.safetensors",)
     non_finite = NonFiniteValues()
     with output_dir(target, needed) as folder:
         record = config_json(model, architecture, length, DTYPES[precision], end_token, tied, begin_token)
@@ -135,9 +137,3 @@ def _shards(specs: Mapping[str, ParamSpec], precision: Precision, most_bytes: in
         shards[-1][name] = huggingface_name(name)
         held += size
     return shards
-
-
-def _file_names(count: int) -> tuple[str, ...]:
-    if count == 1:
-        return ("model.safetensors",)
-    return tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))

@@ -12,32 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, ReaderTensor
+from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import LLAMA, QWEN3, JsonObject
 from megatron_nexus.interchange.gguf_tokenizer import write_gguf_tokenizer
+from megatron_nexus.interchange.names import ENDS, PARTS
 from megatron_nexus.interchange.source_model import Array, SourceModel
-
-ENDS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 class BoundedReader(GGUFReader):
@@ -126,14 +108,12 @@ def _config(fields: Mapping[str, object], tensors: set[str]) -> JsonObject:
     }
 
 
-def _huggingface_name(name: str) -> str:
-    """Translate `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
-    if name in ENDS:
-        return ENDS[name]
-    block, _, rest = name.partition(".")
-    index, _, part = rest.partition(".")
-    known = PARTS.get(part.removesuffix(".weight"))
-    return f"model.layers.{index}.{known}.weight" if block == "blk" and known else name
+def _huggingface_names(kind: str, layers: int) -> dict[str, str]:
+    """Return the library's `model.layers.3.self_attn.q_proj.weight` by `blk.3.attn_q.weight`, and so on."""
+    known = get_tensor_name_map(MODEL_ARCH[kind.upper()], layers)
+    parts = {f"model.layers.{index}.{part}.weight" for index in range(layers) for part in PARTS.values()}
+    ours = {name: known.get_name(name.removesuffix(".weight")) for name in (*ENDS.values(), *parts)}
+    return {f"{theirs}.weight": name for name, theirs in ours.items() if theirs}
 
 
 def _row_order(heads: int, size: int) -> npt.NDArray[np.int64]:
@@ -147,14 +127,17 @@ class GgufWeights:
 
     def __init__(self, path: Path, tensors: list[ReaderTensor], config: JsonObject) -> None:
         self._path = path
-        self._tensors = {_huggingface_name(tensor.name): tensor for tensor in tensors}
+        kind, layers = str(config["model_type"]), config.get("num_hidden_layers")
+        known = isinstance(layers, int) and 0 < layers <= len(tensors)
+        names = _huggingface_names(kind, int(str(layers))) if known else {}
+        self._tensors = {names.get(tensor.name, tensor.name): tensor for tensor in tensors}
         # GGUF counts the axes from the innermost.
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(int(size) for size in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
         }
         self._heads: dict[str, object] = {}
-        if config["model_type"] == LLAMA.model_type:
+        if kind == LLAMA.model_type:
             self._heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
     def read_rows(self, name: str, first: int, last: int) -> Array:

@@ -13,7 +13,7 @@ from megatron_nexus.config.model_config import (
     Normalization,
     Projection,
 )
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 from megatron_nexus.interchange.architecture import (
     LLAMA,
     MISTRAL,
@@ -67,8 +67,7 @@ def model_of(config: JsonObject) -> ModelConfig:
     """
     config = with_defaults(config)
     problems = list(_problems(config))
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     heads, kind = _whole(config, "num_attention_heads"), config["model_type"]
     groups = _whole(config, "num_key_value_heads", heads)
     size = _whole(config, "hidden_size") // heads

@@ -61,7 +61,7 @@ class SentencePieceModel:
 
 
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
-    """Read a model file. Raises DataError where it is none."""
+    """Read a model file. Raises DataError where it is none, OSError."""
     try:
         contents = path.read_bytes()
         fields = list(_fields(contents))
@@ -83,8 +83,6 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
             removes_extra_blanks=bool(_number(normalizer, 4, 1)),
             escapes_blanks=bool(_number(normalizer, 5, 1)),
         )
-    except OSError as error:
-        raise DataError(f"the tokenizer model {path} cannot be read: {error.strerror}") from error
     except (IndexError, KeyError, ValueError, struct.error) as error:
         raise DataError(
             f"the tokenizer model {path} is not a SentencePiece model ({error}): copy or train it again"

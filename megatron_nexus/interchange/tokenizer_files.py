@@ -72,7 +72,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_positions: int) -> s
 
 
 def _prefix(tokenizer: Tokenizer) -> list[Special]:
-    """Return the special tokens before every text."""
     return [(tokenizer.token_text(token), token) for token in tokenizer.document_prefix]
 
 

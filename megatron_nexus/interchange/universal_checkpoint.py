@@ -75,7 +75,6 @@ def write_universal(
 
 
 def _sharding(spec: ParamSpec) -> dict[str, object]:
-    """Return DeepSpeed's description of a parameter's tensor-parallel split."""
     cut = [i for i, axis in enumerate(spec.axes) if axis.layout in (Layout.SHARDED_PADDED, Layout.SHARDED)]
     metadata: dict[str, object] = {"cat_dim": cut[0] if cut else 0}
     if cut == [0] and spec.growth_roles[0] is Flow.BOUNDARY:

@@ -20,12 +20,11 @@ COLOURS = 8
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: its name, points, colour by number; dots show each point with its numbers."""
+    """A curve: its name, points, colour by number, dashed from the ninth on; dots show its points."""
 
     name: str
     points: Points
     colour: int
-    dashed: bool = False
     dots: bool = False
 
 
@@ -165,7 +164,7 @@ def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis) -> Iterable[str]:
 
 
 def _curve(one: Series, places: Points, points: Points, x: Axis, y: Axis) -> Iterable[str]:
-    style = f"line c{one.colour % COLOURS}" + (" dashed" if one.dashed or one.colour >= COLOURS else "")
+    style = f"line {_style(one)}"
     if len(places) > 1:
         path = " ".join(f"{a},{b}" for a, b in places)
         yield f'<polyline class="{style}" points="{path}"><title>{escape(one.name)}</title></polyline>'
@@ -176,14 +175,14 @@ def _curve(one: Series, places: Points, points: Points, x: Axis, y: Axis) -> Ite
             yield f"<title>{escape(said)}</title></circle>"
 
 
+def _style(one: Series) -> str:
+    return f"c{one.colour % COLOURS}" + (" dashed" if one.colour >= COLOURS else "")
+
+
 def legend(series: Sequence[Series]) -> str:
     """Return the names of curves with their colours; "" of a single one."""
     seen = {one.name: one for one in series}
     if len(seen) < 2:
         return ""
-    items = (
-        f'<span><i class="key c{one.colour % COLOURS}'
-        f'{" dashed" if one.dashed or one.colour >= COLOURS else ""}"></i>{escape(name)}</span>'
-        for name, one in seen.items()
-    )
+    items = (f'<span><i class="key {_style(one)}"></i>{escape(name)}</span>' for name, one in seen.items())
     return f'<p class="legend">{"".join(items)}</p>'

@@ -23,19 +23,10 @@ HOURS = ((1 / 3600, "seconds"), (1 / 60, "minutes"), (1.0, "hours"))
 
 def overview(runs: Sequence[RecordedRun]) -> str:
     """Return the table of runs."""
-    head = (
-        "run",
-        "parameters",
-        "steps",
-        "tokens",
-        "FLOPs",
-        "hours, own",
-        f"training loss, last {LAST_STEPS}",
-    )
     sets = list(dict.fromkeys(name for run in runs for name in run.validations))
-    return section(
-        "Runs", table((*head, *(f"{name} loss" for name in sets), "state"), (_row(run, sets) for run in runs))
-    )
+    losses = (f"training loss, last {LAST_STEPS}", *(f"{name} loss" for name in sets))
+    head = ("run", "parameters", "steps", "tokens", "FLOPs", "hours, own", *losses, "state")
+    return section("Runs", table(head, (_row(run, sets) for run in runs)))
 
 
 def _row(run: RecordedRun, sets: Sequence[str]) -> Iterator[Content]:
@@ -78,11 +69,10 @@ def loss_curves(runs: Sequence[RecordedRun]) -> str:
         for title, (places, units) in scales.items():
             series = [_series(run, number, kind, places[run.name]) for number, run in enumerate(runs)]
             largest = max((x for one in series for x, _ in one.points), default=0.0)
-            marks = [_mark(run, places[run.name]) for run in runs if run.growths]
+            begun = [places[run.name].values() for run in runs if run.growths]  # after the growth
+            marks = [min(values) for values in begun if values]
             axis = scaled_axis(title, largest, units)
-            figures.append(
-                line_chart(f"{kind} against {title}", axis, LOSS, series, [m for m in marks if m is not None])
-            )
+            figures.append(line_chart(f"{kind} against {title}", axis, LOSS, series, marks))
             drawn += [one for one in series if one.points]
     said = [
         "Tokens and FLOPs include those of the runs that a run was grown from; dotted lines are growths. Of "
@@ -97,8 +87,3 @@ def _series(run: RecordedRun, number: int, kind: str, places: dict[int, float]) 
     curve = run.losses if kind == "training loss" else run.validations.get(kind, {})
     points = [(places[step], loss) for step, loss in curve.items() if step in places]
     return Series(run.name, points, number, dots=kind != "training loss")
-
-
-def _mark(run: RecordedRun, places: dict[int, float]) -> float | None:
-    """Return where a run begins after its growth."""
-    return min(places.values(), default=None)

@@ -22,9 +22,9 @@ from megatron_nexus.checkpoint.run_dir import complete_checkpoints
 from megatron_nexus.checkpoint.saved_run import open_saved_run
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.tokenizer import encode_prompt
-from megatron_nexus.data.tokenizer_record import TokenizerRecord
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.evaluation.loaded_model import LoadedModel, choose_device, load_model, require_finite
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.growth.generations import growths_of
 from megatron_nexus.log import Progress
 from megatron_nexus.models.layer_context import DTYPES
@@ -81,10 +81,7 @@ def _parent_checkpoint(seam: Seam) -> Path:
 
 def _of_seam(seam: Seam, text: str, tokenizer_model: Path | None) -> Iterator[Divergence]:
     parent = open_saved_run(_parent_checkpoint(seam))
-    record = TokenizerRecord(
-        parent.manifest.tokenizer_fingerprint, parent.manifest.prepend_bos, parent.config.model.vocab_size
-    )
-    tokenizer = find_tokenizer(parent.config, record, tokenizer_model)
+    tokenizer = find_tokenizer(parent.config, tokenizer_record(parent.manifest), tokenizer_model)
     if tokenizer is None:
         raise DataError(f"{parent.checkpoint} knows no tokenizer: name it with --tokenizer-model")
     length = parent.config.training.seq_length
@@ -169,13 +166,9 @@ def divergence_section(found: Sequence[Divergence]) -> str:
     )
     rows: list[list[Content]] = [
         [
-            one.run,
-            one.of,
-            cell_of(one.step, ","),
-            cell_of(one.kl, ".5f"),
-            cell_of(one.kl_error, ".5f"),
-            cell_of(one.loss, ".4f"),
-            cell_of(one.loss - one.parent_loss, "+.4f"),
+            *(one.run, one.of, cell_of(one.step, ",")),
+            *(cell_of(one.kl, ".5f"), cell_of(one.kl_error, ".5f")),
+            *(cell_of(one.loss, ".4f"), cell_of(one.loss - one.parent_loss, "+.4f")),
         ]
         for one in found
     ]

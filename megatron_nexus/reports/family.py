@@ -43,21 +43,17 @@ class Seam:
     @property
     def gaps(self) -> dict[str, dict[int, float]]:
         """Validation loss minus the continued parent's, by set and step; below 0 growth is ahead."""
-        found = {}
-        for name, curve in self.run.validations.items():
-            theirs = self.parent.validations.get(name, {}) if self.parent else {}
-            shared = {
-                s: loss - theirs[s] for s, loss in curve.items() if s in theirs and s > self.growth.step
-            }
-            if shared:
-                found[name] = shared
-        return found
+        theirs = self.parent.validations if self.parent else {}
+        found = {name: self._gap(own, theirs.get(name, {})) for name, own in self.run.validations.items()}
+        return {name: gap for name, gap in found.items() if gap}
 
     @property
     def training_gap(self) -> dict[int, float]:
         """Training loss minus the continued parent's, by step: of the same samples where both read alike."""
-        theirs = self.parent.losses if self.parent else {}
-        return {s: x - theirs[s] for s, x in self.run.losses.items() if s in theirs and s > self.growth.step}
+        return self._gap(self.run.losses, self.parent.losses if self.parent else {})
+
+    def _gap(self, own: Curve, theirs: Curve) -> dict[int, float]:
+        return {s: x - theirs[s] for s, x in own.items() if s in theirs and s > self.growth.step}
 
     def gap_at_equal_flops(self, name: str) -> dict[int, tuple[float, float]]:
         """Return (FLOPs, loss minus the parent's at the same FLOPs) by step, of a validation set.
@@ -70,11 +66,8 @@ class Seam:
         curve = sorted((spent[s], x) for s, x in self.parent.validations.get(name, {}).items() if s in spent)
         own = self.run.flops()
         for step, loss in self.run.validations.get(name, {}).items():
-            if (
-                step > self.growth.step
-                and step in own
-                and (theirs := _interpolated(curve, own[step])) is not None
-            ):
+            theirs = _interpolated(curve, own[step]) if step in own and step > self.growth.step else None
+            if theirs is not None:
                 found[step] = own[step], loss - theirs
         return found
 

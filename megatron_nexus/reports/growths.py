@@ -1,7 +1,7 @@
 """What a growth did to a run: the seam, the gap to the continued parent, new weights against old ones."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
 from megatron_nexus.reports.chart import Axis, Series, legend, line_chart
@@ -74,21 +74,13 @@ def gap_section(found: Sequence[Seam]) -> str:
     rows: list[list[Content]] = []
     figures = []
     for seam in found:
-        assert seam.run.growths, "it has grown"
         tokens = seam.run.tokens()
         for name, gaps in seam.gaps.items():
             at_flops = seam.gap_at_equal_flops(name)
             for step, gap in gaps.items():
-                rows.append(
-                    [
-                        seam.run.name,
-                        name,
-                        cell_of(step, ","),
-                        cell_of(tokens.get(step), ",.0f"),
-                        cell_of(gap, "+.4f"),
-                        cell_of(at_flops[step][1] if step in at_flops else None, "+.4f"),
-                    ]
-                )
+                at_equal = cell_of(at_flops[step][1] if step in at_flops else None, "+.4f")
+                numbers = [cell_of(step, ","), cell_of(tokens.get(step), ",.0f"), cell_of(gap, "+.4f")]
+                rows.append([seam.run.name, name, *numbers, at_equal])
         points = [(float(step), gap) for step, gap in seam.training_gap.items()]
         axis = Axis("grown minus parent", "nats per token")
         figures.append(
@@ -141,9 +133,8 @@ def metrics_section(run: RecordedRun) -> str:
     )
 
 
-def _by_group(metrics: dict[str, dict[str, float]] | object) -> dict[str, dict[str, float]]:
+def _by_group(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Return the means over layers, and over Q, K and V, of the matrices that have new elements."""
-    assert isinstance(metrics, dict), "parsed JSON"
     found: dict[str, list[dict[str, float]]] = {}
     for kind, numbers in means_by_kind(metrics).items():
         if "elements_new" in numbers and not kind.endswith("gain"):

@@ -12,39 +12,33 @@ from megatron_nexus.config.config_field import flag_of
 from megatron_nexus.config.run_config import SECTIONS, RunConfig
 from megatron_nexus.reports.family import parent_of
 from megatron_nexus.reports.html_parts import code, details, paragraph, section, table
-from megatron_nexus.reports.recorded_run import Growth, RecordedRun
+from megatron_nexus.reports.recorded_run import RecordedRun
 
 
 def lineage_section(runs: Sequence[RecordedRun]) -> str:
     """Return the tree of runs; parents that were not given stand in it by their folders."""
-    children: dict[str | None, list[tuple[str, RecordedRun, Growth | None]]] = {}
-    absent: dict[str, None] = {}
+    children: dict[str, list[RecordedRun]] = {}
     for run in runs:
         growth = run.growths[-1] if run.growths else None
         parent = parent_of(run, growth, runs) if growth else None
-        key = parent.name if parent else str(growth.parent_run) if growth else None
-        if growth and not parent:
-            absent[str(growth.parent_run)] = None
-        children.setdefault(key, []).append((run.name, run, growth))
+        key = parent.name if parent else str(growth.parent_run) if growth else ""
+        children.setdefault(key, []).append(run)
 
-    def items(key: str | None) -> str:
-        return "".join(
-            f"<li>{_label(name, run, growth)}{_nested(items(name))}</li>"
-            for name, run, growth in children.get(key, [])
-        )
+    def item(key: str, label: str) -> str:
+        inner = "".join(item(run.name, _label(run)) for run in children.get(key, []))
+        return f"<li>{label}{f'<ul>{inner}</ul>' if inner else ''}</li>"
 
-    roots = "".join(f"<li>{escape(path)} (not given){_nested(items(path))}</li>" for path in absent)
-    return section("Lineage", f'<ul class="tree">{items(None)}{roots}</ul>')
+    roots = [item(run.name, _label(run)) for run in children.get("", [])]
+    absent = children.keys() - {"", *(run.name for run in runs)}
+    roots += [item(path, f"{escape(path)} (not given)") for path in children if path in absent]
+    return section("Lineage", f'<ul class="tree">{"".join(roots)}</ul>')
 
 
-def _nested(content: str) -> str:
-    return f"<ul>{content}</ul>" if content else ""
-
-
-def _label(name: str, run: RecordedRun, growth: Growth | None) -> str:
+def _label(run: RecordedRun) -> str:
+    growth = run.growths[-1] if run.growths else None
     size = f", {run.parameters:,} parameters" if run.parameters else ""
     how = f", grown at step {growth.step:,}: {growth}" if growth else ""
-    return f"<strong>{escape(name)}</strong>{escape(size + how)}"
+    return f"<strong>{escape(run.name)}</strong>{escape(size + how)}"
 
 
 def differences_section(runs: Sequence[RecordedRun]) -> str:

@@ -1,13 +1,13 @@
 """The page: its sections in order, in one HTML document that loads nothing."""
 
-import os
 import time
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 
 from megatron_nexus import __version__
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.base.durable import atomic_file
 from megatron_nexus.reports.curves import loss_curves, overview
 from megatron_nexus.reports.divergence import Divergence, divergence_section
 from megatron_nexus.reports.family import seams
@@ -16,7 +16,6 @@ from megatron_nexus.reports.hours import hours_section
 from megatron_nexus.reports.html_parts import notes, paragraph
 from megatron_nexus.reports.origins import commands_section, differences_section, lineage_section
 from megatron_nexus.reports.recorded_run import RecordedRun
-from megatron_nexus.reports.style import STYLE
 
 
 def make_page(
@@ -34,6 +33,7 @@ def make_page(
     if reload_s:
         made += f" Of {time.strftime('%Y-%m-%d %H:%M:%S')}, loaded again every {reload_s} s."
     reload = f'<meta http-equiv="refresh" content="{reload_s}">' if reload_s else ""
+    style = files("megatron_nexus.reports").joinpath("page.css").read_text(encoding="utf-8")
     grown = seams(runs)
     said = [f"{run.name}: {note}" for run in runs for note in run.notes]
     sections = [
@@ -52,7 +52,7 @@ def make_page(
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{reload}"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
         f"<h1>{escape(title)}</h1>"
         f'<div class="soft">{paragraph(made)}</div>'
         f"{notes(said)}{''.join(sections)}</body></html>\n"
@@ -60,11 +60,7 @@ def make_page(
 
 
 def write_page(page: str, output: Path) -> None:
-    """Write the document, whole at every moment. Raises ConfigError where that cannot be."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(f".{output.name}.{os.getpid()}")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: {error.strerror}: give a file that can be written") from error
+    """Write the document, whole at every moment. Raises OSError."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(output) as write:
+        write(page.encode())

@@ -1,12 +1,11 @@
 """A run as its folder records it: configuration, metrics, lineage, commands; and what of these is missing."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_nexus.base.json_text import fits, parse_record
+from megatron_nexus.base.json_text import fits, read_objects
 from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.config.command_line import build
@@ -144,9 +143,13 @@ def read_run(folder: Path, name: str) -> RecordedRun:
     if begun:  # at step 0 of its own: earlier growths are those of its parent
         notes.append(f"it unlearns, from the weights of {lineage[begun[-1]]['parent']}")
         lineage = lineage[begun[-1] + 1 :]
-    growths = [_growth(entry) for entry in growths_of(lineage)]
+    growths = [
+        Growth(Path(g["parent"]), g["axes"], g.get("settings", {}), g["step"], g["tokens"], g["flops"])
+        for g in growths_of(lineage)
+    ]
+    commands = [one for one in read_objects(folder / COMMANDS_FILE) if isinstance(one.get("command"), str)]
     times = effective_time(folder)
-    run = RecordedRun(folder, name, config, records, growths, _commands(folder), (), times)
+    run = RecordedRun(folder, name, config, records, growths, commands, (), times)
     return replace(run, notes=(*notes, *_progress_notes(run, manifest)))
 
 
@@ -174,7 +177,7 @@ def _config(folder: Path, notes: list[str]) -> RunConfig | None:
         return None
     try:
         return build(read_config_file(path))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         notes.append(
             f"{CONFIG_FILE} cannot be read, so parameters, FLOPs and settings are not known: {error}"
         )
@@ -188,26 +191,3 @@ def _manifest(folder: Path, notes: list[str]) -> Manifest | None:
     except CheckpointError as error:
         notes.append(f"its checkpoints cannot be read, so its lineage is not known: {error}")
         return None
-
-
-def _growth(entry: Mapping[str, Any]) -> Growth:
-    return Growth(
-        Path(entry["parent"]),
-        entry["axes"],
-        entry.get("settings", {}),
-        entry["step"],
-        entry["tokens"],
-        entry["flops"],
-    )
-
-
-def _commands(folder: Path) -> list[Mapping[str, Any]]:
-    """Return the records of the commands that trained a run."""
-    path = folder / COMMANDS_FILE
-    found: list[Mapping[str, Any]] = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with suppress(ValueError):
-            record = parse_record(line)
-            if isinstance(record, dict) and isinstance(record.get("command"), str):
-                found.append(record)
-    return found

@@ -22,11 +22,10 @@ def draw_box(key: str, shape: tuple[int, ...], box: Box, draw: Draw, dtype: npt.
     """Return the numbers of the part `box` of a tensor of `shape`, in `box.sizes`."""
     columns = int(np.prod(shape[1:], dtype=np.int64))
     values = np.empty(box.sizes, dtype=dtype)
-    inner = tuple(slice(o, o + s) for o, s in zip(box.offsets[1:], box.sizes[1:], strict=True))
     for first, last in _row_bands(box, columns):
         band = _draw_range(key, first * columns, last * columns, draw)
         band = band.reshape(last - first, *shape[1:])
-        values[first - box.offsets[0] : last - box.offsets[0]] = band[(slice(None), *inner)]
+        values[first - box.offsets[0] : last - box.offsets[0]] = band[(slice(None), *box.index[1:])]
     return values
 
 

@@ -229,7 +229,6 @@ def _whole(spec: ParamSpec) -> Box:
 
 
 def _writes_residual(spec: ParamSpec) -> bool:
-    """Whether a parameter writes to the residual stream."""
     return any(
         axis.residual and flow is Flow.WRITES for axis, flow in zip(spec.axes, spec.growth_roles, strict=True)
     )

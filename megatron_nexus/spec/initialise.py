@@ -26,5 +26,5 @@ def local_values(spec: ParamSpec, shard: Shard, seed: int) -> torch.Tensor:
     box = shard.box(spec)
     local = torch.zeros(shard.local_shape(spec), dtype=torch.float32)
     if box.numel:
-        local[tuple(slice(0, size) for size in box.sizes)] = torch.from_numpy(logical_values(spec, seed, box))
+        local[box.index_at_origin] = torch.from_numpy(logical_values(spec, seed, box))
     return local

@@ -7,6 +7,7 @@ from its spec.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
 
 class Layout(StrEnum):
@@ -93,10 +94,7 @@ class ParamSpec:
     @property
     def numel(self) -> int:
         """Elements of the logical tensor."""
-        count = 1
-        for axis in self.axes:
-            count *= axis.size
-        return count
+        return prod(self.shape)
 
     @property
     def is_sharded(self) -> bool:

@@ -6,6 +6,7 @@ and SwiGLU of zeros is 0.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from megatron_nexus.spec.param import Axis, Layout, ParamSpec
 
@@ -20,10 +21,17 @@ class Box:
     @property
     def numel(self) -> int:
         """Elements in the box."""
-        count = 1
-        for size in self.sizes:
-            count *= size
-        return count
+        return prod(self.sizes)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The index of the box in its tensor."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def index_at_origin(self) -> tuple[slice, ...]:
+        """The index of the box in a tensor whose origin it lies at."""
+        return tuple(slice(0, size) for size in self.sizes)
 
 
 @dataclass(frozen=True)

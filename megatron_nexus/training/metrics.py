@@ -14,7 +14,8 @@ from threading import Thread
 from typing import Any, TextIO
 
 from megatron_nexus.base.duration import duration
-from megatron_nexus.base.json_text import fits, parse_record
+from megatron_nexus.base.json_text import fits, read_objects
+from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.errors import TrainingError
 from megatron_nexus.log import logger
 from megatron_nexus.training.loggers import Logger
@@ -338,16 +339,13 @@ def make_validation(name: str, step: int, loss: float, targets: int, target_byte
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; lines that a crash cut short or left as other bytes are left out."""
-    records: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            try:
-                record = parse_record(line)
-            except ValueError:  # no JSON, or no UTF-8
-                continue
-            if isinstance(record, dict) and type(record.get("step")) is int and _has_numbers(record):
-                records.append(record)
-    return records
+    found = read_objects(path)
+    return [record for record in found if type(record.get("step")) is int and _has_numbers(record)]
+
+
+def run_metrics(root: Location) -> list[dict[str, Any]]:
+    """Return the records of a run's folder, which has none in an object store."""
+    return read_metrics(root / METRICS_FILE) if isinstance(root, Path) else []
 
 
 def _has_numbers(record: dict[str, Any]) -> bool:
@@ -366,6 +364,12 @@ def validation_curves(records: list[dict[str, Any]]) -> dict[str, Curve]:
         if "validation_loss" in record:
             curves.setdefault(record["name"], []).append((record["step"], record["validation_loss"]))
     return curves
+
+
+def held_out_curve(records: list[dict[str, Any]]) -> Curve:
+    """Return the losses of the validation set, of several the first; none of a run without."""
+    curves = validation_curves(records).items()
+    return next((curve for name, curve in curves if name.startswith("validation")), [])
 
 
 def task_averages(records: list[dict[str, Any]]) -> Curve:

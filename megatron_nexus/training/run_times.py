@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_nexus.base.json_text import fits, parse_record
+from megatron_nexus.base.json_text import fits, read_objects
 from megatron_nexus.parallel.launcher_watch import process_age_s
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import Evaluation, GrowthMetrics, StepMetrics
@@ -112,14 +112,9 @@ def record_lost_steps(run_dir: Path, dropped: Sequence[Mapping[str, Any]]) -> No
 
 def read_run_times(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of run_times.jsonl; what a crash cut short is left out."""
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            record = parse_record(line)
-        except ValueError:
-            continue
+    for record in read_objects(path):
         if (
-            isinstance(record, dict)
-            and isinstance(record.get("what"), str)
+            isinstance(record.get("what"), str)
             and fits(record.get("time"), float)
             and fits(record.get("seconds", 0.0), float)
         ):

@@ -16,7 +16,7 @@ from megatron_nexus.config.command_line import build
 ONES, NONE = np.ones(DRAWS), np.zeros(DRAWS)
 FLAT = Schedule(0.0, 1.0)
 NOW = Point(tokens=5e5, area=5e5, rate=1.0, loss=3.0)
-STABLE = Position(Phase.STABLE, "WSD", 1e6)
+STABLE = Position(Phase.STABLE, "WSD")
 
 
 def law(e: float, b: float) -> LossLaw:
@@ -108,9 +108,9 @@ def test_answers_follow_from_the_intervals(changes: dict[str, Interval], answer:
 
 
 def test_a_decay_makes_now_later_and_names_a_checkpoint_and_nothing_known_cannot_tell() -> None:
-    verdict = decide(FOUND, Position(Phase.DECAY, "cosine", 0), "runs/a/iter_5")
+    verdict = decide(FOUND, Position(Phase.DECAY, "cosine"), "runs/a/iter_5")
     assert verdict.answer is Answer.LATER and "runs/a/iter_5" in verdict.reasons[0]
-    early = decide(FOUND, Position(Phase.WARMUP, "cosine", 0), "")
+    early = decide(FOUND, Position(Phase.WARMUP, "cosine"), "")
     assert "--lr-decay-style WSD" in early.reasons[0] and "wait" not in early.reasons[0]
     assert decide(None, STABLE, "").answer is Answer.UNKNOWN
     verdicts = {"a": decide(None, STABLE, ""), "b": decide(FOUND, STABLE, ""), "c": decide(FOUND, STABLE, "")}

@@ -76,7 +76,7 @@ def test_of_a_fresh_growth_they_are_the_regions_that_adam_corrects(chain: list[P
 def draw(folder: Path, count: int, growth: int = 1, whole: bool = False) -> dict[str, Sample]:
     manifest, boxes = boxes_of(folder)
     groups = make_groups(manifest.specs, boxes, growth, whole, None)
-    groups = [group for group in groups if group.can_be_compared]
+    groups = [group for group in groups if group.base and group.grown]
     return read_samples(CheckpointReader(folder), groups, count, seed=3)
 
 

@@ -13,7 +13,7 @@ from megatron_nexus.advice.run_curve import read_runs
 from megatron_nexus.checkpoint.location import location
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.cli.advise import run
-from megatron_nexus.cli.train_command import configure
+from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.config_file import config_text
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import CheckpointError, ConfigError, NexusError
@@ -108,7 +108,7 @@ def test_where_nothing_is_known_it_says_so_and_its_pilots_can_be_started(
     assert len(pilots) == 4  # depth, D, M and A, FFN
     for command in pilots:
         words = shlex.split(command)
-        config, _ = configure(words[words.index("train") + 1 :])
+        config = read_train_command(words[words.index("train") + 1 :]).config
         assert config.optimizer.lr_decay_style == "WSD"
     assert config.model.ffn_hidden_size == 2 * checkpoints.SIZES["ffn_hidden_size"]
 
@@ -121,7 +121,9 @@ def test_the_command_of_a_growth_that_pays_can_be_started(
     run(words)
     *_, answer, command, _ = console.readouterr().out.split("\n")
     assert answer == f"answer: grow now, {SIZES}"
-    config, checkpoint = configure(shlex.split(command)[shlex.split(command).index("train") + 1 :])
+    words = shlex.split(command)
+    read = read_train_command(words[words.index("train") + 1 :])
+    config, checkpoint = read.config, read.checkpoint
     assert config.model.nexus_m == 30 and checkpoint is not None and checkpoint.name == "iter_0000200"
     assert np.isclose(config.optimizer.lr_wsd_decay_iters, 0.2 * config.training.train_iters, atol=1)
 

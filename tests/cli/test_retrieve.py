@@ -109,7 +109,7 @@ def test_a_corpus_of_documents_is_searched_by_two_ranks(folder: Path, spawn: Spa
 @pytest.mark.parametrize(
     ("flags", "kind", "expected"),
     [
-        ("--corpus nowhere.jsonl", "DataError", ["nowhere.jsonl", "No such file"]),
+        ("--corpus nowhere.jsonl", "ConfigError", ["--corpus nowhere.jsonl", "No such file"]),
         ("--corpus nowhere", "DataError", ["nowhere.idx", "give .jsonl"]),
         ("--corpus documents corpus.jsonl", "ConfigError", ["--corpus", "one .bin/.idx pair"]),
         ("--corpus corpus.jsonl --forget 299", "ConfigError", ["--forget 299", "300 samples", "give less"]),
@@ -123,7 +123,12 @@ def test_a_corpus_of_documents_is_searched_by_two_ranks(folder: Path, spawn: Spa
         ("--corpus corpus.jsonl --tp 3", "ConfigError", ["--tp 3", "use 1, 2"]),
         ("--corpus corpus.jsonl --pp 9", "ConfigError", ["--pp 9", "--num-layers 2"]),
         ("--corpus corpus.jsonl --output q.jsonl", "ConfigError", ["--output q.jsonl", "give a folder"]),
-        ("--corpus corpus.jsonl --queries run", "DataError", ["run", "give a .jsonl file"]),
+        ("--corpus corpus.jsonl --queries run", "ConfigError", ["--queries run", "give a .jsonl file"]),
+        (
+            "--corpus nowhere --queries corpus.jsonl --load nope",
+            "ConfigError",
+            ["2 problems", "--corpus nowhere", "nope"],
+        ),
         ("--corpus corpus.jsonl --load nowhere", "CheckpointError", ["nowhere"]),
     ],
 )

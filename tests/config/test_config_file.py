@@ -14,7 +14,7 @@ from megatron_nexus.config.megatron_flags import _remedies, instead_of_preproces
 from megatron_nexus.config.presets import PRESETS
 from megatron_nexus.config.rules import check
 from megatron_nexus.config.run_config import SECTIONS, RunConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, path_errors
 
 
 def write(folder: Path, text: str) -> Path:
@@ -133,7 +133,7 @@ def test_what_a_file_gets_wrong_is_named_with_its_place(
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file"), path_errors():
         read_config_file(tmp_path / "missing.yaml")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")

@@ -8,7 +8,7 @@ import pytest
 from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.deepspeed_config import Json, deepspeed_config
 from megatron_nexus.config.rules import check
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, path_errors
 
 
 @pytest.mark.parametrize(("asked", "served"), [(0, 1), (1, 1), (2, 2), (3, 3)])
@@ -136,7 +136,7 @@ def test_what_a_file_may_not_set_is_named_with_both_values(
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"missing\.json: No such file"):
+    with pytest.raises(ConfigError, match=r"missing\.json: No such file"), path_errors():
         check(build(given_flags(["--deepspeed-config", "missing.json"])), 1)
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron_nexus.data.answers import Answer, read_answers, tokenize_answer, tokenize_answers
 from megatron_nexus.data.loader import answer_batch
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_nexus.errors import DataError
+from megatron_nexus.errors import ConfigError, DataError, path_errors
 from tests.support.eval_model import write_tokenizer
 
 LONG = 48
@@ -103,5 +103,5 @@ def test_a_wrong_line_is_named_with_its_remedy(line: str, said: str, tmp_path: P
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file"), path_errors():
         read_answers(tmp_path / "none.jsonl")

@@ -9,12 +9,12 @@ import pytest
 
 from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, RunProgress, manifest_to_json, read_manifest
-from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.command_line import build
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import DataError
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from tests.support import checkpoints
 
 TEXTS = ["for i in range(3):\n    print(i)\n", "The quick brown fox jumps over the lazy dog.\n"]

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, manifest_to_json, read_manifest
 from megatron_nexus.checkpoint.saved_run import saved_config
-from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.cli.import_hf import configuration
 from megatron_nexus.data.run_tokenizer import find_tokenizer
 from megatron_nexus.evaluation.harness import NexusLM
 from megatron_nexus.evaluation.local_scorer import LocalScorer
 from megatron_nexus.evaluation.perplexity import measure_perplexity
 from megatron_nexus.evaluation.tasks import open_tasks
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.interchange.export import export_checkpoint
 from megatron_nexus.interchange.import_checkpoint import import_checkpoint
 from megatron_nexus.interchange.safetensors_folder import open_folder

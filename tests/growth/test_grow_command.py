@@ -16,7 +16,7 @@ from megatron_nexus.checkpoint.data_file import write_at
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.run_lock import run_dir_lock
-from megatron_nexus.cli.train_command import configure
+from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtype
@@ -148,7 +148,7 @@ def test_a_growth_in_the_stable_phase_keeps_the_schedule_of_the_run(
         "--load base --train-iters 100 --save b --grow num_layers=4",
         "--load base --train-samples 400 --save b --grow num_layers=4 --lr-decay-style WSD",
     ):
-        config, _ = configure(words.split())
+        config = read_train_command(words.split()).config
         assert config.training.train_iters == 100 and config.model.num_layers == 4
         assert rates(config, range(41, 101)) == rates(base, range(41, 101))
     assert rates(base, range(41, 81)) == [base.optimizer.lr] * 40

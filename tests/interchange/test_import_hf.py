@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.saved_run import saved_config
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.cli.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.run_tokenizer import find_tokenizer
+from megatron_nexus.growth.checkpoint_tokenizer import tokenizer_record
 from megatron_nexus.interchange import import_checkpoint
 from megatron_nexus.interchange.export import export_checkpoint
 from tests.interchange.test_round_trip import import_folder, run

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, manifest_to_json, 
 from megatron_nexus.cli.report import run
 from megatron_nexus.config.config_file import CONFIG_FILE, config_text
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, path_errors
 from megatron_nexus.evaluation.loaded_model import load_model
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.reports.divergence import compare
@@ -229,7 +230,7 @@ def test_a_page_follows_a_run_until_it_has_finished(folder: Path, tmp_path: Path
     ],
 )
 def test_bad_input_is_one_error_and_no_page(
-    words: list[str], named: tuple[str, ...], folder: Path, tmp_path: Path
+    words: list[str], named: tuple[str, ...], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -238,7 +239,8 @@ def test_bad_input_is_one_error_and_no_page(
     given = [word.format(empty, folder, text) for word in words]
     if "--output" not in words:
         given += ["--output", str(tmp_path / "report.html")]
-    with pytest.raises(Exception) as raised:
+    monkeypatch.setattr(sys, "argv", ["nexus", "report", *given])
+    with pytest.raises(Exception) as raised, path_errors():
         run(given)
     assert type(raised.value).__module__ == ConfigError.__module__
     for part in named:

@@ -26,7 +26,7 @@ import tests.support.preload  # noqa: F401 - what the ranks would import
 from megatron_nexus import log
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
-from megatron_nexus.cli.train_command import configure
+from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.rules import check
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.parallel.world import read_world
@@ -46,7 +46,8 @@ def live(argv: list[str], output: Path) -> None:
     with output.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         world = read_world(os.environ)
         log.configure(is_main_rank=world.rank == 0)
-        config, checkpoint = configure(argv)
+        command = read_train_command(argv)
+        config, checkpoint = command.config, command.checkpoint
         check(config, world.size)
         train(config, world, checkpoint, argv)
 
