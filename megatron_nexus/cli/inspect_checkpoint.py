@@ -12,6 +12,7 @@ from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import CheckpointError
+from megatron_nexus.growth.request import GROWING
 from megatron_nexus.spec.cost import parameter_count
 
 
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> None:
     total_bytes = sum(sizes.values())
     lines = {
         "checkpoint": f"{folder}, format version {manifest.format_version}",
-        **_describe(manifest, saved.config),
+        **describe(manifest, saved.config),
         "files": f"{len(sizes):,}, {total_bytes:,} bytes, {reader.chunk_count:,} chunks",
     }
     for name, text in lines.items():
@@ -63,25 +64,33 @@ def run(argv: list[str]) -> None:
             )
 
 
-def _describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
-    """Return what the manifest holds, as lines by topic."""
+def describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
+    """Return what a manifest holds, as lines by topic."""
     done, ranks, model = manifest.progress, manifest.topology, config.model
     grown_regions = len(manifest.optimizer.grown_regions)
     groups = ", ".join(
         f"{name} (lr {group['lr']:.3g}, weight decay {group['weight_decay']:g})"
         for name, group in manifest.optimizer.groups.items()
     )
+    # What the layers compute, where it is not the default.
+    others = [
+        f"{name} {value}"
+        for name, value in vars(model).items()
+        if name not in GROWING and value != getattr(type(model), name)
+    ]
+    tokenizer, place = manifest.tokenizer_fingerprint[:12], config.data.tokenizer_model
     return {
         "progress": f"step {done.step:,}: {done.samples:,} samples, {done.tokens:,} tokens, "
         f"{done.flops:.3g} FLOPs",
         "model": f"{config.preset}: {parameter_count(manifest.specs.values()):,} parameters in "
         f"{len(manifest.specs)} tensors",
-        "sizes": ", ".join(f"{name} {value}" for name, value in vars(model).items()),
+        "sizes": ", ".join(f"{name} {vars(model)[name]:,}" for name in GROWING if vars(model)[name]),
+        "layers": ", ".join(others) or "as by default",
         "written by": f"{ranks.world_size} rank{'s' if ranks.world_size > 1 else ''}: tensor "
         f"{ranks.tensor_size} x pipeline {ranks.pipe_size} x data {ranks.data_size}, "
         f"ZeRO {max(1, config.parallel.zero_stage)}, {config.training.precision}",
         "optimizer": f"{manifest.optimizer.step_count:,} steps of AdamW; {groups}"
         + (f"; {grown_regions} newly grown regions with their own Adam step count" if grown_regions else ""),
         "data": f"{manifest.data.description or 'unknown'}, from sample {manifest.data.first_sample:,} on",
-        "tokenizer": manifest.tokenizer_fingerprint or "none",
+        "tokenizer": f"{place or 'of the built-in corpus'}, sha256 {tokenizer} ..." if tokenizer else "none",
     }

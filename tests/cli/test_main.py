@@ -64,6 +64,22 @@ def test_a_word_that_is_not_a_verb_is_answered_with_the_nearest(
     assert code == 2 and out == "" and repr(word) in err and remedy in err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], ["'trian'", "did you mean train?"]),
+        (["--num_gpus", "2", "unlearm", "--lr", "1e-5"], ["'unlearm'", "did you mean unlearn?"]),
+        (["mine.py", "--tp", "2"], ["'mine.py' cannot be launched", "nexus launch ... train"]),
+        (["--num_gpus=2"], ["no verb is named", "nexus launch ... train"]),
+    ],
+)
+def test_what_cannot_be_launched_is_answered_with_the_verb_nearest_to_it(
+    words: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(monkeypatch, console, "launch", *words)
+    assert code == 2 and all(part in err for part in said), err
+
+
 def test_help_and_refusals_of_a_missing_run_import_nothing_heavy_and_usage_lines_are_short() -> None:
     program = (
         "import sys, json\n"
