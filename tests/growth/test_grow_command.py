@@ -250,7 +250,7 @@ def test_two_at_once_are_told_and_neither_harms_the_other(run: Run, folder: Path
         assert code == 2
         assert "--save new is in use by process" in output
         assert [path.name for path in (folder / "new").iterdir()] == [".lock"]
-    code, output = run("--load old --save new --nexus-m 20 --workers 200")
+    code, output = run("--load old --save new --nexus-m 20 --workers 20")
     assert code == 0, output
     assert sorted(path.name for path in (folder / "new").iterdir()) == ["iter_0000040", "latest"]
 

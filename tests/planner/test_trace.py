@@ -11,18 +11,24 @@ from megatron_nexus.planner.trace import StageShape, trace
 from tests.planner.small_model import SMALL
 
 MODEL: dict[str, Value] = {**SMALL, "num_layers": 4}
-KINDS: list[tuple[int, dict[str, Value]]] = [
-    (1, {"recompute_granularity": "full"}),
-    (2, {"attention_order": 2, "num_query_groups": 2, "qk_layernorm": True, "post_norm": True}),
-    (1, {"reset_position_ids": True, "reset_attention_mask": True}),
+KINDS: list[tuple[int, dict[str, Value], list[tuple[bool, bool]]]] = [
+    (1, {"recompute_granularity": "full"}, [(True, True), (True, False), (False, True), (False, False)]),
+    (
+        2,
+        {"attention_order": 2, "num_query_groups": 2, "qk_layernorm": True, "post_norm": True},
+        [(True, True)],
+    ),
+    (1, {"reset_position_ids": True, "reset_attention_mask": True}, [(True, True)]),
 ]
 
 
-@pytest.mark.parametrize(("tp_size", "kind"), KINDS, ids=str)
+@pytest.mark.parametrize(("tp_size", "kind", "ends"), KINDS, ids=str)
 @pytest.mark.slow
-def test_a_repeated_block_stands_for_all_blocks(tp_size: int, kind: dict[str, Value]) -> None:
+def test_a_repeated_block_stands_for_all_blocks(
+    tp_size: int, kind: dict[str, Value], ends: list[tuple[bool, bool]]
+) -> None:
     config = build({**MODEL, **kind})
-    for has_embedding, has_head in ((True, True), (True, False), (False, True), (False, False)):
+    for has_embedding, has_head in ends:
         shape = StageShape(
             model=config.model,
             has_embedding=has_embedding,
