@@ -102,6 +102,8 @@ class FlagParser(argparse.ArgumentParser):
     def _synonym(self, flag: str, names: Mapping[str, str]) -> str | None:
         """Return what this verb takes in place of another verb's flag for the same."""
         name = flag.strip("-").replace("_", "-")
+        if name in ("model", "model-name", "model-name-or-path") and "preset" in names:
+            return "use --preset with the name of a preset, or --load with a checkpoint"
         group = next((group for group in (_READ, _WRITTEN) if name in group), ())
         if found := [names[other] for other in group if other in names]:
             return f"use {found[0]}"

@@ -120,6 +120,8 @@ def test_the_launcher_s_local_rank_is_accepted_and_is_no_field() -> None:
         ("--tensor-parallel-size 2", ["--tensor-parallel-size: did you mean --tensor-model-parallel-size?"]),
         ("--train-iter=5", ["unknown flag --train-iter=5: did you mean --train-iters?"]),
         ("--bogus-flag", ["unknown flag --bogus-flag: drop it; see nexus"]),
+        ("--model x", ["unknown flag --model: use --preset with", "or --load with"]),
+        ("--model_name_or_path x", ["unknown flag --model_name_or_path: use --preset with"]),
         ("--train_itters 5", ["unknown flag --train_itters: did you mean --train-iters?"]),
         ("--finetune", ["--finetune: use --reset-optimizer"]),
         ("--moe-router-topk 2", ["--moe-router-topk: drop it: mixtures of experts are not offered"]),
