@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ def run(argv: list[str]) -> None:
     targets = _targets(saved.config, given.target_sizes)
     if given.pilots and not recorded.validated:
         log.logger.info("training losses are compared: not all of these runs were validated often enough")
-    _require_comparable(recorded, pilots)
+    raise_problems(_comparison_problems(recorded, pilots))
     plan = _plan(recorded, given, schedule_of(saved.config))
     here = position(saved)
     length = saved.config.training.seq_length
@@ -180,35 +180,27 @@ def _text(sizes: Mapping[str, int]) -> str:
     return " ".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def _require_comparable(run: "RunCurve", pilots: Sequence["RunCurve"]) -> None:
-    """Raise ConfigError for curves that are too short, or whose losses are of other tokens."""
+def _comparison_problems(run: "RunCurve", pilots: Sequence["RunCurve"]) -> Iterator[str]:
+    """Yield what is wrong with curves that are too short, or whose losses are of other tokens."""
     from megatron_nexus.advice.loss_law import LEAST_POINTS
 
-    problems = []
+    facts = []
     for one in (run, *pilots):
         if len(one.curve.fitted) < LEAST_POINTS:
-            problems.append(
+            yield (
                 f"{one.root} has {len(one.curve.fitted)} losses after its first third, {LEAST_POINTS} are "
                 "needed: train it on, or validate more often (--eval-interval)"
             )
-    model, length = run.saved.config.model, run.saved.config.training.seq_length
-    for pilot in pilots:
-        other = pilot.saved.config
-        facts = {
-            "--vocab-size": (other.model.vocab_size, model.vocab_size),
-            "--seq-length": (other.training.seq_length, length),
-            "tokenizer": (
-                pilot.saved.manifest.tokenizer_fingerprint[:12],
-                run.saved.manifest.tokenizer_fingerprint[:12],
-            ),
-        }
-        problems += [
-            f"--pilots {pilot.root} has {name} {its}, the run {ours}: losses of different tokens cannot be "
-            "compared; leave it out"
-            for name, (its, ours) in facts.items()
-            if its != ours
-        ]
-    raise_problems([*problems, *given_twice(str(one.root.resolve()) for one in (run, *pilots))])
+        config, tokenizer = one.saved.config, one.saved.manifest.tokenizer_fingerprint[:12]
+        sizes = {"--vocab-size": config.model.vocab_size, "--seq-length": config.training.seq_length}
+        facts.append({**sizes, "tokenizer": tokenizer})
+        for name, its in facts[-1].items():
+            if its != facts[0][name]:
+                yield (
+                    f"--pilots {one.root} has {name} {its}, the run {facts[0][name]}: losses of different "
+                    "tokens cannot be compared; leave it out"
+                )
+    yield from given_twice(str(one.root.resolve()) for one in (run, *pilots))
 
 
 def _plan(run: "RunCurve", given: argparse.Namespace, schedule: Any) -> "Plan":

@@ -12,8 +12,7 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from megatron_nexus.base.gc_paused import gc_paused
-from megatron_nexus.base.hidden_modules import hidden_modules
+from megatron_nexus.base.imports import gc_paused, hidden_modules
 from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import importing

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 from megatron_nexus import log
-from megatron_nexus.base.gc_paused import gc_paused
+from megatron_nexus.base.imports import gc_paused
 from megatron_nexus.base.invocation import command
 from megatron_nexus.base.table import table
 from megatron_nexus.config.command_line import build

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.base.gc_paused import gc_paused
-from megatron_nexus.base.hidden_modules import hidden_modules
+from megatron_nexus.base.imports import gc_paused, hidden_modules
 from megatron_nexus.errors import EXIT_CODE_USER_ERROR, NexusError, RefusedError, path_errors
 from megatron_nexus.parallel.collective_failure import describe_collective_failure
 from megatron_nexus.parallel.world import World

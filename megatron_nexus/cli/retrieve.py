@@ -12,8 +12,8 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_nexus import log
 from megatron_nexus.analysis.sketch_store import SketchRecord, SketchStore, check_record
 from megatron_nexus.base.durable import dir_lock
-from megatron_nexus.base.gc_paused import gc_paused
+from megatron_nexus.base.imports import gc_paused
 from megatron_nexus.base.invocation import command, program_words
 from megatron_nexus.checkpoint.manifest import INDEX_FILE, MANIFEST_FILE
 from megatron_nexus.cli.arguments import count, output_problems, positive
@@ -227,14 +227,17 @@ def _retrieve(search: _Search, source: AnswerSource, mesh: "Mesh") -> None:
             per_tensor=given.normalise == "tensor",
             by_adam=given.preconditioner == "adam",
         )
-    is_first = mesh.rank == 0
-    with _locked(given.save_sketches if is_first else None):
-        store = None
-        if is_first and given.save_sketches is not None:
-            store = SketchStore(given.save_sketches, _record(search, source), model.sketch_size)
-        queries_QK = sketch_queries(model, search.query_tokens, given.combine)
-        scores_NQ = score_corpus(model, source, queries_QK, store, mesh)
-    if is_first:
+    kept = given.save_sketches if mesh.rank == 0 else None
+    try:
+        with dir_lock(kept) if kept else nullcontext():
+            store = SketchStore(kept, _record(search, source), model.sketch_size) if kept else None
+            queries_QK = sketch_queries(model, search.query_tokens, given.combine)
+            scores_NQ = score_corpus(model, source, queries_QK, store, mesh)
+    except BlockingIOError:
+        raise ConfigError(
+            f"--save-sketches {kept}: another search writes there: wait for it, or give another folder"
+        ) from None
+    if mesh.rank == 0:
         _write(search, source, scores_NQ, model.sketch_size)
 
 
@@ -255,21 +258,6 @@ def _record(search: _Search, source: AnswerSource) -> SketchRecord:
         preconditioner=given.preconditioner,
         precision=given.precision,
     )
-
-
-@contextmanager
-def _locked(folder: Path | None) -> Iterator[None]:
-    """Keep other searches out of the folder of sketches. Raises ConfigError where one is there."""
-    if folder is None:
-        yield
-        return
-    try:
-        with dir_lock(folder):
-            yield
-    except BlockingIOError:
-        raise ConfigError(
-            f"--save-sketches {folder}: another search writes there: wait for it, or give another folder"
-        ) from None
 
 
 def _write(search: _Search, source: AnswerSource, scores_NQ: "Scores", numbers: int) -> None:

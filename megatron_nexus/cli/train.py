@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_nexus import log
-from megatron_nexus.base.gc_paused import gc_paused
+from megatron_nexus.base.imports import gc_paused
 from megatron_nexus.base.invocation import program_words
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.cli.rank_process import end_refused_rank, importing_torch, run_rank

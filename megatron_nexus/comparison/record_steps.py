@@ -81,7 +81,8 @@ def record_steps(
             samples=samples,
             steps=settings.steps,
             dtype="float64" if settings.float64 else config.training.precision,
-            layout=layout_in_words(config, mesh),
+            layout=f"tp {mesh.tp_size} x pp {mesh.pp_size} x dp {mesh.dp_size}, ZeRO "
+            f"{config.parallel.zero_stage}{', sequence parallel' * config.parallel.sequence_parallel}",
         )
         finish_recording(settings.folder, run)
     mesh.control.barrier()
@@ -133,9 +134,3 @@ def _take_steps(trainer: Trainer, recorder: TensorRecorder, steps: int) -> None:
         result = engine.train_step(batches, rate)
         recorder.end_step(result)
         logger.info("step %d: loss %.12g, gradient norm %.12g", step, result.loss, result.grad_norm)
-
-
-def layout_in_words(config: RunConfig, mesh: Mesh) -> str:
-    """Return the mesh of a run, such as "tp 2 x pp 1 x dp 2, ZeRO 1, sequence parallel"."""
-    words = f"tp {mesh.tp_size} x pp {mesh.pp_size} x dp {mesh.dp_size}, ZeRO {config.parallel.zero_stage}"
-    return words + (", sequence parallel" if config.parallel.sequence_parallel else "")

@@ -155,25 +155,24 @@ def _merge(theirs: Mapping[str, object], derived: Json, above: str) -> Iterable[
                     f"drop it from the file{or_flag}"
                 )
         elif name in FREE:
-            wanted = (int, float) if FREE[name] is int else FREE[name]  # 5e8 is a float
+            kind, least = FREE[name], "above 0" if name in POSITIVE else "0 or above"
+            numbers = (int, float) if kind is int else kind  # 5e8 is a float
             if value == "auto":
                 continue
-            if not isinstance(value, wanted) or (isinstance(value, bool) and FREE[name] is not bool):
-                yield f"{name} is {value!r}: give a value of type {FREE[name].__name__}, or drop it"
-                continue
-            if isinstance(value, float | int) and not (
+            if not isinstance(value, numbers) or (isinstance(value, bool) and kind is not bool):
+                wanted = f"a value of type {kind.__name__}"
+            elif isinstance(value, float | int) and not (
                 0 < value < inf or (value == 0 and name not in POSITIVE)
             ):
-                bound = "above 0" if name in POSITIVE else "0 or above"
-                yield f"{name} is {value!r}: give a finite number, {bound}, or drop it"
+                wanted = f"a finite number, {least}"
+            elif isinstance(value, dict) and not isinstance(value.get("enabled", False), bool):
+                name, value, wanted = f"{name}.enabled", value["enabled"], "true or false"
+            elif name == "communication_data_type" and value not in COMMUNICATED:
+                wanted = f"one of {', '.join(COMMUNICATED)}"
+            else:
+                derived[key] = cast(Any, int(cast(float, value)) if kind is int else value)
                 continue
-            if isinstance(value, dict) and not isinstance(value.get("enabled", False), bool):
-                yield f"{name}.enabled is {value['enabled']!r}: give true or false, or drop it"
-                continue
-            if name == "communication_data_type" and value not in COMMUNICATED:
-                yield f"{name} is {value!r}: give one of {', '.join(COMMUNICATED)}, or drop it"
-                continue
-            derived[key] = cast(Any, int(cast(float, value)) if FREE[name] is int else value)
+            yield f"{name} is {value!r}: give {wanted}, or drop it"
         elif name in ELSEWHERE:
             if value not in ({"enabled": False}, {"device": "none"}):
                 yield f"{name} cannot be set here: drop it, and use {ELSEWHERE[name]}"

@@ -53,11 +53,11 @@ def check_topology(config: RunConfig, world_size: int) -> None:
     raise_problems(problems)
 
 
-def config_warnings(config: RunConfig) -> list[str]:
-    """Return what is allowed and probably not meant."""
-    model, said = config.model, []
+def config_warnings(config: RunConfig) -> Iterable[str]:
+    """Yield what is allowed and probably not meant."""
+    model = config.model
     if model.has_nexus and not model.hidden_size < model.nexus_m < model.nexus_a:
-        said.append(
+        yield (
             f"D < M < A does not hold: --hidden-size {model.hidden_size}, --nexus-m {model.nexus_m}, "
             f"--nexus-a {model.nexus_a}; a Nexus-Rank projection is meant to widen"
         )
@@ -68,46 +68,37 @@ def config_warnings(config: RunConfig) -> list[str]:
     warmup, decay, wsd = optimizer.lr_spans
     if optimizer.lr_start_iter + warmup >= end:
         counted = f", from --lr-start-iter {optimizer.lr_start_iter} on," if optimizer.lr_start_iter else ""
-        said.append(
-            f"--lr-warmup-{unit} {warmup}{counted} is not over when the run of {end} {counted_in} ends"
-        )
+        yield f"--lr-warmup-{unit} {warmup}{counted} is not over when the run of {end} {counted_in} ends"
     if config.parallel.hierarchical_grad_reduce and config.parallel.zero_stage > 1:
-        said.append(
+        yield (
             f"--hierarchical-grad-reduce has no effect at --zero-stage {config.parallel.zero_stage}, where "
             "DeepSpeed reduces the gradients: drop the flag, or use --zero-stage 1"
         )
     if config.parallel.ddp_bucket_size and config.parallel.zero_stage > 1:
-        said.append(
+        yield (
             f"--ddp-bucket-size {config.parallel.ddp_bucket_size} has no effect at --zero-stage "
             f"{config.parallel.zero_stage}: use zero_optimization.reduce_bucket_size of --deepspeed-config"
         )
     if 0 < decay <= optimizer.lr_start_iter + warmup:
         start = f" --lr-start-iter {optimizer.lr_start_iter} and" if optimizer.lr_start_iter else ""
-        said.append(
+        yield (
             f"--lr-decay-{unit} {decay} ends no later than{start} --lr-warmup-{unit} {warmup}: the learning "
             "rate falls to --min-lr right after its warm-up"
         )
     if wsd and optimizer.lr_decay_style != "WSD":
-        said.append(
+        yield (
             f"--lr-wsd-decay-{unit} {wsd} has no effect with --lr-decay-style {optimizer.lr_decay_style}: "
             "give --lr-decay-style WSD, or drop the flag"
         )
-    return said
 
 
 def _excessive_products(config: RunConfig) -> Iterable[str]:
     model, training = config.model, config.training
-    *others, widest = sorted(
-        (
-            model.hidden_size,
-            model.attention_width,
-            model.ffn_hidden_size,
-            model.ffn_nexus_m,
-            model.nexus_m,
-            model.nexus_a,
-            model.pattention_slots,
-        )
-    )  # no matrix has the same width twice
+    widths = (
+        *(model.hidden_size, model.attention_width, model.ffn_hidden_size, model.ffn_nexus_m),
+        *(model.nexus_m, model.nexus_a, model.pattention_slots),
+    )
+    *others, widest = sorted(widths)  # no matrix has the same width twice
     tokens = training.global_batch_size * training.seq_length
     products = {
         "--num-layers x the widths of the model": 2 * model.vocab_size * model.hidden_size

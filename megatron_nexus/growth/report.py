@@ -30,16 +30,11 @@ def plan_table(plan: GrowthPlan) -> list[str]:
 
 def _rows(plan: GrowthPlan) -> Iterator[tuple[str, str, str, str, str, str]]:
     alike: dict[tuple[object, ...], list[TensorPlan]] = {}
-    for kind, layer in enumerate(layer_specs(plan.after.model)):
-        last = plan.after.model.num_layers + 1
+    for number, layer in enumerate(layer_specs(plan.after.model)):
+        kind = number if number in (0, plan.after.model.num_layers + 1) else "block"
         for place, spec in enumerate(layer):
             tensor = plan.tensors[spec.name]
-            key = (
-                kind if kind in (0, last) else "block",
-                place,
-                tensor.old and tensor.old.shape,
-                tensor.boxes,
-            )
+            key = (kind, place, tensor.old and tensor.old.shape, tensor.boxes)
             alike.setdefault(key, []).append(tensor)
     for tensors in alike.values():
         first = tensors[0]

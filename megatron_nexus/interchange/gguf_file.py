@@ -51,14 +51,12 @@ class BoundedReader(GGUFReader):
 def open_gguf(path: Path) -> SourceModel:
     """Open the model in a file.
 
-    Raises CheckpointError: it cannot be read, is not a GGUF file, or of a kind that is not known here.
+    Raises CheckpointError: it is not a GGUF file, or of a kind that is not known here; OSError.
     """
     try:
         reader = BoundedReader(path)
         reader.check_places()
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}: give a .gguf file") from error
     except (ValueError, KeyError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a GGUF file ({error}): copy it again") from error
     try:

@@ -121,13 +121,8 @@ def _problems(config: JsonObject) -> Iterator[str]:
     if kind not in KINDS:
         yield f"model_type {kind!r} cannot be imported: give a model of the types {', '.join(KINDS)}"
         return
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ):
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in sizes:
         if not isinstance(config.get(name), int) or _whole(config, name) < 1:
             yield f"{name} is {config.get(name)!r} in config.json: it must be a whole number above 0"
     for name, choices in CHOICES.items() if kind == NEXUSFORMER.model_type else ():

@@ -63,10 +63,6 @@ def _read_json(path: Path) -> JsonObject:
     except FileNotFoundError as error:
         place = path if path.parent.is_dir() else path.parent
         raise CheckpointError(f"{place}: {error.strerror}{_remedy(place)}") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror}: give a folder as Hugging Face's save_pretrained writes it"
-        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): copy it again") from error
     if not isinstance(found, dict):

@@ -100,9 +100,8 @@ class RecordedRun:
 
     def tokens(self) -> dict[int, float]:
         """Return the tokens that were read up to each step, those of its parents included."""
-        return {
-            record["step"]: float(record["tokens"]) for record in self.steps if _is_number(record, "tokens")
-        }
+        counted = [record for record in self.steps if fits(record.get("tokens"), float)]
+        return {record["step"]: float(record["tokens"]) for record in counted}
 
     def flops(self) -> dict[int, float]:
         """Return the FLOPs up to each step, those of its parents included; none without a configuration."""
@@ -117,13 +116,9 @@ class RecordedRun:
         """Return the hours that its own steps took, up to each."""
         total, found = 0.0, {}
         for record in self.steps:
-            total += record["step_s"] / 3600 if _is_number(record, "step_s") else 0.0
+            total += record["step_s"] / 3600 if fits(record.get("step_s"), float) else 0.0
             found[record["step"]] = total
         return found
-
-
-def _is_number(record: Mapping[str, Any], name: str) -> bool:
-    return fits(record.get(name), float)
 
 
 def read_run(folder: Path, name: str) -> RecordedRun:

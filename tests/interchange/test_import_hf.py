@@ -235,7 +235,7 @@ def test_what_this_decoder_does_not_compute_is_refused_with_the_reason(
     ("given", "message"),
     [
         ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B "),
-        ("models/gone.gguf", "give a .gguf file"),
+        ("models/gone.gguf", "--input models/gone.gguf: No such file"),
         ("/models/gone", "give a folder as Hugging Face's save_pretrained writes it, or a .gguf file"),
     ],
 )

@@ -2,8 +2,7 @@
 
 import functools
 
-from megatron_nexus.base.gc_paused import gc_paused
-from megatron_nexus.base.hidden_modules import hidden_modules
+from megatron_nexus.base.imports import gc_paused, hidden_modules
 
 with gc_paused(), hidden_modules("mlflow"):
     import matplotlib.pyplot  # noqa: F401

@@ -339,35 +339,12 @@ class NexusformerAttention(nn.Module):
         settings = {"scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
         attend = partial(interface, self, attention_mask=attention_mask, **settings)
         if self.order > 1:
-            refine = self.refined_alone if self.inner == "self" else self.refined
-            q, k = refine(q, k, tables, attend, kept)
+            q, k = self.refined(q, k, tables, attend, kept)
         k, v = kept(0, rotate(k, *tables), v)
         if self.order > 1:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         mixed_BTNH, weights = attend(rotate(q, *tables), k, v)
         return self.o_proj(mixed_BTNH.flatten(2)), weights
-
-    def refined_alone(
-        self,
-        q: Tensor,
-        k: Tensor,
-        tables: tuple[Tensor, Tensor],
-        attend: Callable[..., tuple[Tensor, Tensor | None]],
-        kept: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        """Queries [B, N, T, H] and keys [B, G, T, H] of a higher order, each read from those of its side.
-
-        Q_m = softmax(Q_(m-1) Q_(m-1)^T / sqrt(H)) Q, K_m alike; scores are of the base channels.
-        """
-        q_values, k_values = kept(1, q, k)
-        first_q, first_k = q, k
-        for level in range(1, self.order):
-            q, k = rotate(q, *tables), rotate(k, *tables)
-            q_keys, k_keys = kept(level + 1, q, k)
-            q, k = (F.pad(x[..., : self.counted], (0, self.head_dim - self.counted)) for x in (q, k))
-            q = self.gated(self.q_gate, first_q, attend(q, q_keys, q_values)[0].transpose(1, 2))
-            k = self.gated(self.k_gate, first_k, attend(k, k_keys, k_values)[0].transpose(1, 2))
-        return q, k
 
     @staticmethod
     def gated(gate: nn.Module | None, x_BNTH: Tensor, read_BNTH: Tensor) -> Tensor:
@@ -385,21 +362,30 @@ class NexusformerAttention(nn.Module):
         attend: Callable[..., tuple[Tensor, Tensor | None]],
         kept: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys of a higher order, both [B, N, T, H]: read from earlier ones by inner attentions.
+        """Queries [B, N, T, H] and keys of a higher order, read from earlier ones by inner attentions.
 
-        A_1 = softmax(Q K^T / sqrt(H))      Q_m = A_(m-1) Q      K_m = A_(m-1) K
+        self     Q_m = softmax(Q_(m-1) Q_(m-1)^T / sqrt(H)) Q of base channels; K_m alike, [B, G, T, H]
+        cross    A_1 = softmax(Q K^T / sqrt(H)), Q_m = A_(m-1) Q, K_m = A_(m-1) K, [B, N, T, H]
         """
-        heads = q.shape[1]
-        first_q, first_k = q, k.repeat_interleave(heads // k.shape[1], dim=1)
+
+        def for_each_head(x_BGTH: Tensor) -> Tensor:
+            return x_BGTH.repeat_interleave(q.shape[1] // x_BGTH.shape[1], dim=1)
+
         q_values, k_values = kept(1, q, k)
-        k_values = k_values.repeat_interleave(heads // k_values.shape[1], dim=1)
+        first_q, first_k = q, k
+        if self.inner == "cross":
+            first_k, k_values = for_each_head(k), for_each_head(k_values)
         for level in range(1, self.order):
-            turned = rotate(k, *tables)
-            keys, _ = kept(level + 1, turned, turned[..., :0])
-            keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
-            queries = rotate(q, *tables)
-            q = self.gated(self.q_gate, first_q, attend(queries, keys, q_values)[0].transpose(1, 2))
-            k = self.gated(self.k_gate, first_k, attend(queries, keys, k_values)[0].transpose(1, 2))
+            q, k = rotate(q, *tables), rotate(k, *tables)
+            if self.inner == "self":
+                q_keys, k_keys = kept(level + 1, q, k)
+                q, k = (F.pad(x[..., : self.counted], (0, self.head_dim - self.counted)) for x in (q, k))
+            else:  # the same scores for both
+                keys, _ = kept(level + 1, k, k[..., :0])
+                q_keys = k_keys = for_each_head(keys)
+                k = q
+            q = self.gated(self.q_gate, first_q, attend(q, q_keys, q_values)[0].transpose(1, 2))
+            k = self.gated(self.k_gate, first_k, attend(k, k_keys, k_values)[0].transpose(1, 2))
         return q, k
 
 

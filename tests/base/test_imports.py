@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_nexus.base.hidden_modules import hidden_modules
+from megatron_nexus.base.imports import hidden_modules
 
 
 def test_a_hidden_module_is_missing_inside_alone() -> None:
