@@ -5,11 +5,14 @@ sum. Here the first gradient of a step is written into the sum, others are cast 
 parameter less are moved in the first micro-batch of a step, 8 in each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
+
+_CPU_ELEMENTS = 1 << 18
+"""Gradients widened at a time on a CPU, where torch makes an fp32 copy of what it adds to an fp32 tensor."""
 
 
 class GradientSums:
@@ -29,8 +32,10 @@ class GradientSums:
             return
         total = self._zero.fp32_groups_gradients[group][index].view(grad.shape)
         has_one = self._zero.fp32_groups_has_gradients[group]
-        combine: Callable[[Tensor], object] = total.add_ if has_one[index] else total.copy_
-        combine(grad)
+        if has_one[index]:
+            _add_to(total, grad)
+        else:
+            total.copy_(grad)
         parameter._hp_grad = total  # type: ignore[attr-defined]  # what DeepSpeed's own functions read
         has_one[index] = True
         if clear_lp_grads:
@@ -48,3 +53,9 @@ class GradientSums:
             for total, has_one in zip(sums, self._zero.fp32_groups_has_gradients[group], strict=True):
                 if not has_one:
                     total.zero_()
+
+
+def _add_to(total: Tensor, grad: Tensor) -> None:
+    size = _CPU_ELEMENTS if total.device.type == "cpu" else total.numel()
+    for sums, grads in zip(total.view(-1).split(size), grad.reshape(-1).split(size), strict=True):
+        sums.add_(grads)
