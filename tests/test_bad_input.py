@@ -25,6 +25,7 @@ from megatron_nexus.data.indexed_dataset import HEADER, IndexedDatasetWriter
 from megatron_nexus.data.sentencepiece_tokenizer import train_sentencepiece_bpe
 from tests.support.cli import PYTHON, SMALL, WARM, Command, assert_refused, commands, ended
 from tests.support.paths import REPOSITORY
+from tests.support.warm_programs import warm_bin
 
 pytestmark = pytest.mark.slow
 
@@ -316,7 +317,7 @@ def test_a_port_in_use_is_named(command: Command, monkeypatch: pytest.MonkeyPatc
             "MASTER_PORT": port,
         }
         words = " ".join(f"{name}={value}" for name, value in launch.items())
-        program = command.start("--save port", ["env", *words.split(), sys.executable])
+        program = command.start("--save port", ["env", *words.split(), str(warm_bin() / "python")])
         assert_refused(*ended(program), "ConfigError", f"port: {port}", "MASTER_PORT")
 
 

@@ -15,7 +15,7 @@ from functools import cache
 from math import comb, sqrt
 
 import numpy as np
-from scipy.stats import f as f_distribution
+from scipy.special import fdtrc, fdtri
 
 from megatron_nexus.analysis import Floats
 
@@ -104,7 +104,7 @@ def unexplained(design: Floats, series: Floats) -> Floats:
 
 def f_test(smaller: float, larger: float, added: int, left: int) -> float:
     """Return the p-value of `added` more columns, by the residual sums of squares of both models."""
-    return float(f_distribution.sf(_f(np.array(smaller), np.array(larger), added, left), added, left))
+    return float(fdtrc(added, left, _f(np.array(smaller), np.array(larger), added, left)))
 
 
 def _f(smaller: Floats, larger: Floats, added: int, left: int) -> Floats:
@@ -161,7 +161,7 @@ def fit_cycle(times: Sequence[float], series: Sequence[float], seed: int) -> Cyc
     rest, left = rests[k], n - 4
     covariance = np.linalg.inv(waves[k].T @ waves[k])[2:, 2:] * rest / left
     amplitude = float(np.hypot(*np.linalg.lstsq(waves[k], y, rcond=None)[0][2:]))
-    radius = sqrt(2.0 * f_distribution.ppf(0.95, 2, left) * float(np.linalg.eigvalsh(covariance)[-1]))
+    radius = sqrt(2.0 * fdtri(2, left, 0.95) * float(np.linalg.eigvalsh(covariance)[-1]))
     null = _null(tuple(times), seed)
     return Cycle(
         n=n,

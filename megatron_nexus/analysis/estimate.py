@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 
@@ -25,7 +25,7 @@ class Estimate:
     @property
     def error(self) -> float:
         """The standard error."""
-        return self.half / float(student.ppf(0.5 + CONFIDENCE / 2, self.n - 1)) if self.n > 1 else math.nan
+        return self.half / float(stdtrit(self.n - 1, 0.5 + CONFIDENCE / 2)) if self.n > 1 else math.nan
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f}" + (" (one seed)" if self.n < 2 else f" +- {self.half:.4f}")
@@ -39,5 +39,5 @@ def estimate(values: Sequence[float]) -> Estimate:
     error = float(np.std(values, ddof=1)) / math.sqrt(n)
     if error == 0.0:
         return Estimate(mean, 0.0, 1.0 if mean == 0.0 else 0.0, n)
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    return Estimate(mean, half, float(2 * student.sf(abs(mean) / error, n - 1)), n)
+    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * error
+    return Estimate(mean, half, float(2 * stdtr(n - 1, -abs(mean) / error)), n)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import linregress
-from scipy.stats import t as student
+import scipy
+from scipy.special import stdtrit
 
 from megatron_nexus.analysis.cycles import f_test, unexplained
 
@@ -59,7 +59,7 @@ def fit_scaling_law(points: Sequence[tuple[float, float, float]], seed: int) -> 
     x = np.abs(np.log(r))
     if np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
         return f"scaling law: {n} points, of which R or the loss does not vary: not identifiable"
-    fit, wide = linregress(x, y), float(student.ppf(0.975, n - 2))
+    fit, wide = scipy.stats.linregress(x, y), float(stdtrit(n - 2, 0.975))
     deviations = x - x.mean()
     shuffled = np.random.default_rng(seed).permuted(np.tile(y, (DRAWS, 1)), axis=1)
     above = np.count_nonzero(np.abs(shuffled @ deviations) >= abs(float(y @ deviations)) * (1.0 - 1e-9))

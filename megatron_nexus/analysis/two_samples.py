@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
-from scipy.stats import mannwhitneyu
+import scipy
 
 from megatron_nexus.analysis import Floats
 from megatron_nexus.checkpoint.data_file import Array
@@ -41,7 +41,8 @@ def compare(base_weights: Array, grown_weights: Array) -> Comparison:
     if np.ptp(np.concatenate([base, grown])) == 0.0:
         u, auc = 1.0, 0.5
     else:
-        test = mannwhitneyu(grown, base, alternative="two-sided", method="asymptotic")
+        # Imported here, by scipy itself: in a second, which no other file of this package needs.
+        test = scipy.stats.mannwhitneyu(grown, base, alternative="two-sided", method="asymptotic")
         u, auc = float(test.pvalue), float(test.statistic) / (len(base) * len(grown))
     spread = max(auc * (1.0 - auc), 1.0 / smaller * (1.0 - 1.0 / smaller))
     noc, error = overlap(base, grown)

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_nexus.base.durable import size_in_words
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
@@ -24,6 +22,7 @@ from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
 from megatron_nexus.models.decoder import decoder_specs
+from megatron_nexus.models.eager import eager
 from megatron_nexus.parallel.mesh import Mesh, close_mesh
 from megatron_nexus.parallel.world import World
 from megatron_nexus.training.corpus import open_corpus
@@ -116,7 +115,7 @@ def require_room(config: RunConfig, mesh: Mesh, settings: RecordSettings) -> Non
         raise ConfigError(problem)
 
 
-@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # hooks read values
+@eager  # hooks read values
 def _take_steps(trainer: Trainer, recorder: TensorRecorder, steps: int) -> None:
     config, engine = trainer.config, trainer.engine
     done = trainer.progress

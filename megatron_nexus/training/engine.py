@@ -28,6 +28,7 @@ from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
 from megatron_nexus.models.activation_observer import Seen
 from megatron_nexus.models.decoder import DecoderStage, Loss, stage_layers
+from megatron_nexus.models.eager import eager
 from megatron_nexus.models.layer_context import padding_multiple
 from megatron_nexus.models.parameters import logical_parameters
 from megatron_nexus.parallel.beacon import Beacon, Phase
@@ -209,7 +210,7 @@ class Engine:
         losses = [self.deepspeed(*self._to_device(next(batches))) for _ in range(count)]
         return self._reduce(torch.stack(losses).mean())[0]
 
-    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # observers read values
+    @eager  # observers read values
     def observe_activations(self, batches: Iterator[Batch], count: int, seen: Seen) -> None:
         """Run `count` micro-batches of each rank forward, and have `seen` called with each activation."""
         observer = self.stage.context.observer
@@ -220,7 +221,7 @@ class Engine:
             observer.callback = None
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # texts have many lengths
+    @eager  # texts have many lengths
     def outputs(self, batches: Sequence[Batch], output: Output) -> list[Tensor]:
         """Return what `output` makes of each micro-batch.
 
@@ -251,7 +252,7 @@ class Engine:
         self.deepspeed.reset_activation_shape()
         self.deepspeed.total_loss = None
 
-    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # hooks read values
+    @eager  # hooks read values
     def diagnose(self, batches: Iterator[Batch]) -> str:
         """Repeat a failed step and return what is first not finite on this rank, "" if nothing is."""
         found: list[str] = []

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import f as f_distribution
+import scipy
 
 from megatron_nexus.analysis.cycles import Cycle, FisherG, fisher_g, fisher_p, fit_cycle, peak_share
 from megatron_nexus.analysis.scaling_law import ScalingLaw, fit_scaling_law
@@ -27,6 +27,7 @@ def test_fisher_s_p_is_a_distribution() -> None:
     assert values == sorted(values, reverse=True) and 0.0 <= min(values) <= max(values) <= 1.0
 
 
+@pytest.mark.law  # and a second of import, as another below
 def test_the_f_tests_are_those_of_least_squares() -> None:
     rng = np.random.default_rng(2)
     t = np.arange(16.0)
@@ -42,15 +43,16 @@ def test_the_f_tests_are_those_of_least_squares() -> None:
     full = rest(t, *wave)
     assert found.period == pytest.approx(16e9 / 3)
     f = (rest(t) - full) / 2 / (full / 12)
-    assert found.p_known_period == pytest.approx(f_distribution.sf(f, 2, 12), rel=1e-6)
+    assert found.p_known_period == pytest.approx(scipy.stats.f.sf(f, 2, 12), rel=1e-6)
     constant = float(np.square(y - y.mean()).sum())
     f_all = (constant - full) / 3 / (full / 12)
-    assert found.p_constant == pytest.approx(f_distribution.sf(f_all, 3, 12), rel=1e-6)
+    assert found.p_constant == pytest.approx(scipy.stats.f.sf(f_all, 3, 12), rel=1e-6)
     assert found.r_squared == pytest.approx(1 - full / constant, rel=1e-9)
     low, high = found.amplitude_95
     assert low <= 0.2 <= high
 
 
+@pytest.mark.law
 def test_a_cycle_is_found_and_noise_and_walks_are_not_taken_for_one() -> None:
     rng = np.random.default_rng(4)
     wave = np.sin(2 * np.pi * 4 * np.arange(16) / 16) + 0.2 * rng.standard_normal(16)
@@ -92,6 +94,7 @@ def test_fisher_s_g_needs_even_steps_and_the_harmonic_does_not() -> None:
     assert isinstance(fit_cycle(times, series, 0), Cycle)
 
 
+@pytest.mark.law
 def test_two_drifting_series_are_no_law() -> None:
     rng = np.random.default_rng(8)
     t = np.arange(20.0)

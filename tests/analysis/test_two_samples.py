@@ -6,6 +6,8 @@ from scipy.stats import gaussian_kde, mannwhitneyu, norm
 
 from megatron_nexus.analysis.two_samples import compare, overlap
 
+pytestmark = pytest.mark.law
+
 
 def direct_overlap(one: np.ndarray, other: np.ndarray) -> float:
     """The integral of the lesser density, by scipy's KDE on a fine grid."""

@@ -6,8 +6,6 @@ Every rank of a start runs all cases of `engines_worker.py`; the tests read what
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from megatron_nexus.checkpoint.data_file import STATES
 from megatron_nexus.checkpoint.run_dir import find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from tests.checkpoint import engine_kinds as toy
-from tests.support.paths import REPOSITORY
 from tests.support.waiting import TIMEOUT_S
+from tests.support.warm_server import WarmProcess
 
 pytestmark = pytest.mark.law
 
@@ -28,10 +26,9 @@ pytestmark = pytest.mark.law
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the toy left behind."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(Path(__file__).with_name("engines_worker.py")), str(folder)]
-    with (folder / "log").open("w") as log:
-        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=2 * TIMEOUT_S, check=False)
+    words = [str(Path(__file__).with_name("engines_worker.py")), str(folder)]
+    worker = WarmProcess(words, Path.cwd(), {**os.environ, "OMP_NUM_THREADS": "1"}, folder / "log")
+    worker.wait(2 * TIMEOUT_S)
     return folder
 
 

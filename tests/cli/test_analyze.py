@@ -17,6 +17,8 @@ from megatron_nexus.errors import CheckpointError, ConfigError, NexusError
 from megatron_nexus.training.metrics import METRICS_FILE
 from tests.support import checkpoints
 
+pytestmark = pytest.mark.slow  # the import of scipy.stats, too
+
 STEPS = range(checkpoints.STEP + 1, checkpoints.STEP + 8)
 SIZES = {"nexus_m": 21, "nexus_a": 30}
 
@@ -56,7 +58,6 @@ def analyze(folder: Path, *words: str) -> dict:
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.slow
 def test_two_topologies_give_the_same_numbers_and_runs_are_pooled(
     folder: Path, console: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +77,6 @@ def test_two_topologies_give_the_same_numbers_and_runs_are_pooled(
     assert re.search(r"\d+ fits of all groups.*: \d+ with p < 0.05, [\d.]+ expected", text)
 
 
-@pytest.mark.slow
 def test_whole_samples_give_scipy_s_numbers(folder: Path) -> None:
     found = analyze(folder, str(folder / "one"), "--layers", "0")
     groups = {group["group"]: group["paths"][0]["path"] for group in found["groups"]}
@@ -95,7 +95,6 @@ def test_whole_samples_give_scipy_s_numbers(folder: Path) -> None:
         assert point["r"] == pytest.approx(np.hypot(point["d1"], point["d2"]), abs=1e-12)
 
 
-@pytest.mark.slow
 def test_what_is_zero_at_first_has_its_reference_later(folder: Path) -> None:
     # `out_rand` writes zeros where units of M are written: no density at the growth itself.
     found = analyze(folder, str(folder / "one"), "--layers", "1")
@@ -110,7 +109,6 @@ def test_what_is_zero_at_first_has_its_reference_later(folder: Path) -> None:
     assert path["points"][0]["snapshot"]["step"] == checkpoints.STEP
 
 
-@pytest.mark.slow
 def test_task_accuracies_are_performance_where_there_are_any(folder: Path, tmp_path: Path) -> None:
     name = tmp_path / "run"
     name.symlink_to(folder / "one")

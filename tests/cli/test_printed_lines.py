@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_nexus.checkpoint.manifest import read_manifest
 from megatron_nexus.checkpoint.run_dir import newest_checkpoint
-from tests.support.cli import DEEPSPEED, PYTHON, SMALL, WARM, Command, commands, ended, run_tool, summary
+from tests.support.cli import SMALL, WARM, Command, commands, ended, run_tool, summary, warm_deepspeed
 from tests.support.paths import REPOSITORY
 from tests.support.subprocesses import Spawn
 
@@ -54,7 +54,7 @@ def test_growth_of_the_vocabulary_on_the_built_in_corpus(
     code, output = ended(spawn([*train, "--save", "a"], tmp_path))
     assert code == 0, output
     grown = tool(spawn, tmp_path, "grow_sharded_checkpoint.py", "--load a --save b --vocab-size 403")
-    said = follow(spawn, tmp_path, grown, DEEPSPEED)
+    said = follow(spawn, tmp_path, grown, warm_deepspeed())
     assert "Training a tokenizer" not in said and "Tokenizing" not in said, "the corpus is there already"
     ends = [newest_checkpoint(tmp_path / name) for name in ("a", "b")]
     assert ends[0] is not None and ends[1] is not None
@@ -81,7 +81,7 @@ def test_growth_and_upcycling_on_token_files(command: Command, spawn: Spawn, nam
 
 
 def test_lines_of_the_module_name_the_module(command: Command, spawn: Spawn) -> None:
-    nexus = [*PYTHON, "-m", "megatron_nexus"]
+    nexus = [*WARM, "-m", "megatron_nexus"]
     code, output = ended(
         spawn([*nexus, "train", *SMALL, "--train-iters", "1", "--save", "a"], command.folder)
     )
@@ -93,7 +93,7 @@ def test_lines_of_the_module_name_the_module(command: Command, spawn: Spawn) -> 
     assert code == 0, output
     typed, *words = shlex.split(re.findall(r"continue with +(.*)", output)[-1])
     assert [typed, *words[:3]] == ["python", "-m", "megatron_nexus", "train"]
-    code, output = ended(spawn([*PYTHON, *words], command.folder))
+    code, output = ended(spawn([*WARM, *words], command.folder))
     assert code == 0 and "resumed b/iter_0000001" in output, output
 
 

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from megatron_nexus.data.standard_library import module_document
 from tests.support.paths import REPOSITORY
 
@@ -16,6 +18,7 @@ print(hashlib.sha256("".join(hashes).encode()).hexdigest())
 """
 
 
+@pytest.mark.law
 def test_they_do_not_depend_on_the_process() -> None:
     """In processes of their own: W&B replaces sys.exit in one that logs to it, as a test before this may."""
     plain, other = (

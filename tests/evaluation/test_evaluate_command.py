@@ -14,6 +14,7 @@ from tests.support.task_files import write_task_files
 Console = pytest.CaptureFixture[str]
 
 
+@pytest.mark.slow  # the imports
 def test_tasks_and_perplexity_are_told_and_written(
     run: tuple[Path, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
@@ -66,6 +67,7 @@ def own_tasks(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow  # the imports
 def test_own_tasks_are_asked_with_examples_and_their_samples_are_written(
     run: tuple[Path, RunConfig],
     own_tasks: Path,

@@ -8,17 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.errors import ConfigError, DataError
 from megatron_nexus.evaluation.harness import NexusLM, require_scoring, run_harness
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer
+from megatron_nexus.evaluation.perplexity import measure_perplexity, windows
 from megatron_nexus.evaluation.results import task_table
 from megatron_nexus.evaluation.task_files import PAPER_TASKS
 from megatron_nexus.evaluation.tasks import open_tasks
 from megatron_nexus.models.scores import Request
 from tests.support.task_files import ITEMS, write_task_files
+
+pytestmark = pytest.mark.slow  # the imports
+
+TEXT = "The old man opens the door at night.  Why?\nNobody knows \U0001f680.\n" * 7
 
 
 def log_p(loaded: LoadedModel, tokenizer: SentencePieceTokenizer, context: str, continuation: str) -> float:
@@ -119,3 +125,21 @@ def test_texts_are_generated_up_to_a_stop(loaded: LoadedModel, tokenizer: Senten
     assert ask(model, [long], until=[], max_gen_toks=5) == [greedy(loaded, tokenizer, seen, 5)]
     with pytest.raises(DataError, match="48 new tokens, and the model sees 48"):
         ask(model, prompts, until=[], max_gen_toks=48)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 17, 30])
+def test_windows_of_perplexity_are_those_of_the_harness(count: int) -> None:
+    tokens = list(range(100, 100 + count))
+    theirs = map(make_disjoint_window, get_rolling_token_windows(tokens, 0, max_seq_len=8, context_len=1))
+    assert [(list(w.context), list(w.continuation)) for w in windows(tokens, 0, 8, 8)] == list(theirs)
+
+
+def test_perplexity_is_the_rolling_log_likelihood_of_the_harness(
+    loaded: LoadedModel, tokenizer: SentencePieceTokenizer
+) -> None:
+    scorer = LocalScorer(loaded)
+    assert len(tokenizer.encode(TEXT)) > 3 * loaded.seq_length
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate((TEXT, "A boy"))]
+    rolled = NexusLM(scorer, tokenizer).loglikelihood_rolling(asked)
+    found = [measure_perplexity(scorer, tokenizer, text).log_likelihood for text in (TEXT, "A boy")]
+    assert found == pytest.approx(rolled, abs=1e-11)

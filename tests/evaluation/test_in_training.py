@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -45,6 +44,8 @@ def train(words: str, folder: Path, spawn: Spawn) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_a_run_tells_what_its_checkpoint_scores(folder: Path, spawn: Spawn) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # here: half a second
+
     code, output = train(
         "--tp 2 --save run --save-interval 2 --eval-tasks-interval 2 --tensorboard-dir board", folder, spawn
     )

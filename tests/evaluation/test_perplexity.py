@@ -1,31 +1,21 @@
-"""Perplexity: every token once, windows as lm-evaluation-harness rolls them, a text without one equal."""
+"""Perplexity: every token once, from what fits before it; test_harness.py compares with the harness."""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_nexus.errors import CheckpointError, DataError
 from megatron_nexus.evaluation.decoding import Decoding
-from megatron_nexus.evaluation.harness import NexusLM
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.local_scorer import LocalScorer
 from megatron_nexus.evaluation.perplexity import measure_perplexity, windows
 from tests.support.eval_model import load
 
 TEXT = "The old man opens the door at night.  Why?\nNobody knows \U0001f680.\n" * 7
-
-
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 17, 30])
-def test_windows_are_those_of_the_harness(count: int) -> None:
-    tokens = list(range(100, 100 + count))
-    theirs = map(make_disjoint_window, get_rolling_token_windows(tokens, 0, max_seq_len=8, context_len=1))
-    assert [(list(w.context), list(w.continuation)) for w in windows(tokens, 0, 8, 8)] == list(theirs)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 7, 8])
@@ -70,17 +60,6 @@ def test_a_result_that_is_not_finite_is_an_error_that_names_the_checkpoint(
     broken.decoder.layers[-1].projection.get_parameter("weight").mul_(1e200)
     with pytest.raises(CheckpointError, match="perplexity is beyond a float"):
         measure_perplexity(LocalScorer(broken), tokenizer, TEXT)
-
-
-def test_it_is_the_rolling_log_likelihood_of_the_harness(
-    loaded: LoadedModel, tokenizer: SentencePieceTokenizer
-) -> None:
-    scorer = LocalScorer(loaded)
-    assert len(tokenizer.encode(TEXT)) > 3 * loaded.seq_length
-    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate((TEXT, "A boy"))]
-    rolled = NexusLM(scorer, tokenizer).loglikelihood_rolling(asked)
-    found = [measure_perplexity(scorer, tokenizer, text).log_likelihood for text in (TEXT, "A boy")]
-    assert found == pytest.approx(rolled, abs=1e-11)
 
 
 def test_what_cannot_be_measured_is_told(loaded: LoadedModel, tokenizer: SentencePieceTokenizer) -> None:

@@ -26,9 +26,11 @@ from megatron_nexus.spec.shard import Box
 from megatron_nexus.training.grown_adam import install_bias_correction
 from megatron_nexus.training.new_lr import install_new_lr, new_lr_factor
 from tests.support import checkpoints, reference
+from tests.support.batches import STEPS, global_batches
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
-from tests.support.train_worker import STEPS, global_batches
+
+pytestmark = pytest.mark.law
 
 OLD = {
     "num_layers": 2,
@@ -94,7 +96,6 @@ def expected(folder: Path, config: dict, source: RunConfig, request: GrowthReque
     return reference.train(w, batches, config, state=state, lr_factors=lr_factors)
 
 
-@pytest.mark.law
 @pytest.mark.parametrize(
     ("ranks", "family", "growth", "new_lr"),
     [

@@ -16,7 +16,6 @@ from megatron_nexus.errors import EXIT_CODE_RESTART, EXIT_CODE_USER_ERROR
 from tests.hosts.network import Host, Network, missing, network
 from tests.support.cli import (
     ENDLESS,
-    PYTHON,
     SMALL,
     TORCHRUN,
     Command,
@@ -29,6 +28,7 @@ from tests.support.paths import TESTS
 from tests.support.ports import free_port
 from tests.support.subprocesses import WARM_PYTHON, Program, Spawn
 from tests.support.waiting import scaled_by_load, wait_for
+from tests.support.warm_programs import warm_bin
 
 pytestmark = pytest.mark.slow
 
@@ -113,12 +113,11 @@ def test_torchrun_and_mpirun_on_two_hosts_give_the_losses_of_one_and_a_frozen_ra
     words = ["pretrain_nexus.py", *SMALL, *FLAGS.split(), "--save"]
     port = str(free_port())
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", first.name, "--master-port", port]
-    programs = [
-        spawn(
-            [*host.enter, *TORCHRUN, *nodes, "--node-rank", str(number), *words, "torchrun"], command.folder
-        )
-        for number, host in enumerate((first, second))
-    ]
+    programs = []
+    for number, host in enumerate((first, second)):
+        torchrun = [WARM_PYTHON, ON_HOST, str(host.pid), *TORCHRUN, *nodes, "--node-rank", str(number)]
+        rank = ["--no-python", str(warm_bin() / "python"), ON_HOST, str(host.pid), *words, "torchrun"]
+        programs.append(spawn([*torchrun, *rank], command.folder))
     assert [ended(program)[0] for program in programs] == [0, 0], programs[0].output()
     assert command.losses("torchrun") == whole
     # The states of random generators, too, are in these files.
@@ -142,12 +141,16 @@ def mpirun(spawn: Spawn, folder: Path, hosts: Sequence[Host], words: Sequence[st
     shell = folder / "remote_shell"
     ways = "".join(f'{host.name}) exec {" ".join(host.enter)} sh -c "$*" ;;\n' for host in hosts)
     shell.write_text(f'#!/bin/sh\nhost=$1; shift\ncase "$host" in\n{ways}esac\n')
-    shell.chmod(0o755)
+    python = folder / "python_on_host"
+    ways = "".join(f'{host.name}) exec {warm_bin()}/python {ON_HOST} {host.pid} "$@" ;;\n' for host in hosts)
+    python.write_text(f'#!/bin/sh\ncase "$(hostname)" in\n{ways}esac\n')
+    for script in (shell, python):
+        script.chmod(0o755)
     program = str(Path(sys.executable).with_name("mpirun"))
     flags = ["--allow-run-as-root", "--map-by", "ppr:1:node", "--host", ",".join(h.name for h in hosts)]
     flags += ["--prtemca", "plm_ssh_agent", str(shell), "-n", str(len(hosts))]
     address = ["-x", f"MASTER_ADDR={hosts[0].name}", "-x", f"MASTER_PORT={free_port()}"]
-    return spawn([*hosts[0].enter, program, *flags, *address, *PYTHON, *words], folder)
+    return spawn([*hosts[0].enter, program, *flags, *address, str(python), *words], folder)
 
 
 def test_a_cut_link_is_named_on_both_sides(spawn: Spawn, command: Command, net: Network) -> None:

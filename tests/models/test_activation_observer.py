@@ -12,8 +12,9 @@ from megatron_nexus.parallel.tensor_parallel import TensorParallel
 from megatron_nexus.spec.shard import Shard
 from tests.support.checkpoints import SIZES
 
+pytestmark = pytest.mark.slow  # compiles
 
-@pytest.mark.slow  # compiles
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_compiled_blocks_show_their_activations_without_being_compiled_again(grouped: bool) -> None:
     torch._dynamo.reset()

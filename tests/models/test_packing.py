@@ -11,8 +11,8 @@ from megatron_nexus.models.packing import Stream
 from megatron_nexus.models.parameters import logical_parameters
 from tests.models.test_decoder import ALL, ALONE, MODEL
 from tests.support import reference
+from tests.support.batches import document_positions
 from tests.support.cases import first_by_default
-from tests.support.train_worker import document_positions
 
 BATCH, LENGTH = 3, 24
 APART = dataclasses.replace(ALONE, reset_position_ids=True, reset_attention_mask=True)

@@ -59,15 +59,19 @@ def _models(ranks: int) -> dict[str, dict]:
 
 
 def _cases(ranks: int) -> list[dict]:
+    """One and two ranks show all of them, four ranks each layer and model with each recomputation in turn."""
     made = []
-    for layer, (name, model), sequence in itertools.product(
-        ("attention", "feed_forward", "decoder"),
-        _models(ranks).items(),
-        (False, True) if ranks > 1 else (False,),
+    ways = (("none", 1), ("selective", 4), ("full", 1))
+    for turn, (layer, (name, model), sequence) in enumerate(
+        itertools.product(
+            ("attention", "feed_forward", "decoder"),
+            _models(ranks).items(),
+            (False, True) if ranks > 1 else (False,),
+        )
     ):
         if layer == "feed_forward" and name not in ("nexus", "released"):
             continue  # the same as without
-        for recompute, multiple in (("none", 1), ("selective", 4), ("full", 1)):
+        for recompute, multiple in ways if ranks < 4 else (ways[turn % 3],):
             made.append(
                 {
                     "name": f"{layer}-{name}-{sequence}-{recompute}-{multiple}",
@@ -97,25 +101,23 @@ def _cases(ranks: int) -> list[dict]:
 def _compiled_cases(ranks: int) -> list[dict]:
     """Every family and what else changes the graph of a block, each once; a compilation takes seconds.
 
-    Two ranks compile the same graphs as one, with collectives in them. The released family has all options.
+    Two ranks compile what has collectives of its own: all options, sums over slots, a norm over all heads.
     """
     graphs = {
-        1: [("options", "full"), ("tokenformer", "selective"), ("qwen3", "none")],
-        2: [
-            ("nexus", "full"),
-            ("released", "selective"),
-            ("tokenformer", "selective"),
+        1: [
+            ("options", "full"),
             ("linear_nexus", "selective"),
             ("order2-gated", "selective"),
-            ("olmo2", "none"),
+            ("qwen3", "none"),
         ],
+        2: [("released", "selective"), ("tokenformer", "full"), ("olmo2", "none")],
     }
     return [
         {
             "name": f"compiled-{name}-{recompute}",
             "layer": "compiled",
             "model": _models(ranks)[name],
-            "sequence_parallel": ranks > 1 and place % 2 == 1,
+            "sequence_parallel": ranks > 1 and place % 2 == 0,
             "recompute": recompute,
             "multiple": 1,
             "grouped": True,

@@ -228,10 +228,12 @@ def test_srun_and_mpirun_start_the_same_run(cluster: Slurm, folder: Path) -> Non
     """As local ranks are; tests/training/test_command.py shows the same of deepspeed and torchrun."""
     mpirun = shutil.which("mpirun", path=f"{BIN}:{os.environ['PATH']}")
     assert mpirun, "no mpirun: install requirements-dev.txt"
+    python = str(warm_bin() / "python")
     launchers = {
-        "local": [str(warm_bin() / "python")],
+        "local": [python],
+        # Its ranks agree on a port by their parent, which those of the warm server do not share.
         "mpirun": [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
-        "srun": ["srun", "-n", "2", sys.executable],
+        "srun": ["srun", "-n", "2", python],
     }
     found = {}
     for name, words in launchers.items():

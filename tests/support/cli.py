@@ -35,6 +35,11 @@ def warm_ranks(count: int) -> list[str]:
     return [WARM_PYTHON, str(TESTS / "support" / "warm_launcher.py"), str(count), str(free_port())]
 
 
+def warm_deepspeed(*flags: str) -> list[str]:
+    """Return DeepSpeed's command with all imports done; a process below finds no such parent of its own."""
+    return [str(warm_bin() / "deepspeed"), *flags]
+
+
 class Command:
     """Starts the command in a folder with a corpus and a link to the script, as a user would.
 
@@ -60,7 +65,7 @@ class Command:
     def repeat(self, line: str) -> tuple[int, str]:
         """Run a command line that a run printed."""
         launcher, *words = shlex.split(line)
-        programs = {"deepspeed": [str(warm_bin() / "deepspeed")], "torchrun": TORCHRUN, sys.executable: WARM}
+        programs = {"deepspeed": warm_deepspeed(), "torchrun": TORCHRUN, sys.executable: WARM}
         program = programs.get(launcher, [launcher])
         return ended(self._spawn([*program, *words], self.folder))
 

@@ -23,7 +23,8 @@ from megatron_nexus.training.growth_metrics import GrowthMetricsHook
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import Evaluation, GrowthMetrics, StepMetrics
 from megatron_nexus.training.optimizer import configure_groups
-from tests.support.train_worker import STEPS, Batch, global_batches, my_batches
+from tests.support.batches import STEPS, Batch, global_batches
+from tests.support.train_worker import my_batches
 from tests.support.waiting import TIMEOUT_S
 from tests.support.warm_server import call_in_fork
 

@@ -29,13 +29,13 @@ from tests.support.cli import (
     commands,
     ended,
     summary,
+    warm_deepspeed,
     warm_ranks,
 )
 from tests.support.paths import REPOSITORY
 from tests.support.ports import free_port
 from tests.support.subprocesses import Program
 from tests.support.waiting import scaled_by_load, wait_for
-from tests.support.warm_programs import warm_bin
 
 pytestmark = pytest.mark.slow
 
@@ -54,11 +54,10 @@ def kept(command: Command) -> str:
     return "kept"
 
 
-def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(command: Command) -> None:
+def test_a_start_of_one_process_uses_the_ranks_it_needs_and_resumes_as_it_says(command: Command) -> None:
     code, output = command.run(
         "--pp 2 --train-iters 5 --lr-warmup-iters 5 --log-interval 1 --timing-log-level 2 "
         "--log-dir logs --profile --profile-step-start 4 --profile-step-end 6 --profile-ranks 0 1",
-        DEEPSPEED,
     )
     assert code == 0, output
     assert output.count("note: --lr-warmup-iters 5 is not over") == 1, "one rank speaks"
@@ -86,9 +85,7 @@ def test_a_plain_deepspeed_start_uses_the_ranks_it_needs_and_resumes_as_it_says(
     first = command.losses(run)
     assert list(first) == [1, 2, 3, 4, 5]
 
-    line = summary(output, "resume with")
-    assert line.startswith("deepspeed pretrain_nexus.py --data-path corpus"), line
-    code, output = command.repeat(line)
+    code, output = command.repeat(summary(output, "resume with"))
     assert code == 0, output
     assert f"resumed {run}/iter_0000005 at iteration 5, 20 samples" in output
     assert "--profile: steps 4 to 5 are over: give --profile-step-start 6 or more" in output
@@ -145,21 +142,9 @@ def test_a_batch_that_ramps_up_trains_as_one_that_is_changed_by_hand(command: Co
 
 @pytest.mark.parametrize(("count", "remedy"), [(1, "start 2 ranks"), (3, "start 2 ranks")])
 def test_a_count_that_does_not_fit_is_refused_once(command: Command, count: int, remedy: str) -> None:
-    deepspeed = [str(warm_bin() / "deepspeed"), "--num_gpus", str(count), "--master_port", str(free_port())]
+    deepspeed = warm_deepspeed("--num_gpus", str(count), "--master_port", str(free_port()))
     code, output = command.run("--tp 2", deepspeed if count == 3 else warm_ranks(count))
     assert_refused(code, output, "ConfigError", f"the world has {count} rank", "--tp 2 x --pp 1 = 2", remedy)
-
-
-def test_the_module_is_the_script_and_ranks_of_it_are_started_alike(command: Command) -> None:
-    program = command._spawn(
-        [*PYTHON, "-m", "megatron_nexus", "train", *SMALL, "--tp=2", "--train-iters=4"], command.folder
-    )
-    code, output = ended(program)
-    assert code == 0, output
-    assert "spawning 2 local ranks" in output
-    line = summary(output, "resume with")
-    assert line.startswith(f"{sys.executable} -m megatron_nexus train --data-path corpus"), line
-    assert "the learning rate jumps from" in summary(output, "note")
 
 
 def test_what_skip_train_is_answered_with_validates_and_trains_nothing(command: Command, kept: str) -> None:
@@ -214,6 +199,7 @@ def test_deepspeed_gives_the_ranks_and_ctrl_c_saves_and_leaves_nothing_running(c
 def test_a_run_whose_deepspeed_command_was_killed_saves_and_leaves_nothing_running(command: Command) -> None:
     program = command.start(f"--tp 2 --save killed-launcher --train-iters {ENDLESS}", DEEPSPEED)
     program.wait_for_output("iteration       3/")
+    assert "spawning 2 local ranks" in program.output(), "nothing in the line of that process said how many"
     os.kill(program.process.pid, signal.SIGTERM)  # deepspeed passes it on to nobody
     assert program.end() == -signal.SIGTERM
     wait_for(lambda: program.left() == {}, "the end of launcher and ranks")
@@ -221,6 +207,7 @@ def test_a_run_whose_deepspeed_command_was_killed_saves_and_leaves_nothing_runni
     assert f"deepspeed (process {program.process.pid}), which started this run, is gone" in output
     assert "received SIGTERM: saving a checkpoint and exiting" in output
     assert newest_checkpoint(command.folder / "killed-launcher") is not None
+    assert summary(output, "resume with").startswith("deepspeed pretrain_nexus.py --data-path corpus")
     assert "Traceback" not in output
 
 
@@ -276,21 +263,28 @@ if "RANK" in os.environ:
 """
 
 
-def test_libraries_do_at_the_end_of_a_run_what_they_do_at_exit(command: Command, tmp_path: Path) -> None:
+def test_the_module_is_the_script_and_its_ranks_do_at_the_end_what_libraries_do_at_exit(
+    command: Command, tmp_path: Path
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
     monitors = {name: {"enabled": True, "job_name": "run"} for name in ("csv_monitor", "tensorboard")}
     (tmp_path / "monitors.json").write_text(json.dumps(monitors | {"steps_per_print": 1}))
-    words = f"--pp 2 --save monitored --train-iters 2 --deepspeed-config {tmp_path / 'monitors.json'}"
-    code, output = command.run(words, ["env", f"PYTHONPATH={tmp_path}:{REPOSITORY}", *PYTHON])
+    module = ["env", f"PYTHONPATH={tmp_path}:{REPOSITORY}", *PYTHON, "-m", "megatron_nexus", "train", *SMALL]
+    words = f"--pp=2 --train-iters=4 --save=monitored --deepspeed-config={tmp_path / 'monitors.json'}"
+    code, output = ended(command._spawn([*module, *words.split()], command.folder))
     assert code == 0, output
+    assert "spawning 2 local ranks" in output
+    assert "the learning rate jumps from" in summary(output, "note")
     imported = [(command.folder / f"exit-{rank}").read_text() for rank in range(2)]
     assert imported == ["", ""], "DeepSpeed's import of MLflow, of which a run without it has no need"
     (loss_file,) = command.folder.rglob("lm_loss.csv")
     rows = [line.split(",") for line in loss_file.read_text().splitlines()[1:]]
     losses = command.losses("monitored")
     assert [float(loss) for _, loss in rows] == [*losses.values()], "DeepSpeed's monitors are fed"
-    assert [int(samples) for samples, _ in rows] == [4, 8]
-    assert output.splitlines()[-1].startswith("  resume with"), "nothing is said at exit"
+    assert [int(samples) for samples, _ in rows] == [4, 8, 12, 16]
+    line = summary(output, "resume with")
+    assert line.startswith(f"{sys.executable} -m megatron_nexus train --data-path corpus"), line
+    assert output.splitlines()[-1].startswith("  note "), "nothing is said at exit"
 
 
 def test_when_a_rank_is_killed_all_end_within_ten_seconds_with_one_message(command: Command) -> None:

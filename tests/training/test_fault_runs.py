@@ -17,7 +17,8 @@ from megatron_nexus.training.effective_time import effective_time
 from megatron_nexus.training.fault_injection import RECORD_FILE
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 from megatron_nexus.training.run_times import RUN_TIMES_FILE, read_run_times
-from tests.support.cli import PYTHON, Command, assert_refused, commands, warm_ranks
+from tests.support.cli import Command, assert_refused, commands, warm_ranks
+from tests.support.warm_programs import warm_bin
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +115,7 @@ def test_what_refuses_rank_0_refuses_the_first_rank_of_every_machine(command: Co
     # Nobody is at this address: a rank that asked for rank 0 there would wait for half an hour.
     task = "SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0 SLURM_STEP_TASKS_PER_NODE=1(x2)"
     world = f"{task} MASTER_ADDR=192.0.2.1 MASTER_PORT=29999"
-    code, output = command.run(f"--save {whole}", ["env", *world.split(), *PYTHON])
+    code, output = command.run(f"--save {whole}", ["env", *world.split(), str(warm_bin() / "python")])
     assert_refused(code, output, "ConfigError", f"--save {whole} holds iter_0000014", f"--load {whole}")
 
 

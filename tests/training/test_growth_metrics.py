@@ -28,8 +28,8 @@ from megatron_nexus.training.grown_elements import grown_elements
 from megatron_nexus.training.matrix_statistics import MATRIX_NUMBERS, RANKS_SIDE, source_numbers
 from megatron_nexus.training.matrix_statistics import matrix_numbers as numbers_of
 from tests.support import checkpoints, reference
+from tests.support.batches import STEPS, global_batches
 from tests.support.ranks import run_ranks
-from tests.support.train_worker import STEPS, global_batches
 
 WORKER = Path(__file__).with_name("growth_metrics_worker.py")
 SIZES = {

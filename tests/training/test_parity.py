@@ -26,9 +26,9 @@ from megatron_nexus.models.scores import Request
 from megatron_nexus.spec.initialise import local_values
 from megatron_nexus.spec.shard import Box, Shard
 from tests.support import reference
+from tests.support.batches import STEPS, document_positions, global_batches, scoring_requests
 from tests.support.paths import TESTS
 from tests.support.ranks import run_ranks
-from tests.support.train_worker import STEPS, document_positions, global_batches, scoring_requests
 
 # M, A, the feed-forward and the vocabulary divide by no tensor-parallel size; gradients are clipped.
 FLAGS = {

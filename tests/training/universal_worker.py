@@ -19,6 +19,7 @@ from megatron_nexus.parallel.world import read_world
 from megatron_nexus.training import engine as engine_module
 from megatron_nexus.training.engine import Engine
 from tests.support import train_worker
+from tests.support.batches import global_batches
 from tests.support.warm_server import call_in_fork
 
 derived_config = engine_module.deepspeed_config
@@ -43,9 +44,7 @@ def load(case: dict, how: str, out: Path, index: int) -> None:
         client = {}
     folder = out / case["name"] / how
     train_worker.save(engine, mesh, folder, SaveRequest(RunProgress(40, 0, 0, 0), {}, ""))
-    batches = train_worker.global_batches(
-        config.model.vocab_size, training.global_batch_size, training.seq_length
-    )
+    batches = global_batches(config.model.vocab_size, training.global_batch_size, training.seq_length)
     mine = train_worker.my_batches(batches, training.micro_batch_size, mesh, None)
     losses = [engine.train_step(mine, 1e-3).loss for _ in range(2)]
     groups = [
