@@ -127,26 +127,12 @@ def _fetched_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> Tasks
         raise ConfigError(
             f"--include-path {' '.join(own)}: {_first_line(error)}: correct the task files there"
         ) from error
-    if set(names) <= _CONFIGURATIONS.keys() | set(manager.all_tasks):
-        known = manager.all_tasks
-        specs = [
-            name if name in known else str(root / _CONFIGURATIONS[name]) for name in dict.fromkeys(names)
-        ]
-    else:
+    if not set(names) <= _CONFIGURATIONS.keys() | set(manager.all_tasks):
         with Progress("listing the tasks of lm-evaluation-harness"):
             manager = lm_eval.tasks.TaskManager(include_path=own)
-        known = manager.all_tasks
-        unknown = []
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, LISTED_NAMES)
-                remedy = f"did you mean {' or '.join(near)}?" if near else "see `lm_eval ls tasks`"
-                where = f" and --include-path {' '.join(own)} have" if own else " has"
-                unknown.append(
-                    f"lm-evaluation-harness {lm_eval.__version__}{where} no task {name!r}: {remedy}"
-                )
-        raise_problems(unknown)
-        specs = list(dict.fromkeys(names))
+        raise_problems(_unknown(name, manager, own) for name in names if name not in manager.all_tasks)
+    known = manager.all_tasks
+    specs = [name if name in known else str(root / _CONFIGURATIONS[name]) for name in dict.fromkeys(names)]
     try:
         with Progress("fetching the data of the tasks"):
             tasks: Tasks = manager.load(specs)["tasks"]
@@ -165,6 +151,13 @@ def _fetched_tasks(names: Sequence[str], include_paths: Sequence[Path]) -> Tasks
             "--eval-task-path)"
         ) from error
     return tasks
+
+
+def _unknown(name: str, manager: lm_eval.tasks.TaskManager, own: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, manager.all_tasks, LISTED_NAMES)
+    remedy = f"did you mean {' or '.join(near)}?" if near else "see `lm_eval ls tasks`"
+    where = f" and --include-path {' '.join(own)} have" if own else " has"
+    return f"lm-evaluation-harness {lm_eval.__version__}{where} no task {name!r}: {remedy}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,8 +38,7 @@ def boxes_by_growth(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[s
     boxes = {name: [(full_box(spec.shape), 0)] for name, spec in first.items() if spec.numel}
     for number, (entry, (old, new)) in enumerate(zip(growths, pairwise(models), strict=True), start=1):
         # Which parts are new does not depend on what fills them, but for the place of a stack.
-        recorded = {"depth_placement": "interleaved", **recorded_settings(entry)}
-        settings = GrowthConfig(**{**recorded, "init": "zero"})
+        settings = GrowthConfig(**{**recorded_settings(entry), "init": "zero"})
         grown: dict[str, list[AddedBox]] = {}
         for name, tensor in plan_tensors(old, new, settings).items():
             grown[name] = []
@@ -62,7 +61,7 @@ def copied_rows(model: ModelConfig, lineage: Sequence[JsonObject]) -> dict[str, 
     growths = growths_of(lineage)
     if not growths:
         return {}
-    settings = GrowthConfig(**{"depth_placement": "interleaved", **recorded_settings(growths[-1])})
+    settings = GrowthConfig(**recorded_settings(growths[-1]))
     tensors = plan_tensors(model_before(model, growths[-1]["axes"]), model, settings)
     #: By its name before the growth: the tensor that has the old elements now.
     kept = {t.old.name: t for t in tensors.values() if t.old and not all(box.is_new for box in t.boxes)}

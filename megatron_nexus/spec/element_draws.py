@@ -5,7 +5,7 @@ a Philox generator. A rank draws the blocks that its box touches and keeps what 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,10 @@ def draw_box(key: str, shape: tuple[int, ...], box: Box, draw: Draw, dtype: npt.
     """Return the numbers of the part `box` of a tensor of `shape`, in `box.sizes`."""
     columns = int(np.prod(shape[1:], dtype=np.int64))
     values = np.empty(box.sizes, dtype=dtype)
-    for first, last in _row_bands(box, columns):
+    # Bands of rows of about 64 blocks each, so that drawing a column part needs little memory.
+    rows, end = max(1, 64 * BLOCK // max(1, columns)), box.offsets[0] + box.sizes[0]
+    for first in range(box.offsets[0], end, rows):
+        last = min(first + rows, end)
         band = _draw_range(key, first * columns, last * columns, draw)
         band = band.reshape(last - first, *shape[1:])
         values[first - box.offsets[0] : last - box.offsets[0]] = band[(slice(None), *box.index[1:])]
@@ -42,11 +45,3 @@ def _draw_range(key: str, start: int, stop: int, draw: Draw) -> np.ndarray:
         for block in range(first, last + 1)
     ]
     return np.concatenate(drawn)[start - first * BLOCK :]
-
-
-def _row_bands(box: Box, columns: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of `box` of about 64 blocks each, so that drawing a column part needs little memory."""
-    rows = max(1, 64 * BLOCK // max(1, columns))
-    begin, end = box.offsets[0], box.offsets[0] + box.sizes[0]
-    for first in range(begin, end, rows):
-        yield first, min(first + rows, end)
