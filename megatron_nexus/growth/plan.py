@@ -10,7 +10,6 @@ from megatron_nexus.checkpoint.chunks import intersect
 from megatron_nexus.checkpoint.manifest import GrownRegion, Manifest, OptimizerRecord
 from megatron_nexus.config.model_config import ModelConfig
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.growth.layer_origins import LayerOrigin, layer_origins
 from megatron_nexus.growth.request import GROWING, GrowthRequest, grown_config
 from megatron_nexus.growth.settings import GrowthConfig, changes_of_function
 from megatron_nexus.models.decoder import decoder_specs, layer_parts
@@ -50,6 +49,36 @@ class GrowthPlan:
     def changes(self) -> list[str]:
         """The flags by which this growth changes the function."""
         return changes_of_function(self.settings, self.axes)
+
+
+@dataclass(frozen=True)
+class LayerOrigin:
+    """An old layer, and whether a layer is a copy of it or the layer itself."""
+
+    index: int
+    copied: bool = False
+
+
+def layer_origins(old: int, new: int, settings: GrowthConfig) -> list[LayerOrigin | None]:
+    """Return, for each of `new` layers, the old layer that it was or begins as; None if it is drawn.
+
+    Interleaved layers follow equal groups of old ones, the last at the end (LLaMA Pro, Wu et al., 2024), and
+    are copies of the old one before them. Stacked ones repeat the old ones in their order (G_stack, Du et
+    al., 2024); the last repetition may be cut off.
+    """
+    origins: list[LayerOrigin | None] = [None] * new
+    for i in range(old):
+        origins[i + (i * (new - old) // old if settings.placement == "interleaved" else 0)] = LayerOrigin(i)
+    match settings.depth_init:
+        case "copy":
+            for i, origin in enumerate(origins):
+                if origin is None and (before := origins[i - 1]):
+                    origins[i] = LayerOrigin(before.index, copied=True)
+        case "stack":
+            origins[old:] = [LayerOrigin(i % old, copied=True) for i in range(old, new)]
+        case "random":
+            pass
+    return origins
 
 
 def plan_growth(saved: RunConfig, request: GrowthRequest) -> GrowthPlan:

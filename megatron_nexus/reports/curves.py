@@ -1,4 +1,4 @@
-"""The losses of runs against tokens, FLOPs and hours, and the table of where each stands."""
+"""The losses of runs against tokens, FLOPs and hours, and tables of where each stands and its time went."""
 
 from collections.abc import Iterator, Sequence
 from statistics import mean
@@ -87,3 +87,25 @@ def _series(run: RecordedRun, number: int, kind: str, places: dict[int, float]) 
     curve = run.losses if kind == "training loss" else run.validations.get(kind, {})
     points = [(places[step], loss) for step, loss in curve.items() if step in places]
     return Series(run.name, points, number, dots=kind != "training loss")
+
+
+def hours_section(runs: Sequence[RecordedRun]) -> str:
+    """Return the table of where time went; "" where no run has recorded it."""
+    known = [(run.name, run.times) for run in runs if run.times is not None]
+    if not known:
+        return ""
+    head = ("run", "ETTR, %", "starts", "hours in all", "training", *known[0][1].parts)
+    rows = [
+        [
+            name,
+            cell_of(100 * times.ettr, ".1f"),
+            cell_of(times.starts, ","),
+            *(cell_of(s / 3600, ".3g") for s in (times.total_s, times.productive_s, *times.parts.values())),
+        ]
+        for name, times in known
+    ]
+    said = (
+        "ETTR, the effective training time ratio: hours of the steps that were kept, of all hours from the "
+        "first start of the run to its last record. Hours also of the columns behind it."
+    )
+    return section("Where the time went", table(head, rows), paragraph(said))

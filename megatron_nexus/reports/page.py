@@ -8,11 +8,10 @@ from pathlib import Path
 
 from megatron_nexus import __version__
 from megatron_nexus.base.durable import atomic_file
-from megatron_nexus.reports.curves import loss_curves, overview
+from megatron_nexus.reports.curves import hours_section, loss_curves, overview
 from megatron_nexus.reports.divergence import Divergence, divergence_section
 from megatron_nexus.reports.family import seams
 from megatron_nexus.reports.growths import gap_section, metrics_section, seam_section
-from megatron_nexus.reports.hours import hours_section
 from megatron_nexus.reports.html_parts import notes, paragraph
 from megatron_nexus.reports.origins import commands_section, differences_section, lineage_section
 from megatron_nexus.reports.recorded_run import RecordedRun

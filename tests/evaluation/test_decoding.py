@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_nexus.evaluation.continuation import TextStream
 from megatron_nexus.evaluation.decoding import Decoding
 from megatron_nexus.evaluation.loaded_model import LoadedModel
 from megatron_nexus.evaluation.sampling import Sampling, draw
-from megatron_nexus.evaluation.text_stream import TextStream
 
 
 def test_rows_of_different_lengths_go_on_as_each_alone(
