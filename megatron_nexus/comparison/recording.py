@@ -237,15 +237,11 @@ class Recording:
             mine, whole, owner = self.values(part), shares[share][box.index], owners[share][box.index]
             copied = owner >= 0
             if copied.any():
-                apart = np.where(copied & ~_same(mine, whole), np.abs(mine - whole), 0.0)
+                same = (mine == whole) | (np.isnan(mine) & np.isnan(whole))
+                apart = np.where(copied & ~same, np.abs(mine - whole), 0.0)
                 apart[np.isnan(apart)] = np.inf
                 if (largest := float(apart.max())) > (worst.difference if worst else 0.0):
                     first = int(owner.reshape(-1)[apart.argmax()])
                     worst = Copies((first, part.place.rank), largest)
             whole[~copied], owner[~copied] = mine[~copied], part.place.rank
         return sum(shares.values(), np.zeros(shape)), worst
-
-
-def _same(a: Array, b: Array) -> npt.NDArray[np.bool_]:
-    same: npt.NDArray[np.bool_] = (a == b) | (np.isnan(a) & np.isnan(b))
-    return same
