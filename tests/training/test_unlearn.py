@@ -168,7 +168,7 @@ REFUSED = [
         ["--retain r", "gdr or klr"],
     ),
     ("--load base --save new {own} --retain r --global-batch-size 3", "ConfigError", ["3 is odd", "use 4"]),
-    ("--load base --save new {own} --retain nowhere.jsonl", "DataError", ["nowhere.jsonl: No such file"]),
+    ("--load base --save new {own} --retain nowhere.jsonl", "ConfigError", ["nowhere.jsonl: No such file"]),
     (
         "--load base --save new {own} --retain empty.jsonl",
         "DataError",
