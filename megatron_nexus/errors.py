@@ -113,6 +113,15 @@ def try_all(*steps: Callable[[], Any]) -> list[Any]:
     return found
 
 
+@contextmanager
+def os_errors_as(kind: type[NexusError], what: object, remedy: str) -> Iterator[None]:
+    """Raise an error of `kind` for an OSError: `what` failed, why, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}: {remedy}") from error
+
+
 def path_error(error: OSError, words: Sequence[str]) -> ConfigError:
     """Return what is wrong with a path, by the flag of `words`, a command line, that it was given with."""
     path = str(error.filename) if isinstance(error.filename, int) else os.fsdecode(error.filename)

@@ -62,7 +62,7 @@ class SampleGradients:
         self._mesh = mesh
         self.device = mesh.device if mesh is not None else torch.device("cpu")
         rank, size = (mesh.tp_rank, mesh.tp_size) if mesh is not None else (0, 1)
-        shard = Shard(rank, size, padding_multiple(config, self.device))
+        shard = Shard(rank, size, padding_multiple(config, self.device.type))
         tp = TensorParallel(mesh.tp_group if mesh is not None else None)
         stages = stage_layers(model, config.training.seq_length, mesh.pp_size if mesh is not None else 1)
         context = LayerContext(tp, shard, None, dtype, recompute=config.training.recompute_granularity)

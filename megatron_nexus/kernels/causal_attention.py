@@ -12,8 +12,6 @@ products.
 B batch, N heads, T tokens, H head size, R queries of a block and E keys up to its last.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -38,7 +36,7 @@ class _CausalAttention(Function):
         )
         ctx.save_for_backward(q, k, v, out, lse_BNT)
         ctx.scale = scale
-        return cast(Tensor, out)
+        return out
 
     @staticmethod
     def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -67,4 +65,4 @@ class _CausalAttention(Function):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Queries, keys and values [B, N, T, H] of as many heads, on a CPU -> [B, N, T, H]."""
-    return cast(Tensor, _CausalAttention.apply(q, k, v, scale))
+    return _CausalAttention.apply(q, k, v, scale)

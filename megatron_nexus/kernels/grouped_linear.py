@@ -10,8 +10,6 @@ product, which sums them in float32; of separate maps each is rounded to the typ
 G maps, k inputs and n outputs of each.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -52,7 +50,7 @@ class _GroupedLinear(Function):
 
 def concatenated_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     """X [..., k] and G weights [n, k] -> the outputs of all, side by side: [..., G n]."""
-    return cast(Tensor, _ConcatenatedLinear.apply(x, *weights))
+    return _ConcatenatedLinear.apply(x, *weights)
 
 
 def grouped_linear(x: Tensor, weights: list[Tensor], checkpointed: bool = False) -> Tensor:
@@ -65,5 +63,5 @@ def grouped_linear(x: Tensor, weights: list[Tensor], checkpointed: bool = False)
     if checkpointed:
         y_GNn = torch.bmm(x_GNk, torch.stack(weights).transpose(1, 2))
     else:
-        y_GNn = cast(Tensor, _GroupedLinear.apply(x_GNk, *weights))
+        y_GNn = _GroupedLinear.apply(x_GNk, *weights)
     return y_GNn.view(*x.shape[:-1], len(weights[0]))

@@ -130,8 +130,7 @@ class Attention(nn.Module):
             (mixed_TBW,) = self.tp.gather_features(mixed_TBW)
             (partial_sum,) = self.output(mixed_TBW)
         y_TBD = self.tp.leave(partial_sum)
-        normed_TBD: Tensor = self.norm(y_TBD) if self.post_norm else y_TBD
-        return normed_TBD
+        return self.norm(y_TBD) if self.post_norm else y_TBD
 
     def _attend(self, packing: Packing | None, q_BNTH: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention [B, N, T, H] of this layer's scale; of all earlier tokens where no mask is."""

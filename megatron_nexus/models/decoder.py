@@ -53,7 +53,7 @@ def head_specs(model: ModelConfig) -> dict[str, tuple[ParamSpec, ...]]:
     init, flows = Normal(model.init_method_std), (Flow.BOUNDARY, Flow.READS)
     return {
         "norm": norm_specs(model, "final_norm", axes[1]),
-        "weight": (ParamSpec("head.weight", axes, init, Role.MATMUL, flows),),
+        "head": (ParamSpec("head.weight", axes, init, Role.MATMUL, flows),),
     }
 
 
@@ -66,12 +66,7 @@ def layer_parts(model: ModelConfig) -> list[dict[str, tuple[ParamSpec, ...]]]:
         }
         for i in range(model.num_layers)
     ]
-    head = head_specs(model)
-    return [
-        {"embedding": (embedding_spec(model),)},
-        *blocks,
-        {"norm": head["norm"], "head": head["weight"]},
-    ]
+    return [{"embedding": (embedding_spec(model),)}, *blocks, head_specs(model)]
 
 
 def layer_specs(model: ModelConfig) -> list[list[ParamSpec]]:
@@ -107,7 +102,7 @@ class Embedding(SpecModule):
 
     def __init__(self, model: ModelConfig, context: LayerContext) -> None:
         spec = embedding_spec(model)
-        super().__init__({"weight": spec}, context.shard, context.seed, context.dtype)
+        super().__init__({"weight": spec}, context)
         self.tp = context.tp
         self.start, self.stop = context.shard.logical_range(spec.axes[0])
 
@@ -132,9 +127,8 @@ class Block(nn.Module):
     def _run(
         self, x_TBD: Tensor, tables: Tables, packing: Packing | None, cache: LayerCache | None = None
     ) -> Tensor:
-        middle_TBD: Tensor = x_TBD + self.attention(x_TBD, tables, packing, cache)
-        out_TBD: Tensor = middle_TBD + self.feed_forward(middle_TBD)
-        return out_TBD
+        x_TBD = x_TBD + self.attention(x_TBD, tables, packing, cache)
+        return x_TBD + self.feed_forward(x_TBD)
 
     def forward(
         self,
@@ -145,10 +139,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """[T, B, D] -> [T, B, D]; under full recompute only the input is kept for backward."""
         if self.recompute_all and torch.is_grad_enabled():
-            result: Tensor = checkpoint(
+            return checkpoint(
                 self._run, x_TBD, tables, packing, use_reentrant=False, preserve_rng_state=False
             )
-            return result
         return self._run(x_TBD, tables, packing, cache)
 
 
@@ -161,7 +154,7 @@ class Head(nn.Module):
         self.tp = context.tp
         self.ends_before_head = context.ends_before_head
         self.norm = make_norm(specs["norm"], model, context)
-        self.projection = Linear(specs["weight"][0], context)
+        self.projection = Linear(specs["head"][0], context)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> logits [T, B, V], or what `logits` makes them of."""
@@ -170,8 +163,7 @@ class Head(nn.Module):
 
     def logits(self, x_TBD: Tensor) -> Tensor:
         """Normed [T, B, D] -> logits [T, B, V]."""
-        logits_TBV: Tensor = self.projection(self.tp.enter(x_TBD))
-        return logits_TBV
+        return self.projection(self.tp.enter(x_TBD))
 
 
 class DecoderStage(nn.Module):
@@ -220,8 +212,7 @@ class DecoderStage(nn.Module):
         tables = stage_tables(self.model, cache.capacity, x_TBD, packing.positions_TB)
         for block, layer_cache in zip(blocks, cache.layers, strict=True):
             x_TBD = block(x_TBD, tables, packing, layer_cache)
-        logits_BV: Tensor = head(x_TBD[-1:])[0]
-        return logits_BV
+        return head(x_TBD[-1:])[0]
 
 
 def compile_blocks(stage: nn.Module, backend: str | Callable[..., object] = "inductor") -> None:

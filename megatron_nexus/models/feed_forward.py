@@ -56,7 +56,7 @@ class SwiGLU(SpecModule):
 
     def __init__(self, parts: dict[str, tuple[ParamSpec, ...]], context: LayerContext) -> None:
         specs = {name: parts[name][0] for name in ("gate", "up", "down")}
-        super().__init__(specs, context.shard, context.seed, context.dtype)
+        super().__init__(specs, context)
         self.context = context
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor]:
@@ -75,24 +75,17 @@ class FeedForward(nn.Module):
         self.tp = context.tp
         self.norm = make_norm(parts["norm"], model, context)
         self.post_norm = model.post_norm
-        self.inner = make_inner(model, parts, context)
+        self.inner: SwiGLU | Pattention | NexusRank
+        match model.feed_forward:
+            case "swiglu":
+                self.inner = SwiGLU(parts, context)
+            case "pattention":
+                self.inner = Pattention({"slots": parts["slots"]}, model.feed_forward_scale_slots, context)
+            case "nexus":
+                self.inner = NexusRank({"stages": parts["stages"]}, feed_forward_widths(model), context)
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """[T, B, D] -> [T, B, D]."""
         (partial_TBD,) = self.inner(self.tp.enter(x_TBD if self.post_norm else self.norm(x_TBD)))
         y_TBD = self.tp.leave(partial_TBD)
-        normed_TBD: Tensor = self.norm(y_TBD) if self.post_norm else y_TBD
-        return normed_TBD
-
-
-def make_inner(
-    model: ModelConfig, parts: dict[str, tuple[ParamSpec, ...]], context: LayerContext
-) -> nn.Module:
-    """Return the map between norm and residual: x of all tokens -> this rank's partial sum of y."""
-    match model.feed_forward:
-        case "swiglu":
-            return SwiGLU(parts, context)
-        case "pattention":
-            return Pattention({"slots": parts["slots"]}, model.feed_forward_scale_slots, context)
-        case "nexus":
-            return NexusRank({"stages": parts["stages"]}, feed_forward_widths(model), context)
+        return self.norm(y_TBD) if self.post_norm else y_TBD

@@ -71,12 +71,11 @@ class HeadGate(SpecModule):
     """x + a (y - x) with a learnt `a` of each head."""
 
     def __init__(self, gate: ParamSpec, context: LayerContext) -> None:
-        super().__init__({"weight": gate}, context.shard, context.seed, context.dtype)
+        super().__init__({"weight": gate}, context)
 
     def forward(self, x_TBNH: Tensor, y_TBNH: Tensor) -> Tensor:
         """Both [T, B, N, H] -> [T, B, N, H]."""
-        result: Tensor = x_TBNH + self.get_parameter("weight")[:, None] * (y_TBNH - x_TBNH)
-        return result
+        return x_TBNH + self.get_parameter("weight")[:, None] * (y_TBNH - x_TBNH)
 
 
 class Refinement(nn.Module):
@@ -154,8 +153,7 @@ class Refinement(nn.Module):
         read_TBNH = read_BNTH.permute(2, 0, 1, 3)
         if not self.gates:
             return read_TBNH
-        result: Tensor = self.gates[f"{side}_gate"](x_TBNH, read_TBNH)
-        return result
+        return self.gates[f"{side}_gate"](x_TBNH, read_TBNH)
 
 
 def _kept(cache: LayerCache | None, name: str, new_BNTH: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Types by their names in --precision."""
 
 
-def padding_multiple(config: RunConfig, device: torch.device) -> int:
+def padding_multiple(config: RunConfig, device_type: str) -> int:
     """Return the alignment of split axes per rank: as configured, or what the device's matrix units want."""
-    return config.parallel.padding_multiple or (1 if device.type == "cpu" else 64)
+    return config.parallel.padding_multiple or (1 if device_type == "cpu" else 64)
 
 
 def groups_projections(compiled: bool, dtype: torch.dtype, device_type: str) -> bool:
@@ -86,5 +86,4 @@ class LayerContext:
         def run(*inputs: Tensor) -> Tensor:
             return product(activation(*inputs))
 
-        result: Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return result
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -130,7 +130,7 @@ class NexusRank(SpecModule):
             for name, triple in projections.items()
             for stage, spec in zip(("w_m", "w_a", "w_d"), triple, strict=True)
         }
-        super().__init__(specs, context.shard, context.seed, context.dtype)
+        super().__init__(specs, context)
         self.names = tuple(projections)
         self.context = context
         self.norm_scales: tuple[float | None, float | None] = widths.norm_scales or (None, None)

@@ -31,7 +31,7 @@ class RMSNorm(SpecModule):
     """
 
     def __init__(self, gain: ParamSpec, model: ModelConfig, context: LayerContext) -> None:
-        super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
+        super().__init__({"gain": gain}, context)
         # The same with a mean over D: 1 / sqrt(sum / S + eps) = r / sqrt(sum / D + eps r^2), r^2 = S / D.
         ratio = model.norm_size / model.hidden_size
         self.epsilon = model.norm_epsilon * ratio
@@ -104,7 +104,7 @@ class HeadNorm(SpecModule):
     """
 
     def __init__(self, gain: ParamSpec, model: ModelConfig, context: LayerContext) -> None:
-        super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
+        super().__init__({"gain": gain}, context)
         self.epsilon = model.norm_epsilon
         self.counted = model.rotary_channels
         self.tp = context.tp
@@ -128,7 +128,7 @@ class AllHeadsNorm(SpecModule):
     """
 
     def __init__(self, gain: ParamSpec, model: ModelConfig, context: LayerContext) -> None:
-        super().__init__({"gain": gain}, context.shard, context.seed, context.dtype)
+        super().__init__({"gain": gain}, context)
         self.epsilon = model.norm_epsilon
         self.size = gain.numel
         self.tp = context.tp

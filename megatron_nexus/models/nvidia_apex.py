@@ -62,8 +62,7 @@ def fused_adam(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     """apex's FusedAdam over parameter groups, AdamW by default; `require_apex` has been asked."""
     from apex.optimizers import FusedAdam
 
-    optimizer: torch.optim.Optimizer = FusedAdam(groups)
-    return optimizer
+    return FusedAdam(groups)
 
 
 def rms_norm(impl: NormImpl) -> Callable[[Tensor, tuple[int, ...], Tensor, float], Tensor]:

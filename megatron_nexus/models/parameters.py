@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from megatron_nexus.models.layer_context import LayerContext
 from megatron_nexus.spec.initialise import local_values
 from megatron_nexus.spec.param import ParamSpec
-from megatron_nexus.spec.shard import Shard
 
 
 class SpecModule(nn.Module):
@@ -17,16 +16,15 @@ class SpecModule(nn.Module):
     forward uses them, as ZeRO-3 asks: it gathers a module's own parameters before its forward.
     """
 
-    def __init__(
-        self, specs: dict[str, ParamSpec], shard: Shard, seed: int | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, specs: dict[str, ParamSpec], context: LayerContext) -> None:
         super().__init__()
         self.specs = specs
+        shard, seed = context.shard, context.seed
         for attribute, spec in specs.items():
             if seed is None:
-                values = torch.zeros(shard.local_shape(spec), dtype=dtype)
+                values = torch.zeros(shard.local_shape(spec), dtype=context.dtype)
             else:
-                values = local_values(spec, shard, seed).to(dtype)
+                values = local_values(spec, shard, seed).to(context.dtype)
             parameter = nn.Parameter(values)
             # Read by DeepSpeed: without it the gradient norm counts only one rank's part.
             parameter.tensor_model_parallel = spec.is_sharded  # type: ignore[attr-defined]
@@ -37,7 +35,7 @@ class Linear(SpecModule):
     """Y = X W without bias, W stored [out, in] in the shape that its spec gives it on this rank."""
 
     def __init__(self, weight: ParamSpec, context: LayerContext) -> None:
-        super().__init__({"weight": weight}, context.shard, context.seed, context.dtype)
+        super().__init__({"weight": weight}, context)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's part of Y: columns of it, or a partial sum, as the layouts of W's axes say."""

@@ -70,7 +70,7 @@ class Pattention(SpecModule):
             for name, pair in pairs.items()
             for part, spec in zip(("keys", "values"), pair, strict=True)
         }
-        super().__init__(specs, context.shard, context.seed, context.dtype)
+        super().__init__(specs, context)
         self.names = tuple(pairs)
         self.context = context
         self.scale = float(base_slots) ** 0.5
@@ -96,8 +96,7 @@ def squared_length(a: Tensor) -> Tensor:
     Of `a` nothing is kept but itself, in its own type.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
-    length: Tensor = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=wide)
-    return length.square()
+    return torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=wide).square()
 
 
 def inverse_root(squares: Tensor) -> Tensor:

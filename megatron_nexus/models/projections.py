@@ -66,20 +66,13 @@ class SummedProjections(nn.Module):
         return self.tp.scatter_features(*self.maps(x_TBD))
 
 
-def nexus_projections(
-    model: ModelConfig, specs: Mapping[str, tuple[ParamSpec, ...]], context: LayerContext
-) -> SummedProjections:
-    """Nexus-Ranks of the same input."""
-    return SummedProjections(NexusRank(dict(specs), attention_widths(model), context), context)
-
-
 class LinearProjections(SpecModule):
     """A matrix for each projection, and its bias if it has one, split by columns: no collective."""
 
     def __init__(self, specs: Mapping[str, tuple[ParamSpec, ...]], context: LayerContext) -> None:
         weights = {name: parts[0] for name, parts in specs.items()}
         biases = {f"{name}_bias": parts[1] for name, parts in specs.items() if len(parts) > 1}
-        super().__init__({**weights, **biases}, context.shard, context.seed, context.dtype)
+        super().__init__({**weights, **biases}, context)
         self.biases = {name: f"{name}_bias" if f"{name}_bias" in biases else None for name in weights}
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
@@ -100,7 +93,7 @@ class BranchedProjections(nn.Module):
         count = 2 if model.add_qkv_bias else 1
         self.linear = LinearProjections({name: parts[:count] for name, parts in specs.items()}, context)
         branches = {name: parts[count:] for name, parts in specs.items()}
-        self.branch = nexus_projections(model, branches, context)
+        self.branch = SummedProjections(NexusRank(branches, attention_widths(model), context), context)
 
     def forward(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
         """X of all tokens -> this rank's columns of each projection."""
@@ -113,7 +106,7 @@ def make_projections(
     """The projections of one input, whose `specs` are those of `projection_specs` by short name ("q")."""
     match model.projection:
         case "nexus":
-            return nexus_projections(model, specs, context)
+            return SummedProjections(NexusRank(dict(specs), attention_widths(model), context), context)
         case "linear":
             return LinearProjections(specs, context)
         case "linear_nexus":

@@ -14,7 +14,6 @@ the old ones keep their frequencies and partners.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -111,7 +110,7 @@ def rotate(x_TBNH: Tensor, tables: Tables | None) -> Tensor:
 
     Without tables, in a layer that has no positions, change the layout alone.
     """
-    turned_TBNH = x_TBNH if tables is None else cast(Tensor, _Rotate.apply(x_TBNH, *tables))
+    turned_TBNH = x_TBNH if tables is None else _Rotate.apply(x_TBNH, *tables)
     return turned_TBNH.permute(1, 2, 0, 3)
 
 

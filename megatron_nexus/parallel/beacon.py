@@ -24,37 +24,30 @@ _RECORD = struct.Struct("=qqqd")  # step, marks in this step, phase, when
 class Phase(IntEnum):
     """What a rank does, in the order of an optimizer step."""
 
-    STARTING = 0
-    DATA = 1
-    FORWARD = 2
-    BACKWARD = 3
-    PIPELINE = 4
-    REDUCTION = 5
-    OPTIMIZER = 6
-    LOSS = 7
-    TIMES = 8
-    HOOKS = 9
-    EVALUATION = 10
-    CHECKPOINT = 11
+    words: str
+
+    def __new__(cls, number: int, words: str = "") -> "Phase":
+        phase = int.__new__(cls, number)
+        phase._value_, phase.words = number, words
+        return phase
+
+    STARTING = 0, "start"
+    DATA = 1, "reading data"
+    FORWARD = 2, "forward pass"
+    BACKWARD = 3, "backward pass"
+    PIPELINE = 4, "exchange with a pipeline stage"
+    REDUCTION = 5, "reduction of the gradients"
+    OPTIMIZER = 6, "optimizer"
+    LOSS = 7, "reduction of the loss"
+    TIMES = 8, "exchange of step times"
+    HOOKS = 9, "between steps"
+    EVALUATION = 10, "evaluation"
+    CHECKPOINT = 11, "checkpoint"
 
     def __str__(self) -> str:
-        return _WORDS[self]
+        return self.words
 
 
-_WORDS = {
-    Phase.STARTING: "start",
-    Phase.DATA: "reading data",
-    Phase.FORWARD: "forward pass",
-    Phase.BACKWARD: "backward pass",
-    Phase.PIPELINE: "exchange with a pipeline stage",
-    Phase.REDUCTION: "reduction of the gradients",
-    Phase.OPTIMIZER: "optimizer",
-    Phase.LOSS: "reduction of the loss",
-    Phase.TIMES: "exchange of step times",
-    Phase.HOOKS: "between steps",
-    Phase.EVALUATION: "evaluation",
-    Phase.CHECKPOINT: "checkpoint",
-}
 GONE, STOPPED = "its process was killed, or left", "its process is stopped (SIGSTOP, or a debugger)"
 IN_STEP = tuple(phase for phase in Phase if Phase.DATA <= phase <= Phase.TIMES)
 

@@ -12,8 +12,6 @@ zero row would still give the logit 0.
 None backward.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -121,8 +119,7 @@ class _Divergence(Function):
         p_NV, q_NV = exp_z_NV / sum_z_N[:, None], exp_r_NV / sum_r_N[:, None]
         ctx.save_for_backward(p_NV.sub_(q_NV))
         ctx.logits_dtype = logits_NV.dtype
-        divergence_N: Tensor = difference_N / sum_r_N + sum_z_N.log() - sum_r_N.log()
-        return divergence_N
+        return difference_N / sum_r_N + sum_z_N.log() - sum_r_N.log()
 
     @staticmethod
     def backward(ctx: _Context, grad_N: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,7 +137,7 @@ def vocabulary_parallel_divergence(
     """
     start, stop = vocabulary_range
     of_logits_NV, of_reference_NV = logits.flatten(0, -2), reference.flatten(0, -2)
-    return cast(Tensor, _Divergence.apply(of_logits_NV, of_reference_NV, stop - start, tp))
+    return _Divergence.apply(of_logits_NV, of_reference_NV, stop - start, tp)
 
 
 @torch.no_grad()
@@ -159,12 +156,11 @@ def vocabulary_parallel_scores(
     # A rank may hold padding only.
     mine_N = z_NV.amax(dim=1) if stop > start else z_NV.new_full((len(z_NV),), -torch.inf)
     largest_N = tp.maximum(mine_N.clone())
-    here_N = (labels_N >= start) & (labels_N < stop)
+    here_N, column_N = _columns(labels_N, start, stop)
     shifted_NV = z_NV - largest_N[:, None]
     label_N = torch.zeros_like(largest_N)
     first_N = torch.full_like(labels_N, -torch.iinfo(torch.int64).max)
     if stop > start:
-        column_N = torch.where(here_N, labels_N - start, 0)
         label_N = torch.where(here_N, shifted_NV.gather(1, column_N[:, None])[:, 0], 0.0)
         first_N = torch.where(mine_N == largest_N, -(z_NV.argmax(dim=1) + start), first_N)
     sum_N, label_N = tp.sum(torch.stack([shifted_NV.exp().sum(dim=1), label_N]))
@@ -189,8 +185,8 @@ def vocabulary_parallel_token_losses(
     """
     flat_NV, labels_N = logits.flatten(0, -2), labels.flatten()
     if kernel is None and flat_NV.dtype.itemsize >= torch.float32.itemsize:
-        return cast(Tensor, _InPlace.apply(flat_NV, labels_N, *vocabulary_range, tp))
-    return cast(Tensor, _InOwnType.apply(flat_NV, labels_N, *vocabulary_range, tp, kernel or CHUNKED))
+        return _InPlace.apply(flat_NV, labels_N, *vocabulary_range, tp)
+    return _InOwnType.apply(flat_NV, labels_N, *vocabulary_range, tp, kernel or CHUNKED)
 
 
 def vocabulary_parallel_cross_entropy(

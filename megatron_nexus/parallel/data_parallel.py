@@ -54,12 +54,7 @@ class MeanReduction:
 def _begin_sum(flat: Tensor, own: Tensor, group: dist.ProcessGroup) -> Callable[[], None]:
     """Begin to put the sum over a group of this rank's part of `flat` into `own`; return the wait for it."""
     if flat.device.type != "cpu":
-        work = reduce_scatter_into(own, flat, group=group, async_op=True)
-
-        def wait() -> None:
-            work.wait()
-
-        return wait
+        return reduce_scatter_into(own, flat, group=group, async_op=True).wait
     # gloo's reduce-scatter is an all-reduce of a copy: twice the bytes, and slower than an all-to-all whose
     # parts are added here, in the order of ranks whatever the size.
     received = torch.empty_like(flat)

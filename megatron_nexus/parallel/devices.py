@@ -39,10 +39,7 @@ def unseen_devices(files: Sequence[str], cuda_build: str | None, environment: Ma
 def require_own_device(control: "HostTree", host: str, kind: str, uuid: str) -> None:
     """Check that all ranks have one kind of device, and each its own; a collective call.
 
-    `kind` is "cpu" or "cuda", `uuid` that of this rank's device, "" for a CPU.
-
-    Raises:
-        ConfigError: on every rank.
+    `kind` is "cpu" or "cuda", `uuid` that of its device, "" for a CPU. Raises ConfigError on every rank.
     """
     kinds = control.distinct_str(kind)
     if len(kinds) > 1:

@@ -11,7 +11,7 @@ up to rank 0 and what rank 0 makes of it comes down. Where a rank has nothing to
 
 import json
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -94,22 +94,22 @@ class HostTree:
 
     def all_gather_str(self, message: str) -> list[str]:
         """Return the short message of every rank on every rank; only those that are not empty travel."""
-        return self._listed(self._down(self._up(self._own(message), _joined)))
+        return self._listed(self.broadcast_str(self._up(self._own(message))))
 
     def gather_str(self, message: str) -> list[str]:
         """Return the message of every rank on rank 0, and an empty list elsewhere."""
-        found = self._up(self._own(message), _joined)
+        found = self._up(self._own(message))
         return self._listed(found) if self.rank == 0 else []
 
     def broadcast_str(self, message: str) -> str:
         """Return the message of rank 0 on every rank."""
-        return self._down(message)
+        for group in reversed(self._groups):
+            message = _spread(message, group)
+        return message
 
     def distinct_str(self, message: str) -> dict[str, int]:
         """Return the different messages of the ranks, each with a rank that has it, on every rank."""
-        found = self._up(json.dumps({message: self.rank}), _joined)
-        ranks: dict[str, int] = json.loads(self._down(found))
-        return ranks
+        return json.loads(self.broadcast_str(self._up(json.dumps({message: self.rank}))))
 
     def gather_str_on_host(self, message: str) -> list[str]:
         """Return the messages of the ranks on this rank's machine, in the order of ranks."""
@@ -127,8 +127,7 @@ class HostTree:
         """
         if self.node_size == 1 or not self._groups:
             return [message]
-        found: list[str] = json.loads(_spread(json.dumps(_gather(message, self._groups[0])), self._groups[0]))
-        return found
+        return json.loads(_spread(json.dumps(_gather(message, self._groups[0])), self._groups[0]))
 
     def _own(self, message: str) -> str:
         return json.dumps({str(self.rank): message}) if message else ""
@@ -140,16 +139,14 @@ class HostTree:
             found[int(rank)] = text
         return found
 
-    def _up(self, contents: str, join: Callable[[Iterable[str]], str]) -> str:
-        """Return on rank 0 what all ranks have, joined at each level; elsewhere what has come so far."""
+    def _up(self, contents: str) -> str:
+        """Return on rank 0 the JSON objects of all ranks as one; elsewhere what has come so far."""
         for group in self._groups:
-            contents = join(_gather(contents, group))
-        return contents
-
-    def _down(self, contents: str) -> str:
-        """Return on every rank what rank 0 has."""
-        for group in reversed(self._groups):
-            contents = _spread(contents, group)
+            joined: dict[str, str | int] = {}
+            for part in filter(None, _gather(contents, group)):
+                for key, value in json.loads(part).items():
+                    joined.setdefault(key, value)
+            contents = json.dumps(joined) if joined else ""
         return contents
 
 
@@ -163,15 +160,6 @@ def levels(rank: int, size: int, node_size: int, fanout: int = FANOUT) -> list[S
             found.append(range(first, min(first + stride * width, size), stride))
         stride, width = stride * width, fanout
     return found
-
-
-def _joined(parts: Iterable[str]) -> str:
-    """Return JSON objects as one, without what is empty."""
-    joined: dict[str, str | int] = {}
-    for part in filter(None, parts):
-        for key, value in json.loads(part).items():
-            joined.setdefault(key, value)
-    return json.dumps(joined) if joined else ""
 
 
 def _gather(contents: str, group: _Group) -> list[str]:

@@ -101,9 +101,8 @@ def stop_without_launcher(number: signal.Signals) -> None:
 
 
 def _watch(launchers: list[Process], number: signal.Signals) -> None:
-    pause = threading.Event()
     while all(process.is_alive for process in launchers):
-        pause.wait(INTERVAL_S)
+        time.sleep(INTERVAL_S)
     gone = next(process for process in launchers if not process.is_alive)
     logger.info("%s (process %d), which started this run, is gone: stopping", gone.program, gone.pid)
     os.kill(os.getpid(), number)

@@ -21,9 +21,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_nexus import log
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.errors import EXIT_CODE_RESTART, RestartError
-from megatron_nexus.log import error
 from megatron_nexus.parallel.beacon import GONE, IN_STEP, Beacon, Neighbour, Phase, Place
 from megatron_nexus.parallel.bounded_store import BoundedStore
 from megatron_nexus.parallel.collective_failure import describe_collective_failure
@@ -153,10 +153,9 @@ class RankWatch:
 
     def _look_around(self, place: Place) -> None:
         """Tell all ranks of one of this machine that is gone. Raises RuntimeError without a store."""
-        gone = [rank for rank, near in self._near.items() if near.state == GONE]
-        if not gone:
+        said = self._gone()
+        if not said:
             return
-        said = "; ".join(self._describe(rank, {}) for rank in gone)
         if not self._gone_since:
             self._gone_since = time.monotonic()
             self._store.set("gone", said)
@@ -164,7 +163,7 @@ class RankWatch:
             # gloo has broken the connections long ago; NCCL may wait for ever.
             self._leaving.set()
             if self._store.add("reporter", 1) == 1:
-                self._say(f"{said}; rank {self._world.rank} on {self._host} waits in {place}; {_REMEDY}")
+                log.error(f"{said}; rank {self._world.rank} on {self._host} waits in {place}; {_REMEDY}")
             self._leave()
 
     def _limit_s(self, place: Place) -> float:
@@ -212,19 +211,16 @@ class RankWatch:
         reports = self._reports()
         lost = [rank for rank in range(self._world.size) if rank not in reports]
         behind = [] if lost else self._furthest_behind(reports)
-        if behind and any(_may_stay(reports[rank]) for rank in behind):
+        if any(time.time() - reports[rank].since <= reports[rank].limit_s for rank in behind):
             store.delete("reporter")  # a long evaluation, or a save: it says so when its time is up
             return
         self._leaving.set()
-        self._say(self._verdict(place, reports, lost or behind))
+        log.error(self._verdict(place, reports, lost or behind))
         store.set("verdict", "leave")
         self._leave()
 
     def _reports(self) -> dict[int, Report]:
-        """Return what ranks have put into the store, but for those whose process does not run, by rank.
-
-        Raises RuntimeError without a store.
-        """
+        """Return what ranks whose process runs have put into the store. Raises RuntimeError without one."""
         store = self._store
         dead = [rank for rank, near in self._near.items() if near.state]
         spoken = [r for r in range(self._world.size) if r not in dead and store.has(self._key(r))]
@@ -272,11 +268,10 @@ class RankWatch:
             else:
                 far.setdefault(self._host_of(rank), []).append(rank)
         for host, ranks in far.items():
-            one, many = (
-                f"rank {ranks[0]} of {host} does",
-                f"{len(ranks)} ranks of {host}, from {ranks[0]} on, do",
-            )
-            yield f"{one if len(ranks) == 1 else many} not answer: stopped, killed or cut off"
+            who = f"{len(ranks)} ranks of {host}, from {ranks[0]} on, do"
+            if len(ranks) == 1:
+                who = f"rank {ranks[0]} of {host} does"
+            yield f"{who} not answer: stopped, killed or cut off"
 
     def _describe(self, rank: int, reports: dict[int, Report]) -> str:
         """Return what is known of a rank that has spoken, or is of this machine."""
@@ -298,7 +293,7 @@ class RankWatch:
         living = [near.rank for near in self._near.values() if not near.state]
         if all(self._world.rank < rank for rank in living):
             near = 0 in self._near
-            self._say(
+            log.error(
                 f"{self._no_progress(place)}: "
                 f"{self._describe(0, {}) if near else f'rank 0 of {self._host_of(0)} does not answer'}"
                 f"; rank {self._world.rank} waits in {place}; {_REMEDY}"
@@ -318,9 +313,6 @@ class RankWatch:
         sys.stdout.flush()
         os._exit(EXIT_CODE_RESTART)
 
-    def _say(self, text: str) -> None:
-        error(text)
-
     # What both need.
 
     def _name_lost(self, description: str) -> str:
@@ -331,15 +323,16 @@ class RankWatch:
             while not named and time.monotonic() < deadline:
                 if self._leaving.is_set() or store.has("verdict"):
                     time.sleep(VERDICT_S)  # the thread ends this process
-                gone = [rank for rank, near in self._near.items() if near.state == GONE]
-                if gone:
-                    named = "; ".join(self._describe(rank, {}) for rank in gone)
-                elif store.has("gone"):
-                    named = store.get("gone")
-                else:
+                named = self._gone() or (store.get("gone") if store.has("gone") else "")
+                if not named:
                     time.sleep(0.1)
         where = f"in {self._beacon.read()[0]}, {description}; {_REMEDY}"
         return f"{named}; {where}" if named else where
+
+    def _gone(self) -> str:
+        """Return what is known of the ranks of this machine that are gone; "" where none is."""
+        gone = [rank for rank, near in self._near.items() if near.state == GONE]
+        return "; ".join(self._describe(rank, {}) for rank in gone)
 
     def _host_of(self, rank: int) -> str:
         """Return the host of a rank: that of the first rank on its machine."""
@@ -347,8 +340,3 @@ class RankWatch:
 
     def _key(self, rank: int) -> str:
         return f"place/{rank}"
-
-
-def _may_stay(report: Report) -> bool:
-    """Return whether a rank's time where it stands is not up."""
-    return time.time() - report.since <= report.limit_s

@@ -9,7 +9,7 @@ outside `enter` ... `leave` are this rank's T / t tokens. Bytes moved are per ra
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,17 +99,13 @@ class _Sum(Function):
         return grad, None
 
 
-class _AllReduceStat(Function):
+class _AllReduceStat(_Copy):
     """Forward: all-reduce of a value that every rank then uses in its own way. Backward: all-reduce."""
 
     @staticmethod
     def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
 
 
 class _GatherTokens(Function):
@@ -125,13 +121,8 @@ class _GatherTokens(Function):
         return _reduce_scatter(grad.unflatten(0, (ctx.group.size(), -1)), ctx.group), None
 
 
-class _GatherTokensOfWhole(Function):
+class _GatherTokensOfWhole(_GatherTokens):
     """Forward: all-gather of the first axis. Backward: this rank's part of a gradient that all ranks have."""
-
-    @staticmethod
-    def forward(ctx: _Collective, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _all_gather(x, group).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: _Collective, grad: Tensor) -> tuple[Tensor, None]:
@@ -187,6 +178,9 @@ class TensorParallel:
         self.sequence_parallel = sequence_parallel and self.size > 1
         self._group = group if self.size > 1 else None
 
+    def _apply(self, function: type[Function], x: Tensor) -> Tensor:
+        return x if self._group is None else function.apply(x, self._group)
+
     def tokens(self, x_TBD: Tensor) -> int:
         """Return the tokens of a sample, of which `x_TBD` between layers holds all or this rank's part."""
         return x_TBD.shape[0] * (self.size if self.sequence_parallel else 1)
@@ -196,16 +190,11 @@ class TensorParallel:
 
         Megatron's copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region under SP.
         """
-        if self._group is None:
-            return x
-        function = _GatherTokens if self.sequence_parallel else _Copy
-        return cast(Tensor, function.apply(x, self._group))
+        return self._apply(_GatherTokens if self.sequence_parallel else _Copy, x)
 
     def enter_summed(self, x: Tensor) -> Tensor:
         """`enter` for what sums the gradient over ranks itself."""
-        if self._group is None or not self.sequence_parallel:
-            return x
-        return cast(Tensor, _GatherTokensOfWhole.apply(x, self._group))
+        return self._apply(_GatherTokensOfWhole, x) if self.sequence_parallel else x
 
     def leave(self, partial: Tensor) -> Tensor:
         """Sum the partial products of row-parallel weights over ranks.
@@ -213,49 +202,36 @@ class TensorParallel:
         Megatron's reduce_from_tensor_model_parallel_region; under SP
         reduce_scatter_to_sequence_parallel_region, which keeps this rank's tokens.
         """
-        if self._group is None:
-            return partial
-        function = _ScatterTokens if self.sequence_parallel else _Sum
-        return cast(Tensor, function.apply(partial, self._group))
+        return self._apply(_ScatterTokens if self.sequence_parallel else _Sum, partial)
 
     def gather_features(self, *xs: Tensor) -> tuple[Tensor, ...]:
         """Column parts [..., w] of each tensor to all columns [..., t w], in one collective."""
-        if self._group is None:
-            return xs
-        return cast(tuple[Tensor, ...], _GatherFeatures.apply(self._group, *xs))
+        return xs if self._group is None else _GatherFeatures.apply(self._group, *xs)
 
     def gather_grouped_features(self, x_TBGw: Tensor) -> Tensor:
         """Column parts of G tensors, [T, B, G, w], to all columns, [G, T, B, t w], in one collective."""
         (gathered,) = self.gather_features(x_TBGw.flatten(-2))
-        by_rank: Tensor = gathered.unflatten(-1, (self.size, *x_TBGw.shape[-2:]))  # [T, B, t, G, w]
+        by_rank = gathered.unflatten(-1, (self.size, *x_TBGw.shape[-2:]))  # [T, B, t, G, w]
         return by_rank.movedim(-2, 0).flatten(-2)
 
     def scatter_features(self, *partials: Tensor) -> tuple[Tensor, ...]:
         """Partial sums [..., t w] of each tensor to this rank's columns [..., w], in one collective."""
-        if self._group is None:
-            return partials
-        return cast(tuple[Tensor, ...], _ScatterFeatures.apply(self._group, *partials))
+        return partials if self._group is None else _ScatterFeatures.apply(self._group, *partials)
 
     def all_reduce_stat(self, x: Tensor) -> Tensor:
         """All-reduce a statistic that each rank uses on its own columns; its gradient is all-reduced too."""
-        if self._group is None:
-            return x
-        return cast(Tensor, _AllReduceStat.apply(x, self._group))
+        return self._apply(_AllReduceStat, x)
 
     def sum_grad_under_sp(self, weight: Tensor) -> Tensor:
         """Return a replicated weight whose gradient is all-reduced under sequence parallelism.
 
         For one that is applied to this rank's tokens: all tokens, the same on every rank, without it.
         """
-        if self._group is None or not self.sequence_parallel:
-            return weight
-        return cast(Tensor, _Copy.apply(weight, self._group))
+        return self.sum_grad(weight) if self.sequence_parallel else weight
 
     def sum_grad(self, weight: Tensor) -> Tensor:
         """Return a replicated weight that ranks apply to their own columns: its gradient is all-reduced."""
-        if self._group is None:
-            return weight
-        return cast(Tensor, _Copy.apply(weight, self._group))
+        return self._apply(_Copy, weight)
 
     def maximum(self, x: Tensor) -> Tensor:
         """Return elementwise maximum over ranks; no gradient."""

@@ -14,8 +14,6 @@ from megatron_nexus.errors import ConfigError
 
 PORTS = range(20_000, 30_000)
 """Ports for the ranks to meet: below those that Linux hands out to connections (32768 and up)."""
-
-
 _STEP_STRIDE = 211
 
 LAUNCHER = "MEGATRON_NEXUS_LAUNCHER"

@@ -20,11 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from megatron_nexus.kernels.cross_entropy import (
-    CHUNK_ELEMENTS,
-    CHUNK_ELEMENTS_OF_OTHERS,
-    CrossEntropyKernel,
-)
+from megatron_nexus.kernels.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_OF_OTHERS, CrossEntropyKernel
 from megatron_nexus.planner.kernels import Kernel, Kind, attention_kernel, tensor_bytes
 
 Record = Callable[[Kernel, tuple[Tensor, ...], tuple[Tensor, ...]], None]
@@ -128,8 +124,7 @@ def accelerator_kernels(record: Record) -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        result: Tensor = _Attention.apply(query, key, value, is_causal, record)
-        return result
+        return _Attention.apply(query, key, value, is_causal, record)
 
     def rms_norm(
         input: Tensor,  # noqa: A002 - as torch has it
@@ -137,8 +132,7 @@ def accelerator_kernels(record: Record) -> Iterator[None]:
         weight: Tensor | None = None,
         eps: float | None = None,
     ) -> Tensor:
-        result: Tensor = _RmsNorm.apply(input, weight, record)
-        return result
+        return _RmsNorm.apply(input, weight, record)
 
     before = F.scaled_dot_product_attention, F.rms_norm
     F.scaled_dot_product_attention, F.rms_norm = attention, rms_norm

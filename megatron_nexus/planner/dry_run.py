@@ -153,11 +153,9 @@ def _machine_notes(plan: Sequence[RankMemory], world_size: int) -> list[str]:
     """What this machine, a CPU, makes of the plan."""
     needed = sum(memory.peak for memory in plan) * (world_size // len(plan))
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = ["note: a GPU holds and takes something else: --device h100, say, plans for one"]
-    if needed > has:
-        lines.insert(
-            0,
-            f"warning: all ranks need {needed / MIB:,.0f} MiB and this machine has {has / MIB:,.0f}: use "
-            "more machines, --recompute-granularity full, or a smaller --micro-batch-size",
-        )
-    return lines
+    warning = (
+        f"warning: all ranks need {needed / MIB:,.0f} MiB and this machine has {has / MIB:,.0f}: use more "
+        "machines, --recompute-granularity full, or a smaller --micro-batch-size"
+    )
+    note = "note: a GPU holds and takes something else: --device h100, say, plans for one"
+    return [warning, note] if needed > has else [note]

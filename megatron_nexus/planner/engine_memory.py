@@ -8,11 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_nexus.config.deepspeed_config import (
-    bucket_elements,
-    deepspeed_config,
-    engine_reduces_gradients,
-)
+from megatron_nexus.config.deepspeed_config import bucket_elements, deepspeed_config, engine_reduces_gradients
 from megatron_nexus.config.optimizer_groups import bucket_ranges
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.layer_context import DTYPES
@@ -189,9 +185,8 @@ class _Bf16(EngineMemory):
         self.memory.drop(grad)
 
     def after_backward(self, last: bool) -> None:
-        if (
-            not self.immediate and not self.scattered
-        ):  # they stay allocated and are added one by one (update_hp_grads)
+        # They stay allocated and are added one by one (update_hp_grads).
+        if not self.immediate and not self.scattered:
             self.transient(FP32 * max(self.sizes))
         if last and self.scattered:
             self.transient(self.received * self.elements * (self.copies > 1))

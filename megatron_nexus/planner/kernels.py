@@ -51,11 +51,10 @@ def merged(kernels: Iterable[Kernel]) -> tuple[Kernel, ...]:
     for kernel in kernels:
         if kernel.shape:
             products.append(kernel)
-        elif (one := others.get(kernel.kind)) is None:
-            others[kernel.kind] = kernel
         else:
-            both = one.moved + kernel.moved, one.count + kernel.count
-            others[kernel.kind] = Kernel(kernel.kind, moved=both[0], count=both[1])
+            one = others.get(kernel.kind, Kernel(kernel.kind, count=0.0))
+            moved, count = one.moved + kernel.moved, one.count + kernel.count
+            others[kernel.kind] = Kernel(kernel.kind, moved=moved, count=count)
     return (*products, *others.values())
 
 
@@ -155,8 +154,3 @@ def _pointwise(read: Mapping[int, int], written: Mapping[int, int]) -> Iterable[
     if written:
         moved = sum(read.values()) + sum(written.values())
         yield Kernel(Kind.POINTWISE, moved=moved)
-
-
-def interpolated(small: Sequence[Kernel], large: Sequence[Kernel], share: float) -> tuple[Kernel, ...]:
-    """Return the kernels of a micro-batch between two or beyond: each number is affine in it."""
-    return tuple(a.between(b, share) for a, b in zip(small, large, strict=True))

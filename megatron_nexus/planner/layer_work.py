@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.planner.kernels import Kernel, interpolated
+from megatron_nexus.planner.kernels import Kernel
 from megatron_nexus.planner.memory import stage_shape
 from megatron_nexus.planner.trace import Span, trace
 
@@ -20,9 +20,9 @@ class LayerWork:
     kept_bytes: float
 
     def between(self, other: "LayerWork", share: float) -> "LayerWork":
-        """Return the work of a micro-batch that is `share` of the way to a larger one."""
-        kept_bytes = self.kept_bytes + share * (other.kept_bytes - self.kept_bytes)
-        return LayerWork(interpolated(self.kernels, other.kernels, share), kept_bytes)
+        """Return the work of a micro-batch that is `share` of the way to a larger one: affine in its size."""
+        kernels = (a.between(b, share) for a, b in zip(self.kernels, other.kernels, strict=True))
+        return LayerWork(tuple(kernels), self.kept_bytes + share * (other.kept_bytes - self.kept_bytes))
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def traced_work(config: RunConfig) -> Work:
     )
 
 
-def work_by_micro_batch(config: RunConfig, small: int = 2, large: int = 4) -> Callable[[int], Work]:
-    """Return the work of micro-batches of any size, from the traces of two."""
-    sizes = (replace(config.training, micro_batch_size=size) for size in (small, large))
-    a, b = (traced_work(replace(config, training=training)) for training in sizes)
-    return lambda size: a.between(b, (size - small) / (large - small))
+def work_by_micro_batch(config: RunConfig) -> Callable[[int], Work]:
+    """Return the work of micro-batches of any size, from the traces of 2 and 4 samples."""
+    sizes = (replace(config.training, micro_batch_size=size) for size in (2, 4))
+    two, four = (traced_work(replace(config, training=training)) for training in sizes)
+    return lambda size: two.between(four, (size - 2) / 2)

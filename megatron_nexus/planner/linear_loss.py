@@ -71,5 +71,4 @@ class LinearLoss:
         (head,) = self._heads
         x_ND = self._tp.enter_summed(x_TBD).flatten(0, 1)
         weight_VD = head.projection.get_parameter("weight")
-        losses_N: Tensor = _Loss.apply(x_ND, weight_VD, labels_BT.t().flatten(), self._tp)
-        return losses_N.mean()
+        return _Loss.apply(x_ND, weight_VD, labels_BT.t().flatten(), self._tp).mean()

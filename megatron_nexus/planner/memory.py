@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
-
 from megatron_nexus.base.table import table
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.decoder import layer_specs, stage_layers
@@ -72,10 +70,6 @@ def plan_state(config: RunConfig, world_size: int, device_type: str) -> list[Map
     return plan
 
 
-def _multiple(config: RunConfig, device_type: str) -> int:
-    return padding_multiple(config, torch.device(device_type))
-
-
 def stage_ranges(config: RunConfig) -> list[range]:
     """Return the layers of each pipeline stage."""
     stages = config.parallel.pipeline_model_parallel_size
@@ -84,7 +78,7 @@ def stage_ranges(config: RunConfig) -> list[range]:
 
 def stage_parameters(config: RunConfig, layers: range, device_type: str) -> list[Mapping[str, ParameterSize]]:
     """Return for each layer the parameters of a rank by name, padding included."""
-    shard = Shard(0, config.parallel.tensor_model_parallel_size, _multiple(config, device_type))
+    shard = Shard(0, config.parallel.tensor_model_parallel_size, padding_multiple(config, device_type))
     embedding, block, head = (
         {
             spec.name.removeprefix("layers.0."): ParameterSize(prod(shard.local_shape(spec)), spec.decays)
@@ -130,7 +124,7 @@ def stage_shape(config: RunConfig, layers: range, device_type: str) -> StageShap
         reset_position_ids=config.data.reset_position_ids,
         reset_attention_mask=config.data.reset_attention_mask,
         device_type=device_type,
-        multiple=_multiple(config, device_type),
+        multiple=padding_multiple(config, device_type),
         linear_loss=training.cross_entropy_fusion_impl == "linear",
     )
 

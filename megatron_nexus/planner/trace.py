@@ -6,7 +6,7 @@ time. All blocks of a stage are alike: one that has others on both sides stands 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -183,17 +183,14 @@ class _Stage:
     def _pass(self, is_block: Sequence[bool]) -> Pass:
         self._mark()
         # The last layer has what follows it too, as the loss.
-        before, *layers = (
-            self._span(mark, is_compiled)
-            for mark, is_compiled in zip(self.marks, [False, *is_block], strict=True)
-        )
+        spans = []
+        for mark, is_fused in zip(self.marks, [False, *is_block], strict=True):
+            kernels: Iterable[Kernel] = (one.kernel for one in mark.operations)
+            if is_fused and self.shape.compiled:
+                kernels = self.fusion.kernels(mark.operations)
+            spans.append(Span(mark.events, merged(kernels)))
         self.marks.clear()
-        return Pass(before, layers)
-
-    def _span(self, mark: Mark, is_block: bool) -> Span:
-        if is_block and self.shape.compiled:
-            return Span(mark.events, merged(self.fusion.kernels(mark.operations)))
-        return Span(mark.events, merged(one.kernel for one in mark.operations))
+        return Pass(spans[0], spans[1:])
 
     def micro_batch(self) -> MicroBatch:
         """Run a micro-batch forward and backward."""

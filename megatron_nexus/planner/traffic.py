@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_nexus.config.deepspeed_config import (
-    bucket_elements,
-    deepspeed_config,
-    engine_reduces_gradients,
-)
+from megatron_nexus.config.deepspeed_config import bucket_elements, deepspeed_config, engine_reduces_gradients
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.models.layer_context import DTYPES
 

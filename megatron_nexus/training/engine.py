@@ -18,11 +18,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from megatron_nexus.config.deepspeed_config import (
-    bucket_elements,
-    deepspeed_config,
-    engine_reduces_gradients,
-)
+from megatron_nexus.config.deepspeed_config import bucket_elements, deepspeed_config, engine_reduces_gradients
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError
 from megatron_nexus.log import logger
@@ -94,7 +90,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._mesh = mesh
         self._beacon = beacon or Beacon()
-        self.shard = Shard(mesh.tp_rank, mesh.tp_size, padding_multiple(config, mesh.device))
+        self.shard = Shard(mesh.tp_rank, mesh.tp_size, padding_multiple(config, mesh.device.type))
         engine_config = deepspeed_config(config, mesh.world_size, mesh.device.type)
         stages = stage_layers(config.model, config.training.seq_length, mesh.pp_size)
         self.layers = stages[mesh.pp_rank]
@@ -114,6 +110,7 @@ class Engine:
                 _deepspeed_errors_as_config_errors(config.parallel.deepspeed_config),
                 float64_engine() if float64 else contextlib.nullcontext(),
             ):
+                #: `optimizer` is DeepSpeed's: it keeps master weights and gradients, and steps ours.
                 self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                     model=model,
                     optimizer=make_optimizer(self.parameters, config.optimizer, mesh.device, buckets),
@@ -126,8 +123,8 @@ class Engine:
             reduce_gradients(self.deepspeed, mesh, config.parallel.overlap_grad_reduce, self._beacon)
         elif mesh.dp_size > 1 and config.parallel.zero_stage < 2:
             logger.info(
-                "DeepSpeed reduces the gradients, after the backward pass: %s sets up its own reduction",
-                config.parallel.deepspeed_config,
+                "DeepSpeed reduces the gradients, after the backward pass: "
+                f"{config.parallel.deepspeed_config} sets up its own reduction"
             )
         if mesh.pp_size > 1:
             mark_pipeline_phases(self.deepspeed, self._beacon)
@@ -182,7 +179,7 @@ class Engine:
                 self._beacon.mark(Phase.BACKWARD)
                 self.deepspeed.backward(loss_tensor)
                 if admits is not None and len(losses) == self.deepspeed.gradient_accumulation_steps():
-                    self._gate.set_loss(self._reduce(torch.stack(losses).mean())[0])
+                    self._gate.loss = self._reduce(torch.stack(losses).mean())[0]
                 self._beacon.mark(Phase.OPTIMIZER)
                 self.deepspeed.step()
             self._beacon.mark(Phase.LOSS)
@@ -299,7 +296,6 @@ class Engine:
         return map_batch(batch, lambda x: x.pin_memory().to(self._mesh.device, non_blocking=True))
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next micro-batch on the device."""
         self._beacon.mark(Phase.DATA)
         batch = self._to_device(next(batches))
         self._beacon.mark(Phase.FORWARD)

@@ -21,16 +21,13 @@ class UpdateGate:
         self._make = self._zero.optimizer.step
         self._zero.optimizer.step = self._step
         self._admits: Admits | None = None
-        self._loss: float | None = None
+        self.loss: float | None = None
+        """The loss of the step, where it is known, on all ranks, before its update is decided."""
         self._decided: bool | None = None
 
-    def begin(self, admits: Admits | None) -> None:
+    def begin(self, admits: Admits) -> None:
         """Begin a step that `admits` is asked about."""
-        self._admits, self._loss, self._decided = admits, None, None
-
-    def set_loss(self, loss: float) -> None:
-        """Say the loss of the step, on all ranks, before its update is decided."""
-        self._loss = loss
+        self._admits, self.loss, self._decided = admits, None, None
 
     @property
     def was_made(self) -> bool:
@@ -40,7 +37,6 @@ class UpdateGate:
     def _step(self, *arguments: object, **named: object) -> object:
         if self._decided is None:
             # All ranks have the same norm: it is the result of an all-reduce.
-            self._decided = self._admits is None or self._admits(
-                self._loss, float(self._zero._global_grad_norm)
-            )
+            norm = float(self._zero._global_grad_norm)
+            self._decided = self._admits is None or self._admits(self.loss, norm)
         return self._make(*arguments, **named) if self._decided else None
