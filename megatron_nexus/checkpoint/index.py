@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_with_crc
+from megatron_nexus.checkpoint.checksummed_json import loads_with_crc
 from megatron_nexus.checkpoint.data_file import Chunk, DataFileRecord, FilePart, StoredChunk
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import INDEX_FILE, Manifest
@@ -26,11 +26,6 @@ class Index:
 
     files: Sequence[DataFileRecord]
     random_states: Sequence[Mapping[str, bytes]] | None = None
-
-
-def index_to_json(files: Sequence[DataFileRecord]) -> str:
-    """Return the text of the index file."""
-    return dumps_with_crc({"files": list(map(record_to_json, files))})
 
 
 def record_to_json(record: DataFileRecord) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.extras import install_command
@@ -95,7 +95,7 @@ class ObjectPath:
                 f"{self}: {error}: check that the store can be reached and its credentials allow it"
             ) from error
 
-    def _ask(self, question: "Callable[[AbstractFileSystem], object]") -> object:
+    def _ask(self, question: "Callable[[AbstractFileSystem], Any]") -> Any:
         with self.named_in_errors():
             return question(self.store)
 
@@ -105,15 +105,15 @@ class ObjectPath:
 
     def exists(self) -> bool:
         """Return whether it is an object or a folder."""
-        return bool(self._ask(lambda store: store.exists(self.key)))
+        return self._ask(lambda store: store.exists(self.key))
 
     def is_file(self) -> bool:
         """Return whether it is an object."""
-        return bool(self._ask(lambda store: store.isfile(self.key)))
+        return self._ask(lambda store: store.isfile(self.key))
 
     def is_dir(self) -> bool:
         """Return whether an object lies in it."""
-        return bool(self._ask(lambda store: store.isdir(self.key)))
+        return self._ask(lambda store: store.isdir(self.key))
 
     def is_symlink(self) -> bool:
         """Return False: an object store has no links."""
@@ -121,11 +121,9 @@ class ObjectPath:
 
     def iterdir(self) -> "Iterator[ObjectPath]":
         """Yield what lies in it. Raises FileNotFoundError if nothing does."""
-        with self.named_in_errors():
-            found = self.store.ls(self.key, detail=False)
-        yield from (
-            ObjectPath(f"{self.protocol}{SCHEME}{key}") for key in found if key.strip("/") != self.key
-        )
+        for key in self._ask(lambda store: store.ls(self.key, detail=False)):
+            if key.strip("/") != self.key:
+                yield ObjectPath(f"{self.protocol}{SCHEME}{key}")
 
     def read_bytes(self) -> bytes:
         """Return all bytes of the object."""
@@ -133,10 +131,7 @@ class ObjectPath:
 
     def read_range(self, start: int | None, stop: int | None) -> bytes:
         """Return the bytes [start, stop) of the object."""
-        with self.named_in_errors():
-            contents = self.store.cat_file(self.key, start=start, end=stop)
-        assert isinstance(contents, bytes), "asked for one object"
-        return contents
+        return self._ask(lambda store: store.cat_file(self.key, start=start, end=stop))
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         """Return the whole object, decoded."""
@@ -144,13 +139,11 @@ class ObjectPath:
 
     def write_text(self, text: str) -> None:
         """Create or replace the object in one request."""
-        with self.named_in_errors():
-            self.store.pipe_file(self.key, text.encode())
+        self._ask(lambda store: store.pipe_file(self.key, text.encode()))
 
     def unlink(self) -> None:
         """Delete the object."""
-        with self.named_in_errors():
-            self.store.rm_file(self.key)
+        self._ask(lambda store: store.rm_file(self.key))
 
 
 Location: TypeAlias = Path | ObjectPath

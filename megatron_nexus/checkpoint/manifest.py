@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from megatron_nexus.base.json_text import parse_json, record_of, with_types
 from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc, loads_with_crc
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.errors import CheckpointError
+from megatron_nexus.errors import CheckpointError, os_errors_as
 from megatron_nexus.spec.param import Axis, Constant, Flow, Layout, Normal, ParamSpec, Role
 from megatron_nexus.spec.shard import Box
 
@@ -194,12 +194,9 @@ def read_manifest(folder: Location) -> Manifest:
     Raises CheckpointError: it is missing, damaged, or of another format.
     """
     path = folder / MANIFEST_FILE
-    try:
+    remedy = "a checkpoint without a manifest is incomplete: load another"
+    with os_errors_as(CheckpointError, path, remedy):
         return parse_manifest(path.read_bytes(), path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror}; a checkpoint without a manifest is incomplete: load another"
-        ) from error
 
 
 def parse_manifest(contents: bytes, path: Location) -> Manifest:
@@ -210,13 +207,12 @@ def parse_manifest(contents: bytes, path: Location) -> Manifest:
         if type(version) is not int:
             raise TypeError(f"format_version is {version!r:.80}")
         if version not in READABLE_VERSIONS:
-            age, remedy = ("newer", ", or a later one") if version > FORMAT_VERSION else ("older", "")
-            limit = (
-                f"{FORMAT_VERSION}, the newest" if age == "newer" else f"{READABLE_VERSIONS[0]}, the oldest"
-            )
+            limit, remedy = f"older than {READABLE_VERSIONS[0]}, the oldest", ""
+            if version > FORMAT_VERSION:
+                limit, remedy = f"newer than {FORMAT_VERSION}, the newest", ", or a later one"
             raise CheckpointError(
-                f"{path}: format version {version} is {age} than {limit} that this version of "
-                f"megatron_nexus reads: load it with the version that wrote it{remedy}"
+                f"{path}: format version {version} is {limit} that this version of megatron_nexus reads: "
+                f"load it with the version that wrote it{remedy}"
             )
         raw = loads_with_crc(contents)
         specs = [spec_from_json(spec) for spec in raw["specs"]]

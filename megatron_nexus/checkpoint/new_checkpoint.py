@@ -15,8 +15,9 @@ from typing import Generic
 
 from megatron_nexus.base.communicator import Ranks, raise_on_all_ranks
 from megatron_nexus.base.durable import require_space
+from megatron_nexus.checkpoint.checksummed_json import dumps_with_crc
 from megatron_nexus.checkpoint.data_file import DataFileRecord, joined
-from megatron_nexus.checkpoint.index import index_to_json
+from megatron_nexus.checkpoint.index import record_to_json
 from megatron_nexus.checkpoint.location import Place
 from megatron_nexus.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -25,8 +26,7 @@ from megatron_nexus.checkpoint.manifest import (
     Manifest,
     manifest_to_json,
 )
-from megatron_nexus.checkpoint.run_dir import checkpoint_name, newest_checkpoint
-from megatron_nexus.checkpoint.run_lock import run_dir_lock
+from megatron_nexus.checkpoint.run_dir import checkpoint_name, newest_checkpoint, run_dir_lock
 from megatron_nexus.checkpoint.storage import folder_of
 from megatron_nexus.errors import CheckpointError
 
@@ -99,7 +99,7 @@ class NewCheckpoint(Generic[Place]):
         `check` may read the folder, and returns the manifest that is kept. Raises OSError, CheckpointError.
         """
         files = joined(files)
-        index = index_to_json(files)
+        index = dumps_with_crc({"files": list(map(record_to_json, files))})
         sizes = {record.name: record.bytes for record in files} | {INDEX_FILE: len(index.encode())}
         manifest = replace(manifest, files=sizes, format_version=FORMAT_VERSION)
         self._write(INDEX_FILE, index)

@@ -13,10 +13,7 @@ import torch
 
 from megatron_nexus.base.communicator import raise_on_all_ranks
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-)
+from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.checkpoint.train_state import TrainState, restore_random_states, topology_of
 from megatron_nexus.errors import CheckpointError, DamagedCheckpointError
@@ -68,7 +65,6 @@ def load_checkpoint(
 
 @contextmanager
 def _as_damage() -> Iterator[None]:
-    """Raise DamagedCheckpointError for a CheckpointError."""
     try:
         yield
     except CheckpointError as error:
@@ -88,10 +84,7 @@ def _check_specs(reader: StateReader, state: TrainState) -> None:
 
 
 def _check_agreement(reader: StateReader, identity: int, state: TrainState, mesh: Mesh) -> None:
-    """Check that all ranks read the same checkpoint and the model has all its tensors; a collective call.
-
-    Every rank comes to the same answer.
-    """
+    """Check that all ranks read the same checkpoint, and the model has its tensors; a collective call."""
     if len(mesh.control.distinct_str(str(identity))) > 1:
         raise CheckpointError(f"{reader.folder}: the ranks see different checkpoints: use a shared folder")
     stages = mesh.gather_from_stages(json.dumps(list(state.specs)))

@@ -1,21 +1,24 @@
-"""The folder of a run's checkpoints: their names, which one is the latest, how a new one gets in place.
+"""The folder of a run's checkpoints: their names, the latest, those that are kept, and the lock of the run.
 
 SAVE/iter_0000100/  a checkpoint; on a disk it gets this name only when it is complete
 SAVE/latest         the name of the one to resume from, replaced atomically
+SAVE/.lock          of the run that saves here: two would mix; a run that is refused leaves no folder
 """
 
 import errno
 import os
 import re
-from contextlib import suppress
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from megatron_nexus.base.durable import LOCK_FILE, dir_lock
 from megatron_nexus.checkpoint.checksummed_json import is_truncated
 from megatron_nexus.checkpoint.format_2 import rank_defect
 from megatron_nexus.checkpoint.location import Location
 from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, is_of_another_format, parse_manifest
-from megatron_nexus.checkpoint.run_lock import not_writable_error
 from megatron_nexus.checkpoint.storage import LATEST_FILE, LocalFolder, folder_of
 from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.log import logger
@@ -32,10 +35,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def _defects(folder: Location) -> list[str]:
-    """List what a checkpoint lacks: files, or the ends of files. Verifies the bytes of the manifest alone.
-
-    Raises CheckpointError: the manifest is of another format.
-    """
+    """List what files, or ends of files, a checkpoint lacks. Raises CheckpointError: of another format."""
     try:
         held = folder_of(folder).sizes()
         if MANIFEST_FILE not in held:
@@ -205,9 +205,7 @@ def check_save_folder(folder: Location, checkpoint: Location | None) -> None:
 def check_writable(folder: Location, checkpoint: Location | None) -> None:
     """Check that a run that starts from `checkpoint` can save in `folder`, which exists on a disk.
 
-    Raises:
-        ConfigError: as `check_save_folder`.
-        CheckpointError: it cannot be written.
+    Raises ConfigError as `check_save_folder`; CheckpointError: it cannot be written.
     """
     check_save_folder(folder, checkpoint)
     trial = folder / ".writable"
@@ -218,3 +216,62 @@ def check_writable(folder: Location, checkpoint: Location | None) -> None:
         with suppress(OSError):
             trial.unlink()
         raise not_writable_error(folder, error) from error
+
+
+@contextmanager
+def run_dir_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder; creates the folder if it is missing.
+
+    Afterwards the lock is gone, and so are those of the folders made here in which nothing was written.
+
+    Raises ConfigError: another run holds the lock, which on NFS may reach this machine only; CheckpointError:
+    the folder cannot be made or written.
+    """
+    with ExitStack() as held:
+        try:
+            lock = held.enter_context(dir_lock(folder))
+        except BlockingIOError as error:
+            user = ""
+            with suppress(OSError):
+                user = (folder / LOCK_FILE).read_text(errors="replace").strip()
+            raise ConfigError(
+                f"--save {folder} is in use by {user or 'another run'}: wait for it, or give another --save"
+            ) from error
+        except OSError as error:
+            raise not_writable_error(folder, error) from error
+        with suppress(OSError):  # on a full disk it says nothing
+            os.truncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+
+
+def not_writable_error(folder: object, error: OSError) -> CheckpointError:
+    """Return the error for a save folder that cannot be written, with its remedy."""
+    return CheckpointError(
+        f"--save {folder}: {error.strerror}: give a folder that can be written, on a disk that all ranks "
+        "share"
+    )
+
+
+def delete_outdated(root: Location, keep_latest: int, keep_every: int = 0) -> None:
+    """Delete the checkpoints in a run's folder that are not to be kept.
+
+    The newest `keep_latest` are kept, all where it is 0, and the multiples of `keep_every`, if it is not 0.
+    Only complete ones are deleted that `latest` names a newer one than, that nobody reads, and that lie in
+    this folder themselves (links and their targets are left alone). A checkpoint that cannot be deleted is
+    reported and tried again next time.
+    """
+    latest = latest_step(root)
+    if latest is None or not keep_latest:
+        return
+    try:
+        folder_of(root).clear_deleted()
+        until_latest = [item for item in complete_checkpoints(root).items() if item[0] <= latest]
+        for step, folder in until_latest[:-keep_latest]:
+            is_kept = keep_every and step % keep_every == 0
+            if is_kept or folder.is_symlink() or folder.name != checkpoint_name(step):
+                continue
+            if not folder_of(folder).delete():
+                logger.info("%s is being read: it will be deleted later", folder)
+    except (OSError, CheckpointError) as error:
+        logger.warning("old checkpoints are left: %s", error)

@@ -25,10 +25,10 @@ from megatron_nexus.checkpoint.data_file import (
 from megatron_nexus.checkpoint.format_2 import read_indices
 from megatron_nexus.checkpoint.index import missing_file, raise_all, read_index
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.checkpoint.manifest import Manifest, read_manifest
+from megatron_nexus.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from megatron_nexus.checkpoint.non_finite import NonFiniteValues
 from megatron_nexus.checkpoint.storage import Bytes, folder_of
-from megatron_nexus.errors import CheckpointError
+from megatron_nexus.errors import CheckpointError, os_errors_as
 from megatron_nexus.spec.shard import Box
 
 
@@ -68,10 +68,8 @@ class CheckpointReader(StateReader):
         """Read the manifest and the index. Raises CheckpointError."""
         self.folder = folder
         self.manifest = read_manifest(folder)
-        try:
+        with os_errors_as(CheckpointError, folder / MANIFEST_FILE, "load another"):
             weakref.finalize(self, folder_of(folder).lock_for_reading())
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or folder}: {error.strerror}: load another") from error
         self._index = (read_index if self.manifest.files else read_indices)(folder, self.manifest)
         self._checked_files: set[str] = set()
         self._checked: set[tuple[str, int]] = set()
@@ -83,10 +81,7 @@ class CheckpointReader(StateReader):
                 self._stored.setdefault(key, []).append((record, stored))
 
     def _header(self, record: DataFileRecord) -> bytes:
-        """Return the header of a data file.
-
-        Raises CheckpointError: the file is missing or of another length, or its header is damaged.
-        """
+        """Return a data file's header. Raises CheckpointError: it is damaged, or the file of another size."""
         folder, length = folder_of(self.folder), record.header_bytes
         problem = "its header is damaged"
         with self._checkpoint_errors(record):
@@ -104,7 +99,6 @@ class CheckpointReader(StateReader):
 
     @contextmanager
     def _checkpoint_errors(self, record: DataFileRecord) -> Iterator[None]:
-        """Raise CheckpointError for an OSError of a data file."""
         try:
             yield
         except OSError as error:

@@ -39,7 +39,7 @@ from megatron_nexus.checkpoint.manifest import (
     spec_to_json,
 )
 from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
-from megatron_nexus.checkpoint.retention import delete_outdated
+from megatron_nexus.checkpoint.run_dir import delete_outdated
 from megatron_nexus.checkpoint.storage import folder_of
 from megatron_nexus.checkpoint.train_state import TrainState, random_states, topology_of
 from megatron_nexus.errors import CheckpointError

@@ -7,7 +7,7 @@ import numpy as np
 from megatron_nexus import log
 from megatron_nexus.cli.arguments import count, prefix
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.data.corpus_description import CorpusDescription, read_description
+from megatron_nexus.data.corpus_description import CorpusDescription, changed_text, read_description
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.inspection import (
     count_token,
@@ -16,7 +16,6 @@ from megatron_nexus.data.inspection import (
     sample_documents,
     sample_text,
 )
-from megatron_nexus.data.text_change import changed_text
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import DataError
 

@@ -78,10 +78,7 @@ class DocumentPieces:
     cut = 0
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer, seq_length: int, vocab_size: int) -> None:
-        """Open a corpus.
-
-        Raises DataError: it is missing, damaged, of another tokenizer, or has no document of two tokens.
-        """
+        """Raises DataError: missing, damaged, of another tokenizer, or without a document of two tokens."""
         self._dataset = IndexedDataset(prefix)
         check_tokenizer(prefix, tokenizer)
         self._tokenizer = tokenizer

@@ -78,9 +78,8 @@ class Blend:
         self.parts = tuple(parts)
         self.shares = tuple(shares)
         self._chosen = schedule(shares)
-        self._before = np.empty(
-            len(self._chosen), dtype=np.int32
-        )  # of the same corpus, earlier in the period
+        # Of the same corpus, earlier in the period.
+        self._before = np.empty(len(self._chosen), dtype=np.int32)
         for d, share in enumerate(shares):
             self._before[self._chosen == d] = np.arange(share)
 

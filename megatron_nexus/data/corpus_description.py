@@ -1,10 +1,12 @@
 """What is known of a tokenized corpus beyond its `.bin` and `.idx`: the `.json` next to them.
 
-Corpora of Megatron-LM have none; everything works without it, and with it a wrong tokenizer is refused.
+Corpora of Megatron-LM have none; everything works without it, and with it a wrong tokenizer is refused. It
+also says what the tokenizer did not keep: texts are compared with what their tokens decode to.
 """
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_nexus.base.json_text import parse_json, record_of
@@ -13,6 +15,8 @@ from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.errors import DataError
 
 SAMPLED_DOCUMENTS = 64
+BEFORE_CHARACTERS, AFTER_CHARACTERS = 20, 40
+"""Of an example, around the first character that differs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,3 +105,39 @@ def begins_with(dataset: IndexedDataset, token: int | None) -> bool:
     step = max(1, dataset.document_count // SAMPLED_DOCUMENTS)
     starts = {dataset.document_start(document) for document in range(0, dataset.document_count, step)}
     return all(dataset.tokens(start, start + 1).tolist() == [token] for start in starts)
+
+
+def first_change(text: str, decoded: str) -> list[str]:
+    """Return where two texts begin to differ: a piece of each, of the same place."""
+    shorter = min(len(text), len(decoded))
+    differs = next((i for i in range(shorter) if text[i] != decoded[i]), shorter)
+    piece = slice(max(0, differs - BEFORE_CHARACTERS), differs + AFTER_CHARACTERS)
+    return [text[piece], decoded[piece]]
+
+
+def loss_lines(description: CorpusDescription) -> list[str]:
+    """Return what is lost in a corpus: lines to warn with, none where nothing is."""
+    lines = []
+    if description.changed_documents:
+        lines.append(
+            f"the tokenizer {description.tokenizer} loses text: {description.changed_documents:,} of "
+            f"{description.documents + description.empty_documents:,} documents come back changed from their "
+            f"tokens, such as {changed_text(description.changed_example)}"
+        )
+    if description.unknown_share:
+        lines.append(
+            f"{100 * description.unknown_share:.2g} % of the tokens are unknown ids, which the tokenizer "
+            f"{description.tokenizer} gives to what its vocabulary lacks"
+        )
+    if lines:
+        lines.append(
+            "a model trained on this corpus never sees what is lost: use a tokenizer that keeps it, as those "
+            "of train_tokenizer.py do, unless it is meant"
+        )
+    return lines
+
+
+def changed_text(example: Sequence[str]) -> str:
+    """Return an example in words: before and after."""
+    before, after = example
+    return f"{before!r} -> {after!r}"

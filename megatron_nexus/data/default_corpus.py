@@ -28,7 +28,7 @@ from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, token_dtyp
 from megatron_nexus.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece_bpe
 from megatron_nexus.data.standard_library import standard_library_documents
 from megatron_nexus.data.tokenizer import Tokenizer
-from megatron_nexus.errors import DataError
+from megatron_nexus.errors import DataError, os_errors_as
 from megatron_nexus.log import Progress, logger
 
 NAME = "python-stdlib"
@@ -90,11 +90,8 @@ def prepare_default_corpus(
     The fingerprint covers the documents themselves and not only names, sizes and dates: reading them takes
     half a second, and nodes whose files differ in dates alone share one cache.
 
-    Args:
-        cache_root: where prepared corpora are kept.
-        vocab_size: pieces of the tokenizer that is trained on it.
-        collect: another source of documents in place of `standard_library_documents`.
-        tokenizer: one to use in place of that; documents begin with BOS where it says so.
+    It is kept below `cache_root`, in the pieces of a tokenizer of `vocab_size` that is trained on it, or in
+    those of `tokenizer`, with BOS where that says so. `collect` is another source of documents.
 
     Raises DataError: the cache folder is not writable or full, or the vocabulary does not fit the corpus.
     """
@@ -108,7 +105,8 @@ def prepare_default_corpus(
         if model.is_file() and SentencePieceTokenizer(model).fingerprint == tokenizer.fingerprint:
             fingerprint, vocab_size, tokenizer = own, tokenizer.vocab_size, None
     folder = cache_root / f"{NAME}-{fingerprint[:12]}"
-    try:
+    remedy = "free some space (100 MB are enough) or name another local folder with --data-cache-path"
+    with os_errors_as(DataError, f"the default corpus cannot be kept in {cache_root}", remedy):
         corpus = _complete(folder, fingerprint)
         if corpus is None:
             cache_root.mkdir(parents=True, exist_ok=True)
@@ -117,24 +115,12 @@ def prepare_default_corpus(
                 corpus = _complete(folder, fingerprint) or _prepare(
                     folder, fingerprint, list(documents.values()), vocab_size, tokenizer
                 )
-    except OSError as error:
-        raise DataError(
-            f"the default corpus cannot be kept in {cache_root} ({error.strerror or error}): "
-            "free some space (100 MB are enough) or name another local folder with --data-cache-path"
-        ) from error
     if tokenizer is not None:
-        corpus = dataclasses.replace(
-            corpus,
-            tokenizer_path=tokenizer.model_path,
-            prepend_bos=bool(tokenizer.document_prefix),
-        )
+        begins = bool(tokenizer.document_prefix)
+        corpus = dataclasses.replace(corpus, tokenizer_path=tokenizer.model_path, prepend_bos=begins)
     logger.info(
-        "Default corpus: %s documents, %.1f MB, %s tokens, %.2f bytes per token, in %s",
-        f"{corpus.documents:,}",
-        corpus.bytes / 1e6,
-        f"{corpus.tokens:,}",
-        corpus.bytes / corpus.tokens,
-        folder,
+        f"Default corpus: {corpus.documents:,} documents, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} "
+        f"tokens, {corpus.bytes / corpus.tokens:.2f} bytes per token, in {folder}"
     )
     return corpus
 
@@ -150,7 +136,6 @@ def _shuffled(documents: Iterable[str]) -> dict[bytes, str]:
 
 
 def _source_of_ids(tokenizer: Tokenizer) -> str:
-    """Return what decides the ids of the documents."""
     if not tokenizer.document_prefix:
         return tokenizer.fingerprint
     return f"{tokenizer.fingerprint} begins with {tokenizer.document_prefix}"
@@ -171,14 +156,8 @@ def _complete(folder: Path, fingerprint: str) -> DefaultCorpus | None:
         return None
     if manifest["fingerprint"] != fingerprint or sizes != manifest["file_bytes"]:
         return None
-    return DefaultCorpus(
-        folder / "corpus",
-        folder / TOKENIZER_FILE,
-        fingerprint,
-        manifest["documents"],
-        manifest["bytes"],
-        manifest["tokens"],
-    )
+    counts = (manifest[name] for name in ("documents", "bytes", "tokens"))
+    return DefaultCorpus(folder / "corpus", folder / TOKENIZER_FILE, fingerprint, *counts)
 
 
 def _prepare(

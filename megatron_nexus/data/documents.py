@@ -4,7 +4,7 @@
     .jsonl, .json    one record a line, the text in one of its fields
     .parquet         one record a row, the text in one of its columns
 
-A field may lie in others: `doc.text` is the field text of the field doc.
+A field may lie in others: `doc.text` is the field text of the field doc. So may columns of parquet files.
 
 Uncompressed files of lines are cut anywhere: a line belongs to the span that its first byte is in. Parquet
 files are cut between row groups, compressed ones not at all.
@@ -13,12 +13,15 @@ files are cut between row groups, compressed ones not at all.
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple
 
 from megatron_nexus.base.json_text import NestingError, parse_record
 from megatron_nexus.data.input_files import InputFile
-from megatron_nexus.data.parquet_columns import find_columns, holds_text, read_column
-from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.errors import DataError, raise_problems
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow.parquet import ColumnSchema, FileMetaData
 
 LONGEST_RECORD_BYTES = 1 << 30
 """Longer lines and files are refused: lengths in the index are 32-bit, and workers hold a record."""
@@ -28,11 +31,11 @@ ROWS_PER_BATCH = 256
 COUNTING_BYTES = 1 << 24
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NAMES_CHARACTERS = 200
-
+TEXT_TYPES = ("STRING", "JSON", "ENUM", "BSON", "NONE")
+"""Logical types of texts."""
 
 REPORTED = 10
 """Malformed records that are shown."""
-
 _ONE_A_LINE: Final = "write one JSON object a line; of an array, `jq -c '.[]' in.json > out.jsonl` makes them"
 _REMEDIES: Final = {
     "not UTF-8": "convert the inputs to UTF-8, as `iconv -f latin1 -t utf-8 in > out` does from Latin-1",
@@ -127,15 +130,14 @@ def split_into_slices(files: list[InputFile], reading: RecordFormat, slice_bytes
             starts = range(0, file.size, slice_bytes)
             stops = [*starts[1:], file.size]
             slices += [FileSlice(file, a, b, 0, b - a) for a, b in zip(starts, stops, strict=True)]
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     return slices
 
 
 def _row_groups(file: InputFile, key: str, slice_bytes: int) -> list[FileSlice]:
     with file.open_parquet() as table:
         metadata = table.metadata
-        places = find_columns(metadata)
+        places = _find_columns(metadata)
         if key not in places:
             raise DataError(
                 f"{file.path} has no column {key!r}, only {_excerpted(', '.join(places))}: name the column "
@@ -143,7 +145,7 @@ def _row_groups(file: InputFile, key: str, slice_bytes: int) -> list[FileSlice]:
             )
         place = places[key]
         column = metadata.schema.column(place)
-        if not holds_text(column):
+        if not _holds_text(column):
             raise DataError(
                 f"{file.path}: the column {key!r} is of type {column.physical_type}, which is not text: name "
                 "the column of the text with --json-keys"
@@ -283,10 +285,37 @@ def _rows(file_slice: FileSlice, key: str) -> Iterator[Document | Problem]:
         try:
             for batch in batches:
                 # As bytes: one text that is not UTF-8 must not cost the others.
-                for raw in read_column(batch):
+                for raw in _read_column(batch):
                     yield Problem("null") if raw is None else _text(raw)
         except pyarrow.ArrowException as error:
             raise OSError(str(error)) from None
+
+
+def _find_columns(metadata: "FileMetaData") -> dict[str, int]:
+    """Return the number of each column by its path, but for columns of lists."""
+    columns = [metadata.schema.column(number) for number in range(metadata.num_columns)]
+    return {column.path: number for number, column in enumerate(columns) if not column.max_repetition_level}
+
+
+def _holds_text(column: "ColumnSchema") -> bool:
+    """Return whether a column can be read; its bytes are looked at later."""
+    kind = column.logical_type.type
+    # UNKNOWN is a column without any value.
+    return kind == "UNKNOWN" or (column.physical_type == "BYTE_ARRAY" and kind in TEXT_TYPES)
+
+
+def _read_column(batch: "pyarrow.RecordBatch") -> list[bytes | None]:
+    """Return the bytes of each row of a batch of one column; None where it, or what it lies in, is null."""
+    import pyarrow
+
+    (column,) = batch.columns
+    while pyarrow.types.is_struct(column.type):
+        (column,) = column.flatten()
+    if isinstance(column, pyarrow.ExtensionArray):
+        column = column.storage
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pyarrow.large_binary()).to_pylist()
 
 
 def _text(raw: bytes) -> Document | Problem:

@@ -21,7 +21,7 @@ from megatron_nexus.data.tokenizer_settings import (
     WithBos,
     special_token,
 )
-from megatron_nexus.errors import DataError
+from megatron_nexus.errors import DataError, os_errors_as
 
 CONFIGS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
 CUSTOMARY_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -51,13 +51,9 @@ class HuggingFaceTokenizer(WithBos):
 
     def __init__(self, model_path: Path) -> None:
         self.model_path = model_path
-        try:
+        remedy = "give the path of a tokenizer.json or of a SentencePiece .model file"
+        with os_errors_as(DataError, f"the tokenizer {model_path} cannot be read", remedy):
             model = model_path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"the tokenizer {model_path} cannot be read ({error.strerror}): give the path of a "
-                "tokenizer.json or of a SentencePiece .model file"
-            ) from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
         except Exception as error:  # noqa: BLE001 - the library raises nothing more special
@@ -117,13 +113,10 @@ class HuggingFaceTokenizer(WithBos):
         if isinstance(model, tokenizers.models.Unigram):
             stored = json.loads(self._tokenizer.to_str())["model"]["unk_id"]
             return None if stored is None else int(stored)
-        token: int | None = self._tokenizer.token_to_id(model.unk_token or "")
-        return token
+        return self._tokenizer.token_to_id(model.unk_token or "")
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids of a text; no end token. Raises DataError where the text holds lone surrogates."""
-        ids: list[int] = self.encode_documents([text], threads=1)[0].tolist()
-        return ids
+        return self.encode_documents([text], threads=1)[0].tolist()
 
     def encode_documents(self, texts: list[str], threads: int) -> list[npt.NDArray[np.int32]]:
         """Return token ids of each text; no end tokens. Raises as `encode`.
@@ -141,15 +134,12 @@ class HuggingFaceTokenizer(WithBos):
         ]
 
     def token_text(self, token: int) -> str:
-        """Return how the file spells a token."""
         text: str | None = self._tokenizer.id_to_token(token)
         assert text is not None, f"{self.model_path} has no token {token}"
         return text
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids; special tokens are silent, cut-off characters become U+FFFD."""
-        text: str = self._tokenizer.decode(ids)
-        return text
+        return self._tokenizer.decode(ids)
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """Return the UTF-8 bytes that each id stands for, [vocab_size]; exact for byte-level models."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -168,8 +168,7 @@ class IndexedDataset:
         """Return the tokens in [start, stop) of the stream at which documents begin, ascending; O(log D)."""
         found = documents_between(start, stop, self.document_count, self.document_start)
         sequences = self._boundaries[found.start : found.stop]
-        starts: npt.NDArray[np.int64] = self._pointers[sequences] // self.dtype.itemsize
-        return starts
+        return self._pointers[sequences] // self.dtype.itemsize
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) of the stream of all documents, a view in the stored type."""
@@ -218,9 +217,7 @@ class IndexedDatasetWriter:
     The pair appears only when the block ends without an error. With `in_draft` the folder is a draft that the
     caller makes durable, and the files are written as they are.
 
-    Raises:
-        DataError: a document holds an id that `dtype` cannot.
-        OSError: the folder is not writable or the disk is full (the caller knows the remedy).
+    Raises DataError: a document holds an id that `dtype` cannot; OSError, whose remedy the caller knows.
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike, in_draft: bool = False) -> None:
@@ -275,15 +272,10 @@ class IndexedDatasetWriter:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
+        if kind is None:
             self._open.callback(self._write_index)
-        self._open.__exit__(kind, error, trace)
+        self._open.__exit__(kind, *raised)
 
     def _write_index(self) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
@@ -297,9 +289,8 @@ class IndexedDatasetWriter:
                 index.write((ends - block.astype("<i8") * self.dtype.itemsize).tobytes())
                 pointer = int(ends[-1])
             for first in range(0, len(lengths) + 1, INDEX_BLOCK):
-                index.write(
-                    np.arange(first, min(first + INDEX_BLOCK, len(lengths) + 1), dtype="<i8").tobytes()
-                )
+                stop = min(first + INDEX_BLOCK, len(lengths) + 1)
+                index.write(np.arange(first, stop, dtype="<i8").tobytes())
         if self.description:
             self._json_draft.write_text(self.description)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
-from megatron_nexus.errors import ConfigError, DataError
+from megatron_nexus.errors import DataError, raise_problems
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -39,9 +39,7 @@ class InputFile:
     def open(self) -> BinaryIO:
         """Open the file for reading, decompressed.
 
-        Raises:
-            DataError: the package that its compression needs is missing.
-            OSError, EOFError: it cannot be read; raised while reading too.
+        Raises DataError: a package that its compression needs is missing; OSError, EOFError, also in reading.
         """
         if self.compression == ".gz":
             return io.BufferedReader(gzip.GzipFile(self.path), READ_BYTES)
@@ -92,8 +90,7 @@ def find_input_files(arguments: list[str], strict: bool = False) -> list[InputFi
                 problems.append(f"--input {path} is empty: leave it out, or run without --strict")
             else:
                 files[path.resolve()] = file
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     return list(files.values())
 
 

@@ -1,4 +1,4 @@
-"""Inspection of a tokenized corpus: its documents' lengths, and whether its files hold what they promise."""
+"""What a tokenized corpus holds: lengths, frequencies of tokens, whether its files keep their promises."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from megatron_nexus.data.tokenizer import Tokenizer
 BLOCK_TOKENS = 1 << 24
 BLOCK_DOCUMENTS = 1 << 20
 SAMPLE_TOKENS = 64
+COUNTED_TOKENS = 20_000_000
+CHUNKS_AT_LEAST = 64
+CHUNK_TOKENS_AT_MOST = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,8 @@ def length_histogram(lengths: npt.NDArray[np.int64]) -> list[Bin]:
 def sample_documents(dataset: IndexedDataset, count: int) -> list[int]:
     """Return documents spread evenly over a corpus, at most `count`."""
     total = dataset.document_count
-    return (
-        [(2 * index + 1) * total // (2 * count) for index in range(count)]
-        if count < total
-        else [*range(total)]
-    )
+    count = min(count, total)
+    return [(2 * index + 1) * total // (2 * count) for index in range(count)]
 
 
 def sample_text(dataset: IndexedDataset, document: int, tokenizer: Tokenizer) -> str | None:
@@ -71,10 +71,7 @@ def find_problems(
     vocab_size = min(
         [source.vocab_size for source in (description, tokenizer) if source], default=np.iinfo(np.int64).max
     )
-    foreign = 0
-    for ids in _blocks(dataset):
-        if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
-            foreign += int(((ids >= vocab_size) | (ids < 0)).sum())
+    foreign = sum(int(((ids >= vocab_size) | (ids < 0)).sum()) for ids in _blocks(dataset))
     if foreign:
         problems.append(
             f"{foreign:,} ids are not below the vocabulary size {vocab_size:,}: the corpus was written with "
@@ -134,3 +131,29 @@ def _count_elsewhere(
         others += int((stream[places] != token).sum())
         end = int(ends[-1])
     return others
+
+
+def entropy(frequencies: npt.NDArray[np.float64]) -> float:
+    """Return the entropy of the token frequencies in nats per token: the loss without any context."""
+    seen = frequencies[frequencies > 0]
+    return float(-(seen * np.log(seen)).sum())
+
+
+def unigram_frequencies(
+    dataset: IndexedDataset, start: int, stop: int, vocab_size: int, max_tokens: int = COUNTED_TOKENS
+) -> npt.NDArray[np.float64]:
+    """Return the frequency of each id of the vocabulary, [vocab_size].
+
+    Counts tokens [start, stop) of the stream; of more than `max_tokens`, chunks that lie evenly over them.
+
+    Raises DataError: a token id lies outside the vocabulary.
+    """
+    assert start < stop and max_tokens > 0, (start, stop, max_tokens)
+    chunk_tokens = max(1, min(CHUNK_TOKENS_AT_MOST, max_tokens // CHUNKS_AT_LEAST))
+    stride = max(chunk_tokens, -(-(stop - start) * chunk_tokens // max_tokens))
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for first in range(start, stop, stride):
+        ids = dataset.tokens(first, min(first + chunk_tokens, stop))
+        dataset.check_vocabulary(ids, vocab_size)
+        counts += np.bincount(ids, minlength=vocab_size)
+    return counts / counts.sum()

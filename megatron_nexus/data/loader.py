@@ -35,47 +35,43 @@ def sample_numbers(
         yield range(first, first + micro_batch_size)
 
 
-def micro_batches(
-    samples: Blend | TokenWindows,
-    consumed_samples: int,
-    micro_batch_size: int,
-    global_batch_size: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    packed: bool = False,
-) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor]]:
-    """Yield (tokens_BT, labels_BT), int64, without end, of the samples of `sample_numbers`.
+def micro_batch(
+    samples: Blend | TokenWindows, numbers: Sequence[int], packed: bool = False
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+    """Return (tokens_BT, labels_BT), int64, of the samples of these numbers.
 
     If `packed`, ((tokens_BT, positions_BT), labels_BT): each token's place in its document, from 0.
     """
-    for numbers in sample_numbers(
-        consumed_samples, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size
-    ):
-        read = np.stack([samples.sample(k) for k in numbers])  # [B, T + 1]
-        # By numpy: a copy of torch's would start threads of its own next to those that train.
-        tokens_BT, labels_BT = (
-            torch.from_numpy(np.ascontiguousarray(part)) for part in (read[:, :-1], read[:, 1:])
-        )
-        if packed:
-            positions_BT = torch.from_numpy(np.stack([samples.positions(k) for k in numbers]))
-            yield (tokens_BT, positions_BT), labels_BT
-        else:
-            yield tokens_BT, labels_BT
+    read = np.stack([samples.sample(k) for k in numbers])  # [B, T + 1]
+    # By numpy: a copy of torch's would start threads of its own next to those that train.
+    tokens_BT, labels_BT = (
+        torch.from_numpy(np.ascontiguousarray(part)) for part in (read[:, :-1], read[:, 1:])
+    )
+    if not packed:
+        return tokens_BT, labels_BT
+    return (tokens_BT, torch.from_numpy(np.stack([samples.positions(k) for k in numbers]))), labels_BT
+
+
+def tokens_and_labels(samples: Sequence[AnswerTokens], rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and labels [rows, T], int64, padded to T = `width` on the right, and by empty rows.
+
+    Padding is 0 in tokens, which no token of a causal model sees, and IGNORED_LABEL in labels.
+    """
+    tokens_BT = torch.zeros(rows, width, dtype=torch.int64)
+    labels_BT = torch.full((rows, width), IGNORED_LABEL, dtype=torch.int64)
+    for b, sample in enumerate(samples):
+        tokens_BT[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        labels_BT[b, : len(sample.labels)] = torch.tensor(sample.labels)
+    return tokens_BT, labels_BT
 
 
 def answer_batch(samples: Sequence[AnswerTokens], width: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, labels and loss mask [B, T] of samples, padded on the right to `width` or the longest.
 
-    tokens int64, 0 in the padding, which no token of a causal model sees. labels int64, those of tokens
-    without loss 0, so that they may index logits. The mask is float32: 1 where the label is of an answer.
+    Tokens as of `tokens_and_labels`; labels of tokens without loss are 0, so that they may index logits. The
+    mask is float32: 1 where the label is of an answer.
     """
-    longest = max(len(sample.tokens) for sample in samples)
-    assert width == 0 or width >= longest, (width, longest)
-    shape = (len(samples), width or longest)
-    tokens_BT = torch.zeros(shape, dtype=torch.int64)
-    labels_BT = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
-    for b, sample in enumerate(samples):
-        tokens_BT[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
-        labels_BT[b, : len(sample.labels)] = torch.tensor(sample.labels)
+    width = width or max(len(sample.tokens) for sample in samples)
+    tokens_BT, labels_BT = tokens_and_labels(samples, len(samples), width)
     mask_BT = labels_BT != IGNORED_LABEL
     return tokens_BT, labels_BT.masked_fill(~mask_BT, 0), mask_BT.to(torch.float32)

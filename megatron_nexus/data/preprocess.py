@@ -21,19 +21,9 @@ import numpy as np
 
 from megatron_nexus.base.communicator import Communicator, wait_for_message
 from megatron_nexus.base.durable import DRAFT, dir_lock
-from megatron_nexus.data.corpus_description import CorpusDescription
-from megatron_nexus.data.documents import (
-    REPORTED,
-    bad_record_lines,
-    no_document,
-    split_into_slices,
-)
-from megatron_nexus.data.indexed_dataset import (
-    IndexedDatasetWriter,
-    bin_path,
-    idx_path,
-    token_dtype,
-)
+from megatron_nexus.data.corpus_description import CorpusDescription, loss_lines
+from megatron_nexus.data.documents import REPORTED, bad_record_lines, no_document, split_into_slices
+from megatron_nexus.data.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, token_dtype
 from megatron_nexus.data.input_files import InputFile, empty_file_lines, find_input_files
 from megatron_nexus.data.shards import (
     PREFIX,
@@ -45,9 +35,8 @@ from megatron_nexus.data.shards import (
     shard_prefix,
     tokenize_shards,
 )
-from megatron_nexus.data.text_change import loss_lines
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_nexus.errors import ConfigError, DataError, NexusError, path_errors
+from megatron_nexus.errors import ConfigError, DataError, NexusError, os_errors_as, path_errors
 from megatron_nexus.log import Progress, logger
 
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES = 1 << 21, 1 << 28
@@ -93,10 +82,8 @@ def preprocess(job: PreprocessConfig, comm: Communicator) -> CorpusDescription |
 
     Returns the corpus' description on rank 0, which also raises for all; other ranks return None.
 
-    Raises:
-        ConfigError: inputs, output and options that cannot work: all problems at once.
-        DataError: damaged inputs, malformed records under `strict`, no documents, a full disk; finished
-            shards stay for the next run.
+    Raises ConfigError: inputs, output and options that cannot work, all problems at once; DataError: damaged
+    inputs, malformed records under `strict`, no documents, a full disk. Finished shards stay for another run.
     """
     if comm.rank > 0:
         _run_worker(job, comm)
@@ -147,16 +134,17 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
         prefixes = [shard_prefix(shard, tokenizing, tokenizer) for shard in shards]
         counts = _finished(prefixes, tokenizing, dtype)
         missing = {number: shard for number, shard in enumerate(shards) if number not in counts}
+        earlier = f", {len(counts):,} of them finished by an earlier run" if counts else ""
         logger.info(
-            "%s files, %s MB: %s shards%s; %s ranks, %s workers on this one",
-            f"{len(files):,}",
-            f"{sum(file.size for file in files) / 1e6:,.1f}",
-            f"{len(shards):,}",
-            f", {len(counts):,} of them finished by an earlier run" if counts else "",
-            comm.size,
-            job.workers or comm.cores,
+            f"{len(files):,} files, {sum(file.size for file in files) / 1e6:,.1f} MB: {len(shards):,} shards"
+            f"{earlier}; {comm.size} ranks, {job.workers or comm.cores} workers on this one"
         )
-        with _corpus(job.output_prefix, dtype) as corpus:
+        what = f"{job.output_prefix} cannot be written"
+        remedy = "free some space; all shards are kept, so run the same command again"
+        with (
+            os_errors_as(DataError, what, remedy),
+            IndexedDatasetWriter(job.output_prefix, dtype) as corpus,
+        ):
             merging = _merge(corpus, prefixes, counts)
             with closing(_tokenize(missing, counts, tokenizing, comm, job)) as steps:
                 merged = sum(next(merging, 0) for _ in steps)
@@ -179,13 +167,9 @@ def _run_coordinator(job: PreprocessConfig, comm: Communicator) -> CorpusDescrip
     for line in (*empty_file_lines(files), *bad_record_lines(total.malformed, samples), *lost):
         logger.warning("%s", line)
     logger.info(
-        "%s: %s documents, %s tokens, %.2f bytes per token, %s empty records left out; %.1f s",
-        job.output_prefix,
-        f"{total.documents:,}",
-        f"{total.tokens:,}",
-        total.text_bytes / total.tokens,
-        f"{total.empty:,}",
-        time.monotonic() - began,
+        f"{job.output_prefix}: {total.documents:,} documents, {total.tokens:,} tokens, "
+        f"{total.text_bytes / total.tokens:.2f} bytes per token, {total.empty:,} empty records left out; "
+        f"{time.monotonic() - began:.1f} s"
     )
     return description
 
@@ -194,39 +178,19 @@ def _finished(prefixes: list[Path], tokenizing: TokenizeConfig, dtype: np.dtype)
     """Return the counts of the shards that an earlier run has finished, by number."""
     # One listing: asking for each would be slow, and an NFS client would remember that it was missing.
     present = {path.name for path in tokenizing.folder.iterdir()}
-    earlier = {
-        number: finished_stats(prefix, dtype.itemsize)
-        for number, prefix in enumerate(prefixes)
-        if prefix.parent.name in present
-    }
     return {
         number: count
-        for number, count in earlier.items()
+        for number, prefix in enumerate(prefixes)
+        if prefix.parent.name in present and (count := finished_stats(prefix, dtype.itemsize))
         # Under --strict the malformed record is the error: find its line again.
-        if count is not None and not (tokenizing.strict and count.malformed)
+        if not (tokenizing.strict and count.malformed)
     }
-
-
-@contextmanager
-def _corpus(prefix: Path, dtype: np.dtype) -> Iterator[IndexedDatasetWriter]:
-    """Yield the writer of the corpus, which is complete at the end of the block."""
-    try:
-        with IndexedDatasetWriter(prefix, dtype) as writer:
-            yield writer
-    except OSError as error:
-        raise DataError(
-            f"{prefix} cannot be written ({error.strerror or error}): free some space; all shards are "
-            "kept, so run the same command again"
-        ) from None
 
 
 def _merge(
     corpus: IndexedDatasetWriter, prefixes: list[Path], counts: dict[int, ShardStats]
 ) -> Iterator[int]:
-    """Append shards in their order, one a step; yields its tokens, or 0 while the next one is not finished.
-
-    `counts` holds the finished ones.
-    """
+    """Append shards in their order, one a step; yields its tokens, or 0 while the next one has no counts."""
     for number, prefix in enumerate(prefixes):
         while number not in counts:
             yield 0
@@ -303,10 +267,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove(shards: Iterable[Path]) -> None:
     for path in shards:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:  # of a version that kept shards as files
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _tokenize(

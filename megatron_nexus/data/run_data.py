@@ -16,7 +16,12 @@ from megatron_nexus.config.data_path import Source, parse_blend, parse_sets, par
 from megatron_nexus.config.files_config import DataConfig
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import LONGEST_PERIOD, Blend, whole_shares
-from megatron_nexus.data.corpus_description import begins_with, check_tokenizer, read_description
+from megatron_nexus.data.corpus_description import (
+    CorpusDescription,
+    begins_with,
+    check_tokenizer,
+    read_description,
+)
 from megatron_nexus.data.indexed_dataset import IndexedDataset
 from megatron_nexus.data.samples import (
     SplitRange,
@@ -66,6 +71,7 @@ class RunData:
                 f"{config.model.vocab_size}: use --vocab-size {needed} or more"
             )
         self.datasets: dict[Path, IndexedDataset] = {}
+        self._descriptions: dict[Path, CorpusDescription] = {}
         self.training = self._training(sources)
         self.without_validation: list[Path] = []
         """Corpora of the blend that --split leaves no sample to validate on, where others have some."""
@@ -99,23 +105,20 @@ class RunData:
                 raise DataError(f"{prefix} cannot be opened ({error.strerror}): {remedy}") from error
             if self.tokenizer is not None:
                 check_tokenizer(prefix, self.tokenizer)
-            description, vocab_size = read_description(prefix), self._config.model.vocab_size
-            if description is not None and description.vocab_size > vocab_size:
-                raise DataError(
-                    f"{prefix} was written with a vocabulary of {description.vocab_size} tokens, more than "
-                    f"--vocab-size {vocab_size}: use --vocab-size {description.vocab_size} or more"
-                )
+            if (description := read_description(prefix)) is not None:
+                self._descriptions[prefix] = description
+                if (needed := description.vocab_size) > (size := self._config.model.vocab_size):
+                    raise DataError(
+                        f"{prefix} was written with a vocabulary of {needed} tokens, more than --vocab-size "
+                        f"{size}: use --vocab-size {needed} or more"
+                    )
         return self.datasets[prefix]
 
     def _written_with(self) -> str:
         """Return the fingerprint of the corpora's tokenizer, as far as they say. Raises DataError."""
         if self.tokenizer is not None:
             return self.tokenizer.fingerprint
-        described = {
-            description.tokenizer_fingerprint: prefix
-            for prefix in self.datasets
-            if (description := read_description(prefix)) is not None
-        }
+        described = {found.tokenizer_fingerprint: prefix for prefix, found in self._descriptions.items()}
         if len(described) > 1:
             one, other, *_ = described.values()
             raise DataError(
@@ -126,11 +129,7 @@ class RunData:
 
     def _begin_with_bos(self) -> bool | None:
         """Return whether the documents begin with BOS, or None where it is unknown. Raises DataError."""
-        described = {
-            prefix: description.prepend_bos
-            for prefix in self.datasets
-            if (description := read_description(prefix)) is not None
-        }
+        described = {prefix: found.prepend_bos for prefix, found in self._descriptions.items()}
         if len(set(described.values())) > 1:
             having, *_, lacking = sorted(described, key=lambda prefix: not described[prefix])
             raise DataError(

@@ -7,12 +7,7 @@ import hashlib
 from pathlib import Path
 
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.data.default_corpus import (
-    NAME,
-    TOKENIZER_FILE,
-    cache_folder,
-    prepare_default_corpus,
-)
+from megatron_nexus.data.default_corpus import NAME, TOKENIZER_FILE, cache_folder, prepare_default_corpus
 from megatron_nexus.data.run_data import tokenizer_path, training_sources
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.tokenizer_record import TokenizerRecord
@@ -22,10 +17,7 @@ from megatron_nexus.errors import DataError
 def find_tokenizer(config: RunConfig, record: TokenizerRecord, given: Path | None = None) -> Tokenizer | None:
     """Return the tokenizer that a checkpoint's tokens mean something in; None where its run knew none.
 
-    Args:
-        config: of the run.
-        record: what the checkpoint keeps of its tokenizer, which begins documents as it says.
-        given: the user's word on where it lies, in place of the run's settings.
+    It begins documents as `record` says. `given` is where the user says it lies, not the run's settings.
 
     Raises DataError: the one found is another, cannot be read, or has more tokens than the model.
     """

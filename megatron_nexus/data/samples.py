@@ -8,7 +8,8 @@ L sequence length, n windows per epoch.
 
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from functools import lru_cache
+from itertools import accumulate
 from math import isqrt
 
 import numpy as np
@@ -59,24 +60,14 @@ def split_shares(weights: str) -> list[float]:
 def split_documents(dataset: IndexedDataset, weights: str) -> Splits:
     """Cut a corpus into training, validation and test documents, in this order.
 
-    Args:
-        dataset: the corpus.
-        weights: one to three numbers such as "969,30,1"; they need not add up to anything. The cuts are
-            the rounded cumulative shares of the documents, as in Megatron-LM.
-
-    Raises DataError: the weights are not such numbers.
+    `weights` are one to three numbers such as "969,30,1"; they need not add up to anything. The cuts are the
+    rounded cumulative shares of the documents, as in Megatron-LM. Raises DataError.
     """
     shares = split_shares(weights)
     total = sum(shares)
     cuts = [round(share / total * dataset.document_count) for share in accumulate(shares, initial=0.0)]
-    return Splits(
-        *(
-            SplitRange(name, range(first, last))
-            for name, (first, last) in zip(
-                SPLIT_NAMES, pairwise(map(dataset.document_start, cuts)), strict=True
-            )
-        )
-    )
+    starts = [dataset.document_start(cut) for cut in cuts]
+    return Splits(*map(SplitRange, SPLIT_NAMES, map(range, starts, starts[1:])))
 
 
 def restrict(
@@ -140,20 +131,20 @@ class Permutation:
                 return index
 
 
+@lru_cache(maxsize=4096)
+def permutation(n: int, seed: int, epoch: int) -> Permutation:
+    """Return the order of range(n) in an epoch."""
+    return Permutation(n, seed, epoch)
+
+
 class TokenWindows:
     """The samples of a part of a corpus: windows of L + 1 tokens, each overlapping the next by one.
 
     Window i is tokens [i L, i L + L + 1) of the part, so that every token but the first is predicted exactly
-    once an epoch; up to L tokens at the end are left out. Documents follow each other inside a window.
+    once an epoch; up to L tokens at the end are left out. Documents follow each other inside a window. The
+    order of each epoch is its own, by `seed`; ids of samples are below `vocab_size`.
 
-    Args:
-        dataset: the corpus.
-        split: the part of it, from `split_documents`.
-        seq_length: L, tokens predicted per sample.
-        seed: of the order; each epoch has its own.
-        vocab_size: ids that a sample may hold.
-
-    Raises DataError: the part holds less than one window.
+    Raises DataError: the part `split` holds less than one window.
     """
 
     def __init__(
@@ -172,8 +163,6 @@ class TokenWindows:
             )
         self._seed = seed
         self._vocab_size = vocab_size
-        #: An epoch and its order, in one attribute: threads may read samples of different epochs.
-        self._order = 0, Permutation(self.window_count, seed, 0)
 
     def sample(self, k: int) -> npt.NDArray[np.int64]:
         """Return tokens of global sample `k`, counted from 0 over all epochs, [L + 1].
@@ -195,14 +184,10 @@ class TokenWindows:
         places = np.arange(self.seq_length)
         begins = np.zeros_like(places)
         begins[starts] = starts
-        positions: npt.NDArray[np.int64] = places - np.maximum.accumulate(begins)
-        return positions
+        return places - np.maximum.accumulate(begins)
 
     def _start(self, k: int) -> int:
         """Return where sample `k` begins in the token stream of the corpus."""
         epoch, index = divmod(k, self.window_count)
-        known, order = self._order
-        if epoch != known:
-            order = Permutation(self.window_count, self._seed, epoch)
-            self._order = epoch, order
-        return self.split.tokens.start + order[index] * self.seq_length
+        window = permutation(self.window_count, self._seed, epoch)[index]
+        return self.split.tokens.start + window * self.seq_length

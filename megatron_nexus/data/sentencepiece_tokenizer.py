@@ -23,7 +23,7 @@ from megatron_nexus.data.tokenizer_settings import (
     special_token,
     tokenizer_settings,
 )
-from megatron_nexus.errors import DataError
+from megatron_nexus.errors import DataError, os_errors_as
 
 BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece writes for a space inside its pieces."""
@@ -53,13 +53,9 @@ class SentencePieceTokenizer(WithBos):
 
     def __init__(self, model_path: Path) -> None:
         self.model_path = model_path
-        try:
+        remedy = "give the path of a SentencePiece .model file"
+        with os_errors_as(DataError, f"the tokenizer model {model_path} cannot be read", remedy):
             model = model_path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"the tokenizer model {model_path} cannot be read ({error.strerror}): "
-                "give the path of a SentencePiece .model file"
-            ) from None
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
             # Empty bytes would be taken for "no model given".
@@ -102,15 +98,9 @@ class SentencePieceTokenizer(WithBos):
         return token, (token,) if settings.get("add_bos_token") is True else ()
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids of a text; no end token. Raises DataError: the text holds lone surrogates."""
-        ids: list[int] = self.encode_documents([text], threads=1)[0].tolist()
-        return ids
+        return self.encode_documents([text], threads=1)[0].tolist()
 
     def encode_documents(self, texts: list[str], threads: int) -> list[npt.NDArray[np.int32]]:
-        """Return token ids of each text, computed by `threads` threads; no end tokens.
-
-        Raises DataError: a text holds lone surrogates.
-        """
         for text in texts:
             if not text.isascii():
                 require_unicode(text)
@@ -132,20 +122,12 @@ class SentencePieceTokenizer(WithBos):
         return np.array(ids, dtype=np.int32)
 
     def token_text(self, token: int) -> str:
-        """Return how the model spells a piece."""
-        text: str = self._processor.id_to_piece(token)
-        return text
+        return self._processor.id_to_piece(token)
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids; control pieces are silent, cut-off characters become U+FFFD."""
-        text: str = self._processor.decode(ids)
-        return text
+        return self._processor.decode(ids)
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
-        """Return the UTF-8 bytes that each id stands for, [vocab_size].
-
-        The sum over the ids of a text is the length of the text in bytes (if the model is `lossless`).
-        """
         return np.array([self._byte_count(token) for token in range(self.vocab_size)], dtype=np.int64)
 
     def _byte_count(self, token: int) -> int:
@@ -167,10 +149,8 @@ def train_sentencepiece_bpe(
     same file, in whatever order they come. Lines above 16 KiB are left out of it. 16 MB take about five
     seconds on two cores; training is silent, so wrap it in `log.Progress`.
 
-    Raises:
-        DataError: there is no text, a text holds lone surrogates, or the vocabulary is too small for the
-            characters or too large for the text.
-        OSError: the file cannot be written.
+    Raises DataError: there is no text, a text holds lone surrogates, or the vocabulary is too small for the
+    characters or too large for the text; OSError: the file cannot be written.
     """
     if vocab_size > MOST_PIECES:
         raise DataError(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from megatron_nexus.base.durable import atomic_dir
 from megatron_nexus.base.json_text import parse_json, record_of
 from megatron_nexus.base.workers import start_server, worker_pool
+from megatron_nexus.data.corpus_description import first_change
 from megatron_nexus.data.documents import BadRecord, Document, FileSlice, RecordFormat, read_slice
 from megatron_nexus.data.indexed_dataset import (
     IndexedDatasetWriter,
@@ -32,7 +33,6 @@ from megatron_nexus.data.indexed_dataset import (
     json_path,
     token_dtype,
 )
-from megatron_nexus.data.text_change import first_change
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.errors import DataError
 
@@ -161,9 +161,7 @@ def tokenize_shard(
 ) -> ShardStats:
     """Tokenize a shard and write it to `prefix`, in a folder that the caller makes durable.
 
-    Raises:
-        DataError: a file cannot be read, or under `strict` a malformed record.
-        OSError: the shard cannot be written.
+    Raises DataError: a file cannot be read, or under `strict` a malformed record; OSError of the writing.
     """
     stats = ShardStats()
     with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size), in_draft=True) as writer:
@@ -280,5 +278,4 @@ def _tokenize(shard: InputShard, tokenizing: TokenizeConfig, prefix: Path) -> Sh
 
 @functools.cache
 def _opened(tokenizing: TokenizeConfig) -> Tokenizer:
-    """Return the tokenizer of this process."""
     return open_tokenizer(tokenizing.tokenizer_path, tokenizing.prepend_bos)

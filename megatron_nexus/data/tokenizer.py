@@ -67,11 +67,8 @@ def context_id(tokenizer: Tokenizer) -> int:
 def open_tokenizer(path: Path, prepend_bos: bool | None = None) -> Tokenizer:
     """Return the tokenizer of a file: a Hugging Face `tokenizer.json`, or a SentencePiece model.
 
-    Of a folder: its `tokenizer.json`, or, where it has none, its `tokenizer.model`.
-
-    Args:
-        path: of the file or folder.
-        prepend_bos: whether documents begin with BOS; None: as the tokenizer's own files say.
+    Of a folder: its `tokenizer.json`, or, where it has none, its `tokenizer.model`. `prepend_bos`: whether
+    documents begin with BOS; None: as the tokenizer's own files say.
 
     Raises DataError: the file is missing or of no known kind, no token can end a document, none is known to
     begin one, or the package `tokenizers` is needed and not installed.

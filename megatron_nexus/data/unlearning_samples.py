@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.answers import AnswerTokens, read_answers, tokenize_answers
 from megatron_nexus.data.run_tokenizer import find_tokenizer
-from megatron_nexus.data.samples import Permutation
+from megatron_nexus.data.samples import permutation
 from megatron_nexus.data.tokenizer import Tokenizer
 from megatron_nexus.data.tokenizer_record import TokenizerRecord
 from megatron_nexus.errors import DataError
@@ -47,17 +47,7 @@ class UnlearningSamples:
         """Return the set of the k-th sample of the run, and its number there."""
         name = list(self.sets)[k % len(self.sets)]
         epoch, index = divmod(k // len(self.sets), len(self.sets[name]))
-        key = name, epoch
-        order = self._orders.get(key)  # which another thread may clear
-        if order is None:
-            if len(self._orders) > 8:
-                self._orders.clear()
-            order = self._orders[key] = Permutation(len(self.sets[name]), self.seed + (name == RETAIN), epoch)
-        return name, order[index]
-
-    @cached_property
-    def _orders(self) -> dict[tuple[str, int], Permutation]:
-        return {}
+        return name, permutation(len(self.sets[name]), self.seed + (name == RETAIN), epoch)[index]
 
     def epochs(self, samples: int) -> list[str]:
         """Return a line for each set that is read more than once in the first `samples`."""
@@ -96,8 +86,8 @@ def read_unlearning_samples(config: RunConfig, record: TokenizerRecord) -> Unlea
             sets[name], cut = tokenize_answers(read_answers(Path(file)), tokenizer, seq_length)
             if cut:
                 logger.info(
-                    "note: of %d of %d samples of --%s %s what exceeds --seq-length %d is cut off",
-                    *(cut, len(sets[name]), name, file, seq_length),
+                    f"note: of {cut} of {len(sets[name])} samples of --{name} {file} what exceeds "
+                    f"--seq-length {seq_length} is cut off"
                 )
     if RETAIN in sets:
         _check_overlap(sets, unlearning.forget, unlearning.retain)
@@ -116,6 +106,6 @@ def _check_overlap(sets: Mapping[str, Sequence[AnswerTokens]], forget: str, reta
         )
     if both:
         logger.warning(
-            "%d of %d samples of --forget %s are in --retain %s, too: their losses are opposed",
-            *(both, len(sets[FORGET]), forget, retain),
+            f"{both} of {len(sets[FORGET])} samples of --forget {forget} are in --retain {retain}, too: "
+            "their losses are opposed"
         )

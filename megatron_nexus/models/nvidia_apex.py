@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_nexus.config.run_config import NormImpl
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import raise_problems
 
 #: The compiled extension behind each flag.
 EXTENSIONS = {"--norm-impl": "fused_layer_norm_cuda", "--optimizer-impl": "amp_C"}
@@ -30,8 +30,7 @@ def require_apex(flags: list[str], device: torch.device) -> None:
             problem = "it runs on CUDA devices, and there are none"
         if problem:
             problems.append(f"{flag} apex: {problem}; or use {flag} torch")
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
 
 
 def _fault(extension: str) -> str:

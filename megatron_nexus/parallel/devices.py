@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 
 if TYPE_CHECKING:
     from megatron_nexus.parallel.host_tree import HostTree
@@ -55,6 +55,4 @@ def require_own_device(control: "HostTree", host: str, kind: str, uuid: str) -> 
             f"ranks {', '.join(sharing)} on {host} share one device, {uuid}: start as many ranks on a "
             "machine as it has devices"
         )
-    problems = sorted(filter(None, control.distinct_str(problem)))
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(sorted(filter(None, control.distinct_str(problem))))

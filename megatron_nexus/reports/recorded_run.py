@@ -15,9 +15,9 @@ from megatron_nexus.errors import CheckpointError, ConfigError
 from megatron_nexus.growth.generations import growths_of
 from megatron_nexus.models.decoder import decoder_specs, training_flops_per_token
 from megatron_nexus.spec.cost import parameter_count
-from megatron_nexus.training.command_log import COMMANDS_FILE
 from megatron_nexus.training.effective_time import EffectiveTime, effective_time
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics, training_curve, validation_curves
+from megatron_nexus.training.run_times import COMMANDS_FILE
 
 
 @dataclass(frozen=True)

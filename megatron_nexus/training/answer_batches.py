@@ -8,22 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_nexus.data.answers import IGNORED_LABEL, AnswerTokens
-from megatron_nexus.data.loader import answer_batch
+from megatron_nexus.data.loader import tokens_and_labels
 from megatron_nexus.data.unlearning_samples import FORGET, UnlearningSamples
 from megatron_nexus.training.reference import NO_REFERENCE, Reference
 from megatron_nexus.training.unlearning_loss import AnswerTargets
-
-
-def tokens_and_labels(answers: Sequence[AnswerTokens], rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return tokens and labels [rows, T], padded on the right, where no token sees it, and by empty rows."""
-    tokens_BT = torch.zeros(rows, width, dtype=torch.int64)
-    labels_BT = torch.full((rows, width), IGNORED_LABEL, dtype=torch.int64)
-    if answers:
-        tokens_bT, labels_bT, mask_bT = answer_batch(answers, width)
-        tokens_BT[: len(answers)] = tokens_bT
-        labels_BT[: len(answers)] = labels_bT.masked_fill(mask_bT == 0, IGNORED_LABEL)
-    return tokens_BT, labels_BT
 
 
 class AnswerBatches:

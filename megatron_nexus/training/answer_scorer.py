@@ -22,10 +22,11 @@ from megatron_nexus.data.answers import AnswerTokens
 from megatron_nexus.data.unlearning_samples import FORGET, RETAIN, UnlearningSamples
 from megatron_nexus.log import Progress
 from megatron_nexus.parallel.mesh import Mesh
-from megatron_nexus.training.answer_batches import AnswerBatches, tokens_and_labels
+from megatron_nexus.training.answer_batches import AnswerBatches
 from megatron_nexus.training.engine import Engine
 from megatron_nexus.training.metrics import AnswerScores
 from megatron_nexus.training.reference import LogitsFile, ReferenceFolder
+from megatron_nexus.training.scoring import numbered_outputs, passes_at_once
 from megatron_nexus.training.stage_module import Output
 
 
@@ -41,50 +42,34 @@ class AnswerScorer:
         """Return the means over a set's answers, each of which counts alike."""
         log_p_N, length_N, exact_N, extracted_N = self._each(answers).unbind(dim=1)
         nll_N = -log_p_N / length_N
-        return AnswerScores(
-            name,
-            step,
-            float(nll_N.mean()),
-            float((-nll_N).exp().mean()),
-            float(exact_N.mean()),
-            float(extracted_N.mean()),
-        )
+        means = (float(x_N.mean()) for x_N in (nll_N, (-nll_N).exp(), exact_N, extracted_N))
+        return AnswerScores(name, step, *means)
 
     def log_p(self, answers: Sequence[AnswerTokens]) -> list[float]:
         """Return the log-probability of each answer."""
-        found: list[float] = self._each(answers)[:, 0].tolist()
-        return found
+        return self._each(answers)[:, 0].tolist()
 
     def _each(self, answers: Sequence[AnswerTokens]) -> Tensor:
         """Return log-probability, tokens, exact memorization and extraction strength, float64 [N, 4]."""
-        # Stages of a pipeline work at the same time on as many micro-batches.
-        passes = 2 * self._mesh.pp_size if self._mesh.pp_size > 1 else 1
         found_N4 = torch.zeros(len(answers), 4, dtype=torch.float64)
-        for numbers, scores_2T in self._outputs(
-            answers, self._engine.logits_loss.token_scores, passes, batch_dim=1
-        ):
+        output, passes = self._engine.logits_loss.token_scores, passes_at_once(self._mesh)
+        for number, score_2T in self._outputs(answers, output, passes):
             # Tensor-parallel ranks have the same scores: the first of them adds its own.
             if self._mesh.tp_rank == 0:
-                for number, score_2T in zip(numbers, scores_2T, strict=True):
-                    found_N4[number] = _numbers_of(score_2T.double().cpu(), answers[number])
+                found_N4[number] = _numbers_of(score_2T.double().cpu(), answers[number])
         self._mesh.control.all_reduce(found_N4)
         return found_N4
 
     def _outputs(
-        self, answers: Sequence[AnswerTokens], of: Output, passes: int, batch_dim: int
-    ) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """Yield, on the last stage, the answers of each micro-batch by number and what `of` makes of each."""
-        for begin in range(0, len(answers), self._rows * passes * self._mesh.dp_size):
-            first = begin + self._mesh.dp_rank * self._rows * passes
-            parts = [
-                [n for n in range(first + p * self._rows, first + (p + 1) * self._rows) if n < len(answers)]
-                for p in range(passes)
-            ]
-            batches = [
-                tokens_and_labels([answers[n] for n in part], self._rows, self._width) for part in parts
-            ]
-            for part, made in zip(parts, self._engine.outputs(batches, of), strict=False):
-                yield part, list(made.unbind(dim=batch_dim))[: len(part)]
+        self, answers: Sequence[AnswerTokens], output: Output, passes: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield, on the last stage, this rank's answers by number and what `output` makes of each."""
+        span = self._rows * passes * self._mesh.dp_size
+        for begin in range(0, len(answers), span):
+            samples = dict(enumerate(answers[begin : begin + span], begin))
+            yield from numbered_outputs(
+                self._engine, self._mesh, samples, self._rows, self._width, passes, output
+            )
 
     def make_reference(
         self, samples: UnlearningSamples, loss: str, retain_loss: str, folder: ReferenceFolder
@@ -116,22 +101,17 @@ class AnswerScorer:
         with raise_on_all_ranks(mesh.control, cannot):
             rows = folder.open_logits(record) if writes else None
         first = 0
-        for numbers, logits_TV in self._outputs(answers, _as_float32, passes=1, batch_dim=1):
-            for number, each_TV in zip(numbers, logits_TV, strict=True):
-                start = answers[number].answer_start - 1
-                count = len(answers[number].labels) - start
-                if rows is not None:
-                    found = each_TV[start : start + count, : columns[1] - columns[0]]
-                    rows[first : first + count] = found.cpu().numpy()
-                    first += count
+        for number, logits_TV in self._outputs(answers, lambda logits_TBV, _: logits_TBV.float(), passes=1):
+            start = answers[number].answer_start - 1
+            count = len(answers[number].labels) - start
+            if rows is not None:
+                found = logits_TV[start : start + count, : columns[1] - columns[0]]
+                rows[first : first + count] = found.cpu().numpy()
+                first += count
         with raise_on_all_ranks(mesh.control, cannot):
             if rows is not None:
                 record = folder.close_logits(record, rows)
         return json.dumps(asdict(record)) if writes else ""
-
-
-def _as_float32(logits_TBV: Tensor, labels_BT: Tensor) -> Tensor:
-    return logits_TBV.float()
 
 
 def _numbers_of(score_2T: Tensor, answer: AnswerTokens) -> Tensor:

@@ -5,11 +5,12 @@ schedule. Runs that begin from the same checkpoint read the same samples, so tha
 those of one batch.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, raise_problems
 from megatron_nexus.training.metrics import (
     METRICS_FILE,
     Curve,
@@ -41,8 +42,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunCurves]:
         elif not training_curve(records):
             problems.append(f"{folder / METRICS_FILE} has no step: give a run that has trained")
         runs.append(RunCurves(name, training_curve(records), validation_curves(records)))
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     return runs
 
 
@@ -63,8 +63,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
                 "--save named), or a folder of runs"
             )
         found += runs
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
     resolved = [run.resolve() for run in found]
     if twice := sorted({str(run) for run in found if resolved.count(run.resolve()) > 1}):
         raise ConfigError(f"{', '.join(twice)}: given twice, or with a folder around it: give each run once")
@@ -131,7 +130,7 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
         height_ratios=[2, 1][: 1 + bool(apart)],
     )
     axes = panels[0, 0]
-    begins = {run.training[0][0] for run in runs}
+    begins = Counter(run.training[0][0] for run in runs)
     for run in runs:
         axes.plot(*zip(*run.training, strict=True), label=run.name, **lines[run.name])
         for curve in run.validations.values():
@@ -143,10 +142,11 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
         panels[1, 0].plot(*zip(*curve, strict=True), label=name, **lines[name])
     if apart:
         first = next(run.name for run in runs if run.training[0][0] == apart[0][1][0][0])
-        panels[1, 0].set(ylabel=f"difference to\n{first if _one_start(runs) else 'the first alike'}")
+        alike = sum(count > 1 for count in begins.values())
+        panels[1, 0].set(ylabel=f"difference to\n{first if alike == 1 else 'the first alike'}")
     for panel in panels[:, 0]:
         panel.grid(alpha=0.3)
-        for step in sorted(begins - {min(begins)}):
+        for step in sorted(begins)[1:]:
             panel.axvline(step - 0.5, linestyle=":", color="grey", linewidth=1)
     panels[-1, 0].set_xlabel("optimizer step")
     try:
@@ -157,12 +157,6 @@ def plot_runs(runs: Sequence[RunCurves], path: Path, title: str) -> None:
         raise ConfigError(f"--output {path}: {reason}: give a file such as losses.png") from error
     finally:
         pyplot.close(figure)
-
-
-def _one_start(runs: Sequence[RunCurves]) -> bool:
-    """Return whether all runs that are compared begin at one step."""
-    starts = [run.training[0][0] for run in runs]
-    return sum(starts.count(start) > 1 for start in set(starts)) == 1
 
 
 def _differences(runs: Sequence[RunCurves]) -> Iterator[tuple[str, Curve]]:

@@ -35,9 +35,7 @@ def announce_resumed(config: RunConfig, checkpoint: Location, manifest: Manifest
     assert isinstance(before, Mapping), "a section"
     if done.step >= last:
         logger.info(
-            "nothing is left to train: the checkpoint is at iteration %d, --train-iters is %d",
-            done.step,
-            last,
+            f"nothing is left to train: the checkpoint is at iteration {done.step}, --train-iters is {last}"
         )
     elif last != before["train_iters"] and _decay_follows_run(config):
         logger.info("LR schedule recomputed for %d total iterations", last)
@@ -70,43 +68,27 @@ def announce(
     count = parameter_count(decoder_specs(config.model).values())
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
     logger.info("model %s: %s parameters", model_name(config), f"{count:,}")
+    threads, steps = torch.get_num_threads(), config.accumulation_steps(mesh.world_size)
     logger.info(
-        "mesh: tensor %d x pipeline %d x data %d on %s, %d thread%s a rank; %s, ZeRO %d%s",
-        mesh.tp_size,
-        mesh.pp_size,
-        mesh.dp_size,
-        device,
-        torch.get_num_threads(),
-        "s" if torch.get_num_threads() > 1 else "",
-        training.precision,
-        max(1, config.parallel.zero_stage),
-        ", sequence parallel" if config.parallel.sequence_parallel else "",
+        f"mesh: tensor {mesh.tp_size} x pipeline {mesh.pp_size} x data {mesh.dp_size} on {device}, {threads} "
+        f"thread{'s' if threads > 1 else ''} a rank; {training.precision}, ZeRO "
+        f"{max(1, config.parallel.zero_stage)}"
+        f"{', sequence parallel' if config.parallel.sequence_parallel else ''}"
     )
     logger.info(
-        "kernels: attention %s, %s from %s, %s from %s",
-        attention_backend(config, mesh.device),
-        config.model.normalization,
-        training.norm_impl,
-        type(engine.optimizer.optimizer).__name__,
-        config.optimizer.optimizer_impl,
+        f"kernels: attention {attention_backend(config, mesh.device)}, {config.model.normalization} from "
+        f"{training.norm_impl}, {type(engine.optimizer.optimizer).__name__} from "
+        f"{config.optimizer.optimizer_impl}"
     )
-    steps = config.accumulation_steps(mesh.world_size)
     logger.info(
-        "batch: %d samples of %d tokens in %d micro-batch%s a rank; %d iterations",
-        training.global_batch_size,
-        sample_tokens,
-        steps,
-        "es" if steps > 1 else "",
-        training.train_iters,
+        f"batch: {training.global_batch_size} samples of {sample_tokens} tokens in {steps} "
+        f"micro-batch{'es' if steps > 1 else ''} a rank; {training.train_iters} iterations"
     )
     if training.rampup_batch_size:
         ramp = config.batches
         logger.info(
-            "batch: from %d samples by %d up to %d over the first %s samples of the run",
-            ramp.start,
-            ramp.increment,
-            ramp.full,
-            f"{ramp.ramp_samples:,}",
+            f"batch: from {ramp.start} samples by {ramp.increment} up to {ramp.full} over the first "
+            f"{ramp.ramp_samples:,} samples of the run"
         )
     logger.info("measured GEMM throughput: %.1f GFLOP/s over all ranks", rate / 1e9)
     logger.info("saving to %s", save)
@@ -175,31 +157,29 @@ def summarise(
     folder, run_dir = trainer.checkpoints.folder, trainer.run_dir
     finished = trainer.progress.step >= config.training.train_iters
     count = parameter_count(decoder_specs(config.model).values())
-    rate = outcome.tokens_per_s
+    throughput, entropy = "nothing was trained", ""
+    if rate := outcome.tokens_per_s:
+        throughput = f"{rate:,.0f} tokens/s, {trainer.throughput.utilization(rate)}"
+    if corpus.entropy is not None:
+        entropy = f"{corpus.entropy:.4f} nats/token: what a model without context reaches"
     lines = {
         "parameters": f"{count:,} ({model_name(config)})",
         "tokens": f"{trainer.progress.tokens:,} in {trainer.progress.step:,} iterations",
-        "throughput": f"{rate:,.0f} tokens/s, {trainer.throughput.utilization(rate)}"
-        if rate
-        else "nothing was trained",
-        **({"effective time": str(times)} if (times := effective_time(run_dir)) else {}),
+        "throughput": throughput,
+        "effective time": str(effective_time(run_dir) or ""),
         **(
             {evaluation.name: str(evaluation) for evaluation in outcome.evaluations}
             or {"validation": "left out: the run was stopped" if corpus.evaluations else "none was asked for"}
         ),
-        **({"tasks": str(outcome.task_scores)} if outcome.task_scores else {}),
-        **(
-            {"unigram entropy": f"{corpus.entropy:.4f} nats/token: what a model without context reaches"}
-            if corpus.entropy is not None
-            else {}
-        ),
+        "tasks": str(outcome.task_scores or ""),
+        "unigram entropy": entropy,
         "checkpoint": str(trainer.checkpoints.newest),
         "metrics": str(run_dir / METRICS_FILE),
         "loss curve": str(plot_losses(run_dir, corpus.entropy, curve_title(config))),
         "resume with": resume_command(config, launch, argv, folder, trainer.progress.step),
+        "note": rate_note(config, trainer.progress.step) or "",
     }
-    if note := rate_note(config, trainer.progress.step):
-        lines["note"] = note
     logger.info("%s after iteration %d", "finished" if finished else "stopped", trainer.progress.step)
     for name, text in lines.items():
-        logger.info("  %-16s %s", name, text)
+        if text:
+            logger.info("  %-16s %s", name, text)

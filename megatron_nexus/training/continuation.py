@@ -14,11 +14,7 @@ from megatron_nexus.training.new_lr import continue_new_lr
 from megatron_nexus.training.zero_state import ZeroState
 
 
-def continue_optimizer(
-    state: ZeroState,
-    manifest: Manifest,
-    config: RunConfig,
-) -> Sequence[GrownRegion]:
+def continue_optimizer(state: ZeroState, manifest: Manifest, config: RunConfig) -> Sequence[GrownRegion]:
     """Keep the loaded moments, or reset them; return the regions with an Adam step count of their own."""
     optimizer, count = config.optimizer, manifest.optimizer.step_count
     regions: Sequence[GrownRegion] = ()
@@ -45,10 +41,9 @@ def continued_data(data: DataRecord, manifest: Manifest, config: RunConfig) -> D
         first_sample = manifest.progress.samples
         changes = data_changes(manifest.config, config, data.description, manifest.data.description)
         logger.info(
-            "the training data differs from the checkpoint's (%s): it is read from its first sample, and "
-            "none of the %s tokens that the run has read is left out",
-            "; ".join(changes),
-            f"{manifest.progress.tokens:,}",
+            f"the training data differs from the checkpoint's ({'; '.join(changes)}): it is read from its "
+            f"first sample, and none of the {manifest.progress.tokens:,} tokens that the run has read is "
+            "left out"
         )
     left_out = manifest.data.left_out if manifest.data.fingerprint == data.fingerprint else ()
     return dataclasses.replace(data, first_sample=first_sample, left_out=left_out)

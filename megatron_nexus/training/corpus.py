@@ -13,9 +13,9 @@ from megatron_nexus.config.data_path import Source
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.default_corpus import DefaultCorpus, cache_folder, prepare_default_corpus
+from megatron_nexus.data.inspection import COUNTED_TOKENS, entropy, unigram_frequencies
 from megatron_nexus.data.run_data import RunData, tokenizer_path, training_sources
 from megatron_nexus.data.run_tokenizer import find_tokenizer
-from megatron_nexus.data.statistics import COUNTED_TOKENS, entropy, unigram_frequencies
 from megatron_nexus.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_nexus.data.tokenizer_record import NO_RECORD, TokenizerRecord
 from megatron_nexus.data.unlearning_samples import UnlearningSamples
@@ -84,10 +84,7 @@ def data_changes(before: JsonObject, config: RunConfig, description: str, was: s
 
     `before` is the configuration of the checkpoint, `was` the description of its data.
     """
-    flags = {
-        "training": ("seq_length", "seed"),
-        "data": ("tokenizer_model", "split", "data_range"),
-    }
+    flags = {"training": ("seq_length", "seed"), "data": ("tokenizer_model", "split", "data_range")}
     changes = []
     for section, names in flags.items():
         values = before.get(section)
@@ -113,9 +110,8 @@ def open_corpus(
     `record` is what the checkpoint that the run starts from keeps of its tokenizer; `run_data` the files that
     the run reads, where they are open already.
 
-    Raises:
-        DataError: files that are missing, damaged, too short, do not fit the model's vocabulary or are of
-            another tokenizer than the checkpoint.
+    Raises DataError: files that are missing, damaged, too short, do not fit the model's vocabulary or are of
+    another tokenizer than the checkpoint.
     """
     if run_data is None and (sources := training_sources(config.data)):
         run_data = RunData(config, sources, tokenizer_path(config.data))
@@ -153,26 +149,21 @@ def _log_contents(run_data: RunData, config: RunConfig) -> None:
     """Log what each corpus of a blend holds, and what there is no validation on."""
     training = run_data.training
     for part, share in zip(training.parts, training.shares, strict=True):
+        dataset = part.dataset
         logger.info(
-            "corpus %s: %s tokens in %s documents, %s for training, %.4g %% of the samples",
-            part.dataset.prefix,
-            f"{part.dataset.token_count:,}",
-            f"{part.dataset.document_count:,}",
-            f"{len(part.split.tokens):,}",
-            100 * share / sum(training.shares),
+            f"corpus {dataset.prefix}: {dataset.token_count:,} tokens in {dataset.document_count:,} "
+            f"documents, {len(part.split.tokens):,} for training, "
+            f"{100 * share / sum(training.shares):.4g} % of the samples"
         )
+    split = config.data.split
     for prefix in run_data.without_validation:
         logger.info(
-            "note: --split %s leaves %s no sample for validation: the rest of the blend is validated on",
-            config.data.split,
-            prefix,
+            f"note: --split {split} leaves {prefix} no sample for validation: the rest of the blend is "
+            "validated on"
         )
     if not run_data.evaluations:
-        logger.info(
-            "note: there is no validation (--split %s, --eval-iters %d)",
-            config.data.split,
-            config.logging.eval_iters,
-        )
+        iters = config.logging.eval_iters
+        logger.info(f"note: there is no validation (--split {split}, --eval-iters {iters})")
 
 
 def open_answers(samples: UnlearningSamples, mesh: Mesh, record: TokenizerRecord) -> Corpus:
@@ -205,20 +196,17 @@ def _prepend_bos(run_data: RunData, record: TokenizerRecord) -> bool | None:
     own = tokenizer is not None and bool(tokenizer.document_prefix)
     before = own if record.prepend_bos is None else record.prepend_bos
     if record.fingerprint and found != before:
+        here, there = ("begin", "do not") if found else ("do not begin", "do")
         logger.warning(
-            "the documents of this corpus %s with BOS, those of the checkpoint %s: unless that is meant, "
-            "preprocess the corpus again with %s",
-            *(("begin", "do not", "--no-prepend-bos") if found else ("do not begin", "do", "--prepend-bos")),
+            f"the documents of this corpus {here} with BOS, those of the checkpoint {there}: unless that is "
+            f"meant, preprocess the corpus again with --{'no-' if found else ''}prepend-bos"
         )
     # An import goes on as its tokenizer says, which may name a BOS token that begins no document.
     return None if record.fingerprint and record.prepend_bos is None and found == own else found
 
 
 def _built_in(config: RunConfig, mesh: Mesh, local_rank: int, record: TokenizerRecord) -> DefaultCorpus:
-    """The built-in corpus of this machine, prepared by one of its ranks; a collective call.
-
-    In the tokens of the tokenizer that the flags name, or that of the checkpoint.
-    """
+    """Return the built-in corpus, in the tokens of the flags or the checkpoint; a collective call."""
     cache = cache_folder(config.data.data_cache_path)
     made = None
     if local_rank == 0:

@@ -20,7 +20,7 @@ from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
 from megatron_nexus.base.durable import LOCK_FILE, exclusive_lock
 from megatron_nexus.data.default_corpus import cache_folder
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import raise_problems
 from megatron_nexus.log import Progress
 from megatron_nexus.parallel.mesh import Mesh
 
@@ -33,15 +33,12 @@ def build_deepspeed_adam(mesh: Mesh) -> None:
     on_cpu = mesh.device.type == "cpu"
     with Progress("compiling DeepSpeed's Adam, or loading it"):
         problems = sorted(filter(None, mesh.control.distinct_str(_problem(on_cpu))))
-    if problems:
-        raise ConfigError([f"--optimizer-impl deepspeed: {problem}" for problem in problems])
+    raise_problems(f"--optimizer-impl deepspeed: {problem}" for problem in problems)
 
 
 def deepspeed_adam(groups: list[dict[str, object]], device: torch.device) -> torch.optim.Optimizer:
     """DeepSpeed's Adam for `device`, AdamW by default; `build_deepspeed_adam` has been called."""
-    kind = DeepSpeedCPUAdam if device.type == "cpu" else FusedAdam
-    optimizer: torch.optim.Optimizer = kind(groups)
-    return optimizer
+    return (DeepSpeedCPUAdam if device.type == "cpu" else FusedAdam)(groups)
 
 
 def _problem(on_cpu: bool) -> str:

@@ -78,12 +78,16 @@ class EffectiveTime:
 
 def effective_time(run_dir: Path) -> EffectiveTime | None:
     """Return where the time of a run went; None where its folder has no record of it."""
-    events = list(read_run_times(run_dir / RUN_TIMES_FILE))
+    events = read_run_times(run_dir / RUN_TIMES_FILE)
     # A start on a machine whose clock is behind may bear an earlier time than the one before it.
     begins = sorted(event["time"] for event in events if event["what"] == "start")
     if not begins:
         return None
-    records = [record for record in read_metrics(run_dir / METRICS_FILE) if _is_timed(record)]
+    records = [
+        record
+        for record in read_metrics(run_dir / METRICS_FILE)
+        if "loss" in record and fits(record.get("time"), float) and fits(record.get("step_s"), float)
+    ]
     steps = sorted((r for r in records if r["time"] >= begins[0]), key=lambda record: record["time"])
     typical_s = median(record["step_s"] for record in steps) if steps else 0.0
     ends = pairwise([*begins, inf])
@@ -137,8 +141,3 @@ def _of_start(
         down_s=until - end if until < inf else 0.0,
         other_s=max(0.0, end - begin - known_s),
     )
-
-
-def _is_timed(record: Record) -> bool:
-    """Return whether a record is of a step whose time is known."""
-    return "loss" in record and fits(record.get("time"), float) and fits(record.get("step_s"), float)

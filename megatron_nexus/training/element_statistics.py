@@ -99,5 +99,4 @@ class ElementStatistics:
 
 def square_sum(values: Tensor) -> Tensor:
     """Return the sum of squares of all elements, in float64."""
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return norm.square()
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square()

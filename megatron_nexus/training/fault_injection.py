@@ -47,12 +47,10 @@ class FaultInjector:
         self._slower_s = 0.0
         if rank == 0:
             for fault in faults:
+                said = f"--inject {fault}: a rehearsal, this run is not to be used"
                 if str(fault) in self._done:
-                    logger.warning(
-                        "WARNING: --inject %s: it has happened in this run, and will not again", fault
-                    )
-                else:
-                    logger.warning("WARNING: --inject %s: a rehearsal, this run is not to be used", fault)
+                    said = f"--inject {fault}: it has happened in this run, and will not again"
+                logger.warning("WARNING: %s", said)
 
     def before_step(self, step: int) -> None:
         """Make the faults of a step happen; each is on record before it does."""

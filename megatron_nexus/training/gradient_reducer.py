@@ -29,10 +29,7 @@ class GradientReducer(ABC):
     """Reduces the buckets of one engine, in the order in which the backward pass completes them."""
 
     def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, overlap: bool, beacon: Beacon) -> None:
-        """Take the reduction over from DeepSpeed; after the backward pass, unless `overlap`.
-
-        `beacon` shows when this rank waits for it.
-        """
+        """Take the reduction over from DeepSpeed; `beacon` shows when this rank waits for it."""
         self._engine, self._beacon = engine, beacon
         self._zero: ZeROOptimizer = engine.optimizer
         self._mesh = mesh
@@ -162,11 +159,6 @@ class _Bf16Reducer(GradientReducer):
             start += parameter.numel()
 
 
-def is_padding(part: Tensor) -> bool:
-    """Return whether DeepSpeed has marked a part of a partition as padding behind the parameters."""
-    return getattr(part, "_zero_padding", False)
-
-
 class _Fp32Reducer(GradientReducer):
     """DeepSpeedZeroOptimizer: each gradient is a tensor of its own, copied into its bucket."""
 
@@ -206,8 +198,9 @@ class _Fp32Reducer(GradientReducer):
         """
         squares: dict[str, list[Tensor]] = {DECAY: [], NO_DECAY: []}
         for index, group in enumerate(self._zero.optimizer.param_groups):
-            parts = [part for part in self._zero.averaged_gradients[index] if not is_padding(part)]
-            for part, parameter in zip(parts, self._zero.params_in_partition[index], strict=True):
+            parts = self._zero.averaged_gradients[index]  # and padding behind the parameters
+            held = [part for part in parts if not getattr(part, "_zero_padding", False)]
+            for part, parameter in zip(held, self._zero.params_in_partition[index], strict=True):
                 if self._mesh.tp_rank == 0 or is_model_parallel_parameter(parameter):
                     squares[group["name"]].append(torch.linalg.vector_norm(part))
         zero = torch.zeros(1, device=self._mesh.device)
@@ -216,8 +209,7 @@ class _Fp32Reducer(GradientReducer):
         )
         dist.all_reduce(sums, group=self._mesh.dp_group)
         self._zero._model_parallel_all_reduce(tensor=sums, op=dist.ReduceOp.SUM)
-        norm: Tensor = torch.linalg.vector_norm(sums.sqrt())
-        return norm
+        return torch.linalg.vector_norm(sums.sqrt())
 
     def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
         """Clip a bucket as DeepSpeed does, which reads the norm from the device once more for each."""

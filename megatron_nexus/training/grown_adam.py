@@ -33,26 +33,21 @@ class GrownView:
     states: Mapping[str, Tensor]
 
 
-class GrownViews:
-    """The views of grown regions on this rank, by the buffer that they lie in."""
+GrownViews = Mapping[int, Sequence[GrownView]]
+"""The views of grown regions on this rank, by the buffer that they lie in."""
 
-    def __init__(self, of_buffer: Mapping[int, Sequence[GrownView]]) -> None:
-        self._of_buffer = of_buffer
 
-    def __bool__(self) -> bool:
-        return bool(self._of_buffer)
+def stepping(
+    views: GrownViews, adam: torch.optim.Optimizer
+) -> Iterator[tuple[GrownView, int, Mapping[str, Any]]]:
+    """Yield each view of the buffers that `adam` steps: DeepSpeed has it step a few at a time.
 
-    def stepping(self, adam: torch.optim.Optimizer) -> Iterator[tuple[GrownView, int, Mapping[str, Any]]]:
-        """Yield each view of the buffers that `adam` steps: DeepSpeed has it step a few at a time.
-
-        With Adam's step count and the parameter group of the buffer.
-        """
-        for group in adam.param_groups:
-            for flat in group["params"]:
-                if views := self._of_buffer.get(memory_address(flat)):
-                    count = int(adam.state[flat].get("step", group.get("step", 0)))  # apex: by group
-                    for view in views:
-                        yield view, count, group
+    With Adam's step count and the parameter group of the buffer.
+    """
+    for group in adam.param_groups:
+        for flat in group["params"]:
+            for view in views.get(memory_address(flat), ()):
+                yield view, int(adam.state[flat].get("step", group.get("step", 0))), group  # apex: by group
 
 
 def grown_views(state: ZeroState, regions: Sequence[GrownRegion]) -> GrownViews:
@@ -63,14 +58,13 @@ def grown_views(state: ZeroState, regions: Sequence[GrownRegion]) -> GrownViews:
     of_buffer: dict[int, list[GrownView]] = {}
     for view in state.views():
         for region in of_tensor.get(view.spec.name, []):
-            overlap = intersect(region.box, view.box)
-            if overlap is not None:
+            if overlap := intersect(region.box, view.box):
                 within = index_within(overlap, view.box)
                 values = {name: held[within] for name, held in view.values.items()}
                 of_buffer.setdefault(memory_address(values["fp32"]), []).append(
                     GrownView(region.adam_step, values)
                 )
-    return GrownViews(of_buffer)
+    return of_buffer
 
 
 def needing_correction(
@@ -86,7 +80,7 @@ def install_bias_correction(state: ZeroState, regions: Sequence[GrownRegion]) ->
 
     @torch.no_grad()
     def correct(adam: torch.optim.Optimizer, *_: object) -> None:
-        for view, count, group in views.stepping(adam):
+        for view, count, group in stepping(views, adam):
             _correct(view, count, group["lr"], group["betas"], group["eps"])
 
     if views:

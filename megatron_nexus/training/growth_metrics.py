@@ -39,7 +39,6 @@ from megatron_nexus.training.matrix_statistics import (
     SOURCE_NUMBERS,
     copied_matrices,
     matrix_numbers,
-    new_axes,
     own_matrices,
     source_numbers,
 )
@@ -93,7 +92,6 @@ class GrowthMetricsHook(Hook):
         self._expect(metrics.step + 1)
 
     def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
-        """Go on after the step that the run has gone back to."""
         self._expect(step + 1)
 
     @torch.no_grad()
@@ -128,8 +126,8 @@ class GrowthMetricsHook(Hook):
         with_ranks = self._measured % RANKS_EVERY == 0
         self._measured += 1
         for name, matrix in own_matrices(state, self._elements, mesh):
-            new = new_axes(self._elements[name], mesh.device)
-            found[numbers[name], :split] = torch.tensor(matrix_numbers(matrix, *new, with_ranks))
+            rows, columns = (self._elements[name].new_units(axis).to(mesh.device) for axis in (0, 1))
+            found[numbers[name], :split] = torch.tensor(matrix_numbers(matrix, rows, columns, with_ranks))
         for name, matrix, source in copied_matrices(state, self._elements, self._stages, mesh):
             of = source_numbers(matrix, source, self._elements[name].copies)
             found[numbers[name], split:] = torch.tensor(of)
@@ -139,23 +137,20 @@ class GrowthMetricsHook(Hook):
 def _numbers(elements: Tensor, matrix: Mapping[str, float], units: Tensor) -> dict[str, float]:
     """Return the numbers of a tensor that exist, by name."""
     made: dict[str, float] = {}
-    rms: dict[str, float] = {}
+    squares = {"grad": Square.GRADIENT, "weight": Square.WEIGHT, "update": Square.UPDATE}
     for side, sums, of_units in zip(SIDES, elements.tolist(), units.tolist(), strict=True):
         if count := sums[Square.COUNT]:
             made[f"elements_{side}"] = count
-            for name in (Square.GRADIENT, Square.WEIGHT, Square.UPDATE):
-                rms[f"{name.name}_{side}"] = math.sqrt(sums[name] / count)
-            made[f"grad_rms_{side}"] = rms[f"GRADIENT_{side}"]
-            made[f"weight_rms_{side}"] = rms[f"WEIGHT_{side}"]
-            made[f"update_rms_{side}"] = rms[f"UPDATE_{side}"]
-            if rms[f"WEIGHT_{side}"]:
-                made[f"update_ratio_{side}"] = rms[f"UPDATE_{side}"] / rms[f"WEIGHT_{side}"]
+            for name, square in squares.items():
+                made[f"{name}_rms_{side}"] = math.sqrt(sums[square] / count)
+            if weight := made[f"weight_rms_{side}"]:
+                made[f"update_ratio_{side}"] = made[f"update_rms_{side}"] / weight
         if count := of_units[Unit.COUNT]:
             made[f"units_{side}"] = count
             made[f"pre_rms_{side}"] = math.sqrt(of_units[Unit.BEFORE] / count)
             made[f"post_rms_{side}"] = math.sqrt(of_units[Unit.AFTER] / count)
             made[f"dead_share_{side}"] = of_units[Unit.DEAD] / count
-    if "GRADIENT_new" in rms and rms.get("GRADIENT_old"):
-        made["grad_ratio"] = rms["GRADIENT_new"] / rms["GRADIENT_old"]
+    if "grad_rms_new" in made and made.get("grad_rms_old"):
+        made["grad_ratio"] = made["grad_rms_new"] / made["grad_rms_old"]
     made |= matrix
     return {name: float(f"{value:.6g}") for name, value in made.items() if math.isfinite(value)}

@@ -58,7 +58,7 @@ class LinearCrossEntropy:
             weight_VD = weight_VD[: stop - start]  # the rest is padding
         x_ND = self._tp.enter_summed(x_TBD).flatten(0, 1).contiguous()
         # The public function checks labels and ranges: three waits for the GPU, and a collective.
-        losses_N: Tensor = _VocabParallelLinearCrossEntropy.apply(
+        losses_N = _VocabParallelLinearCrossEntropy.apply(
             x_ND,
             weight_VD,
             padding_logit,

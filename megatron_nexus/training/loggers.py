@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from megatron_nexus.base.durable import atomic_file
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, os_errors_as
 from megatron_nexus.extras import install_command
 from megatron_nexus.log import logger
 
@@ -42,21 +42,15 @@ class TensorBoardLogger:
             from torch.utils.tensorboard import SummaryWriter  # optional: an extra of the package
         except ImportError as error:
             raise _missing(f"--tensorboard-dir {folder}", "tensorboard") from error
-        try:
+        with os_errors_as(ConfigError, f"--tensorboard-dir {folder}", "give a writable folder"):
             # A process that is killed loses what it has not flushed: torch's own 120 s are many steps.
             self._writer = SummaryWriter(folder, purge_step=resumed_step + 1, flush_secs=10)
-        except OSError as error:
-            raise ConfigError(
-                f"--tensorboard-dir {folder}: {error.strerror}: give a writable folder"
-            ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add each value as a scalar."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
     def finish(self, failed: bool) -> None:
-        """Close the event file."""
         self._writer.close()
 
 
@@ -89,7 +83,6 @@ class WandbLogger:
         _write_runs(run_dir, {**runs, "wandb": self._run.id})
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the values of a step."""
         self._run.log(dict(values), step=step)
 
     def finish(self, failed: bool) -> None:
@@ -166,7 +159,6 @@ class DeepSpeedLogger:
         self._write = write
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values."""
         self._write(values)
 
     def finish(self, failed: bool) -> None:

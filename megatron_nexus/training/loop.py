@@ -118,10 +118,8 @@ class Trainer:
     ) -> Manifest:
         """Continue from a checkpoint, which `open_state` reads; a collective call.
 
-        If an unlearning run `begins`, it has the weights of the checkpoint, and nothing else of it.
-
-        Raises:
-            CheckpointError: it cannot be loaded.
+        If an unlearning run `begins`, it has the weights of the checkpoint, and nothing else of it. Raises
+        CheckpointError.
         """
         manifest = self._load(checkpoint, open_state)
         if begins:
@@ -146,8 +144,7 @@ class Trainer:
     def fit(self, stop: StopRequest) -> RunResult:
         """Train up to `train_iters` optimizer steps and validate; saves at intervals and at the end.
 
-        Raises:
-            TrainingError: a loss or a gradient is not finite.
+        Raises TrainingError: a loss or a gradient is not finite.
         """
         try:
             return self._fit(stop)
@@ -259,10 +256,7 @@ class Trainer:
     def _train_step(
         self, step: int, last_sample: int, flags: Callable[[], Sequence[bool]]
     ) -> tuple[float, tuple[bool, ...]]:
-        """Take an optimizer step; return its seconds, and which flags are set on any rank at its end.
-
-        Raises TrainingError where it is not finite.
-        """
+        """Take a step; return its seconds, and which flags are set on any rank. Raises TrainingError."""
         optimizer, done = self.config.optimizer, self.progress
         batch = self._batch_schedule.size(done.samples)
         tokens = batch * self._sample_tokens
@@ -325,10 +319,7 @@ class Trainer:
         raise non_finite_error(self.mesh, step, result, found, self._finite.way_back())
 
     def _rewind(self, step: int, batch: int, result: StepResult) -> None:
-        """Go back to the last good checkpoint and leave out the samples of a step; a collective call.
-
-        Raises TrainingError where there is no such checkpoint.
-        """
+        """Leave out a step's samples, from the last good checkpoint on. Raises TrainingError without one."""
         assert self._spikes is not None, "only its policy rewinds"
         self.checkpoints.finish()
         good, (opened, open_state) = self._finite.last_good(), self._open_state

@@ -22,13 +22,11 @@ class LossPlot(Hook):
         self._drawing: threading.Thread | None = None
 
     def after_step(self, metrics: StepMetrics) -> None:
-        """Begin to draw, where it is time."""
         if time.monotonic() > self._due and (self._drawing is None or not self._drawing.is_alive()):
             self._drawing = threading.Thread(target=self._draw, daemon=True, name="loss plot")
             self._drawing.start()
 
     def on_end(self) -> None:
-        """Wait for what is being drawn."""
         if self._drawing is not None:
             self._drawing.join()
 

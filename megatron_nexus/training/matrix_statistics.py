@@ -159,8 +159,3 @@ def _sum_on(matrix: Tensor, group: dist.ProcessGroup, owner: int) -> None:
     """Put the sum over a group into the matrix of its rank `owner`; those of the others are spoilt."""
     if group.size() > 1:
         dist.reduce(matrix, dist.get_global_rank(group, owner), group=group)
-
-
-def new_axes(elements: GrownElements, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which rows and which columns of a matrix are new."""
-    return elements.new_units(0).to(device), elements.new_units(1).to(device)

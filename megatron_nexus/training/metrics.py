@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from megatron_nexus.base.duration import duration
 from megatron_nexus.base.json_text import fits, read_objects
 from megatron_nexus.checkpoint.location import Location
-from megatron_nexus.errors import TrainingError
+from megatron_nexus.errors import TrainingError, os_errors_as
 from megatron_nexus.log import logger
 from megatron_nexus.training.loggers import Logger
 
@@ -205,17 +205,13 @@ class Timers(Evaluation):
         return {f"{name}-time": most for name, (_, most) in self.timers.items()}
 
 
-def kind_of(tensor: str) -> str:
-    """Return the name of a tensor without its layer: "attention.q.w_m" of "layers.3.attention.q.w_m"."""
-    return re.sub(r"^layers\.\d+\.", "", tensor)
-
-
 def means_by_kind(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Return the mean over layers of each number, by kind of tensor."""
     found: dict[str, dict[str, list[float]]] = {}
     for tensor, numbers in metrics.items():
+        kind = re.sub(r"^layers\.\d+\.", "", tensor)  # attention.q.w_m
         for name, value in numbers.items():
-            found.setdefault(kind_of(tensor), {}).setdefault(name, []).append(value)
+            found.setdefault(kind, {}).setdefault(name, []).append(value)
     return {
         kind: {name: sum(values) / len(values) for name, values in numbers.items()}
         for kind, numbers in found.items()
@@ -280,18 +276,10 @@ class MetricsWriter:
         )
         if speak:
             logger.info(
-                "iteration %*d/%d | %s %.4f | lr %.2e | grad norm %.3f | %s tokens/s | %s | mem %.2f GB%s",
-                len(str(train_iters)),
-                metrics.step,
-                train_iters,
-                self._loss_name,
-                metrics.loss,
-                metrics.learning_rate,
-                metrics.grad_norm,
-                f"{metrics.tokens_per_s:,.0f}",
-                utilization(metrics.gemm_fraction, metrics.mfu),
-                metrics.memory_bytes / 1e9,
-                f" | {duration(left_s)} left" if left_s else "",
+                f"iteration {metrics.step:{len(str(train_iters))}}/{train_iters} | {self._loss_name} "
+                f"{metrics.loss:.4f} | lr {metrics.learning_rate:.2e} | grad norm {metrics.grad_norm:.3f} | "
+                f"{metrics.tokens_per_s:,.0f} tokens/s | {utilization(metrics.gemm_fraction, metrics.mfu)} | "
+                f"mem {metrics.memory_bytes / 1e9:.2f} GB{f' | {duration(left_s)} left' if left_s else ''}"
             )
 
     def evaluation(self, found: Evaluation) -> None:
@@ -302,13 +290,9 @@ class MetricsWriter:
             logger.info("%s", found.line)
 
     def _write(self, record: dict[str, Any]) -> None:
-        """Append a record. Raise TrainingError where the disk does not take it."""
-        try:
+        remedy = "free some space, then resume from the newest checkpoint"
+        with os_errors_as(TrainingError, self.path, remedy):
             self._file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path}: {error.strerror}: free some space, then resume from the newest checkpoint"
-            ) from error
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         for each in self._loggers:
@@ -338,18 +322,18 @@ def make_validation(name: str, step: int, loss: float, targets: int, target_byte
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; lines that a crash cut short or left as other bytes are left out."""
-    found = read_objects(path)
-    return [record for record in found if type(record.get("step")) is int and _has_numbers(record)]
+    """Return the records of a metrics file; lines that a crash cut short are left out."""
+    return [
+        record
+        for record in read_objects(path)
+        if type(record.get("step")) is int
+        and all(fits(record.get(name, 0.0), float) for name in ("loss", "validation_loss"))
+    ]
 
 
 def run_metrics(root: Location) -> list[dict[str, Any]]:
     """Return the records of a run's folder, which has none in an object store."""
     return read_metrics(root / METRICS_FILE) if isinstance(root, Path) else []
-
-
-def _has_numbers(record: dict[str, Any]) -> bool:
-    return all(fits(record.get(name, 0.0), float) for name in ("loss", "validation_loss"))
 
 
 def training_curve(records: list[dict[str, Any]]) -> Curve:

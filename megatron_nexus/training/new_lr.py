@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_nexus.checkpoint.manifest import GrownRegion
 from megatron_nexus.config.run_config import OptimizerConfig
-from megatron_nexus.training.grown_adam import GrownView, grown_views
+from megatron_nexus.training.grown_adam import GrownView, grown_views, stepping
 from megatron_nexus.training.zero_state import ZeroState
 
 
@@ -32,7 +32,7 @@ def install_new_lr(state: ZeroState, newest: Sequence[GrownRegion], optimizer: O
 
     @torch.no_grad()
     def keep(adam: torch.optim.Optimizer, *_: object) -> None:
-        for view, count, _group in views.stepping(adam):
+        for view, count, _group in stepping(views, adam):
             factor = new_lr_factor(optimizer, count + 1 - view.adam_step)
             if factor != 1.0:
                 before.append((view, factor, view.states["fp32"].clone()))

@@ -1,7 +1,8 @@
 """AdamW over two groups of parameters: those that decay and those that do not, as their specs say.
 
 Three implementations of one equation (Loshchilov and Hutter, 2019): torch's fused one, which needs nothing,
-and those of NVIDIA's apex and of DeepSpeed.
+and those of NVIDIA's apex and of DeepSpeed. `Engine.optimizer` is DeepSpeed's, which steps this one:
+`engine.optimizer.optimizer`.
 """
 
 import torch

@@ -1,19 +1,10 @@
 """Pipeline phases: what a rank does in a step of DeepSpeed's PipelineEngine, reported to its beacon."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Any
 
 from megatron_nexus.parallel.beacon import Beacon, Phase
-
-
-class PipelineEngine(Protocol):
-    """The part of DeepSpeed's engine that is used here."""
-
-    module: nn.Module
-    _INSTRUCTION_MAP: dict[type, Callable[..., None]]
-
+from megatron_nexus.training.zero_state import DeepSpeedEngine
 
 _PHASES = {
     "LoadMicroBatch": Phase.DATA,
@@ -30,11 +21,11 @@ _PHASES = {
 """Phases by the names of instructions in DeepSpeed's schedules."""
 
 
-def mark_pipeline_phases(engine: PipelineEngine, beacon: Beacon) -> None:
+def mark_pipeline_phases(engine: DeepSpeedEngine, beacon: Beacon) -> None:
     """Have each instruction of a training schedule mark its phase before it is carried out."""
 
     def marking(phase: Phase, carry_out: Callable[..., None]) -> Callable[..., None]:
-        def marked(self: PipelineEngine, *args: Any, **kwargs: Any) -> None:
+        def marked(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
             if self.module.training:
                 beacon.mark(phase)
             carry_out(self, *args, **kwargs)

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_nexus.config.profile import profile_ranks
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import raise_problems
 from megatron_nexus.log import logger
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.hooks import Hook
@@ -37,8 +37,7 @@ def require_cuda_for_profile(config: RunConfig, device_type: str) -> None:
         problems.append(
             "--no-use-pytorch-profiler is for nsys, which needs CUDA, and this run is on CPUs: drop it"
         )
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(problems)
 
 
 class Profiler(Hook):
@@ -54,21 +53,19 @@ class Profiler(Hook):
         self._is_running = False
         if done + 1 >= self._end:
             logger.info(
-                "note: --profile: steps %d to %d are over: give --profile-step-start %d or more",
-                *(self._first, self._end - 1, done + 1),
+                f"note: --profile: steps {self._first} to {self._end - 1} are over: give "
+                f"--profile-step-start {done + 1} or more"
             )
         self._done = done
         self._begin_after(done)
 
     def after_step(self, metrics: StepMetrics) -> None:
-        """Begin or end."""
         self._done = metrics.step
         if metrics.step + 1 >= self._end:
             self._finish()
         self._begin_after(metrics.step)
 
     def on_failure(self, error: BaseException) -> None:
-        """Write what there is."""
         self._finish()
 
     def on_end(self) -> None:
@@ -127,7 +124,6 @@ class MemoryHistory(Hook):
             torch.cuda.memory._dump_snapshot(str(self.path))
 
     def on_failure(self, error: BaseException) -> None:
-        """Write it once more."""
         torch.cuda.memory._dump_snapshot(str(self.path))
 
 

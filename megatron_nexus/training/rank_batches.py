@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.data.blend import Blend
-from megatron_nexus.data.loader import micro_batches, sample_numbers
+from megatron_nexus.data.loader import micro_batch, sample_numbers
 from megatron_nexus.data.prefetcher import Prefetcher
 from megatron_nexus.models.packing import Stream
 from megatron_nexus.parallel.mesh import Mesh
@@ -33,12 +33,12 @@ def rank_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of `samples`, after the first `consumed_samples`."""
     training, data = config.training, config.data
-    sizes = (training.micro_batch_size, training.global_batch_size)
-    ranks = (mesh.dp_rank, mesh.dp_size)
+    sizes = training.micro_batch_size, training.global_batch_size
+    numbers = sample_numbers(consumed_samples, *sizes, mesh.dp_rank, mesh.dp_size)
     if isinstance(samples, AnswerBatches):
-        return map(samples.micro_batch, sample_numbers(consumed_samples, *sizes, *ranks))
+        return map(samples.micro_batch, numbers)
     packed = data.reset_position_ids or data.reset_attention_mask
-    return micro_batches(samples, consumed_samples, *sizes, *ranks, packed=packed)
+    return map(partial(micro_batch, samples, packed=packed), numbers)
 
 
 def prefetched_batches(

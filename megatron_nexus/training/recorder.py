@@ -1,18 +1,49 @@
 """MetricsRecorder: the hook that writes a run's metrics, and every so often a line on the console."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.loggers import open_loggers
 from megatron_nexus.training.metrics import Evaluation, MetricsWriter, StepMetrics
 from megatron_nexus.training.run_times import record_lost_steps
-from megatron_nexus.training.time_left import TimeLeft
 
 SILENCE_S = 5.0
 """The console shows a step at least so often, whatever --log-interval says."""
+RECENT_STEPS, FEWEST_STEPS = 64, 3
+
+
+class TimeLeft:
+    """Predicts how long a run will take to its last token, from its recent steps and what is between steps.
+
+    By the median time a token, which is not moved by a step that waited for a disk. The time between steps
+    (evaluations, saves) is taken to stay the share that it has been since the first step, which is left out:
+    it compiles.
+    """
+
+    def __init__(self, last_tokens: int) -> None:
+        """`last_tokens` is what the run will have read at its end."""
+        self._last_tokens = last_tokens
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._steps_s = 0.0
+        self._began: float | None = None
+
+    def seconds(self, metrics: StepMetrics) -> float | None:
+        """Count a step, and return the seconds that are left after it; None while too few are known."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+            return None
+        self._recent.append(1.0 / metrics.tokens_per_s)
+        self._steps_s += metrics.step_s
+        if len(self._recent) < FEWEST_STEPS:
+            return None
+        overhead = max(1.0, (now - self._began) / self._steps_s) if self._steps_s else 1.0
+        return median(self._recent) * max(0, self._last_tokens - metrics.tokens) * overhead
 
 
 class MetricsRecorder(Hook):
@@ -44,7 +75,6 @@ class MetricsRecorder(Hook):
         self._time_left = TimeLeft(last_tokens)
 
     def after_step(self, metrics: StepMetrics) -> None:
-        """Write a step."""
         if self._writer is None:
             return
         due = metrics.step % self._interval == 0 or metrics.step == self._train_iters
@@ -55,23 +85,19 @@ class MetricsRecorder(Hook):
             self._last_log_s = time.monotonic()
 
     def after_evaluation(self, found: Evaluation) -> None:
-        """Write what was measured."""
         if self._writer is not None:
             self._writer.evaluation(found)
 
     def after_rewind(self, step: int, record: Mapping[str, object]) -> None:
-        """Drop the steps after the one that the run has gone back to, and write why."""
         if self._writer is not None:
             self._writer.rewind(step, record)
             record_lost_steps(self._run_dir, self._writer.dropped)
 
     def on_failure(self, error: BaseException | None = None) -> None:
-        """Close the files, and mark the run as failed where loggers have such a mark."""
         if self._writer is not None:
             self._writer.close(failed=True)
 
     def on_end(self) -> None:
-        """Close the files and finish the loggers."""
         if self._writer is not None:
             self._writer.close()
 

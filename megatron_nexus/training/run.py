@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_nexus.checkpoint.location import Location, location
-from megatron_nexus.checkpoint.run_dir import check_writable, checkpoint_before
-from megatron_nexus.checkpoint.run_lock import run_dir_lock
+from megatron_nexus.checkpoint.run_dir import check_writable, checkpoint_before, run_dir_lock
 from megatron_nexus.checkpoint.store import CheckpointReader, StateReader
 from megatron_nexus.config.config_file import CONFIG_FILE, config_text
 from megatron_nexus.config.exit_signals import parse_exit_signals
@@ -27,8 +26,6 @@ from megatron_nexus.parallel.rank_watch import RankWatch
 from megatron_nexus.parallel.world import World
 from megatron_nexus.training.answer_batches import AnswerBatches
 from megatron_nexus.training.answer_scorer import open_reference
-from megatron_nexus.training.command_log import log_command
-from megatron_nexus.training.compile_errors import explaining_damaged_libraries
 from megatron_nexus.training.console import announce, announce_resumed, curve_title, summarise
 from megatron_nexus.training.corpus import Corpus, open_answers, open_corpus
 from megatron_nexus.training.deepspeed_muon import import_muon_uncompiled
@@ -41,11 +38,11 @@ from megatron_nexus.training.hooks import Hook, telling_of_failures
 from megatron_nexus.training.loop import Trainer
 from megatron_nexus.training.loss_plot import LossPlot
 from megatron_nexus.training.machine import gemm_flops_per_s, set_trace_prefix
-from megatron_nexus.training.memory_errors import explaining_memory_errors
 from megatron_nexus.training.recorder import finish_loggers
-from megatron_nexus.training.run_times import RunTimes
+from megatron_nexus.training.run_times import RunTimes, log_command
 from megatron_nexus.training.scoring import TaskEvaluator
 from megatron_nexus.training.start_ranks import start_ranks
+from megatron_nexus.training.torch_errors import explaining_damaged_libraries, explaining_memory_errors
 
 _BEFORE_TIMEOUT = 0.95
 """Share of torch's time-out at which ranks that hang are named: it counts from a collective's start."""

@@ -1,4 +1,6 @@
-"""Run times: what a run records of its time outside the steps, in `run_times.jsonl`. Written by rank 0.
+"""Run times: what a run records of its starts, and of its time outside the steps. Written by rank 0.
+
+commands.jsonl has the command of each start, run_times.jsonl
 
     {"what": "start", "time": ...}                       a process of the run has started
     {"what": "training", "time": ...}                    its first step begins
@@ -11,9 +13,11 @@ Times are seconds since the epoch. Records are added and never changed, so they 
 """
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +26,7 @@ from megatron_nexus.parallel.launcher_watch import process_age_s
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import Evaluation, GrowthMetrics, StepMetrics
 
-RUN_TIMES_FILE = "run_times.jsonl"
+COMMANDS_FILE, RUN_TIMES_FILE = "commands.jsonl", "run_times.jsonl"
 SHORTEST_S = 1e-3
 """A wait that is not worth a record is shorter."""
 
@@ -52,7 +56,6 @@ class RunTimes(Hook):
         self._append("training", time.time())
 
     def after_step(self, metrics: StepMetrics) -> None:
-        """Remember when the step was over."""
         self._stepped = time.perf_counter()
 
     @contextmanager
@@ -85,12 +88,18 @@ class RunTimes(Hook):
             self.on_end()
 
     def on_end(self) -> None:
-        """Record that the run ends as it should."""
         self._append("end", time.time())
 
     def _append(self, what: What, when: float, **more: float) -> None:
         if self._writes:
             _append_record(self._path, {"what": what, "time": round(when, 3), **more})
+
+
+def log_command(run_dir: Path, words: Sequence[str], step: int) -> None:
+    """Append the command that trains on from a step."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with (run_dir / COMMANDS_FILE).open("a") as file:
+        file.write(json.dumps({"step": step, "time": now, "command": shlex.join(words)}) + "\n")
 
 
 def record_lost_steps(run_dir: Path, dropped: Sequence[Mapping[str, Any]]) -> None:
@@ -110,15 +119,15 @@ def record_lost_steps(run_dir: Path, dropped: Sequence[Mapping[str, Any]]) -> No
         _append_record(path, {"what": "lost", "time": last, "seconds": seconds, "steps": len(taken)})
 
 
-def read_run_times(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of run_times.jsonl; what a crash cut short is left out."""
-    for record in read_objects(path):
-        if (
-            isinstance(record.get("what"), str)
-            and fits(record.get("time"), float)
-            and fits(record.get("seconds", 0.0), float)
-        ):
-            yield record
+def read_run_times(path: Path) -> list[dict[str, Any]]:
+    """Return the records of run_times.jsonl; what a crash cut short is left out."""
+    return [
+        record
+        for record in read_objects(path)
+        if isinstance(record.get("what"), str)
+        and fits(record.get("time"), float)
+        and fits(record.get("seconds", 0.0), float)
+    ]
 
 
 def _append_record(path: Path, record: Mapping[str, object]) -> None:

@@ -3,12 +3,10 @@
 Rank 0 asks and all ranks compute: requests are broadcast over the control group, each data-parallel copy
 scores its part through the engine, and one all-reduce sums the scores. Unlike the evaluation of a
 checkpoint, requests with one context do not share its computation: this is the engine's own forward pass.
-
-B rows, T tokens.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -16,9 +14,12 @@ from torch import Tensor
 
 from megatron_nexus.base.json_text import parse_record
 from megatron_nexus.config.run_config import RunConfig
-from megatron_nexus.models.scores import Request, Score, Scorer, Tokens, fit
+from megatron_nexus.data.answers import AnswerTokens
+from megatron_nexus.data.loader import tokens_and_labels
+from megatron_nexus.models.scores import Request, Score, Scorer, fit
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.engine import Engine
+from megatron_nexus.training.stage_module import Output
 
 TaskScores: TypeAlias = Mapping[str, Mapping[str, float]]
 """The metrics of each task, by name."""
@@ -37,8 +38,6 @@ class DistributedScorer:
         # What training has room for, forward and backward, evaluation has.
         self._tokens_per_pass = training.micro_batch_size * training.seq_length
         self._width_multiple = mesh.tp_size if config.parallel.sequence_parallel else 1
-        # Stages of a pipeline work at the same time on as many micro-batches.
-        self._passes = 2 * mesh.pp_size if mesh.pp_size > 1 else 1
 
     def run(self, evaluator: TaskEvaluator | None) -> TaskScores:
         """Run `evaluator` on rank 0 while the others compute; return its scores there. A collective call."""
@@ -71,7 +70,7 @@ class DistributedScorer:
 
     def _score(self, requests: Sequence[Request]) -> list[Score]:
         """Return the score of each request, on every rank; a collective call."""
-        mesh = self._mesh
+        mesh, passes = self._mesh, passes_at_once(self._mesh)
         texts = [request.context + request.continuation for request in requests]
         sums_N2 = torch.zeros(len(texts), 2, dtype=torch.float64)
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True)
@@ -80,29 +79,43 @@ class DistributedScorer:
             longest = len(texts[order[begin]]) - 1
             width = -(-longest // self._width_multiple) * self._width_multiple
             rows = max(1, self._tokens_per_pass // width)
-            work_items = rows * self._passes
-            mine = order[begin + mesh.dp_rank * work_items : begin + (mesh.dp_rank + 1) * work_items]
-            parts = [mine[i * rows : (i + 1) * rows] for i in range(self._passes)]
-            batches = [_batch([texts[number] for number in part], rows, width) for part in parts]
-            scored = self._engine.outputs(batches, self._engine.logits_loss.token_scores)
-            # Tensor-parallel ranks have the same scores: the first of them adds its own.
-            if scored and mesh.tp_rank == 0:
-                for part, scores_2BT in zip(parts, scored, strict=True):
-                    for row, number in enumerate(part):
-                        first, last = len(requests[number].context) - 1, len(texts[number]) - 1
-                        ends_2K = scores_2BT[:, row, first:last].double().cpu()
-                        sums_N2[number] = torch.stack([ends_2K[0].sum(), ends_2K[1].prod()])
-            begin += work_items * mesh.dp_size
+            numbers = order[begin : begin + rows * passes * mesh.dp_size]
+            samples = {number: AnswerTokens(texts[number], 1) for number in numbers}
+            output = self._engine.logits_loss.token_scores
+            for number, scores_2T in numbered_outputs(
+                self._engine, mesh, samples, rows, width, passes, output
+            ):
+                # Tensor-parallel ranks have the same scores: the first of them adds its own.
+                if mesh.tp_rank == 0:
+                    first, last = len(requests[number].context) - 1, len(texts[number]) - 1
+                    ends_2K = scores_2T[:, first:last].double().cpu()
+                    sums_N2[number] = torch.stack([ends_2K[0].sum(), ends_2K[1].prod()])
+            begin += len(numbers)
         mesh.control.all_reduce(sums_N2)
         return [Score(log_p, bool(greedy)) for log_p, greedy in sums_N2.tolist()]
 
 
-def _batch(texts: Iterable[Tokens], rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return tokens and labels [B, T], padded on the right, where no token sees them, and with empty rows."""
-    tokens_BT = torch.zeros(rows, width, dtype=torch.int64)
-    labels_BT = torch.zeros(rows, width, dtype=torch.int64)
-    for row, tokens in enumerate(texts):
-        text = torch.tensor(tokens)
-        tokens_BT[row, : len(text) - 1] = text[:-1]
-        labels_BT[row, : len(text) - 1] = text[1:]
-    return tokens_BT, labels_BT
+def passes_at_once(mesh: Mesh) -> int:
+    """Return how many micro-batches to ask for at once: the stages of a pipeline work on as many."""
+    return 2 * mesh.pp_size if mesh.pp_size > 1 else 1
+
+
+def numbered_outputs(
+    engine: Engine,
+    mesh: Mesh,
+    samples: Mapping[int, AnswerTokens],
+    rows: int,
+    width: int,
+    passes: int,
+    output: Output,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield, on the last stage, this data-parallel rank's samples by number with their part of `output`.
+
+    Each rank takes `passes` micro-batches of `rows`, padded to `width` tokens; the outputs have the samples
+    along the second axis. A collective call.
+    """
+    mine = list(samples)[mesh.dp_rank * rows * passes : (mesh.dp_rank + 1) * rows * passes]
+    parts = [mine[i * rows : (i + 1) * rows] for i in range(passes)]
+    batches = [tokens_and_labels([samples[number] for number in part], rows, width) for part in parts]
+    for part, made in zip(parts, engine.outputs(batches, output), strict=False):
+        yield from zip(part, made.unbind(dim=1), strict=False)

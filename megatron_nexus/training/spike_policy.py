@@ -3,13 +3,20 @@
 Its update is withheld and the step computed again from the master weights. Where the spike is gone it was a
 transient fault of a machine, and the update is made: the run is what it would have been. A spike that comes
 again is left to --spike-policy.
+
+The score of a step is that of OLMo-core's SkipStepOptimizer (src/olmo_core/optim/skip_step_optimizer.py): how
+many standard deviations a value lies above the mean of the last finite ones, of the loss and of the gradient
+norm; by its defaults of 128 steps, from half as many on, and a spike lies more than 6 above.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from megatron_nexus.base.json_text import parse_record
 from megatron_nexus.config.run_config import TrainingConfig
 from megatron_nexus.errors import TrainingError
 from megatron_nexus.log import logger
@@ -17,10 +24,53 @@ from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.engine import Engine, StepResult
 from megatron_nexus.training.metrics import METRICS_FILE, read_metrics
 from megatron_nexus.training.rank_batches import Batch
-from megatron_nexus.training.spikes import SpikeDetector
 
 MOST = 10
 """Updates left out one after the other, or rewinds: more are no accident, and the run ends."""
+
+
+class SpikeDetector:
+    """Knows the recent losses and gradient norms of a run, alike on every rank."""
+
+    def __init__(self, length: int, sigmas: float) -> None:
+        """Remember `length` steps; a spike lies more than `sigmas` standard deviations above their mean."""
+        self.length, self._sigmas = length, sigmas
+        self.restore(())
+
+    def restore(self, steps: Iterable[tuple[float, float]]) -> None:
+        """Remember these losses and gradient norms alone, the oldest first."""
+        self._losses: deque[float] = deque(maxlen=self.length)
+        self._norms: deque[float] = deque(maxlen=self.length)
+        for loss, norm in steps:
+            self.add(loss, norm)
+
+    def add(self, loss: float, norm: float) -> None:
+        """Remember a step; an update that was left out may have an infinite norm."""
+        self._losses.append(loss)
+        self._norms.append(norm)
+
+    def score(self, loss: float | None, norm: float) -> float:
+        """Return by how many standard deviations a step lies too high; infinity where it is not finite.
+
+        0 while too few steps are known. A loss of None is not looked at.
+        """
+        of_norm = self._of(norm, self._norms)
+        return of_norm if loss is None else max(of_norm, self._of(loss, self._losses))
+
+    def admits(self, loss: float | None, norm: float) -> bool:
+        """Return whether a step is no spike."""
+        return self.score(loss, norm) <= self._sigmas
+
+    def _of(self, value: float, before: deque[float]) -> float:
+        if not math.isfinite(value):
+            return math.inf
+        finite = [one for one in before if math.isfinite(one)]
+        if len(before) + 1 < max(2, self.length // 2) or len(finite) < 2:
+            return 0.0
+        above, deviation = value - statistics.fmean(finite), statistics.stdev(finite)
+        if above <= 0.0:
+            return 0.0
+        return above / deviation if deviation else math.inf
 
 
 class SpikePolicy:
@@ -36,10 +86,10 @@ class SpikePolicy:
 
     def remember(self, run_dir: Path, last_step: int) -> None:
         """Know a run's steps up to `last_step`, as if it had never stopped; a collective call."""
-        known = ""
+        known: list[tuple[float, float]] = []
         if self._mesh.rank == 0:
             known = recent_steps(run_dir / METRICS_FILE, last_step, self._detector.length)
-        self._detector.restore(self._mesh.control.broadcast_str(known))
+        self._detector.restore(parse_record(self._mesh.control.broadcast_str(json.dumps(known))))
 
     def take(
         self,
@@ -62,9 +112,9 @@ class SpikePolicy:
             result = self._engine.train_step(again(), rate, lambda: first.flags, self._detector.admits)
         if result.was_made and not first.was_made and self._mesh.rank == 0:
             logger.warning(
-                "step %d: loss %s, gradient norm %s; computed again %s and %s: a transient fault of a machine"
-                ", of which nothing is kept",
-                *(step, first.loss, first.grad_norm, result.loss, result.grad_norm),
+                f"step {step}: loss {first.loss}, gradient norm {first.grad_norm}; computed again "
+                f"{result.loss} and {result.grad_norm}: a transient fault of a machine, of which nothing is "
+                "kept"
             )
         self._in_a_row = 0 if result.was_made else self._in_a_row + 1
         if not result.was_made:
@@ -87,7 +137,6 @@ class SpikePolicy:
         )
 
     def _describe(self, result: StepResult) -> str:
-        """Return what a spike is."""
         score = self._detector.score(result.loss, result.grad_norm)
         far = (
             f"{score:.1f} standard deviations above the last steps" if math.isfinite(score) else "not finite"
@@ -95,12 +144,10 @@ class SpikePolicy:
         return f"loss {result.loss}, gradient norm {result.grad_norm}, twice: a spike, {far}"
 
 
-def recent_steps(metrics: Path, last_step: int, length: int) -> str:
+def recent_steps(metrics: Path, last_step: int, length: int) -> list[tuple[float, float]]:
     """Return the last losses and gradient norms up to a step, as `SpikeDetector.restore` reads them."""
-    return json.dumps(
-        [
-            (record["loss"], record["grad_norm"])
-            for record in read_metrics(metrics)
-            if "loss" in record and "grad_norm" in record and record["step"] <= last_step
-        ][-length:]
-    )
+    return [
+        (record["loss"], record["grad_norm"])
+        for record in read_metrics(metrics)
+        if "loss" in record and "grad_norm" in record and record["step"] <= last_step
+    ][-length:]

@@ -14,12 +14,7 @@ from megatron_nexus.models.nvidia_apex import require_apex
 from megatron_nexus.parallel.mesh import Mesh, make_mesh
 from megatron_nexus.parallel.world import World
 from megatron_nexus.training.deepspeed_adam import build_deepspeed_adam
-from megatron_nexus.training.machine import (
-    compile_problem,
-    configure_torch,
-    set_environment,
-    untested_torch,
-)
+from megatron_nexus.training.machine import compile_problem, configure_torch, set_environment, untested_torch
 from megatron_nexus.training.profiler import require_cuda_for_profile
 
 

@@ -63,7 +63,7 @@ class PhaseClock:
     def __init__(self, device_type: str) -> None:
         self._on_cuda = device_type == "cuda"
         self._stamps: list[tuple[Phase, Stamp]] = []
-        self.seconds = dict.fromkeys(Phase, 0.0)
+        self.reset()
 
     def mark(self, phase: Phase) -> None:
         """Begin a phase."""
@@ -73,7 +73,7 @@ class PhaseClock:
         """Add up the phases that are over, but for the last mark, which begins one."""
         for (phase, began), (_, ended) in pairwise(self._stamps):
             self.seconds[phase] += _between(began, ended)
-        del self._stamps[:-1]
+        self.forget()
 
     def forget(self) -> None:
         """Count nothing of what came since the sums were added up last."""
@@ -152,12 +152,11 @@ class StepTimes(Hook):
         if self._mesh.rank == 0:
             tp = self._mesh.tp_size
             group = f" (or another of its {tp} tensor-parallel ranks)" if tp > 1 else ""
+            ranks = "ranks of its stage" if stages > 1 else "ranks"
             logger.info(
-                "straggler: rank %d on %s%s computes %.0f ms a step, %.1f x the median of the ranks%s "
-                "(%.0f ms): they wait for it",
-                *(found, host, group, 1e3 * busy_s[found], busy_s[found] / usual_s),
-                " of its stage" if stages > 1 else "",
-                1e3 * usual_s,
+                f"straggler: rank {found} on {host}{group} computes {1e3 * busy_s[found]:.0f} ms a step, "
+                f"{busy_s[found] / usual_s:.1f} x the median of the {ranks} ({1e3 * usual_s:.0f} ms): they "
+                "wait for it"
             )
 
     def _log(self, step: int, of_ranks: Sequence[Mapping[Phase, float]]) -> None:

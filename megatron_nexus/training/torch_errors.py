@@ -1,5 +1,10 @@
-"""Memory errors: what a run says when a device or the host has no more memory, and what needs less."""
+"""Errors of torch that a run explains: memory that runs out, and a library of torch.compile that is damaged.
 
+The compiler writes libraries under their final names. A run that is killed meanwhile, or a disk that is full,
+leaves a part of one, which every later run loads.
+"""
+
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +18,9 @@ from megatron_nexus.parallel.beacon import Beacon
 from megatron_nexus.training.profiler import snapshot_path
 
 _OF_HOST = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
-"""How torch and C libraries say it on a CPU."""
+"""How torch and C libraries say on a CPU that memory runs out."""
+_DAMAGED = re.compile(r"(\S+\.so): (file too short|invalid ELF header|.*cannot read file data.*|ELF .*)")
+"""How the loader of libraries says that one is damaged."""
 
 
 @contextmanager
@@ -72,3 +79,21 @@ def _dump(config: RunConfig, rank: int) -> str:
     path: Path = snapshot_path(config, rank)
     torch.cuda.memory._dump_snapshot(str(path))
     return f"; open {path} at https://pytorch.org/memory_viz"
+
+
+@contextmanager
+def explaining_damaged_libraries(rank: int) -> Iterator[None]:
+    """Raise TrainingError, which says what to delete, where a kept library cannot be loaded in the block."""
+    try:
+        yield
+    except (RuntimeError, ImportError, OSError) as error:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        folder, found = cache_dir(), _DAMAGED.search(str(error))
+        if found is None or not found[1].startswith(folder):
+            raise
+        raise TrainingError(
+            f"--compile: rank {rank} on {socket.gethostname()} finds {found[1]} damaged ({found[2]}), which "
+            f"torch.compile has kept there: a run was killed while it was written, or the disk was full. "
+            f"Delete {folder} and start again"
+        ) from error

@@ -67,7 +67,6 @@ class UnlearningLoss:
     def __init__(self, config: UnlearningConfig, loss: Loss) -> None:
         self._config = config
         self._loss = loss
-        self.token_scores = loss.token_scores
 
     def __call__(self, logits_TBV: Tensor, targets: AnswerTargets) -> Tensor:
         """Return the mean over B of each sample's loss, a scalar; of two sets twice that.

@@ -90,6 +90,8 @@ class DeepSpeedEngine(Protocol):
     global_samples: int
     skipped_steps: int
     micro_steps: int
+    _INSTRUCTION_MAP: dict[type, Callable[..., None]]
+    """Of a PipelineEngine alone."""
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches per optimizer step."""
@@ -162,7 +164,6 @@ class ZeroState(ABC):
 
     @property
     def specs(self) -> dict[str, ParamSpec]:
-        """The parameters of this rank's pipeline stage, by logical name."""
         return {name: spec for name, (spec, _) in self._parameters.items()}
 
     @property
@@ -182,7 +183,6 @@ class ZeroState(ABC):
         engine.micro_steps = saved.global_steps * engine.gradient_accumulation_steps()
 
     def views(self) -> Iterator[StateView]:
-        """Yield the boxes whose state lies on this rank, in the order of the parameters."""
         for spec, parameter in self._parameters.values():
             if (address := self._address(parameter)) is None:
                 continue
@@ -205,7 +205,6 @@ class ZeroState(ABC):
         return {state: held[state] for state in STATES}
 
     def clear(self) -> None:
-        """Set everything to zero, the padding of the buffers included."""
         for flat, _ in self._flats:
             for buffer in self._buffers(flat).values():
                 buffer.zero_()
@@ -248,18 +247,12 @@ class ZeroState(ABC):
 
     @property
     def groups(self) -> dict[str, JsonObject]:
-        """The hyper-parameters of each parameter group, by the group's name."""
         return {
             group["name"]: {key: _plain(group[key]) for key in HYPER_PARAMETERS}
             for group in self._adam.param_groups
         }
 
     def restore_groups(self, groups: Mapping[str, JsonObject]) -> None:
-        """Take over the hyper-parameters of the groups of the same names.
-
-        Raises:
-            CheckpointError: a group of this optimizer is not among them.
-        """
         missing = self.groups.keys() - groups.keys()
         if missing:
             raise CheckpointError(

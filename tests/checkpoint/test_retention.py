@@ -7,8 +7,7 @@ import pytest
 
 from megatron_nexus.base.communicator import SingleProcess
 from megatron_nexus.checkpoint.new_checkpoint import NewCheckpoint
-from megatron_nexus.checkpoint.retention import delete_outdated
-from megatron_nexus.checkpoint.run_dir import find_checkpoint
+from megatron_nexus.checkpoint.run_dir import delete_outdated, find_checkpoint
 from megatron_nexus.checkpoint.store import CheckpointReader
 from tests.support.two_rank_checkpoint import write
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.base.durable import LOCK_FILE
-from megatron_nexus.checkpoint.run_lock import run_dir_lock
+from megatron_nexus.checkpoint.run_dir import run_dir_lock
 from megatron_nexus.errors import CheckpointError, ConfigError
 
 

@@ -1,5 +1,6 @@
 """The order of samples is one, whatever the topology and wherever a run resumes."""
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from megatron_nexus.data.blend import Blend
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_nexus.data.loader import micro_batches
+from megatron_nexus.data.loader import micro_batch, sample_numbers
 from megatron_nexus.data.samples import TokenWindows, split_documents
 
 SEQ_LENGTH = 4
@@ -27,7 +28,10 @@ def windows(tmp_path: Path) -> TokenWindows:
 def global_batches(windows: TokenWindows, consumed: int, micro: int, dp: int, count: int) -> list[list[int]]:
     """The first tokens of each global batch of 12, sorted, as all ranks together read it."""
     steps = 12 // (micro * dp)
-    ranks = [micro_batches(windows, consumed, micro, 12, rank, dp) for rank in range(dp)]
+    ranks = [
+        map(partial(micro_batch, windows), sample_numbers(consumed, micro, 12, rank, dp))
+        for rank in range(dp)
+    ]
     return [
         sorted(
             int(first)
@@ -40,7 +44,7 @@ def global_batches(windows: TokenWindows, consumed: int, micro: int, dp: int, co
 
 
 def test_labels_are_the_next_tokens(windows: TokenWindows) -> None:
-    tokens_BT, labels_BT = next(micro_batches(windows, 0, 3, 3, 0, 1))
+    tokens_BT, labels_BT = micro_batch(windows, range(3))
     assert tokens_BT.shape == labels_BT.shape == (3, SEQ_LENGTH)
     assert tokens_BT.dtype == labels_BT.dtype == torch.int64
     assert tokens_BT.is_contiguous() and labels_BT.is_contiguous()
@@ -79,7 +83,7 @@ def test_a_resumed_run_reads_on_where_it_stopped(windows: TokenWindows, consumed
 
 
 def test_micro_batches_of_one_process_are_in_order(windows: TokenWindows) -> None:
-    batches = islice(micro_batches(windows, 5, 2, 4, 0, 1), 30)
+    batches = islice(map(partial(micro_batch, windows), sample_numbers(5, 2, 4, 0, 1)), 30)
     firsts = torch.cat([tokens_BT[:, 0] for tokens_BT, _ in batches]).tolist()
     assert firsts == [int(windows.sample(k)[0]) for k in range(5, 65)]
 
@@ -90,7 +94,7 @@ def test_packed_batches_carry_positions(tmp_path: Path) -> None:
             writer.add_document(range(first, first + 3))
     dataset = IndexedDataset(tmp_path / "corpus")
     windows = TokenWindows(dataset, split_documents(dataset, "1").train, SEQ_LENGTH, seed=7, vocab_size=60)
-    (tokens_BT, positions_BT), labels_BT = next(micro_batches(windows, 0, 5, 5, 0, 1, packed=True))
+    (tokens_BT, positions_BT), labels_BT = micro_batch(windows, range(5), packed=True)
     assert torch.equal(labels_BT, tokens_BT + 1)
     # Documents are of three tokens; a window's first token counts from 0 in any case.
     since_document, since_window = tokens_BT % 3, torch.arange(SEQ_LENGTH).expand(5, -1)

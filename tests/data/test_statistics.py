@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_nexus.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_nexus.data.statistics import entropy, unigram_frequencies
+from megatron_nexus.data.inspection import entropy, unigram_frequencies
 from megatron_nexus.errors import DataError
 
 

@@ -14,8 +14,7 @@ import pytest
 from megatron_nexus.base.durable import naming_errors
 from megatron_nexus.checkpoint.data_file import write_at
 from megatron_nexus.checkpoint.manifest import read_manifest
-from megatron_nexus.checkpoint.run_dir import find_checkpoint
-from megatron_nexus.checkpoint.run_lock import run_dir_lock
+from megatron_nexus.checkpoint.run_dir import find_checkpoint, run_dir_lock
 from megatron_nexus.cli.train_command import read_train_command
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate

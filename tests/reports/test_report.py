@@ -23,7 +23,6 @@ from megatron_nexus.errors import ConfigError, path_errors
 from megatron_nexus.evaluation.loaded_model import load_model
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.reports.divergence import compare
-from megatron_nexus.training.command_log import log_command
 from megatron_nexus.training.metrics import (
     METRICS_FILE,
     GrowthMetrics,
@@ -31,6 +30,7 @@ from megatron_nexus.training.metrics import (
     StepMetrics,
     make_validation,
 )
+from megatron_nexus.training.run_times import log_command
 from tests.support import checkpoints, reference
 from tests.support.waiting import wait_for
 

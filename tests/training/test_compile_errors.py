@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nexus.errors import TrainingError
-from megatron_nexus.training.compile_errors import explaining_damaged_libraries
+from megatron_nexus.training.torch_errors import explaining_damaged_libraries
 
 
 @pytest.mark.parametrize(

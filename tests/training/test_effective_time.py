@@ -8,8 +8,8 @@ import pytest
 from megatron_nexus.base.duration import duration
 from megatron_nexus.training.effective_time import effective_time
 from megatron_nexus.training.metrics import METRICS_FILE, StepMetrics
+from megatron_nexus.training.recorder import TimeLeft
 from megatron_nexus.training.run_times import RUN_TIMES_FILE, RunTimes, record_lost_steps
-from megatron_nexus.training.time_left import TimeLeft
 
 
 def step_record(step: int, time: float, step_s: float = 10.0, **more: object) -> dict[str, object]:

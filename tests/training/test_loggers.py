@@ -15,8 +15,8 @@ from megatron_nexus.errors import ConfigError, TrainingError
 from megatron_nexus.parallel.beacon import Beacon
 from megatron_nexus.training.hooks import Hook, telling_of_failures
 from megatron_nexus.training.loggers import LOGGED_RUNS_FILE, open_loggers
-from megatron_nexus.training.memory_errors import explaining_memory_errors
 from megatron_nexus.training.recorder import MetricsRecorder
+from megatron_nexus.training.torch_errors import explaining_memory_errors
 
 FLAGS = {
     "wandb": {"wandb_project": "growth", "wandb_exp_name": "first"},

@@ -7,8 +7,8 @@ from megatron_nexus.config.command_line import build, given_flags
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import ConfigError, TrainingError
 from megatron_nexus.parallel.beacon import Beacon, Phase
-from megatron_nexus.training.memory_errors import explaining_memory_errors
 from megatron_nexus.training.profiler import require_cuda_for_profile, snapshot_path
+from megatron_nexus.training.torch_errors import explaining_memory_errors
 
 CPU = torch.device("cpu")
 

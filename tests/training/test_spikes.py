@@ -10,15 +10,14 @@ from megatron_nexus.checkpoint.manifest import DataRecord
 from megatron_nexus.config.run_config import TrainingConfig
 from megatron_nexus.training.faults import FiniteCheckpoints
 from megatron_nexus.training.metrics import StepMetrics
-from megatron_nexus.training.spike_policy import SpikePolicy, recent_steps
-from megatron_nexus.training.spikes import SpikeDetector
+from megatron_nexus.training.spike_policy import SpikeDetector, SpikePolicy, recent_steps
 
 STEPS = [(3.0, 1.0), (3.2, 1.1), (2.8, 0.9), (3.0, 1.0)]
 
 
 def detector(length: int = 8, sigmas: float = 6.0) -> SpikeDetector:
     made = SpikeDetector(length, sigmas)
-    made.set(STEPS)
+    made.restore(STEPS)
     return made
 
 
@@ -61,7 +60,7 @@ def test_steps_without_a_finite_norm_are_known_again_after_a_restart(tmp_path: P
     made = detector()
     made.restore(recent_steps(tmp_path / "metrics.jsonl", 5, 4))
     whole = SpikeDetector(8, 6.0)
-    whole.set([(5.0, 0.5), (6.0, math.inf), (7.0, 0.25), (8.0, 0.2)])
+    whole.restore([(5.0, 0.5), (6.0, math.inf), (7.0, 0.25), (8.0, 0.2)])
     assert made.score(20.0, 0.1) == whole.score(20.0, 0.1) > 0.0
 
 
