@@ -30,16 +30,6 @@ class FragmentBox:
     stored: tuple[int, ...]
     box: Box
 
-    @property
-    def run_length(self) -> int:
-        """Elements of the run, padding included."""
-        return prod(self.stored)
-
-    @property
-    def corner(self) -> tuple[slice, ...]:
-        """The index of `box` within the run."""
-        return tuple(slice(0, size) for size in self.box.sizes)
-
 
 def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
     """Yield the contiguous boxes that make up the elements [start, stop) of a row-major tensor."""

@@ -17,7 +17,7 @@ from megatron_nexus.checkpoint.writer import SaveRequest
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.config.schedule import learning_rate
 from megatron_nexus.data.prefetcher import Prefetcher
-from megatron_nexus.log import logger
+from megatron_nexus.log import logger, show
 from megatron_nexus.models.decoder import training_flops_per_token
 from megatron_nexus.parallel.beacon import Beacon, Phase
 from megatron_nexus.parallel.mesh import Mesh
@@ -204,8 +204,7 @@ class Trainer:
         )
         self.hooks += [recorder, StepTimes(config, mesh, self._beacon, self.hooks)]
         self.hooks += profiling_hooks(config, mesh, self.run_dir, started.step)
-        for line in self.corpus.epochs(last_sample - self.data.first_sample):
-            logger.info("%s", line)
+        show(self.corpus.epochs(last_sample - self.data.first_sample))
         self._read_ahead()
         if self._spikes:
             self._spikes.remember(self.run_dir, started.step)

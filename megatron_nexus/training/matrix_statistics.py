@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nexus.checkpoint.chunks import full_box, index_within
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.grown_elements import GrownElements
 from megatron_nexus.training.zero_state import ZeroState
@@ -137,8 +136,7 @@ def _held(state: ZeroState, mesh: Mesh) -> Held:
     held: dict[str, list[tuple[tuple[slice, ...], Tensor]]] = {}
     for view in state.views():
         if view.spec.is_sharded or mesh.tp_rank == 0:
-            index = index_within(view.box, full_box(view.spec.shape))
-            held.setdefault(view.spec.name, []).append((index, view.values["fp32"]))
+            held.setdefault(view.spec.name, []).append((view.box.index, view.values["fp32"]))
     return held
 
 

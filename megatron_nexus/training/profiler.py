@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_nexus.config.profile import profile_ranks
 from megatron_nexus.config.run_config import RunConfig
 from megatron_nexus.errors import raise_problems
-from megatron_nexus.log import logger
+from megatron_nexus.log import logger, show
 from megatron_nexus.parallel.mesh import Mesh
 from megatron_nexus.training.hooks import Hook
 from megatron_nexus.training.metrics import StepMetrics
@@ -103,8 +103,7 @@ class Profiler(Hook):
             sort_by=order, row_limit=ROWS, max_name_column_width=COLUMN
         )
         path.with_suffix(".txt").write_text(table + "\n", encoding="utf-8")
-        for line in table.splitlines():
-            logger.info("%s", line)
+        show(table.splitlines())
         logger.info("wrote %s: open it at https://ui.perfetto.dev", path)
         self._profile = None
 

@@ -191,14 +191,10 @@ class ZeroState(ABC):
             buffers = self._buffers(self._flats[address.buffer][0])
             for part in fragment_boxes(spec, self._shard, address.start, address.count):
                 first = address.position + part.start
-                yield StateView(
-                    spec,
-                    part.box,
-                    {
-                        state: whole[first : first + part.run_length].view(part.stored)[part.corner]
-                        for state, whole in buffers.items()
-                    },
-                )
+                run = slice(first, first + prod(part.stored))
+                runs = {state: whole[run].view(part.stored) for state, whole in buffers.items()}
+                corner = part.box.index_at_origin
+                yield StateView(spec, part.box, {state: held[corner] for state, held in runs.items()})
 
     def _buffers(self, flat: Tensor) -> dict[str, Tensor]:
         held = {"fp32": flat.detach(), **self._adam.state[flat]}
