@@ -45,7 +45,7 @@ FLAGS = [
     ("--train-tokens 1M --train-iters 3", ["give one of them"]),
     ("--lr 0 --seed=-1 --kv-channels 7", ["3 problems", "--lr 0.0", "--seed -1", "use 8"]),
     ("--data-path corpus --train-data-path corpus", ["--data-path and --train-data-path"]),
-    ("--config nowhere.yaml", ["nowhere.yaml: No such file", "give a YAML file"]),
+    ("--config nowhere.yaml", ["nowhere.yaml: No such file", "give one that exists"]),
     ("--config broken.yaml", ["broken.yaml:3:", "correct the YAML"]),
     ("--config wrong.yaml", ["2 problems", "unknown model.num_layer:", "num_layers", "must be a number"]),
     ("--deepspeed_config nowhere.json", ["nowhere.json: No such file"]),
