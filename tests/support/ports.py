@@ -4,7 +4,8 @@ import os
 import random
 import socket
 
-_PORTS = range(10_000, 20_000)
+_FIRST = int(os.environ.get("NEXUS_TEST_FIRST_PORT", "12000"))
+_PORTS = range(_FIRST, _FIRST + 8_000)
 """Below those that a job's ranks meet at (`world.PORTS`) and those that Linux hands out."""
 _next_port = random.SystemRandom().randrange(len(_PORTS))
 
