@@ -198,8 +198,9 @@ def _lines(process: "subprocess.Popen[str]") -> Iterator[str]:
         try:
             line = process.stdout.readline()
         except KeyboardInterrupt:
+            # Ranks that wait within a collective heed the second alone.
+            process.send_signal(signal.SIGTERM if interrupted else signal.SIGINT)
             interrupted = True
-            process.send_signal(signal.SIGINT)
             continue
         if not line:
             break

@@ -114,6 +114,15 @@ def try_all(*steps: Callable[[], Any]) -> list[Any]:
 
 
 @contextmanager
+def flag_errors(flag: str, path: object) -> Iterator[None]:
+    """Raise ConfigError for an OSError of a file that a flag names, whatever the system calls the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {_reason(error)}") from error
+
+
+@contextmanager
 def os_errors_as(kind: type[NexusError], what: object, remedy: str) -> Iterator[None]:
     """Raise an error of `kind` for an OSError: `what` failed, why, and the remedy."""
     try:
@@ -126,10 +135,12 @@ def path_error(error: OSError, words: Sequence[str]) -> ConfigError:
     """Return what is wrong with a path, by the flag of `words`, a command line, that it was given with."""
     path = str(error.filename) if isinstance(error.filename, int) else os.fsdecode(error.filename)
     more = f"... ({len(path)} characters)" if len(path) > SHOWN_CHARACTERS else ""
-    remedy = _REMEDIES.get(error.errno or 0, "give another")
-    return ConfigError(
-        f"{_flag_of(path, words)}{path[:SHOWN_CHARACTERS]}{more}: {error.strerror or error}: {remedy}"
-    )
+    return ConfigError(f"{_flag_of(path, words)}{path[:SHOWN_CHARACTERS]}{more}: {_reason(error)}")
+
+
+def _reason(error: OSError) -> str:
+    """Return why, and the remedy."""
+    return f"{error.strerror or error}: {_REMEDIES.get(error.errno or 0, 'give another')}"
 
 
 def _flag_of(path: str, words: Sequence[str]) -> str:
@@ -141,6 +152,8 @@ def _flag_of(path: str, words: Sequence[str]) -> str:
         else:
             value = word
         value = os.path.normpath(value.rpartition("=")[2]) if value else ""
-        if len(value) > longest and path.startswith((value, f"{Path.cwd()}/{value}")):
+        named = (value, f"{Path.cwd()}/{value}")
+        below = tuple(f"{name}{sign}" for name in named for sign in "/.")  # of a prefix: corpus.bin
+        if len(value) > longest and (path in named or path.startswith(below)):
             found, longest = flag, len(value)
     return f"{found} " if found else ""

@@ -66,7 +66,7 @@ def also_to_file(path: Path) -> None:
 
 
 def show(lines: Iterable[str]) -> None:
-    """Print lines."""
+    """Log lines, which the main rank alone prints."""
     for line in lines:
         logger.info("%s", line)
 

@@ -104,7 +104,7 @@ def unexplained(design: Floats, series: Floats) -> Floats:
 
 def f_test(smaller: float, larger: float, added: int, left: int) -> float:
     """Return the p-value of `added` more columns, by the residual sums of squares of both models."""
-    return float(fdtrc(added, left, _f(np.array(smaller), np.array(larger), added, left)))
+    return float(fdtrc(added, left, max(0.0, float(_f(np.array(smaller), np.array(larger), added, left)))))
 
 
 def _f(smaller: Floats, larger: Floats, added: int, left: int) -> Floats:

@@ -41,7 +41,7 @@ def compare(base_weights: Array, grown_weights: Array) -> Comparison:
     if np.ptp(np.concatenate([base, grown])) == 0.0:
         u, auc = 1.0, 0.5
     else:
-        # Imported here, by scipy itself: in a second, which no other file of this package needs.
+        # Imported here, by scipy itself: in a second, which few runs of this package need.
         test = scipy.stats.mannwhitneyu(grown, base, alternative="two-sided", method="asymptotic")
         u, auc = float(test.pvalue), float(test.statistic) / (len(base) * len(grown))
     spread = max(auc * (1.0 - auc), 1.0 / smaller * (1.0 - 1.0 / smaller))

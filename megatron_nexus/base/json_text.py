@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, flag_errors
 
 Record = TypeVar("Record")
 MOST_DIGITS = 300
@@ -47,9 +47,10 @@ def parse_record(text: str | bytes) -> Any:
 
 
 def read_object(flag: str, path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that a flag names. Raises ConfigError where it has none; OSError."""
+    """Return the JSON object in a file that a flag names. Raises ConfigError where it has none."""
     try:
-        found = parse_json(path.read_bytes())
+        with flag_errors(flag, path):
+            found = parse_json(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{flag} {path} is not JSON ({error}): correct it") from error
     if not isinstance(found, dict):

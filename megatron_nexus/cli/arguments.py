@@ -13,7 +13,7 @@ from megatron_nexus.config.config_field import MOST
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.data.documents import RecordFormat
 from megatron_nexus.data.input_files import ENDINGS
-from megatron_nexus.errors import ConfigError
+from megatron_nexus.errors import ConfigError, flag_errors
 
 T = TypeVar("T", int, float)
 
@@ -92,19 +92,24 @@ def output_problems(flag: str, path: Path | None, is_folder: bool = False) -> It
     if path is None:
         return
     absolute = path.resolve()
-    there = next(place for place in (absolute, *absolute.parents) if place.exists())
-    if there == absolute and path.is_dir() != is_folder:
+    if path.exists() and path.is_dir() != is_folder:
         yield f"{flag} {path} is a {'file: give a folder' if is_folder else 'folder: add the name of a file'}"
-    elif not is_folder and there not in (absolute, absolute.parent):
+        return
+    within = (absolute, *absolute.parents) if is_folder else absolute.parents
+    folder = next(place for place in within if place.exists())
+    if not folder.is_dir():
+        yield f"{flag} {path}: {folder} is a file: give another"
+    elif not is_folder and folder != absolute.parent:
         yield f"{flag} {path}: its folder does not exist: make it, or give another"
-    elif not os.access(there if is_folder else absolute.parent, os.W_OK):
-        yield f"{flag} {path}: {there} cannot be written to: give another"
+    elif not os.access(folder, os.W_OK):
+        yield f"{flag} {path}: {folder} cannot be written to: give another"
 
 
 def read_text(flag: str, path: Path) -> str:
-    """Return the text of a file that a flag names. Raises ConfigError where there is none; OSError."""
+    """Return the text of a file that a flag names, its line ends as they are. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with flag_errors(flag, path):
+            text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{flag} {path} is not UTF-8 text ({error}): convert it, or give another"

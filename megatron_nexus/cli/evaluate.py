@@ -18,7 +18,7 @@ from megatron_nexus.cli.arguments import count, output_problems, positive, read_
 from megatron_nexus.cli.model_arguments import TrainedModel, add_model_arguments, find_model
 from megatron_nexus.config.files_config import split_names
 from megatron_nexus.config.flag_parser import FlagParser
-from megatron_nexus.errors import ConfigError, raise_problems, try_all
+from megatron_nexus.errors import ConfigError, DataError, os_errors_as, raise_problems, try_all
 from megatron_nexus.evaluation.task_files import PAPER_TASKS, require_tasks
 from megatron_nexus.spec.cost import parameter_count
 
@@ -102,7 +102,8 @@ def run(argv: list[str]) -> None:
 
 
 def _write(path: Path, contents: str) -> None:
-    path.write_text(contents, encoding="utf-8")
+    with os_errors_as(DataError, f"--output {path}", "the results stand above; give another file"):
+        path.write_text(contents, encoding="utf-8")
     log.logger.info("wrote %s", path)
 
 

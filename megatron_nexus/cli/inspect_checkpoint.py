@@ -11,6 +11,7 @@ from megatron_nexus.checkpoint.storage import folder_of
 from megatron_nexus.checkpoint.store import CheckpointReader
 from megatron_nexus.config.flag_parser import FlagParser
 from megatron_nexus.config.run_config import RunConfig
+from megatron_nexus.data.run_data import training_sources
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.growth.request import GROWING
 from megatron_nexus.spec.cost import parameter_count
@@ -78,7 +79,8 @@ def describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
         for name, value in vars(model).items()
         if name not in GROWING and value != getattr(type(model), name)
     ]
-    tokenizer, place = manifest.tokenizer_fingerprint[:12], config.data.tokenizer_model
+    built_in = "of its corpora" if training_sources(config.data) else "of the built-in corpus"
+    tokenizer, place = manifest.tokenizer_fingerprint[:12], config.data.tokenizer_model or built_in
     return {
         "progress": f"step {done.step:,}: {done.samples:,} samples, {done.tokens:,} tokens, "
         f"{done.flops:.3g} FLOPs",
@@ -92,5 +94,5 @@ def describe(manifest: Manifest, config: RunConfig) -> dict[str, str]:
         "optimizer": f"{manifest.optimizer.step_count:,} steps of AdamW; {groups}"
         + (f"; {grown_regions} newly grown regions with their own Adam step count" if grown_regions else ""),
         "data": f"{manifest.data.description or 'unknown'}, from sample {manifest.data.first_sample:,} on",
-        "tokenizer": f"{place or 'of the built-in corpus'}, sha256 {tokenizer} ..." if tokenizer else "none",
+        "tokenizer": f"{place}, sha256 {tokenizer} ..." if tokenizer else "none",
     }

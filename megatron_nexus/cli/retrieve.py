@@ -180,7 +180,7 @@ def _look_ahead(given: argparse.Namespace, world: World) -> _Search:
 
 
 def _read_queries(path: Path) -> list[Answer]:
-    if not path.is_file():
+    if path.is_dir():
         raise ConfigError(f"--queries {path} is not a file: give a .jsonl file of undesired outputs")
     return read_answers(path)
 

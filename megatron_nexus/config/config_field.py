@@ -25,7 +25,7 @@ class Bounds:
     def problem(self, value: float) -> str | None:
         """Return the rule that `value` breaks and what to give instead, or None."""
         if self.below < inf and not 0 <= value < self.below:
-            return f"must lie in [0, {self.below:g}): give such as {self.below / 2:g}"
+            return f"must lie in [0, {self.below:g}): give such as {0.9 * self.below:g}"
         if self.maximum < value < inf:
             return f"must be at most {self.maximum:,}: give a smaller number"
         if self.positive and not 0 < value < inf:

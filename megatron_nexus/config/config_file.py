@@ -20,7 +20,7 @@ from megatron_nexus.base.json_text import fits
 from megatron_nexus.config.model_config import INNER_BEFORE_IT_WAS_RECORDED
 from megatron_nexus.config.presets import PRESETS, Value
 from megatron_nexus.config.run_config import ALL_SECTIONS, SECTIONS, RunConfig
-from megatron_nexus.errors import ConfigError, raise_problems
+from megatron_nexus.errors import ConfigError, flag_errors, raise_problems
 
 CONFIG_FILE = "config.yaml"
 """In the folder of a run: what it was configured as."""
@@ -37,10 +37,11 @@ NEVER_WRITTEN = {"checkpoint": ("save", "load", "grow", "reset_optimizer")}
 def read_config_file(path: Path) -> dict[str, Value]:
     """Return the fields that a file sets, by name, `preset` among them.
 
-    Raises ConfigError with every problem: no YAML, an unknown key, a value of the wrong type; OSError.
+    Raises ConfigError with every problem: no YAML, an unknown key, a value of the wrong type.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with flag_errors("--config", path):
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path} is not UTF-8 text: give a YAML file") from error
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from megatron_nexus.base.durable import naming_errors
 from megatron_nexus.base.json_text import parse_record
 from megatron_nexus.data.tokenizer import Tokenizer, encode_prompt
 from megatron_nexus.errors import DataError
@@ -68,7 +69,8 @@ def read_answers(path: Path) -> list[Answer]:
 
     Raises DataError, which names the first lines that are neither form, or says that there is none; OSError.
     """
-    lines = path.read_bytes().split(b"\n")
+    with naming_errors(path):
+        lines = path.read_bytes().split(b"\n")
     lines[0] = lines[0].removeprefix(BOM_UTF8)
     answers: list[Answer] = []
     problems: list[str] = []

@@ -71,7 +71,10 @@ def find_problems(
     vocab_size = min(
         [source.vocab_size for source in (description, tokenizer) if source], default=np.iinfo(np.int64).max
     )
-    foreign = sum(int(((ids >= vocab_size) | (ids < 0)).sum()) for ids in _blocks(dataset))
+    foreign = 0
+    for ids in _blocks(dataset):
+        if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+            foreign += int(((ids >= vocab_size) | (ids < 0)).sum())
     if foreign:
         problems.append(
             f"{foreign:,} ids are not below the vocabulary size {vocab_size:,}: the corpus was written with "

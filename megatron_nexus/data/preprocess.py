@@ -267,7 +267,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove(shards: Iterable[Path]) -> None:
     for path in shards:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # of a version that kept shards as files
+            path.unlink(missing_ok=True)
 
 
 def _tokenize(

@@ -70,7 +70,7 @@ class UnlearningSamples:
 def read_unlearning_samples(config: RunConfig, record: TokenizerRecord) -> UnlearningSamples:
     """Read the samples that a run unlearns and retains, in the tokens of the checkpoint's tokenizer.
 
-    Raises DataError: a file is missing, empty or not of prompts and answers; an answer is longer than a
+    Raises DataError: a file is empty or not of prompts and answers; an answer is longer than a
     sample; or the checkpoint knows no tokenizer.
     """
     unlearning, seq_length = config.unlearning, config.training.seq_length

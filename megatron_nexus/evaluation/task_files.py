@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from megatron_nexus.base.durable import naming_errors
 from megatron_nexus.base.json_text import parse_record
 from megatron_nexus.errors import DataError, raise_problems
 from megatron_nexus.extras import missing_packages
@@ -66,7 +67,9 @@ def require_task_files(folder: Path, tasks: Sequence[str]) -> None:
 def read_task_file(path: Path, task: str) -> list[Record]:
     """Return the records of a task. Raises DataError, which names the first line that is not one; OSError."""
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    with naming_errors(path):
+        lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

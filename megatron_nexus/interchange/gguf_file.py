@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 
+from megatron_nexus.base.durable import naming_errors
 from megatron_nexus.errors import CheckpointError
 from megatron_nexus.interchange.architecture import LLAMA, QWEN3, JsonObject
 from megatron_nexus.interchange.gguf_tokenizer import write_gguf_tokenizer
@@ -54,7 +55,8 @@ def open_gguf(path: Path) -> SourceModel:
     Raises CheckpointError: it is not a GGUF file, or of a kind that is not known here; OSError.
     """
     try:
-        reader = BoundedReader(path)
+        with naming_errors(path):
+            reader = BoundedReader(path)
         reader.check_places()
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, RecursionError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from megatron_nexus.base.durable import naming_errors
 from megatron_nexus.base.json_text import parse_json
 from megatron_nexus.data.tokenizer import JSON_NAME
 from megatron_nexus.errors import CheckpointError
@@ -59,7 +60,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_json(path: Path) -> JsonObject:
     try:
-        found = parse_json(path.read_bytes())
+        with naming_errors(path):
+            found = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         place = path if path.parent.is_dir() else path.parent
         raise CheckpointError(f"{place}: {error.strerror}{_remedy(place)}") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from megatron_nexus.base.durable import naming_errors
 from megatron_nexus.errors import DataError
 
 FIXED_BYTES = {1: 8, 5: 4}
@@ -63,7 +64,8 @@ class SentencePieceModel:
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     """Read a model file. Raises DataError where it is none, OSError."""
     try:
-        contents = path.read_bytes()
+        with naming_errors(path):
+            contents = path.read_bytes()
         fields = list(_fields(contents))
         pieces = tuple(_piece(value) for number, value in fields if number == 1 and isinstance(value, bytes))
         if not pieces:

@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """Have compiled blocks run eagerly inside a function, whose hooks read values or texts have many lengths.
+    """Have compiled blocks run eagerly inside a function: it reads values, or texts of many lengths.
 
     `torch.compiler.set_stance`, as a decorator, would import torch's compiler with this package: two seconds.
     """

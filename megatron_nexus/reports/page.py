@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_nexus import __version__
 from megatron_nexus.base.durable import atomic_file
+from megatron_nexus.errors import flag_errors
 from megatron_nexus.reports.curves import hours_section, loss_curves, overview
 from megatron_nexus.reports.divergence import Divergence, divergence_section
 from megatron_nexus.reports.family import seams
@@ -59,7 +60,8 @@ def make_page(
 
 
 def write_page(page: str, output: Path) -> None:
-    """Write the document, whole at every moment. Raises OSError."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(output) as write:
-        write(page.encode())
+    """Write the document, whole at every moment. Raises ConfigError where --output cannot be written."""
+    with flag_errors("--output", output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(output) as write:
+            write(page.encode())

@@ -29,7 +29,10 @@ class GradientReducer(ABC):
     """Reduces the buckets of one engine, in the order in which the backward pass completes them."""
 
     def __init__(self, engine: DeepSpeedEngine, mesh: Mesh, overlap: bool, beacon: Beacon) -> None:
-        """Take the reduction over from DeepSpeed; `beacon` shows when this rank waits for it."""
+        """Take the reduction over from DeepSpeed; after the backward pass, unless `overlap`.
+
+        `beacon` shows when this rank waits for it.
+        """
         self._engine, self._beacon = engine, beacon
         self._zero: ZeROOptimizer = engine.optimizer
         self._mesh = mesh

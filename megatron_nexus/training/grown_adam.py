@@ -46,8 +46,10 @@ def stepping(
     """
     for group in adam.param_groups:
         for flat in group["params"]:
-            for view in views.get(memory_address(flat), ()):
-                yield view, int(adam.state[flat].get("step", group.get("step", 0))), group  # apex: by group
+            if held := views.get(memory_address(flat)):
+                # Once a buffer: a fused AdamW has it on the GPU. apex: by group.
+                count = int(adam.state[flat].get("step", group.get("step", 0)))
+                yield from ((view, count, group) for view in held)
 
 
 def grown_views(state: ZeroState, regions: Sequence[GrownRegion]) -> GrownViews:
