@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,34 @@ def test_ctrl_c_has_the_run_save(command: Command, folder: Path, warm: None) -> 
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(api.open_run("stopped").losses) > 1
+
+
+def test_a_second_ctrl_c_ends_a_command_that_does_not_heed_the_first() -> None:
+    """As ranks that wait within a collective."""
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "print('up', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True)
+
+    def interrupt() -> None:
+        for _ in range(2):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    try:
+        lines = api._lines(process)
+        assert next(lines) == "up\n"
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(lines)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        process.kill()
+    assert process.wait() == -signal.SIGTERM
 
 
 def test_a_configuration_is_that_of_the_command() -> None:
